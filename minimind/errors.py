@@ -1,0 +1,40 @@
+"""What a person did wrong, said in one line.
+
+Every module raises `UserError` (or a subclass) for a bad flag, file, shard or topology. The command-line entries turn
+it into one line on standard error and exit code 2. A traceback is left for our own bugs. Knows nothing of torch,
+ranks or files.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """A mistake in what the user gave. The message is one line: the thing, its value, and the fix."""
+
+
+def run_main(main: Callable[[], int | None], *, quiet: bool = False) -> None:
+    """Run a command's `main` and exit the process with its code (None means 0).
+
+    `UserError` becomes one line on standard error and exit code 2 (`quiet` leaves the line out: only one of many ranks
+    speaks). With `MINIMIND_TRACEBACK=1` in the environment the traceback is shown instead. An interrupt exits with 130.
+    """
+    try:
+        code = main() or 0
+    except UserError as error:
+        if os.environ.get("MINIMIND_TRACEBACK") == "1":
+            raise
+        if not quiet:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        code = EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        code = 130
+    except BrokenPipeError:
+        # The reader of our output went away (`... | head`): nothing to say, and nowhere to say it.
+        sys.stderr.close()
+        code = 141
+    sys.exit(code)
