@@ -1,0 +1,182 @@
+"""The on-disk format of a prepared corpus, from the reader's side: any span of the token stream, at any place.
+
+A corpus is a folder with `train/` and `val/`, each a complete shard folder (see `manifest.py` and `shard_writer.py`).
+Files are mapped when a span touches them, a bounded number at a time. Knows nothing of windows, batches or torch.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from minimind.atomic import hash_file
+from minimind.data.array_file import check_array_file, map_array_file
+from minimind.data.manifest import MANIFEST_NAME, Manifest, ShardError, ShardInfo, TokenizerInfo
+from minimind.data.shard_writer import DEFAULT_SHARD_TOKENS, UNFINISHED_NAME, ShardWriter
+
+__all__ = [
+    "DEFAULT_SHARD_TOKENS",
+    "SPLITS",
+    "Manifest",
+    "ShardError",
+    "ShardInfo",
+    "ShardReader",
+    "ShardWriter",
+    "TokenizerInfo",
+    "find_split",
+    "open_split",
+    "verify",
+]
+
+SPLITS = ("train", "val")
+_OPEN_MAPS = 64
+_VERIFY_CHUNK = 1 << 20
+
+
+class ShardReader:
+    """The token stream of one finished shard folder. Raises `ShardError` at once for a file that is missing or has
+    another size or type than the manifest says (contents are checked by `verify`)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = Manifest.load(self.folder)
+        self.dtype = np.dtype(self.manifest.dtype)
+        for shard in self.manifest.shards:
+            check_array_file(self.folder / shard.file, self.manifest.dtype, shard.tokens)
+            check_array_file(self.folder / shard.documents_file, "int64", shard.documents)
+        # Stream offset of the first token of each shard, and of the end: (num_shards + 1,)
+        self._offsets = np.cumsum([0, *(shard.tokens for shard in self.manifest.shards)], dtype=np.int64)
+        # An open map costs a descriptor and address space; lru_cache is safe between threads.
+        self._map_tokens = functools.lru_cache(maxsize=_OPEN_MAPS)(self._open_tokens)
+        self._map_documents = functools.lru_cache(maxsize=_OPEN_MAPS)(self._open_documents)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.manifest.total_tokens
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 over everything that decides the token stream: equal fingerprints, equal tokens and documents."""
+        parts = [[shard.tokens, shard.sha256, shard.documents_sha256] for shard in self.manifest.shards]
+        return hashlib.sha256(json.dumps([self.manifest.dtype, parts]).encode()).hexdigest()
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens [start, start + length) of the stream, copied: (length,) of the shards' dtype."""
+        tokens = np.empty(length, dtype=self.dtype)
+        for shard, low, high, offset in self._pieces(start, length):
+            tokens[offset : offset + high - low] = self._map_tokens(shard)[low:high]
+        return tokens
+
+    def document_starts(self, start: int, length: int) -> np.ndarray:
+        """Offsets inside the span [start, start + length) at which a document begins: int64, increasing."""
+        found = [np.empty(0, dtype=np.int64)]
+        for shard, low, high, offset in self._pieces(start, length):
+            starts = self._map_documents(shard)
+            first, last = np.searchsorted(starts, (low, high))
+            found.append(starts[first:last] - low + offset)
+        return np.concatenate(found)
+
+    def _pieces(self, start: int, length: int) -> Iterator[tuple[int, int, int, int]]:
+        """(shard, low, high, offset): tokens [low, high) of a shard stand at `offset` of the span."""
+        end = start + length
+        if start < 0 or length < 0 or end > self.num_tokens:
+            raise IndexError(f"tokens [{start}, {end}) of {self.folder}, which has {self.num_tokens}")
+        shard = int(np.searchsorted(self._offsets, start, side="right")) - 1
+        while start < end:
+            first, last = int(self._offsets[shard]), int(self._offsets[shard + 1])
+            high = min(end, last)
+            yield shard, start - first, high - first, length - (end - start)
+            start, shard = high, shard + 1
+
+    def _open_tokens(self, shard: int) -> np.ndarray:
+        info = self.manifest.shards[shard]
+        return map_array_file(self.folder / info.file, self.manifest.dtype, info.tokens)
+
+    def _open_documents(self, shard: int) -> np.ndarray:
+        info = self.manifest.shards[shard]
+        return map_array_file(self.folder / info.documents_file, "int64", info.documents)
+
+
+def find_split(folder: Path, split: str) -> Path | None:
+    """The shard folder of `split` ("train" or "val") under a corpus folder, or None when it has none.
+
+    `folder` may be a shard folder itself: it is then the split it is named after, or "train" under any other name.
+    Raises `ShardError` when the corpus does not exist or its preparation was interrupted.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ShardError(f"shard folder {folder} does not exist: make it with python -m data_prep.tokenize_corpus")
+    for part in (folder, *(folder / name for name in SPLITS)):
+        if (part / UNFINISHED_NAME).exists() and not (part / MANIFEST_NAME).exists():
+            raise ShardError(f"the preparation of {part} was interrupted: run data_prep.tokenize_corpus again")
+    if (folder / MANIFEST_NAME).exists():
+        return folder if split == (folder.name if folder.name in SPLITS else "train") else None
+    if not any((folder / name / MANIFEST_NAME).exists() for name in SPLITS):
+        raise ShardError(f"{folder} holds no finished shards: neither {MANIFEST_NAME} nor train/{MANIFEST_NAME}")
+    return folder / split if (folder / split / MANIFEST_NAME).exists() else None
+
+
+def open_split(folder: Path, split: str) -> ShardReader:
+    """The reader of a corpus folder's `split`, or of a shard folder given itself (see `find_split`)."""
+    found = find_split(folder, split)
+    if found is None:
+        raise ShardError(
+            f"{folder} has no {split} split; use another folder, or prepare it with --val-fraction above 0"
+        )
+    return ShardReader(found)
+
+
+def verify(folder: Path, on_shard: Callable[[ShardInfo], None] | None = None) -> Manifest:
+    """Read one shard folder whole: every hash, every token id, every document. Calls `on_shard` after each shard.
+
+    Constant memory. Raises `ShardError` naming the file on the first difference from the manifest.
+    """
+    folder = Path(folder)
+    reader = ShardReader(folder)
+    manifest = reader.manifest
+    _check_hash(folder / manifest.tokenizer.file, manifest.tokenizer.sha256)
+    for index, shard in enumerate(manifest.shards):
+        _check_hash(folder / shard.file, shard.sha256)
+        _check_hash(folder / shard.documents_file, shard.documents_sha256)
+        _check_contents(folder, manifest, shard, reader._open_tokens(index), reader._open_documents(index))
+        if on_shard is not None:
+            on_shard(shard)
+    return manifest
+
+
+def _check_contents(folder: Path, manifest: Manifest, shard: ShardInfo, tokens: np.ndarray, starts: np.ndarray) -> None:
+    for low in range(0, shard.tokens, _VERIFY_CHUNK):
+        highest = int(tokens[low : low + _VERIFY_CHUNK].max())
+        if highest >= manifest.vocab_size:
+            raise ShardError(
+                f"{folder / shard.file} has token id {highest}; the vocabulary ends at {manifest.vocab_size}"
+            )
+    path = folder / shard.documents_file
+    if starts[0] != 0:
+        raise ShardError(f"{path}: the first document begins at {starts[0]}, not at 0")
+    for low in range(0, shard.documents, _VERIFY_CHUNK):
+        # One start more than the chunk, so that no neighbours are left uncompared; the shard's end closes the last.
+        bounds = starts[low : low + _VERIFY_CHUNK + 1]
+        if low + _VERIFY_CHUNK >= shard.documents:
+            bounds = np.append(bounds, shard.tokens)
+        if np.any(bounds[1:] <= bounds[:-1]) or bounds[-1] > shard.tokens:
+            raise ShardError(
+                f"{path}: the document starts do not increase inside the {shard.tokens} tokens of the shard"
+            )
+        unended = np.flatnonzero(tokens[bounds[1:] - 1] != manifest.eos_token_id)
+        if unended.size:
+            raise ShardError(
+                f"{path}: document {low + int(unended[0])} does not end with token {manifest.eos_token_id}"
+            )
+
+
+def _check_hash(path: Path, expected: str) -> None:
+    try:
+        found = hash_file(path)
+    except OSError as error:
+        raise ShardError(f"cannot read {path}: {error.strerror}") from None
+    if found != expected:
+        raise ShardError(f"{path} is damaged: its sha256 is {found}, the manifest says {expected}")
