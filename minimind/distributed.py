@@ -1,0 +1,209 @@
+"""Ranks: who we are, how we find each other, and the few collectives that the project uses.
+
+One function reads the rank from the environment of any launcher (deepspeed, torchrun, SLURM, Open MPI, MPICH); one makes
+the process group. Knows nothing of models, data or training.
+"""
+
+import contextlib
+import datetime
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed
+
+from minimind.errors import UserError
+
+# Say what the device is before deepspeed looks for it: its own search warns on every machine without a GPU.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+import deepspeed.comm
+import deepspeed.ops
+
+# On CPU, DeepSpeed compiles a shared-memory all-reduce at start. It serves inference alone, needs a compiler, and leaves
+# 66 MiB a rank in /dev/shm when a process is killed. Declared incompatible, it is neither built nor used.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+DEFAULT_MASTER_PORT = 29500
+
+
+@dataclass(frozen=True)
+class RankEnvironment:
+    """One process among all processes of a run, as its launcher describes it."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    master_addr: str | None = None
+    """None: nobody said it (a single process, or MPI before the ranks have talked)."""
+    master_port: int | None = None
+    launcher: str = "none"
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, the one that prints and writes."""
+        return self.rank == 0
+
+
+# launcher, and its names of rank, world size, local rank, local world size
+_LAUNCHERS = (
+    ("torch", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    ("openmpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+)  # fmt: skip
+
+
+def read_environment(environment: Mapping[str, str] | None = None) -> RankEnvironment:
+    """Who this process is, from the variables that deepspeed, torchrun, Open MPI, MPICH or SLURM set.
+
+    The deepspeed and torchrun names come first: they also stand inside a SLURM job. A SLURM allocation without `srun`
+    (no SLURM_STEP_ID) is one process.
+
+    Raises:
+        UserError: a variable is missing beside the others, is no number, or ranks do not fit the world.
+    """
+    environment = os.environ if environment is None else environment
+    for launcher, rank_name, world_name, local_name, local_world_name in _LAUNCHERS:
+        if rank_name not in environment or world_name not in environment:
+            continue
+        if launcher == "slurm" and "SLURM_STEP_ID" not in environment:
+            continue
+        rank, world = _number(environment, rank_name), _number(environment, world_name)
+        local_rank = _number(environment, local_name, 0 if world == 1 else None)
+        local_world = environment.get(local_world_name) or environment.get("LOCAL_SIZE") or ""
+        if not 0 <= rank < world:
+            raise UserError(f"{rank_name}: {rank} is not below {world_name} {world}; the launcher's variables disagree")
+        return RankEnvironment(
+            rank=rank,
+            local_rank=local_rank,
+            world_size=world,
+            local_world_size=int(local_world) if local_world.isdigit() else local_rank + 1,
+            master_addr=environment.get("MASTER_ADDR"),
+            master_port=_number(environment, "MASTER_PORT", DEFAULT_MASTER_PORT),
+            launcher=launcher,
+        )
+    return RankEnvironment()
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environment.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdigit():
+        raise UserError(f"{name}: {text!r} is no number; start the run with deepspeed, torchrun, srun or mpirun")
+    return int(text)
+
+
+def find_device(env: RankEnvironment) -> torch.device:
+    """The device of this rank: its CUDA device where there are any, otherwise the CPU.
+
+    Raises:
+        UserError: fewer CUDA devices than local ranks.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    # A launcher that shows each rank one device only (srun --gpus-per-task=1) makes that device number 0.
+    index = env.local_rank if count > 1 else 0
+    if env.local_rank >= count > 1 or (count == 1 and env.local_world_size > 1 and "SLURM_STEP_GPUS" not in os.environ):
+        raise UserError(f"local rank {env.local_rank} of {env.local_world_size}: this host has {count} CUDA devices")
+    return torch.device("cuda", index)
+
+
+@contextlib.contextmanager
+def process_group(env: RankEnvironment, device: torch.device, timeout_minutes: float = 30.0) -> Iterator[None]:
+    """Join the process group of the run, and leave it whatever happens. Every rank calls this.
+
+    A single process needs no port and no address. On CUDA, device tensors go through NCCL and host tensors through gloo.
+
+    Raises:
+        UserError: the master cannot be reached, or its port is taken.
+    """
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        share_cores(env)
+    # DeepSpeed and torch read these again, whatever launcher brought them.
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(env.rank), str(env.world_size)
+    os.environ["LOCAL_RANK"] = str(env.local_rank)
+    if env.world_size == 1 and env.master_addr is None:
+        store: Any = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    else:
+        address, port = env.master_addr or "127.0.0.1", env.master_port or DEFAULT_MASTER_PORT
+        try:
+            torch.distributed.init_process_group(
+                backend,
+                init_method=f"tcp://{address}:{port}",
+                rank=env.rank,
+                world_size=env.world_size,
+                timeout=timeout,
+            )
+        except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"rank {env.rank} on {socket.gethostname()}: no process group at MASTER_ADDR {address} "
+                f"MASTER_PORT {port}: {reason}"
+            ) from None
+    try:
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+        deepspeed.comm.comm.cdb = None
+
+
+def share_cores(env: RankEnvironment) -> None:
+    """Give each local CPU rank its share of the cores, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // max(1, env.local_world_size)))
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum `tensor` over all ranks, in place. Every rank calls this."""
+    torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's `value`, on every rank. Every rank calls this."""
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order, on every rank. Every rank calls this."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` holds on at least one rank. Every rank calls this."""
+    tensor = torch.tensor([int(flag)])
+    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+    return bool(tensor.item())
+
+
+def barrier() -> None:
+    """Wait for all ranks. Every rank calls this."""
+    torch.distributed.barrier()
+
+
+def log(message: str) -> None:
+    """Print one line on rank 0, and nothing on the others."""
+    initialized = torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if initialized else read_environment().rank
+    if rank == 0:
+        print(message, file=sys.stdout, flush=True)

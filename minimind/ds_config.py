@@ -1,0 +1,390 @@
+"""DeepSpeed's JSON beside the run configuration: load, resolve the overlaps, validate. Pure functions.
+
+DeepSpeed's file is the user's own and is handed over untouched, but for the settings that the run configuration also
+has (batch sizes, clipping, optimizer, precision, schedule). Those are resolved on a copy, and every disagreement is
+reported at once. Does not import deepspeed, and knows no rank: the world size and the device come as arguments.
+"""
+
+import copy
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from minimind.config import RunConfig, read_json
+from minimind.errors import UserError
+from minimind.schema import nearest
+
+AUTO = "auto"
+
+DEFAULTS: dict[str, Any] = {
+    "optimizer": "adamw",
+    "lr": 5e-4,
+    "betas": (0.9, 0.95),
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "max_grad_norm": 1.0,
+    "schedule": "cosine",
+}
+"""What a setting is where neither the run nor the JSON says it."""
+
+DEFAULT_MICRO_BATCH_SIZE = 8
+
+DEFAULT_DS_CONFIG: dict[str, Any] = {
+    "zero_optimization": {"stage": 1},
+    "data_types": {"grad_accum_dtype": "fp32"},
+}
+"""The JSON of a run without `--ds-config`."""
+
+# The top level of DeepSpeed 0.19.8's configuration. DeepSpeed ignores a key that it does not know.
+SECTIONS = frozenset(
+    """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping optimizer scheduler
+    bf16 fp16 torch_autocast data_types zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    communication_data_type prescale_gradients gradient_predivide_factor sparse_gradients disable_allgather aio
+    steps_per_print wall_clock_breakdown memory_breakdown dump_state log_level comms_logger flops_profiler timers
+    tensorboard wandb csv_monitor comet checkpoint compile expert_parallel use_data_before_expert_parallelism
+    disable_python_gc""".split()
+)
+
+# Known to DeepSpeed, but it would do nothing here, or change what a step means; each with what to do instead.
+UNUSED_SECTIONS = {
+    "activation_checkpointing": "this block does nothing by itself; use --activation-checkpointing",
+    "amp": "removed from DeepSpeed; use --precision bf16",
+    "bfloat16": "an old name; write bf16",
+    "curriculum_learning": "removed from DeepSpeed",
+    "data_efficiency": "the order of the data is the run's own",
+    "dataloader_drop_last": "the run has its own loader, and no partial batches",
+    "elasticity": "removed from DeepSpeed; a run resumes on another number of ranks by itself",
+    "gradient_allreduce_op": "the loss is normalised for the mean over ranks",
+    "managed_gradient_accumulation": "the run follows DeepSpeed's own accumulation boundary",
+    "pipeline": "the model is not a pipeline",
+    "sequence_parallel_size": "the model has no sequence parallelism",
+    "seq_parallel_communication_data_type": "the model has no sequence parallelism",
+    "sparse_attention": "removed from DeepSpeed",
+    "tensor_parallel": "the model has no tensor parallelism",
+    "hybrid_engine": "it serves generation inside reinforcement learning",
+    "autotuning": "start DeepSpeed's autotuner from its own launcher",
+    "compression_training": "the run does not compress",
+    "weight_quantization": "the run does not quantise weights",
+}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A run and a DeepSpeed configuration that agree: nothing is None that both can set, nothing is "auto"."""
+
+    run: RunConfig
+    ds: dict[str, Any]
+    notes: tuple[str, ...]
+    """What a user should know and is not an error."""
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage, 0 to 3."""
+        return zero_stage(self.ds)
+
+
+def load(path: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """The DeepSpeed JSON of a path, or the default one for None.
+
+    Raises:
+        UserError: it cannot be read, is no JSON, or no object.
+    """
+    if path is None:
+        return copy.deepcopy(DEFAULT_DS_CONFIG)
+    content = read_json(path, "--ds-config")
+    if not isinstance(content, dict):
+        raise UserError(f"--ds-config {path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def zero_stage(ds: dict[str, Any]) -> int:
+    """ZeRO stage of a DeepSpeed configuration; 0 where it says nothing."""
+    stage = ds.get("zero_optimization", {}).get("stage", 0)
+    return 0 if stage == AUTO else stage
+
+
+def offload_device(ds: dict[str, Any], what: str) -> str | None:
+    """"cpu", "nvme" or None for `what` in ("optimizer", "param")."""
+    device = (ds.get("zero_optimization", {}).get(f"offload_{what}") or {}).get("device", "none")
+    return None if device == "none" else device
+
+
+def resolve(
+    run: RunConfig, ds: dict[str, Any], *, world_size: int, device_type: str = "cpu", bf16_supported: bool = False
+) -> Resolved:
+    """Settle every setting that both the run and the DeepSpeed JSON have.
+
+    | run | JSON | result |
+    |---|---|---|
+    | set | "auto" or absent | the run's |
+    | unset | explicit | the JSON's, read back into the run |
+    | unset | "auto" or absent | the documented default |
+    | set | explicit and different | an error that lists every mismatch |
+
+    Args:
+        world_size: data-parallel ranks.
+        device_type: "cuda", "cpu"...; decides what precision is possible.
+        bf16_supported: whether the device computes in bf16; decides the default precision.
+
+    Raises:
+        UserError: a misspelt or unused section, a disagreement, batch sizes that do not divide, or a precision that the
+            device or the ZeRO stage does not have.
+    """
+    ds = copy.deepcopy(ds)
+    check_sections(ds)
+    overlaps = _Overlaps()
+    train = run.train
+    batch = _resolve_batch(
+        overlaps.take("micro_batch_size", train.micro_batch_size, ds, "train_micro_batch_size_per_gpu"),
+        overlaps.take("global_batch_size", train.global_batch_size, ds, "train_batch_size"),
+        overlaps.take(
+            "gradient_accumulation_steps", train.gradient_accumulation_steps, ds, "gradient_accumulation_steps"
+        ),
+        world_size,
+        overlaps,
+    )
+    values: dict[str, Any] = {
+        **batch,
+        "max_grad_norm": overlaps.take("max_grad_norm", train.max_grad_norm, ds, "gradient_clipping"),
+        **_take_optimizer(overlaps, run, ds),
+        "schedule": _take_schedule(overlaps, run, ds),
+    }
+    precision = _take_precision(overlaps, run, ds)
+    overlaps.finish()
+    values = {name: DEFAULTS.get(name) if value is None else value for name, value in values.items()}
+    values["precision"] = precision or ("bf16" if bf16_supported and device_type != "cpu" else "fp32")
+    resolved = dataclasses.replace(run, train=dataclasses.replace(train, **values))
+    notes = [f"{where}: \"auto\" left to DeepSpeed's default" for where in _drop_autos(ds)]
+    _write_back(ds, resolved)
+    _check_precision(resolved, ds, device_type)
+    notes += _advice(resolved, ds)
+    return Resolved(run=resolved, ds=ds, notes=tuple(notes))
+
+
+def check_sections(ds: dict[str, Any]) -> None:
+    """Refuse top-level keys that DeepSpeed would ignore or that mean nothing to this trainer.
+
+    Raises:
+        UserError: naming the key and the nearest known one, or what to do instead.
+    """
+    for key in ds:
+        if key in UNUSED_SECTIONS:
+            raise UserError(f"DeepSpeed config: '{key}' is not used by this trainer: {UNUSED_SECTIONS[key]}; remove it")
+        if key not in SECTIONS:
+            raise UserError(f"DeepSpeed config: unknown section '{key}'{nearest(key, sorted(SECTIONS))}")
+    for key in ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "data_types", "zero_optimization"):
+        if not isinstance(ds.get(key, {}), dict):
+            raise UserError(f"DeepSpeed config: '{key}' is {ds[key]!r}; expected an object")
+    stage = ds.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3, AUTO) or isinstance(stage, bool):
+        raise UserError(f"DeepSpeed config: zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3")
+
+
+class _Overlaps:
+    """Collects what each side says, so that all disagreements are reported together."""
+
+    def __init__(self) -> None:
+        self.mismatches: list[str] = []
+
+    def agree(self, name: str, ours: Any, theirs: Any, key: str) -> Any:
+        """The value of the side that set one; a disagreement is noted."""
+        if theirs is None or ours is None or _equal(ours, theirs):
+            return theirs if ours is None else ours
+        self.mismatches.append(f"{name} is {ours} in the run and {theirs} as {key} in the DeepSpeed config")
+        return ours
+
+    def take(self, name: str, ours: Any, section: dict[str, Any], key: str, prefix: str = "") -> Any:
+        """As `agree`, with the other side read from `section`; "auto" and absent are unset."""
+        theirs = section.get(key)
+        return self.agree(name, ours, None if theirs == AUTO else theirs, prefix + key)
+
+    def finish(self) -> None:
+        if self.mismatches:
+            raise UserError(
+                "; ".join(self.mismatches) + '; make both sides equal, or write "auto" in the DeepSpeed config'
+            )
+
+
+def _equal(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, tuple) and isinstance(theirs, list):
+        return list(ours) == theirs
+    return ours == theirs
+
+
+def _resolve_batch(
+    micro: int | None, total: int | None, accumulation: int | None, world: int, overlaps: _Overlaps
+) -> dict[str, int]:
+    """Any two of the three batch figures give the third; an inexact division names the nearest valid values."""
+    for name, value in (
+        ("micro_batch_size", micro),
+        ("global_batch_size", total),
+        ("gradient_accumulation_steps", accumulation),
+    ):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UserError(f"{name}: {value!r} is not a positive integer")
+    if total is not None:
+        if micro is None:
+            unit = world * (accumulation or 1)
+            _check_divides(total, unit, f"{world} ranks x accumulation {accumulation or 1}")
+            share = total // unit
+            if accumulation is not None:
+                micro = share
+            else:
+                micro = max(size for size in range(1, min(DEFAULT_MICRO_BATCH_SIZE, share) + 1) if share % size == 0)
+        _check_divides(total, micro * world, f"micro batch {micro} x {world} ranks")
+        derived = total // (micro * world)
+        if accumulation is not None and accumulation != derived:
+            overlaps.mismatches.append(
+                f"gradient_accumulation_steps is {accumulation}, but global batch {total} / (micro batch {micro} x "
+                f"{world} ranks) is {derived}"
+            )
+        accumulation = derived
+    else:
+        micro = micro or DEFAULT_MICRO_BATCH_SIZE
+        accumulation = accumulation or 1
+    return {
+        "micro_batch_size": micro,
+        "global_batch_size": micro * accumulation * world,
+        "gradient_accumulation_steps": accumulation,
+    }
+
+
+def _check_divides(total: int, unit: int, what: str) -> None:
+    if total % unit:
+        below, above = total // unit * unit, -(-total // unit) * unit
+        nearest_values = f"{below} or {above}" if below else str(above)
+        raise UserError(f"global_batch_size: {total} is no multiple of {unit} ({what}); nearest valid: {nearest_values}")
+
+
+def _take_optimizer(overlaps: _Overlaps, run: RunConfig, ds: dict[str, Any]) -> dict[str, Any]:
+    section = ds.get("optimizer", {})
+    params = section.get("params", {})
+    kind = section.get("type")
+    theirs = None
+    if kind is not None and kind != AUTO:
+        # With adam_w_mode (DeepSpeed's default) "Adam" is AdamW; without it, it is somebody else's optimizer.
+        adamw = kind.lower() == "adamw" or (kind.lower() == "adam" and params.get("adam_w_mode", True))
+        theirs = "adamw" if adamw else "muon" if kind.lower() == "muon" else "deepspeed"
+    optimizer = overlaps.agree("optimizer", run.train.optimizer, theirs, "optimizer.type")
+    if optimizer == "deepspeed" and theirs != "deepspeed":
+        raise UserError("optimizer: 'deepspeed' needs an optimizer.type in the DeepSpeed config; name one, or use adamw")
+    values = {
+        name: overlaps.take(name, getattr(run.train, name), params, name, "optimizer.params.")
+        for name in ("lr", "betas", "eps", "weight_decay")
+    }
+    if isinstance(values["betas"], list):
+        values["betas"] = tuple(values["betas"])
+    return {"optimizer": optimizer, **values}
+
+
+def _take_schedule(overlaps: _Overlaps, run: RunConfig, ds: dict[str, Any]) -> str | None:
+    section = ds.get("scheduler", {})
+    kind = section.get("type")
+    theirs = None if kind in (None, AUTO) else "deepspeed"
+    schedule = overlaps.agree("schedule", run.train.schedule, theirs, f"scheduler.type {kind}")
+    if schedule == "deepspeed" and theirs is None:
+        raise UserError("schedule: 'deepspeed' needs a scheduler.type in the DeepSpeed config; name one, or use cosine")
+    if theirs is not None:
+        for key, value in section.get("params", {}).items():
+            if value == AUTO:
+                raise UserError(
+                    f'DeepSpeed config: scheduler.params.{key} is "auto", which only the run\'s own schedules resolve; '
+                    "give a value, or remove the scheduler section and use --schedule"
+                )
+    return schedule
+
+
+def _take_precision(overlaps: _Overlaps, run: RunConfig, ds: dict[str, Any]) -> str | None:
+    enabled = {key: ds[key].get("enabled", AUTO) for key in ("bf16", "fp16", "torch_autocast") if key in ds}
+    on = [key for key, value in enabled.items() if value is True]
+    if len(on) > 1:
+        raise UserError(f"DeepSpeed config: {' and '.join(on)} are both enabled; enable one")
+    theirs = None
+    if on == ["torch_autocast"]:
+        dtype = str(ds["torch_autocast"].get("dtype", "bfloat16")).removeprefix("torch.")
+        theirs = {"bfloat16": "bf16", "bf16": "bf16", "float16": "fp16", "fp16": "fp16", "half": "fp16"}.get(dtype)
+        if theirs is None and dtype != AUTO:
+            raise UserError(f"DeepSpeed config: torch_autocast.dtype is '{dtype}'; expected bfloat16 or float16")
+    elif on:
+        theirs = on[0]
+    elif enabled and all(value is False for value in enabled.values()):
+        theirs = "fp32"
+    ours = run.train.precision
+    if ours in ("bf16", "fp16") and theirs is None and enabled.get(ours) is False:
+        theirs = "fp32"
+    return overlaps.agree("precision", ours, theirs, " / ".join(enabled) or "precision")
+
+
+def _drop_autos(ds: dict[str, Any]) -> list[str]:
+    """Remove every "auto" that is no overlap (DeepSpeed would take it as a string or drop it in silence)."""
+    dropped = []
+
+    def walk(section: dict[str, Any], path: str) -> None:
+        for key in list(section):
+            if isinstance(section[key], dict):
+                walk(section[key], f"{path}{key}.")
+            elif section[key] == AUTO:
+                del section[key]
+                if path.split(".")[0] in ("zero_optimization", "aio", "checkpoint", "compile"):
+                    dropped.append(path + key)
+
+    walk(ds, "")
+    return dropped
+
+
+def _write_back(ds: dict[str, Any], run: RunConfig) -> None:
+    """Put the resolved overlaps into the copy that DeepSpeed gets."""
+    train = run.train
+    ds["train_micro_batch_size_per_gpu"] = train.micro_batch_size
+    ds["train_batch_size"] = train.global_batch_size
+    ds["gradient_accumulation_steps"] = train.gradient_accumulation_steps
+    ds["gradient_clipping"] = train.max_grad_norm
+    ds.setdefault("steps_per_print", None)
+    section = ds.setdefault("optimizer", {})
+    section.setdefault("type", {"adamw": "AdamW", "muon": "Muon"}.get(train.optimizer or "", ""))
+    params = section.setdefault("params", {})
+    params["lr"], params["weight_decay"] = train.lr, train.weight_decay
+    if train.optimizer in ("adamw", "muon"):
+        params["betas"], params["eps"] = list(train.betas or ()), train.eps
+    if train.schedule != "deepspeed":
+        ds.pop("scheduler", None)
+    if "torch_autocast" in ds or zero_stage(ds) == 0 and "bf16" not in ds and "fp16" not in ds:
+        ds.pop("bf16", None)
+        ds.pop("fp16", None)
+        autocast = ds.pop("torch_autocast", {})
+        if train.precision != "fp32":
+            dtype = "bfloat16" if train.precision == "bf16" else "float16"
+            ds["torch_autocast"] = {**autocast, "enabled": True, "dtype": dtype}
+    else:
+        for key in ("bf16", "fp16"):
+            ds.setdefault(key, {})["enabled"] = train.precision == key
+
+
+def _check_precision(run: RunConfig, ds: dict[str, Any], device_type: str) -> None:
+    precision = run.train.precision
+    if precision == "fp16" and device_type == "cpu":
+        raise UserError("precision: fp16 does not run on CPU; use --precision bf16 or fp32")
+    if zero_stage(ds) == 0 and any(ds.get(key, {}).get("enabled") for key in ("bf16", "fp16")):
+        raise UserError(
+            f"DeepSpeed config: zero_optimization.stage 0 with a {precision} block starts Adam at its second step; "
+            'replace the block by "torch_autocast": {"enabled": "auto"}, or use stage 1'
+        )
+    for what in ("optimizer", "param"):
+        device = offload_device(ds, what)
+        if device is not None and zero_stage(ds) < (3 if what == "param" else 1):
+            need = "3" if what == "param" else "1, 2 or 3"
+            raise UserError(
+                f"DeepSpeed config: offload_{what} to {device} needs ZeRO stage {need}, not {zero_stage(ds)}"
+            )
+
+
+def _advice(run: RunConfig, ds: dict[str, Any]) -> list[str]:
+    notes = []
+    accumulates = (run.train.gradient_accumulation_steps or 1) > 1
+    if run.train.precision == "bf16" and "bf16" in ds and accumulates:
+        if ds.get("data_types", {}).get("grad_accum_dtype") is None:
+            notes.append('gradients accumulate in bf16; "data_types": {"grad_accum_dtype": "fp32"} keeps them exact')
+    if run.train.optimizer == "muon" and ds["zero_optimization"].get("reduce_scatter", True):
+        notes.append('Muon needs "reduce_scatter": false in zero_optimization')
+    return notes
