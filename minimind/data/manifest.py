@@ -80,6 +80,11 @@ class Manifest:
             total, of_shards = getattr(self, f"total_{name}"), sum(getattr(shard, name) for shard in self.shards)
             _check(total == of_shards, f"total_{name}", total, f"{of_shards}, the sum over the shards")
 
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text for one token, end tokens included: what turns a loss per token into one per byte."""
+        return self.total_bytes / max(1, self.total_tokens)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values in the order in which the file holds them."""
         fields = dataclasses.asdict(self)

@@ -7,7 +7,7 @@ Files are mapped when a span touches them, a bounded number at a time. Knows not
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +65,9 @@ class ShardReader:
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens [start, start + length) of the stream, copied: (length,) of the shards' dtype."""
+        pieces = self._pieces(start, length)
         tokens = np.empty(length, dtype=self.dtype)
-        for shard, low, high, offset in self._pieces(start, length):
+        for shard, low, high, offset in pieces:
             tokens[offset : offset + high - low] = self._map_tokens(shard)[low:high]
         return tokens
 
@@ -79,17 +80,19 @@ class ShardReader:
             found.append(starts[first:last] - low + offset)
         return np.concatenate(found)
 
-    def _pieces(self, start: int, length: int) -> Iterator[tuple[int, int, int, int]]:
-        """(shard, low, high, offset): tokens [low, high) of a shard stand at `offset` of the span."""
+    def _pieces(self, start: int, length: int) -> list[tuple[int, int, int, int]]:
+        """[(shard, low, high, offset)]: tokens [low, high) of a shard stand at `offset` of the span."""
         end = start + length
         if start < 0 or length < 0 or end > self.num_tokens:
             raise IndexError(f"tokens [{start}, {end}) of {self.folder}, which has {self.num_tokens}")
+        pieces = []
         shard = int(np.searchsorted(self._offsets, start, side="right")) - 1
         while start < end:
             first, last = int(self._offsets[shard]), int(self._offsets[shard + 1])
             high = min(end, last)
-            yield shard, start - first, high - first, length - (end - start)
+            pieces.append((shard, start - first, high - first, length - (end - start)))
             start, shard = high, shard + 1
+        return pieces
 
     def _open_tokens(self, shard: int) -> np.ndarray:
         info = self.manifest.shards[shard]
@@ -129,7 +132,7 @@ def open_split(folder: Path, split: str) -> ShardReader:
     return ShardReader(found)
 
 
-def verify(folder: Path, on_shard: Callable[[ShardInfo], None] | None = None) -> Manifest:
+def verify(folder: Path, on_shard: Callable[[], object] | None = None) -> Manifest:
     """Read one shard folder whole: every hash, every token id, every document. Calls `on_shard` after each shard.
 
     Constant memory. Raises `ShardError` naming the file on the first difference from the manifest.
@@ -143,7 +146,7 @@ def verify(folder: Path, on_shard: Callable[[ShardInfo], None] | None = None) ->
         _check_hash(folder / shard.documents_file, shard.documents_sha256)
         _check_contents(folder, manifest, shard, reader._open_tokens(index), reader._open_documents(index))
         if on_shard is not None:
-            on_shard(shard)
+            on_shard()
     return manifest
 
 

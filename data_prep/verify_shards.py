@@ -1,0 +1,63 @@
+"""Reads a prepared corpus whole and says whether it is what its manifests promise.
+
+    python -m data_prep.verify_shards DIR
+
+Every hash, every token id, every document boundary. Knows nothing of how shards are made; changes nothing.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tqdm import tqdm
+
+from minimind.data.shards import SPLITS, Manifest, ShardError, find_split, verify
+from minimind.errors import run_main
+
+
+def verify_corpus(folder: Path) -> dict[str, Manifest]:
+    """The manifests of the splits found under a corpus folder, or of a shard folder given itself, each verified.
+
+    Raises `ShardError` naming the first damaged file, or the split that another tokenizer made.
+    """
+    found = {split: path for split in SPLITS if (path := find_split(folder, split)) is not None}
+    manifests = {}
+    for split, path in found.items():
+        total = len(Manifest.load(path).shards)
+        with tqdm(total=total, desc=f"verifying {split}", unit="shard", disable=not sys.stderr.isatty()) as bar:
+            manifests[split] = verify(path, on_shard=bar.update)
+    tokenizers = {manifest.tokenizer.sha256 for manifest in manifests.values()}
+    if len(tokenizers) > 1:
+        raise ShardError(f"the splits of {folder} were made by different tokenizers: prepare the corpus again")
+    return manifests
+
+
+def format_totals(manifests: dict[str, Manifest]) -> str:
+    """A small table: a line for each split."""
+    rows: list[tuple[str, ...]] = [("split", "shards", "documents", "tokens", "text bytes", "bytes/token")]
+    for split, manifest in manifests.items():
+        counts = (len(manifest.shards), manifest.total_documents, manifest.total_tokens, manifest.total_bytes)
+        rows.append((split, *(f"{count:,}" for count in counts), f"{manifest.bytes_per_token:.3f}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def main() -> None:
+    """Verify a prepared corpus and print its totals."""
+
+    def command(folder: Annotated[Path, tyro.conf.Positional]) -> None:
+        """Verify a prepared corpus and print its totals.
+
+        Args:
+            folder: A corpus folder (with train/ and val/), or one shard folder.
+        """
+        manifests = verify_corpus(folder)
+        print(format_totals(manifests))
+        print(f"{folder}: every hash, token and document is as the manifest says")
+
+    tyro.cli(command, prog="python -m data_prep.verify_shards")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,166 @@
+"""Which samples this rank takes at which step, as tensors.
+
+Training: step s takes the samples [s*G, (s + 1)*G) of the global order whatever the number of ranks, so nothing but
+the step has to be remembered to continue. Evaluation: every window once, in order. Knows the rank only as a number.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from minimind.data.dataset import IGNORED_LABEL, Sample, TokenDataset
+from minimind.data.order import GlobalOrder
+from minimind.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One forward of one rank: B windows of T tokens."""
+
+    input_ids: torch.Tensor  # (B, T) int64
+    labels: torch.Tensor  # (B, T) int64, already shifted; IGNORED_LABEL where there is no target
+    position_ids: torch.Tensor | None  # (B, T) int64, restarting at each document; None without a document mask
+    cu_seqlens: torch.Tensor | None  # (num_segments + 1,) int32 boundaries over the B*T tokens; None without a mask
+    positions: tuple[int, ...]  # place of each window in the global order (or of the evaluated windows); -1: filling
+    num_targets: int  # labels that count
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The same batch on `device`; `non_blocking` overlaps the copy with the device's work from pinned memory."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory (needs an accelerator)."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Any) -> "Batch":
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Batch(**{name: function(v) if isinstance(v, torch.Tensor) else v for name, v in values.items()})
+
+
+class BatchLoader:
+    """The training batches of one rank: `step_batches` is a pure function of its step and these arguments.
+
+    Raises `UserError` when `global_batch_size` is not a whole number of micro-batches on every rank.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        seed: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        pin_memory: bool = False,
+    ) -> None:
+        together = micro_batch_size * world_size
+        if min(micro_batch_size, global_batch_size, world_size) < 1 or global_batch_size % together:
+            raise UserError(
+                f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} "
+                f"x {world_size} ranks = {together}"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size}")
+        self.dataset = dataset
+        self.micro_batch_size = micro_batch_size
+        self.global_batch_size = global_batch_size
+        self.gradient_accumulation_steps = global_batch_size // together
+        self.rank = rank
+        self.world_size = world_size
+        self.order = GlobalOrder(len(dataset), seed, dataset.reader.fingerprint)
+        self._pin_memory = pin_memory
+
+    def step_batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of optimizer step `step` (from 0): micro-batch j stands at the places
+        step*G + (j*world_size + rank)*micro_batch_size onwards of the global order."""
+        batches = []
+        for j in range(self.gradient_accumulation_steps):
+            first = step * self.global_batch_size + (j * self.world_size + self.rank) * self.micro_batch_size
+            positions = range(first, first + self.micro_batch_size)
+            samples = [self.dataset[int(index)] for index in self.order[np.array(positions)]]
+            batch = collate(samples, positions)
+            batches.append(batch.pin_memory() if self._pin_memory else batch)
+        return batches
+
+    def iterate(self, start_step: int = 0) -> Iterator[list[Batch]]:
+        """`step_batches` of `start_step`, `start_step + 1`, ... without end, the next step read by a thread meanwhile.
+
+        Close the generator (or let it go) to end the thread; an error of reading is raised at the step it concerns.
+        """
+        with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="batch-loader") as pool:
+            ahead = pool.submit(self.step_batches, start_step)
+            for step in itertools.count(start_step + 1):
+                batches = ahead.result()
+                ahead = pool.submit(self.step_batches, step)
+                yield batches
+
+
+def eval_batches(
+    dataset: TokenDataset,
+    micro_batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    max_samples: int | None = None,
+) -> Iterator[Batch]:
+    """This rank's part of the first `max_samples` windows (None = all), in order, each window on exactly one rank.
+
+    All ranks take the same number of batches, so that collectives match: places behind the last window hold its
+    copy with no labels. The windows taken do not depend on the number of ranks or the batch size.
+    """
+    num_samples = len(dataset) if max_samples is None else min(max_samples, len(dataset))
+    for base in range(0, num_samples, micro_batch_size * world_size):
+        first = base + rank * micro_batch_size
+        positions = [p if p < num_samples else -1 for p in range(first, first + micro_batch_size)]
+        yield collate([_take(dataset, p, num_samples - 1) for p in positions], positions)
+
+
+def collate(samples: Sequence[Sample], positions: Iterable[int]) -> Batch:
+    """Stack B windows; their ends are boundaries of `cu_seqlens` too."""
+    input_ids = np.stack([sample.input_ids for sample in samples])  # (B, T)
+    labels = np.stack([sample.labels for sample in samples])  # (B, T)
+    starts = [sample.document_starts for sample in samples if sample.document_starts is not None]
+    position_ids = cu_seqlens = None
+    if starts:
+        size, seq_len = input_ids.shape
+        inner = [window * seq_len + np.append(0, offsets) for window, offsets in enumerate(starts)]
+        bounds = np.append(np.concatenate(inner), size * seq_len)  # (num_segments + 1,)
+        firsts = np.repeat(bounds[:-1], np.diff(bounds))  # (B*T,) first token of each token's segment
+        position_ids = torch.from_numpy((np.arange(size * seq_len) - firsts).reshape(size, seq_len))
+        cu_seqlens = torch.from_numpy(bounds.astype(np.int32))
+    return Batch(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(labels),
+        position_ids,
+        cu_seqlens,
+        tuple(positions),
+        int(np.count_nonzero(labels != IGNORED_LABEL)),
+    )
+
+
+def hash_stream(batches: Iterable[Batch]) -> int:
+    """A signed 64-bit hash of which windows, at which places of the global order, with which tokens and labels.
+
+    It is a sum over windows (modulo 2**64): the sum over ranks, as an integer all-reduce computes it, equals the value
+    of one rank that took all of them, in whatever micro-batches.
+    """
+    total = 0
+    for batch in batches:
+        for position, input_ids, labels in zip(batch.positions, batch.input_ids, batch.labels, strict=True):
+            content = str(position).encode() + input_ids.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()
+            total += int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    return (total + 2**63) % 2**64 - 2**63
+
+
+def _take(dataset: TokenDataset, position: int, last: int) -> Sample:
+    if position >= 0:
+        return dataset[position]
+    sample = dataset[last]
+    return dataclasses.replace(sample, labels=np.full_like(sample.labels, IGNORED_LABEL))
