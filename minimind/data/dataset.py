@@ -56,10 +56,10 @@ class TokenDataset:
             raise IndexError(f"window {index} of {len(self)}")
         start = index * self.seq_len
         length = min(self.seq_len, self.num_targets - start)
-        tokens = self.reader.read(start, length + 1).astype(np.int64)
-        missing = self.seq_len - length  # above 0 in the tail alone
-        input_ids = np.pad(tokens[:-1], (0, missing), constant_values=self.reader.manifest.eos_token_id)
-        labels = np.pad(tokens[1:], (0, missing), constant_values=IGNORED_LABEL)
+        tokens = self.reader.read(start, length + 1)
+        input_ids = np.full(self.seq_len, self.reader.manifest.eos_token_id, dtype=np.int64)
+        labels = np.full(self.seq_len, IGNORED_LABEL, dtype=np.int64)
+        input_ids[:length], labels[:length] = tokens[:-1], tokens[1:]
         if not self.document_mask:
             return Sample(input_ids, labels)
         starts = self.reader.document_starts(start, length + 1)

@@ -80,12 +80,13 @@ class BatchLoader:
     def step_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of optimizer step `step` (from 0): micro-batch j stands at the places
         step*G + (j*world_size + rank)*micro_batch_size onwards of the global order."""
+        micro, together = self.micro_batch_size, self.micro_batch_size * self.world_size
+        start = step * self.global_batch_size + self.rank * micro
+        # (gradient_accumulation_steps, micro_batch_size)
+        positions = start + np.arange(self.gradient_accumulation_steps)[:, None] * together + np.arange(micro)
         batches = []
-        for j in range(self.gradient_accumulation_steps):
-            first = step * self.global_batch_size + (j * self.world_size + self.rank) * self.micro_batch_size
-            positions = range(first, first + self.micro_batch_size)
-            samples = [self.dataset[int(index)] for index in self.order[np.array(positions)]]
-            batch = collate(samples, positions)
+        for places, indices in zip(positions.tolist(), self.order[positions].tolist(), strict=True):
+            batch = collate([self.dataset[index] for index in indices], places)
             batches.append(batch.pin_memory() if self._pin_memory else batch)
         return batches
 
