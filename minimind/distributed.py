@@ -1,7 +1,7 @@
 """Ranks: who we are, how we find each other, and the few collectives that the project uses.
 
-One function reads the rank from the environment of any launcher (deepspeed, torchrun, SLURM, Open MPI, MPICH); one makes
-the process group. Knows nothing of models, data or training.
+One function reads the rank from the environment of any launcher (deepspeed, torchrun, SLURM, Open MPI, MPICH); another
+makes the process group. Knows nothing of models, data or training.
 """
 
 import contextlib
@@ -13,20 +13,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
+import deepspeed.comm
+import deepspeed.ops
 import torch
 import torch.distributed
 
 from minimind.errors import UserError
 
-# Say what the device is before deepspeed looks for it: its own search warns on every machine without a GPU.
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-
-import deepspeed
-import deepspeed.comm
-import deepspeed.ops
-
-# On CPU, DeepSpeed compiles a shared-memory all-reduce at start. It serves inference alone, needs a compiler, and leaves
-# 66 MiB a rank in /dev/shm when a process is killed. Declared incompatible, it is neither built nor used.
+# On CPU, DeepSpeed compiles a shared-memory all-reduce at start. It serves inference alone, needs a compiler, and
+# leaves 66 MiB a rank in /dev/shm when a process is killed. Declared incompatible, it is neither built nor used.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 DEFAULT_MASTER_PORT = 29500
@@ -54,10 +50,16 @@ class RankEnvironment:
 # launcher, and its names of rank, world size, local rank, local world size
 _LAUNCHERS = (
     ("torch", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    ("openmpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    (
+        "openmpi",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
     ("mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     ("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
-)  # fmt: skip
+)
 
 
 def read_environment(environment: Mapping[str, str] | None = None) -> RankEnvironment:
@@ -121,7 +123,7 @@ def find_device(env: RankEnvironment) -> torch.device:
 def process_group(env: RankEnvironment, device: torch.device, timeout_minutes: float = 30.0) -> Iterator[None]:
     """Join the process group of the run, and leave it whatever happens. Every rank calls this.
 
-    A single process needs no port and no address. On CUDA, device tensors go through NCCL and host tensors through gloo.
+    A single process needs no port and no address. On CUDA, device tensors go through NCCL, host tensors through gloo.
 
     Raises:
         UserError: the master cannot be reached, or its port is taken.

@@ -37,14 +37,17 @@ DEFAULT_DS_CONFIG: dict[str, Any] = {
 """The JSON of a run without `--ds-config`."""
 
 # The top level of DeepSpeed 0.19.8's configuration. DeepSpeed ignores a key that it does not know.
-SECTIONS = frozenset(
-    """train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping optimizer scheduler
-    bf16 fp16 torch_autocast data_types zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
-    communication_data_type prescale_gradients gradient_predivide_factor sparse_gradients disable_allgather aio
-    steps_per_print wall_clock_breakdown memory_breakdown dump_state log_level comms_logger flops_profiler timers
-    tensorboard wandb csv_monitor comet checkpoint compile expert_parallel use_data_before_expert_parallelism
-    disable_python_gc""".split()
-)
+# fmt: off
+SECTIONS = frozenset((
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "data_types", "zero_optimization",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients",
+    "gradient_predivide_factor", "sparse_gradients", "disable_allgather", "aio", "steps_per_print",
+    "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "comms_logger", "flops_profiler",
+    "timers", "tensorboard", "wandb", "csv_monitor", "comet", "checkpoint", "compile", "expert_parallel",
+    "use_data_before_expert_parallelism", "disable_python_gc",
+))
+# fmt: on
 
 # Known to DeepSpeed, but it would do nothing here, or change what a step means; each with what to do instead.
 UNUSED_SECTIONS = {
@@ -105,7 +108,7 @@ def zero_stage(ds: dict[str, Any]) -> int:
 
 
 def offload_device(ds: dict[str, Any], what: str) -> str | None:
-    """"cpu", "nvme" or None for `what` in ("optimizer", "param")."""
+    """ "cpu", "nvme" or None for `what` in ("optimizer", "param")."""
     device = (ds.get("zero_optimization", {}).get(f"offload_{what}") or {}).get("device", "none")
     return None if device == "none" else device
 
@@ -155,7 +158,7 @@ def resolve(
     values = {name: DEFAULTS.get(name) if value is None else value for name, value in values.items()}
     values["precision"] = precision or ("bf16" if bf16_supported and device_type != "cpu" else "fp32")
     resolved = dataclasses.replace(run, train=dataclasses.replace(train, **values))
-    notes = [f"{where}: \"auto\" left to DeepSpeed's default" for where in _drop_autos(ds)]
+    notes = [f'{where}: "auto" left to DeepSpeed\'s default' for where in _drop_autos(ds)]
     _write_back(ds, resolved)
     _check_precision(resolved, ds, device_type)
     notes += _advice(resolved, ds)
@@ -254,7 +257,7 @@ def _check_divides(total: int, unit: int, what: str) -> None:
     if total % unit:
         below, above = total // unit * unit, -(-total // unit) * unit
         nearest_values = f"{below} or {above}" if below else str(above)
-        raise UserError(f"global_batch_size: {total} is no multiple of {unit} ({what}); nearest valid: {nearest_values}")
+        raise UserError(f"global_batch_size: {total} is no multiple of {unit} ({what}); nearest: {nearest_values}")
 
 
 def _take_optimizer(overlaps: _Overlaps, run: RunConfig, ds: dict[str, Any]) -> dict[str, Any]:
@@ -268,7 +271,7 @@ def _take_optimizer(overlaps: _Overlaps, run: RunConfig, ds: dict[str, Any]) -> 
         theirs = "adamw" if adamw else "muon" if kind.lower() == "muon" else "deepspeed"
     optimizer = overlaps.agree("optimizer", run.train.optimizer, theirs, "optimizer.type")
     if optimizer == "deepspeed" and theirs != "deepspeed":
-        raise UserError("optimizer: 'deepspeed' needs an optimizer.type in the DeepSpeed config; name one, or use adamw")
+        raise UserError("optimizer: 'deepspeed' needs an optimizer.type in the DeepSpeed config; add one, or use adamw")
     values = {
         name: overlaps.take(name, getattr(run.train, name), params, name, "optimizer.params.")
         for name in ("lr", "betas", "eps", "weight_decay")
@@ -349,7 +352,7 @@ def _write_back(ds: dict[str, Any], run: RunConfig) -> None:
         params["betas"], params["eps"] = list(train.betas or ()), train.eps
     if train.schedule != "deepspeed":
         ds.pop("scheduler", None)
-    if "torch_autocast" in ds or zero_stage(ds) == 0 and "bf16" not in ds and "fp16" not in ds:
+    if "torch_autocast" in ds or (zero_stage(ds) == 0 and "bf16" not in ds and "fp16" not in ds):
         ds.pop("bf16", None)
         ds.pop("fp16", None)
         autocast = ds.pop("torch_autocast", {})
@@ -370,6 +373,10 @@ def _check_precision(run: RunConfig, ds: dict[str, Any], device_type: str) -> No
             f"DeepSpeed config: zero_optimization.stage 0 with a {precision} block starts Adam at its second step; "
             'replace the block by "torch_autocast": {"enabled": "auto"}, or use stage 1'
         )
+    if run.train.optimizer == "muon" and zero_stage(ds) and ds["zero_optimization"].get("reduce_scatter", True):
+        raise UserError(
+            'DeepSpeed config: Muon needs "reduce_scatter": false in zero_optimization; see ds_configs/zero2_muon.json'
+        )
     for what in ("optimizer", "param"):
         device = offload_device(ds, what)
         if device is not None and zero_stage(ds) < (3 if what == "param" else 1):
@@ -382,9 +389,6 @@ def _check_precision(run: RunConfig, ds: dict[str, Any], device_type: str) -> No
 def _advice(run: RunConfig, ds: dict[str, Any]) -> list[str]:
     notes = []
     accumulates = (run.train.gradient_accumulation_steps or 1) > 1
-    if run.train.precision == "bf16" and "bf16" in ds and accumulates:
-        if ds.get("data_types", {}).get("grad_accum_dtype") is None:
-            notes.append('gradients accumulate in bf16; "data_types": {"grad_accum_dtype": "fp32"} keeps them exact')
-    if run.train.optimizer == "muon" and ds["zero_optimization"].get("reduce_scatter", True):
-        notes.append('Muon needs "reduce_scatter": false in zero_optimization')
+    if accumulates and ds.get("bf16", {}).get("enabled") and ds.get("data_types", {}).get("grad_accum_dtype") is None:
+        notes.append('gradients accumulate in bf16; "data_types": {"grad_accum_dtype": "fp32"} keeps them exact')
     return notes

@@ -9,7 +9,7 @@ import io
 import re
 import sys
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -26,7 +26,8 @@ def parse_flags(cls: type[T], args: Sequence[str], *, default: T | None = None, 
     Raises:
         UserError: an unknown flag, a missing or a wrong value, naming the flag and the nearest one.
     """
-    return _call(args, lambda: tyro.cli(cls, args=args, prog=prog, **({} if default is None else {"default": default})))
+    given: Any = tyro.MISSING if default is None else default
+    return _call(args, lambda: tyro.cli(cls, args=args, prog=prog, default=given))
 
 
 def parse_known_flags(cls: type[T], args: Sequence[str], *, default: T) -> T:

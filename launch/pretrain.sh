@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+""":"
+# Train: this file is a shell script and a Python program at once.
+#   bash launch/pretrain.sh FLAGS                          all GPUs of this machine, or one CPU rank (NUM_RANKS=2 for two)
+#   ./launch/pretrain.sh FLAGS                             the same
+#   deepspeed [launcher flags] launch/pretrain.sh FLAGS    the deepspeed launcher hands it to Python: the part below
+# FLAGS are those of `python -m minimind.train`. DRY_RUN=1 prints the command instead of running it.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+python="$root/.venv/bin/python"
+[ -x "$python" ] || python="$(command -v python3)"
+if [ -z "${NUM_RANKS:-}" ]; then
+  NUM_RANKS="$( { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus; } 2>/dev/null | grep -c '^GPU' || true)"
+  if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then NUM_RANKS="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)"; fi
+  [ "${NUM_RANKS:-0}" -ge 1 ] || NUM_RANKS=1
+fi
+if [ "$NUM_RANKS" -eq 1 ]; then
+  command=("$python" "$root/launch/pretrain.sh" "$@")
+else
+  command=("$python" -m deepspeed.launcher.runner --num_gpus "$NUM_RANKS" --master_port "${MASTER_PORT:-29500}"
+    "$root/launch/pretrain.sh" "$@")
+fi
+if [ "${DRY_RUN:-0}" = 1 ]; then
+  printf '%q ' "${command[@]}"
+  echo
+  exit 0
+fi
+exec "${command[@]}"
+":"""
+
+import sys
+from pathlib import Path
+
+# The launcher may start us anywhere; the package lies beside this folder.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from minimind.distributed import read_environment
+from minimind.errors import run_main
+from minimind.train import main
+
+if __name__ == "__main__":
+    run_main(main, quiet=not read_environment().is_first)

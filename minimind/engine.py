@@ -1,0 +1,170 @@
+"""From a plain model to a DeepSpeed engine, and one optimizer step on it. The only caller of `deepspeed.initialize`.
+
+The optimizer is torch's fused AdamW (on CPU the fastest, and the same arithmetic in every ZeRO stage), DeepSpeed's CPU
+Adam under offload, or what the JSON names. Knows nothing of data, schedules or checkpoints.
+"""
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.precision_config import get_bfloat16_config, get_float16_config
+from deepspeed.runtime.zero.config import get_zero_config
+from torch import nn
+
+from minimind.ds_config import Resolved, offload_device
+from minimind.errors import UserError
+from minimind.model import MiniMindForCausalLM
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What an optimizer step did: the global gradient norm before clipping, and whether weights changed."""
+
+    grad_norm: torch.Tensor | float | None
+    applied: bool
+
+
+def check_ds_config(ds: dict[str, Any]) -> None:
+    """Let DeepSpeed's own parsers read the sections that they check, before any process group is made.
+
+    Raises:
+        UserError: DeepSpeed refuses a key or a value.
+    """
+    for section, parse in (
+        ("zero_optimization", get_zero_config),
+        ("bf16", get_bfloat16_config),
+        ("fp16", get_float16_config),
+    ):
+        try:
+            parse(copy.deepcopy(ds))
+        except (ValueError, TypeError) as error:  # pydantic's ValidationError is a ValueError
+            details: list[Any] = getattr(error, "errors", list)()
+            reason = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in details) or str(error)
+            raise UserError(f"DeepSpeed config: {section}: {reason}") from None
+
+
+def build_model(resolved: Resolved, device: torch.device) -> MiniMindForCausalLM:
+    """The model with its initial weights, partitioned over the ranks as it is built where the stage is 3.
+
+    Every rank draws the same weights from the seed, in the same order and in float32, so every stage and every world
+    size starts alike. Every rank calls this.
+    """
+    run = resolved.run
+    if resolved.zero_stage == 3:
+        place: contextlib.AbstractContextManager = deepspeed.zero.Init(config_dict_or_path=resolved.ds)
+    else:
+        place = device
+    torch.manual_seed(run.train.seed)
+    with place:
+        model = MiniMindForCausalLM(run.model)
+    model.set_activation_checkpointing(run.train.activation_checkpointing)
+    return model
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices (two dimensions and more) decay; norms and biases do not.
+
+    Under ZeRO-3 a parameter is flat; its real shape is `ds_shape`.
+    """
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            (decayed if len(shape) >= 2 else plain).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_engine(resolved: Resolved, model: nn.Module) -> deepspeed.DeepSpeedEngine:
+    """Hand the model to DeepSpeed. Every rank calls this.
+
+    Raises:
+        UserError: an op that the configuration needs (CPU Adam under offload) does not build here.
+    """
+    train, ds = resolved.run.train, copy.deepcopy(resolved.ds)
+    groups = parameter_groups(model, train.weight_decay or 0.0)
+    optimizer: torch.optim.Optimizer | None = None
+    if train.optimizer == "adamw" and offload_device(ds, "optimizer") is None:
+        # With a client optimizer DeepSpeed would only keep the section for its own bookkeeping.
+        del ds["optimizer"]
+        optimizer = torch.optim.AdamW(
+            groups, lr=train.lr or 0.0, betas=train.betas or (0.9, 0.95), eps=train.eps or 0.0, fused=True
+        )
+    if clips_here(resolved):
+        ds["gradient_clipping"] = 0.0
+    with _build_errors():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=None if optimizer is not None else groups,
+            config=ds,
+            dist_init_required=False,
+        )
+    if train.compile:
+        engine.compile()
+    return engine
+
+
+def clips_here(resolved: Resolved) -> bool:
+    """Whether `optimizer_step` clips: at stage 0 DeepSpeed clips without telling the norm."""
+    return resolved.zero_stage == 0
+
+
+def optimizer_step(engine: deepspeed.DeepSpeedEngine, resolved: Resolved) -> StepOutcome:
+    """Clip, update, and say what was done. Every rank calls this, once a step, after the last backward.
+
+    A step with a NaN or infinite gradient changes nothing: ZeRO 1-3 see it in their norm, stage 0 through AdamW's
+    `found_inf`.
+    """
+    grad_norm: torch.Tensor | float | None = None
+    if clips_here(resolved):
+        scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
+        if scaler is not None:
+            scaler.unscale_(engine.optimizer)
+        max_norm = resolved.run.train.max_grad_norm or math.inf
+        grad_norm = nn.utils.clip_grad_norm_(engine.module.parameters(), max_norm)
+        if scaler is None:
+            engine.optimizer.found_inf = (~torch.isfinite(grad_norm)).float()
+    engine.step()
+    if grad_norm is None:
+        grad_norm = engine.get_global_grad_norm()
+    return StepOutcome(grad_norm=grad_norm, applied=engine.was_step_applied())
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
+    """Give every parameter group the rate of this step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float | None:
+    """The dynamic loss scale of fp16, or None in other precisions."""
+    scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
+    if scaler is not None:
+        return float(scaler.get_scale())
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
+
+
+@contextlib.contextmanager
+def _build_errors() -> Iterator[None]:
+    """Turn the failures of DeepSpeed's just-in-time builds into one line."""
+    try:
+        yield
+    except (RuntimeError, ImportError) as error:
+        text = str(error)
+        if any(word in text for word in ("Ninja", "ninja", "compil", "Error building", "Unable to JIT", "nvcc")):
+            raise UserError(
+                f"DeepSpeed could not build an op that this configuration needs: {text.strip().splitlines()[0]}; "
+                "install a C++ compiler and ninja (and the CUDA toolkit on a GPU), or choose one without offload"
+            ) from error
+        raise

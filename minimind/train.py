@@ -1,0 +1,262 @@
+"""Entry: `python -m minimind.train FLAGS`, on every rank, under any launcher.
+
+Parse, resolve, open the data, form the process group, build, fit. Everything that a user can get wrong is found before
+the process group is made, as far as it can be known then. Holds no logic of its own.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from minimind import checkpoint, ds_config
+from minimind.atomic import replace_file
+from minimind.checkpoint import TrainState
+from minimind.checkpoint_files import remove_partials
+from minimind.config import CommandLine, RunConfig, parse_command_line, read_json
+from minimind.data.dataset import TokenDataset
+from minimind.data.loader import BatchLoader
+from minimind.data.shards import ShardReader, find_split, open_split
+from minimind.distributed import (
+    RankEnvironment,
+    broadcast_object,
+    find_device,
+    log,
+    process_group,
+    read_environment,
+)
+from minimind.ds_config import Resolved
+from minimind.engine import build_engine, build_model, check_ds_config
+from minimind.errors import UserError, run_main
+from minimind.memory import estimate_memory
+from minimind.metrics import MetricsLog
+from minimind.peak_flops import peak_flops
+from minimind.trainer import Trainer, resolved_steps
+
+T = TypeVar("T")
+
+RUN_CONFIG_NAME = "run_config.json"
+DS_CONFIG_NAME = "ds_config.json"
+
+# What may differ between a run's first start and its continuation; everything else decides what the run is.
+# fmt: off
+MAY_CHANGE = frozenset((
+    "run_dir", "ds_config", "steps", "epochs", "micro_batch_size", "gradient_accumulation_steps", "log_every",
+    "eval_every", "eval_samples", "save_every", "keep_last", "keep_every", "resume", "tensorboard", "num_workers",
+    "skip_bad_steps", "activation_checkpointing", "compile", "shards", "precision", "flash_attn",
+))
+# fmt: on
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run one rank from its command line (without the program's name)."""
+    args = sys.argv[1:] if args is None else args
+    # The deepspeed launcher adds --local_rank=N to what the user typed; the environment says the same.
+    args = [arg for arg in args if not arg.startswith(("--local_rank=", "--local-rank="))]
+    env = read_environment()
+    command = parse_command_line(args)
+    device = find_device(env)
+    resolved, train_reader, eval_reader = prepare(command, env, device)
+    dataset = TokenDataset(train_reader, resolved.run.data.seq_len, resolved.run.data.document_mask)
+    eval_dataset = None
+    if eval_reader is not None:
+        seq_len, document_mask = resolved.run.data.seq_len, resolved.run.data.document_mask
+        eval_dataset = TokenDataset(eval_reader, seq_len, document_mask, keep_tail=True)
+    resolved = resolved_steps(resolved, len(dataset))
+    if env.is_first:
+        print(describe(resolved, env, device, dataset, eval_dataset), flush=True)
+    if command.dry_run:
+        if env.is_first:
+            print(json.dumps({"run": resolved.run.to_dict(), "deepspeed": resolved.ds}, indent=2))
+        return
+    with process_group(env, device):
+        run_rank(resolved, env, device, dataset, eval_dataset)
+
+
+def prepare(
+    command: CommandLine, env: RankEnvironment, device: torch.device
+) -> tuple[Resolved, ShardReader, ShardReader | None]:
+    """Settle the configuration and open the shards; no process group is needed or made.
+
+    Raises:
+        UserError: anything wrong with flags, files, shards or the run folder.
+    """
+    run = command.run
+    resolved = ds_config.resolve(
+        run,
+        ds_config.load(run.train.ds_config),
+        world_size=env.world_size,
+        device_type=device.type,
+        bf16_supported=device.type == "cuda" and torch.cuda.is_bf16_supported(),
+    )
+    check_ds_config(resolved.ds)
+    if run.data.shards is None:
+        raise UserError("shards: not given; pass --shards DIR, a folder made by python -m data_prep.tokenize_corpus")
+    folder = Path(run.data.shards)
+    train_reader = open_split(folder, "train")
+    eval_reader = open_split(folder, "val") if find_split(folder, "val") else None
+    vocab = train_reader.manifest.vocab_size
+    if vocab > run.model.vocab_size:
+        raise UserError(
+            f"vocab_size: the shards of {folder} have {vocab} tokens and the model only {run.model.vocab_size}; pass "
+            f"--vocab-size {vocab}"
+        )
+    check_run_dir(resolved, train_reader.fingerprint)
+    return resolved, train_reader, eval_reader
+
+
+def check_run_dir(resolved: Resolved, fingerprint: str) -> None:
+    """Refuse a run folder that belongs to another configuration.
+
+    Raises:
+        UserError: listing every difference.
+    """
+    path = Path(resolved.run.train.run_dir) / RUN_CONFIG_NAME
+    if not path.exists():
+        return
+    content = read_json(path, "the run folder's")
+    there = content.pop("shard_fingerprint", fingerprint) if isinstance(content, dict) else fingerprint
+    old = RunConfig.from_dict(content, where=str(path))
+    differences = [f"shard_fingerprint {there} there, {fingerprint} here"] if there != fingerprint else []
+    for name, before, now in _changes(old, resolved.run):
+        if name not in MAY_CHANGE and now is not None and before is not None and before != now:
+            differences.append(f"{name} {before} there, {now} here")
+    if differences:
+        raise UserError(
+            f"{path.parent} belongs to another configuration: {'; '.join(differences)}; give another --run-dir, or the "
+            "old values"
+        )
+
+
+def _changes(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
+    pairs = ((old.model, new.model), (old.data, new.data), (old.train, new.train))
+    return [
+        (item.name, getattr(before, item.name), getattr(now, item.name))
+        for before, now in pairs
+        for item in dataclasses.fields(now)
+    ]
+
+
+def run_rank(
+    resolved: Resolved,
+    env: RankEnvironment,
+    device: torch.device,
+    dataset: TokenDataset,
+    eval_dataset: TokenDataset | None,
+) -> None:
+    """Build and train inside the process group. Every rank calls this."""
+    run, train = resolved.run, resolved.run.train
+    run_dir = Path(train.run_dir)
+    fingerprint = dataset.reader.fingerprint
+    folder = on_first_rank(lambda: open_run(resolved, fingerprint))
+    if folder is not None:
+        checkpoint.check_same_run(folder, resolved, env.world_size, fingerprint)
+    loader = BatchLoader(
+        dataset,
+        train.seed,
+        train.micro_batch_size or 1,
+        train.global_batch_size or 1,
+        env.rank,
+        env.world_size,
+        pin_memory=device.type == "cuda",
+    )
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train.precision or "", torch.float32)
+    peak, source = peak_flops(device, dtype)
+    log(f"peak of one device: {peak / 1e12:.3g} TFLOP/s in {train.precision} ({source})")
+    engine = build_engine(resolved, build_model(resolved, device))
+    state = TrainState()
+    if folder is not None:
+        state = checkpoint.load(engine, folder)
+        log(f"resumed from {folder} at step {state.step}")
+    metrics = None
+    if env.is_first:
+        metrics = MetricsLog(run_dir, state.step, train.steps or 0, tensorboard=train.tensorboard)
+    try:
+        Trainer(
+            resolved=resolved,
+            engine=engine,
+            loader=loader,
+            eval_dataset=eval_dataset,
+            device=device,
+            metrics=metrics,
+            state=state,
+            flops_per_token=run.model.flops_per_token(run.data.seq_len),
+            peak_flops=peak,
+            tokens_per_byte=tokens_per_byte(eval_dataset),
+            last_checkpoint=folder,
+        ).fit()
+    finally:
+        if metrics is not None:
+            metrics.close()
+        engine.destroy()
+
+
+def tokens_per_byte(eval_dataset: TokenDataset | None) -> float:
+    """Tokens of the validation split for one UTF-8 byte of its text: turns loss a token into loss a byte."""
+    if eval_dataset is None:
+        return 1.0
+    manifest = eval_dataset.reader.manifest
+    return manifest.total_tokens / max(1, manifest.total_bytes)
+
+
+def open_run(resolved: Resolved, fingerprint: str) -> Path | None:
+    """Find what to resume from, and write the resolved configurations into the run folder. Rank 0 alone."""
+    run_dir = Path(resolved.run.train.run_dir)
+    folder = checkpoint.find_resume(run_dir, resolved.run.train.resume)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for left in remove_partials(run_dir):
+            print(f"removed {left}: an earlier run died while saving it", flush=True)
+        content = {**resolved.run.to_dict(), "shard_fingerprint": fingerprint}
+        replace_file(run_dir / RUN_CONFIG_NAME, json.dumps(content, indent=2) + "\n")
+        replace_file(run_dir / DS_CONFIG_NAME, json.dumps(resolved.ds, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"run_dir {run_dir}: {error.strerror}; give a folder that can be written") from None
+    return folder
+
+
+def on_first_rank(work: Callable[[], T]) -> T:
+    """Do `work` on rank 0 and give its result, or its `UserError`, to every rank. Every rank calls this."""
+    result: tuple[str, Any] | None = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            result = ("done", work())
+        except UserError as error:
+            result = ("failed", str(error))
+    kind, value = broadcast_object(result)
+    if kind == "failed":
+        raise UserError(value)
+    return value
+
+
+def describe(
+    resolved: Resolved, env: RankEnvironment, device: torch.device, dataset: TokenDataset, eval_dataset: Any
+) -> str:
+    """What a run is, in a few lines: printed at its start, and by --dry-run."""
+    run, train, config = resolved.run, resolved.run.train, resolved.run.model
+    assert train.global_batch_size is not None and train.micro_batch_size is not None and train.steps is not None
+    tokens_per_step = train.global_batch_size * run.data.seq_len
+    per_epoch = len(dataset) / train.global_batch_size
+    memory = estimate_memory(resolved, env.world_size)
+    lines = [
+        f"run       {train.run_dir}",
+        f"model     {config.num_params():,} parameters ({config.num_active_params():,} active a token)",
+        f"device    {env.world_size} x {device.type}, {train.precision}, ZeRO stage {resolved.zero_stage}",
+        f"data      {dataset.reader.num_tokens:,} tokens, {len(dataset):,} samples of {run.data.seq_len}"
+        + (f"; {eval_dataset.reader.num_tokens:,} validation tokens" if eval_dataset else "; no validation split"),
+        f"batch     {train.global_batch_size} samples = {train.micro_batch_size} x {train.gradient_accumulation_steps} "
+        f"accumulated x {env.world_size} ranks; {tokens_per_step:,} tokens a step",
+        f"length    {train.steps:,} steps, {train.steps / per_epoch:.2f} epochs ({per_epoch:.1f} steps an epoch), "
+        f"{train.steps * tokens_per_step:,} tokens",
+        "memory    " + memory.summary(),
+    ]
+    lines += [f"note      {note}" for note in resolved.notes]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_main(main, quiet=not read_environment().is_first)

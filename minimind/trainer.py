@@ -1,0 +1,284 @@
+"""The loop: batches in, optimizer steps, evaluations, checkpoints, records out.
+
+Written to be read from top to bottom. The loss of a step is the sum over all ranks and micro-batches divided by the
+number of target tokens of the whole step, and so is its gradient. The host waits for the device only on steps that log.
+Knows nothing of flags, files' formats or how the engine was built.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from minimind import checkpoint
+from minimind.checkpoint import TrainState
+from minimind.data.dataset import TokenDataset
+from minimind.data.loader import Batch, BatchLoader, eval_batches
+from minimind.distributed import all_reduce_sum, gather_objects
+from minimind.ds_config import Resolved
+from minimind.engine import StepOutcome, loss_scale, optimizer_step, set_learning_rate
+from minimind.errors import UserError
+from minimind.metrics import MetricsLog, peak_memory_bytes
+from minimind.schedule import learning_rate
+
+
+class BadStepError(UserError):
+    """A step's loss or gradient was NaN or infinite."""
+
+
+@dataclass
+class _PendingStep:
+    """A step whose figures still lie on the device."""
+
+    step: int
+    loss: torch.Tensor  # () this rank's share of the global mean loss
+    outcome: StepOutcome
+    lr: float
+    loss_scale: float | None
+
+
+@dataclass
+class Trainer:
+    """One run on one rank. `metrics` is None on every rank but the first.
+
+    Args:
+        tokens_per_byte: tokens of the validation split divided by the UTF-8 bytes of its text.
+        flops_per_token: of a training step; `peak_flops`: of one device, in FLOP/s (None: no MFU).
+    """
+
+    resolved: Resolved
+    engine: deepspeed.DeepSpeedEngine
+    loader: BatchLoader
+    eval_dataset: TokenDataset | None
+    device: torch.device
+    metrics: MetricsLog | None
+    state: TrainState
+    flops_per_token: float
+    peak_flops: float | None
+    tokens_per_byte: float = 1.0
+    last_checkpoint: Path | None = None
+    _pending: list[_PendingStep] = field(default_factory=list)
+    _window_began: float = 0.0
+    _skipped: int = 0
+
+    def fit(self) -> None:
+        """Train to the last step; evaluate and save on the way and at the end. Every rank calls this.
+
+        Raises:
+            BadStepError: a loss or gradient norm is NaN or infinite, beyond what `skip_bad_steps` allows.
+        """
+        train = self.resolved.run.train
+        total = train.steps or 0
+        self.engine.train()
+        self._window_began = time.perf_counter()
+        with contextlib.closing(self._batches()) as steps:
+            while self.state.step < total:
+                self.train_step(next(steps))
+                step = self.state.step
+                evaluate_now = step == total or bool(train.eval_every and step % train.eval_every == 0)
+                save_now = step == total or bool(train.save_every and step % train.save_every == 0)
+                if save_now or evaluate_now or step % train.log_every == 0 or train.skip_bad_steps:
+                    self._flush()
+                if evaluate_now and self.eval_dataset is not None:
+                    self.evaluate()
+                if save_now:
+                    self._save()
+
+    def train_step(self, batches: list[Batch]) -> None:
+        """One optimizer step from this rank's micro-batches, without waiting for the device. Every rank calls this."""
+        train, step = self.resolved.run.train, self.state.step
+        self._seed_dropout(step)
+        lr = learning_rate(step, train) if train.schedule != "deepspeed" else float(self.engine.get_lr()[0])
+        if train.schedule != "deepspeed":
+            set_learning_rate(self.engine, lr)
+        num_targets = self._count_targets(batches)  # () of the whole step, on every rank
+        # DeepSpeed divides by the accumulation and averages over ranks; this undoes both and divides by the targets.
+        scale = len(batches) * self.loader.world_size / num_targets
+        loss = torch.zeros((), device=self.device)
+        for batch in batches:
+            moved = batch.to(self.device, non_blocking=True)
+            output = self.engine(
+                moved.input_ids,
+                moved.labels,
+                position_ids=moved.position_ids,
+                cu_seqlens=moved.cu_seqlens,
+                loss_reduction="sum",
+            )
+            loss += output.loss.detach() / num_targets
+            self.engine.backward(output.loss * scale)
+            if batch is not batches[-1]:
+                self.engine.step()  # not at an accumulation boundary: counts the micro-batch
+        outcome = optimizer_step(self.engine, self.resolved)
+        scale_now = loss_scale(self.engine) if train.precision == "fp16" else None
+        self._pending.append(_PendingStep(step + 1, loss, outcome, lr, scale_now))
+        self.state = TrainState(
+            step=step + 1,
+            consumed_samples=self.state.consumed_samples + self.loader.global_batch_size,
+            tokens_seen=self.state.tokens_seen + self.loader.global_batch_size * self.resolved.run.data.seq_len,
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, Any]:
+        """Mean loss over the validation windows, the same on any number of ranks. Every rank calls this."""
+        assert self.eval_dataset is not None
+        train = self.resolved.run.train
+        self.engine.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum of losses, number of targets
+        for batch in eval_batches(
+            self.eval_dataset,
+            self.loader.micro_batch_size,
+            self.loader.rank,
+            self.loader.world_size,
+            max_samples=train.eval_samples or None,
+        ):
+            moved = batch.to(self.device, non_blocking=True)
+            output = self.engine(
+                moved.input_ids,
+                moved.labels,
+                position_ids=moved.position_ids,
+                cu_seqlens=moved.cu_seqlens,
+                loss_reduction="sum",
+            )
+            totals += torch.stack([output.loss.double(), torch.tensor(float(batch.num_targets)).to(totals)])
+        self.engine.train()
+        loss_sum, num_targets = all_reduce_sum(totals).tolist()
+        loss = loss_sum / num_targets
+        record = {
+            "step": self.state.step,
+            "eval_loss": loss,
+            "eval_bits_per_byte": loss / math.log(2) * self.tokens_per_byte,
+            "eval_perplexity": math.exp(min(loss, 700.0)),
+            "eval_targets": int(num_targets),
+        }
+        if self.metrics is not None:
+            self.metrics.log_evaluation(record)
+        self._window_began = time.perf_counter()
+        return record
+
+    def _batches(self) -> Generator[list[Batch], None, None]:
+        step = self.state.step
+        if self.resolved.run.train.num_workers:
+            yield from self.loader.iterate(step)
+        while True:
+            yield self.loader.step_batches(step)
+            step += 1
+
+    def _count_targets(self, batches: list[Batch]) -> torch.Tensor:
+        """Target tokens of the whole step over all ranks, as a tensor on the device."""
+        count = torch.tensor(float(sum(batch.num_targets for batch in batches)), device=self.device)
+        if self.resolved.run.data.document_mask:
+            return all_reduce_sum(count).clamp(min=1)
+        return count * self.loader.world_size  # without a mask every position of every window has a target
+
+    def _seed_dropout(self, step: int) -> None:
+        """Dropout is a function of (seed, step, rank), so that a resume needs no saved random state."""
+        model = self.resolved.run.model
+        if model.dropout or model.attention_dropout:
+            # Distinct for every (step, rank) of a run below 2**20 ranks; torch mixes the bits.
+            seed = (self.resolved.run.train.seed << 52 ^ step << 20 ^ self.loader.rank) % 2**63
+            torch.manual_seed(seed)
+
+    def _flush(self) -> None:
+        """Bring the pending steps to the host, check and log them. Every rank calls this: it holds a collective."""
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        losses = torch.stack([item.loss for item in pending])
+        local_bad = int((~torch.isfinite(losses)).nonzero()[0]) if not bool(torch.isfinite(losses).all()) else None
+        means = all_reduce_sum(losses.clone()).tolist()
+        now = time.perf_counter()
+        seconds = (now - self._window_began) / len(pending)
+        self._window_began = now
+        norms = [None if item.outcome.grad_norm is None else float(item.outcome.grad_norm) for item in pending]
+        for item, loss, norm in zip(pending, means, norms, strict=True):
+            self._check_step(item, loss, norm, local_bad is not None)
+            if self.metrics is not None:
+                self.metrics.log_step(self._record(item, loss, norm, seconds))
+
+    def _record(self, item: _PendingStep, loss: float, norm: float | None, seconds: float) -> dict[str, Any]:
+        samples = self.loader.global_batch_size
+        tokens = samples * self.resolved.run.data.seq_len
+        speed = tokens / seconds
+        mfu = None
+        if self.peak_flops:
+            mfu = speed * self.flops_per_token / (self.peak_flops * self.loader.world_size)
+        record = {
+            "step": item.step,
+            "loss": loss,
+            "lr": item.lr,
+            "grad_norm": norm,
+            "tokens_seen": item.step * tokens,
+            "consumed_samples": item.step * samples,
+            "step_seconds": seconds,
+            "tokens_per_second": speed,
+            "mfu": mfu,
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+        }
+        if item.loss_scale is not None:
+            record["loss_scale"] = item.loss_scale
+        return record
+
+    def _check_step(self, item: _PendingStep, loss: float, norm: float | None, local_bad: bool) -> None:
+        """Stop, or count a skipped step, when a figure is not finite. Every rank comes here with the same figures."""
+        finite_norm = norm is None or math.isfinite(norm)
+        if math.isfinite(loss) and (finite_norm or self.resolved.run.train.precision == "fp16"):
+            return  # an infinite norm alone is how fp16 finds its loss scale
+        ranks = [rank for rank, bad in enumerate(gather_objects(local_bad)) if bad]
+        what = "gradient norm" if math.isfinite(loss) else "loss"
+        where = f"rank {', '.join(map(str, ranks))}" if ranks else "no single rank (found in the reduced gradient)"
+        allowed = self.resolved.run.train.skip_bad_steps
+        self._skipped += 1
+        if self._skipped <= allowed:
+            if self.metrics is not None:
+                self.metrics.say(
+                    f"step {item.step}: {what} is {loss if what == 'loss' else norm} on {where}; weights left as they "
+                    f"were ({self._skipped} of {allowed} allowed)"
+                )
+            return
+        good = str(self.last_checkpoint) if self.last_checkpoint else "none was saved"
+        raise BadStepError(
+            f"step {item.step}: {what} is {loss if what == 'loss' else norm} on {where}; nothing of it was saved; last "
+            f"good checkpoint: {good}; lower --lr, look at the data of this step, or allow --skip-bad-steps N"
+        )
+
+    def _save(self) -> None:
+        """Write a checkpoint. Every rank calls this; the pending steps are flushed and finite."""
+        if self.metrics is not None:
+            self.metrics.flush()
+        fingerprint = self.loader.dataset.reader.fingerprint
+        self.last_checkpoint = checkpoint.save(self.engine, self.resolved, self.state, fingerprint)
+        if self.metrics is not None:
+            self.metrics.say(f"step {self.state.step}  saved {self.last_checkpoint}")
+        self._window_began = time.perf_counter()
+
+
+def resolved_steps(resolved: Resolved, num_samples: int) -> Resolved:
+    """Fill in what depends on the data: `steps` from `epochs`, and the length of the warm-up.
+
+    Raises:
+        UserError: fewer samples than one optimizer step takes, or a warm-up longer than the run.
+    """
+    train = resolved.run.train
+    assert train.global_batch_size is not None
+    steps = train.steps
+    if steps is None:
+        steps = int(train.epochs * num_samples // train.global_batch_size)
+        if steps < 1:
+            raise UserError(
+                f"global_batch_size: {train.global_batch_size} samples a step, but {train.epochs:g} epochs of the"
+                f" shards hold {int(train.epochs * num_samples)}; lower it, shorten --seq-len, or give --steps"
+            )
+    warmup = max(1, steps // 50) if train.warmup_steps is None else train.warmup_steps
+    if warmup > steps:
+        raise UserError(f"warmup_steps: {warmup} is longer than the run of {steps} steps; lower it")
+    run = dataclasses.replace(
+        resolved.run, train=dataclasses.replace(train, steps=steps, epochs=train.epochs, warmup_steps=warmup)
+    )
+    return dataclasses.replace(resolved, run=run)
