@@ -1,0 +1,125 @@
+"""The output matrix and the next-token cross-entropy, computed together so that the logits never exist as a whole.
+
+A chunk of tokens at a time: logits, float32 log-softmax, and at once the gradient, so nothing is recomputed and the
+peak is one chunk. Done inside the matrix's own forward, where DeepSpeed ZeRO-3 has gathered its weight. Refuses to
+know how labels are made: `labels[b, t]` is already the token that position t should predict.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minimind.model.config import ModelConfig
+from minimind.model.layers import Linear
+
+IGNORE_INDEX = -100
+
+# Logits of one chunk. On a CPU a chunk that stays near the caches is faster than the plain loss; a GPU wants large
+# products: 2**25 float32 logits are 128 MiB.
+_CHUNK_LOGITS_CPU = 2**22
+_CHUNK_LOGITS = 2**25
+
+
+class LMHead(Linear):
+    """The matrix from hidden states to token scores; given labels it answers with the loss instead."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.hidden_size, config.vocab_size, config.initializer_range)
+        self.z_loss_coef = config.z_loss_coef
+
+    def forward(self, hidden_states: Tensor, labels: Tensor | None = None, reduction: str = "mean") -> Tensor:
+        """Logits (..., vocab_size) of hidden states (..., hidden_size), or with labels (...) a float32 scalar.
+
+        The loss is the cross-entropy over the labels that are not -100: their sum, or their mean (0 when there are
+        none). In training mode it includes the z-loss, z_loss_coef * logsumexp(logits)**2 a token (arXiv 2204.02311).
+        """
+        if labels is None:
+            return super().forward(hidden_states)
+        hidden_states, weight = _to_compute_dtype(hidden_states, self.weight)
+        z_loss_coef = self.z_loss_coef if self.training else 0.0
+        need_grad = torch.is_grad_enabled()  # inside the function it never is
+        loss = _TokenLoss.apply(hidden_states.flatten(0, -2), weight, labels.flatten(), z_loss_coef, need_grad)
+        if reduction == "sum":
+            return loss
+        if reduction == "mean":
+            return loss / (labels != IGNORE_INDEX).sum().clamp(min=1)
+        raise ValueError(f"reduction={reduction!r} must be 'mean' or 'sum'")
+
+
+def _to_compute_dtype(hidden_states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    device = hidden_states.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return hidden_states.to(dtype), weight.to(dtype)
+    return hidden_states, weight
+
+
+class _TokenLoss(torch.autograd.Function):
+    """Sum of the token losses of (N, hidden_size) states and (N,) labels, gradients taken on the way forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, labels: Tensor, z_loss_coef: float, need_grad: bool
+    ) -> Tensor:
+        need_states, need_weight = (need_grad and needed for needed in ctx.needs_input_grad[:2])
+        limit = _CHUNK_LOGITS_CPU if states.device.type == "cpu" else _CHUNK_LOGITS
+        chunk = max(1, limit // weight.shape[0])
+        total = states.new_zeros((), dtype=torch.float32)
+        states_grads = []
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        with torch.autocast(states.device.type, enabled=False):
+            for rows, targets in zip(states.split(chunk), labels.split(chunk), strict=True):
+                loss, logits_grad = _chunk_loss(rows @ weight.t(), targets, z_loss_coef, need_states or need_weight)
+                total = total + loss
+                if logits_grad is not None and need_states:
+                    states_grads.append(logits_grad @ weight)
+                if logits_grad is not None and weight_grad is not None:
+                    _add_product(weight_grad, logits_grad.t(), rows)
+        ctx.save_for_backward(torch.cat(states_grads) if need_states else None, weight_grad)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        (scale,) = grad_outputs
+        states_grad, weight_grad = ctx.saved_tensors
+        # The scale (a loss scale, 1 / number of tokens) comes in here and not before: small probabilities of a mean
+        # over many tokens would vanish in float16.
+        return (
+            None if states_grad is None else states_grad * scale.to(states_grad.dtype),
+            None if weight_grad is None else (weight_grad * scale).to(ctx.weight_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _chunk_loss(logits: Tensor, targets: Tensor, z_loss_coef: float, need_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """The summed loss of a chunk's (n, vocab_size) logits, and its gradient by them in their dtype."""
+    counted = (targets != IGNORE_INDEX).unsqueeze(1)  # (n, 1)
+    indices = targets.unsqueeze(1).clamp(min=0)
+    target_logits = logits.gather(1, indices).float()
+    log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+    target_log_probs = log_probs.gather(1, indices)
+    losses = -target_log_probs
+    log_partition = target_logits - target_log_probs  # (n, 1)
+    if z_loss_coef:
+        losses = losses + z_loss_coef * log_partition.square()
+    loss = (losses * counted).sum()
+    if not need_grad:
+        return loss, None
+    grad = log_probs.exp_()
+    if z_loss_coef:
+        grad *= 1 + 2 * z_loss_coef * log_partition
+    grad.scatter_add_(1, indices, grad.new_full((1, 1), -1.0).expand_as(indices))
+    return loss, grad.mul_(counted).to(logits.dtype)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to the float32 `total` in place."""
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

@@ -1,0 +1,216 @@
+"""The model: pre-norm blocks, the stack of them, and the language model with its output matrix and loss.
+
+Plain modules with Hugging Face's and MiniMind's parameter names. Refuses to know of optimizers, ranks, DeepSpeed and
+files of training; it is wrapped, partitioned and checkpointed from outside.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minimind.errors import UserError
+from minimind.model.attention import Attention
+from minimind.model.cache import KVCache
+from minimind.model.config import ModelConfig
+from minimind.model.layers import Embedding, FeedForward, RMSNorm
+from minimind.model.loss import LMHead
+from minimind.model.pretrained import check_fit, read_pretrained, write_pretrained
+from minimind.model.rope import rotary_tables
+from minimind.model.visibility import Visibility, causal, segment_positions, within_documents
+
+
+class CausalLMOutput(NamedTuple):
+    """What one forward gives. A tuple, so that DeepSpeed's hooks find the tensors in it."""
+
+    loss: Tensor | None = None
+    """Float32 scalar, with labels only: cross-entropy and, in training, the z-loss."""
+    logits: Tensor | None = None
+    """(B, T or logits_to_keep, vocab_size), without labels only."""
+    aux_loss: Tensor | None = None
+    """Float32 scalar of the routers, weighted by their coefficients; None for a dense model."""
+
+
+class Block(nn.Module):
+    """Attention and feed-forward (or experts), each on a normalized copy of the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.has_experts(layer):
+            raise UserError("mixture of experts is not available yet: set use_moe to false")
+        self.mlp = FeedForward(config, config.feed_forward_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        visibility: Visibility,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """(B, T, hidden_size) -> the same shape."""
+        mixed = self.self_attn(self.input_layernorm(hidden_states), rotary, visibility, cache)
+        hidden_states = hidden_states + self._drop(mixed)
+        return hidden_states + self._drop(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.dropout and self.training else x
+
+
+class MiniMindModel(nn.Module):
+    """Embedding, blocks and final norm: token ids to hidden states."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.initializer_range)
+        self.layers = nn.ModuleList([Block(config, layer) for layer in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """(B, T) token ids -> (B, T, hidden_size); arguments as in `MiniMindForCausalLM.forward`."""
+        num_read, num_new = cache.length if cache is not None else 0, input_ids.shape[1]
+        self._check_length(num_read + num_new)
+        if cache is not None:
+            cache.reserve(num_new)
+        hidden_states = self.embed_tokens(input_ids)
+        if self.config.dropout and self.training:
+            hidden_states = F.dropout(hidden_states, self.config.dropout)
+        if position_ids is None:
+            position_ids = _positions(input_ids, num_read, cu_seqlens, attention_mask)
+        rotary = rotary_tables(self.config, position_ids)
+        if cu_seqlens is not None:
+            visibility = within_documents(cu_seqlens, input_ids, self._has_document_kernel(hidden_states))
+        else:
+            visibility = causal(num_new, num_read, attention_mask, input_ids.device)
+        for layer in self.layers:
+            if self.activation_checkpointing and self.training:
+                # The random state is kept only where there is dropout to repeat.
+                random = max(self.config.dropout, self.config.attention_dropout) > 0
+                arguments = (hidden_states, rotary, visibility)
+                hidden_states = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=random)
+            else:
+                hidden_states = layer(hidden_states, rotary, visibility, cache)
+        if cache is not None:
+            cache.advance(num_new)
+        return self.norm(hidden_states)
+
+    def _check_length(self, length: int) -> None:
+        limit = self.config.max_position_embeddings
+        if length > limit:
+            raise UserError(f"a sequence of {length} tokens is beyond the model's max_position_embeddings={limit}")
+
+    def _has_document_kernel(self, hidden_states: Tensor) -> bool:
+        """Whether attention may take documents one by one instead of through a mask."""
+        config, device = self.config, hidden_states.device.type
+        if not config.flash_attn or device == "cpu":
+            return config.flash_attn
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+        fits = dtype in (torch.float16, torch.bfloat16) and config.head_size % 8 == 0 and config.head_size <= 256
+        return fits and not (config.attention_dropout and self.training)
+
+
+def _positions(input_ids: Tensor, num_read: int, cu_seqlens: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    """Position of each new token, (T,) or (B, T): counted from its document's start and without the padding."""
+    num_new = input_ids.shape[1]
+    if cu_seqlens is not None:
+        return segment_positions(cu_seqlens, input_ids.numel()).view(input_ids.shape)
+    if attention_mask is not None:
+        return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -num_new:]
+    return torch.arange(num_read, num_read + num_new, device=input_ids.device)
+
+
+class MiniMindForCausalLM(nn.Module):
+    """The language model."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = MiniMindModel(config)
+        self.lm_head = LMHead(config)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the output matrix the embedding itself, where the config ties them; again after a reload."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        logits_to_keep: int = 0,
+        loss_reduction: str = "mean",
+    ) -> CausalLMOutput:
+        """Logits of (B, T) token ids, or with labels the loss.
+
+        Args:
+            labels: (B, T); `labels[b, t]` is already the token after `input_ids[b, t]`, -100 where none counts.
+            position_ids: (T,) or (B, T); by default counted from the start of the row or document, without padding.
+            cu_seqlens: int32 (num_segments + 1,), borders of documents over the B*T flat tokens, both ends and every
+                end of a row among them: attention stays inside a document. Not with a cache or a mask.
+            attention_mask: (B, S), 1 for a token and 0 for the padding on the left, S counting the tokens in the
+                cache too. Leave it out where nothing is padded: the kernels are faster.
+            cache: keys and values of the tokens read so far; `input_ids` are then the new ones only.
+            logits_to_keep: logits of this many last positions only; 0 means all.
+            loss_reduction: "mean" over the labels that count, or their "sum".
+
+        Raises:
+            UserError: the sequence is longer than `max_position_embeddings`, or than the cache.
+        """
+        if cu_seqlens is not None and (cache is not None or attention_mask is not None):
+            raise ValueError("cu_seqlens cannot be combined with a cache or an attention_mask")
+        hidden_states = self.model(input_ids, position_ids, cu_seqlens, attention_mask, cache)
+        if labels is not None:
+            return CausalLMOutput(loss=self.lm_head(hidden_states, labels, loss_reduction))
+        return CausalLMOutput(logits=self.lm_head(hidden_states[:, -logits_to_keep:]))
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations (non-reentrant)."""
+        self.model.activation_checkpointing = enabled
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into `folder`, each complete or not at all."""
+        write_pretrained(folder, self.config, self.state_dict())
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> "MiniMindForCausalLM":
+        """The model in `folder`, written by `save_pretrained`, in evaluation mode.
+
+        Args:
+            dtype: what to convert the weights to; None keeps the stored one.
+
+        Raises:
+            UserError: a file is missing, damaged, of another kind, or its weights do not fit the config.
+        """
+        config, tensors = read_pretrained(folder, device)
+        with torch.device("meta"):
+            model = cls(config)
+        expected = model.state_dict()
+        if config.tie_word_embeddings:
+            del expected["lm_head.weight"]
+        check_fit(folder, expected, tensors)
+        model.load_state_dict(tensors, assign=True, strict=False)
+        model.tie_weights()
+        return model.to(dtype=dtype).eval()
