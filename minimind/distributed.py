@@ -9,6 +9,7 @@ import datetime
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,9 @@ from minimind.errors import UserError
 # On CPU, DeepSpeed compiles a shared-memory all-reduce at start. It serves inference alone, needs a compiler, and
 # leaves 66 MiB a rank in /dev/shm when a process is killed. Declared incompatible, it is neither built nor used.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+# DeepSpeed 0.19 calls collectives by names that torch 2.13 has announced to retire; nothing a user could act on.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 
 DEFAULT_MASTER_PORT = 29500
 

@@ -114,7 +114,13 @@ def offload_device(ds: dict[str, Any], what: str) -> str | None:
 
 
 def resolve(
-    run: RunConfig, ds: dict[str, Any], *, world_size: int, device_type: str = "cpu", bf16_supported: bool = False
+    run: RunConfig,
+    ds: dict[str, Any],
+    *,
+    world_size: int,
+    local_world_size: int = 1,
+    device_type: str = "cpu",
+    bf16_supported: bool = False,
 ) -> Resolved:
     """Settle every setting that both the run and the DeepSpeed JSON have.
 
@@ -127,6 +133,7 @@ def resolve(
 
     Args:
         world_size: data-parallel ranks.
+        local_world_size: ranks of one node; what "auto" as ZeRO-3's hpZ partition size means.
         device_type: "cuda", "cpu"...; decides what precision is possible.
         bf16_supported: whether the device computes in bf16; decides the default precision.
 
@@ -158,6 +165,7 @@ def resolve(
     values = {name: DEFAULTS.get(name) if value is None else value for name, value in values.items()}
     values["precision"] = precision or ("bf16" if bf16_supported and device_type != "cpu" else "fp32")
     resolved = dataclasses.replace(run, train=dataclasses.replace(train, **values))
+    _resolve_hpz(ds, world_size, local_world_size)
     notes = [f'{where}: "auto" left to DeepSpeed\'s default' for where in _drop_autos(ds)]
     _write_back(ds, resolved)
     _check_precision(resolved, ds, device_type)
@@ -317,6 +325,19 @@ def _take_precision(overlaps: _Overlaps, run: RunConfig, ds: dict[str, Any]) -> 
     if ours in ("bf16", "fp16") and theirs is None and enabled.get(ours) is False:
         theirs = "fp32"
     return overlaps.agree("precision", ours, theirs, " / ".join(enabled) or "precision")
+
+
+def _resolve_hpz(ds: dict[str, Any], world_size: int, local_world_size: int) -> None:
+    """hpZ keeps a second copy of the weights inside a node: "auto" is the size of a node."""
+    zero = ds.get("zero_optimization", {})
+    size = zero.get("zero_hpz_partition_size", 1)
+    if size == AUTO:
+        size = zero["zero_hpz_partition_size"] = local_world_size
+    if not isinstance(size, int) or size < 1 or world_size % size:
+        raise UserError(
+            f"DeepSpeed config: zero_optimization.zero_hpz_partition_size {size!r} does not divide {world_size} ranks; "
+            'give the ranks of one node, or "auto"'
+        )
 
 
 def _drop_autos(ds: dict[str, Any]) -> list[str]:

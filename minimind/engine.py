@@ -131,8 +131,7 @@ def optimizer_step(engine: deepspeed.DeepSpeedEngine, resolved: Resolved) -> Ste
         scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
         if scaler is not None:
             scaler.unscale_(engine.optimizer)
-        max_norm = resolved.run.train.max_grad_norm or math.inf
-        grad_norm = nn.utils.clip_grad_norm_(engine.module.parameters(), max_norm)
+        grad_norm = clip_gradients(engine.module, resolved.run.train.max_grad_norm or math.inf)
         if scaler is None:
             engine.optimizer.found_inf = (~torch.isfinite(grad_norm)).float()
     engine.step()
@@ -141,10 +140,30 @@ def optimizer_step(engine: deepspeed.DeepSpeedEngine, resolved: Resolved) -> Ste
     return StepOutcome(grad_norm=grad_norm, applied=engine.was_step_applied())
 
 
-def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
-    """Give every parameter group the rate of this step."""
+def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
+    """Scale the gradients in place to a global 2-norm of at most `max_norm`; the norm before that, () on the device.
+
+    On CPU the squares are summed in float64: in float32 the sum over a large matrix is off by 1e-4.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    dtype = torch.float64 if parameters[0].device.type == "cpu" else torch.float32
+    norms = [torch.linalg.vector_norm(parameter.grad, dtype=dtype) for parameter in parameters]
+    norm = torch.linalg.vector_norm(torch.stack(norms)).float()
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, resolved: Resolved, lr: float) -> None:
+    """Give every parameter group the rate of this step.
+
+    Muon's matrices and the rest may have peak rates of their own in the JSON (`muon_lr`, `adam_lr`); the schedule moves
+    all of them in proportion.
+    """
+    params = resolved.ds["optimizer"]["params"]
+    peak = resolved.run.train.lr or lr
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        own_peak = params.get("muon_lr" if group.get("use_muon") else "adam_lr", peak)
+        group["lr"] = lr * own_peak / peak
 
 
 def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float | None:

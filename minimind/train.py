@@ -90,6 +90,7 @@ def prepare(
         run,
         ds_config.load(run.train.ds_config),
         world_size=env.world_size,
+        local_world_size=env.local_world_size,
         device_type=device.type,
         bf16_supported=device.type == "cuda" and torch.cuda.is_bf16_supported(),
     )

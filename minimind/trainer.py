@@ -97,7 +97,7 @@ class Trainer:
         self._seed_dropout(step)
         lr = learning_rate(step, train) if train.schedule != "deepspeed" else float(self.engine.get_lr()[0])
         if train.schedule != "deepspeed":
-            set_learning_rate(self.engine, lr)
+            set_learning_rate(self.engine, self.resolved, lr)
         num_targets = self._count_targets(batches)  # () of the whole step, on every rank
         # DeepSpeed divides by the accumulation and averages over ranks; this undoes both and divides by the targets.
         scale = len(batches) * self.loader.world_size / num_targets
