@@ -1,0 +1,74 @@
+"""A function over many items on all cores: results in order, a bounded number under way, nobody left behind.
+
+Works under any start method; a worker that dies is an error, and workers end when their parent is killed. Knows nothing
+of the work.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from minimind.errors import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def map_ordered(
+    function: Callable[[T], R],
+    items: Iterable[T],
+    workers: int,
+    initializer: Callable[..., None] | None = None,
+    initargs: tuple[Any, ...] = (),
+) -> Iterator[R]:
+    """`map(function, items)` in `workers` processes, each prepared by `initializer(*initargs)`; 1 means this process.
+
+    Items are taken as results are consumed: no more than about two for each worker are in memory. Close the iterator
+    (contextlib.closing) to end the workers early. Raises `UserError` when one of them dies.
+    """
+    if workers == 1:
+        if initializer is not None:
+            initializer(*initargs)
+        yield from map(function, items)
+        return
+    executor = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _start_worker, (initializer, initargs)
+    )
+    pending: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            pending.append(executor.submit(function, item))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("a worker process died (killed, or out of memory): try again, with fewer --workers") from None
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:
+    # Ctrl-C goes to the whole group; the parent alone answers it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if initializer is not None:
+        initializer(*initargs)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
