@@ -1,0 +1,243 @@
+"""Text from a trained model: `generate` and `stream` for Python, and the command.
+
+    python -m minimind.generate --checkpoint RUN_OR_STEP_OR_EXPORT --prompt TEXT
+    python -m minimind.generate --checkpoint RUN_OR_STEP_OR_EXPORT          (chat in the terminal)
+
+Puts decoding, sampling and text together; knows nothing of how the model was trained.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from minimind.chat import Chat, Message, converse, encode_chat
+from minimind.decoding import Decoding
+from minimind.errors import UserError, run_main
+from minimind.flags import parse_flags
+from minimind.model import MiniMindForCausalLM
+from minimind.pretrained import load_model, stretch_context
+from minimind.sampling import SamplingOptions
+from minimind.text_stream import TextStream
+from minimind.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class GenerationOptions(SamplingOptions):
+    """How a continuation is made, and where it ends."""
+
+    max_new_tokens: int = 256
+    """Most tokens of a continuation."""
+    stop: tuple[str, ...] = ()
+    """Texts before which a continuation ends."""
+    stop_token_ids: tuple[int, ...] | None = None
+    """Token ids before which a continuation ends; None: the end of a document and the end of a turn."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished continuation. `reason`: "stop" (a stop token or text) or "length" (max_new_tokens)."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    reason: Literal["stop", "length"]
+
+
+Prompt = str | Sequence[int]
+
+
+def generate(
+    model: MiniMindForCausalLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    options: GenerationOptions | None = None,
+) -> list[Completion]:
+    """Continue prompts (texts or token ids), all in one batch; each gets what it would get alone.
+
+    An empty text continues the beginning of a document. Raises `UserError` for prompts that cannot be continued.
+    """
+    batch = _Batch(model, tokenizer, prompts, options or GenerationOptions())
+    for _ in batch.pieces():
+        pass
+    return batch.completions()
+
+
+def stream(
+    model: MiniMindForCausalLM, tokenizer: Tokenizer, prompt: Prompt, options: GenerationOptions | None = None
+) -> Iterator[str]:
+    """Continue one prompt; yields text as soon as it is sure, whole characters only."""
+    for _, piece in _Batch(model, tokenizer, [prompt], options or GenerationOptions()).pieces():
+        yield piece
+
+
+class _Batch:
+    """Prompts being continued: decoding, and one text stream a row."""
+
+    def __init__(
+        self, model: MiniMindForCausalLM, tokenizer: Tokenizer, prompts: Sequence[Prompt], options: GenerationOptions
+    ) -> None:
+        rows = [_encode_prompt(tokenizer, prompt) for prompt in prompts]
+        stop_token_ids = options.stop_token_ids
+        if stop_token_ids is None:
+            ends = (SPECIAL_TOKENS[0], SPECIAL_TOKENS[2])
+            stop_token_ids = tuple(tokenizer.special_ids[end] for end in ends if end in tokenizer.special_ids)
+        seeds = [None if options.seed is None else options.seed + row for row in range(len(rows))]
+        self._model = model
+        self._decoding = Decoding(
+            model,
+            rows,
+            [dataclasses.replace(options, seed=seed) for seed in seeds],
+            max_new_tokens=options.max_new_tokens,
+            stop_token_ids=stop_token_ids,
+            vocab_size=tokenizer.vocab_size,
+        )
+        self._streams = [TextStream(tokenizer, row, options.stop) for row in rows]
+        self._token_ids: list[list[int]] = [[] for _ in rows]
+        self._max_new_tokens = options.max_new_tokens
+
+    def pieces(self) -> Iterator[tuple[int, str]]:
+        """(row, text) as they come, until every row has ended."""
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            while not self._decoding.is_done:
+                for row, token in enumerate(self._decoding.step()):
+                    if token is None:
+                        continue
+                    self._token_ids[row].append(token)
+                    if piece := self._streams[row].push(token):
+                        yield row, piece
+                    if self._streams[row].is_stopped:
+                        self._decoding.end(row)
+            for row, text in enumerate(self._streams):
+                if piece := text.finish():
+                    yield row, piece
+        finally:
+            self._model.train(was_training)
+
+    def completions(self) -> list[Completion]:
+        return [
+            Completion(
+                text.text,
+                tuple(token_ids),
+                "length" if len(token_ids) == self._max_new_tokens and not text.is_stopped else "stop",
+            )
+            for text, token_ids in zip(self._streams, self._token_ids, strict=True)
+        ]
+
+
+def _encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt) or [tokenizer.eos_token_id]
+    return list(prompt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateFlags(GenerationOptions):
+    """Continue a prompt, or chat, with a trained model."""
+
+    checkpoint: Path
+    """A run's folder, one of its checkpoints, or an exported model."""
+    prompt: tuple[str, ...] = ()
+    """One or more texts to continue; without any, a chat begins."""
+    chat: bool = False
+    """Put each prompt into the chat format, as a question."""
+    system: str = ""
+    """The system message of a chat."""
+    json: bool = False
+    """Print one JSON object for each prompt instead of text as it comes."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Arithmetic [default: bf16 on a GPU that has it, otherwise fp32]."""
+    device: str | None = None
+    """cpu, cuda, cuda:1 ... [default: a GPU where there is one]."""
+    compile: bool = False
+    """Compile the model with torch.compile: a slow start, then faster."""
+    rope_scaling_factor: float | None = None
+    """Read up to this many times the trained context by YaRN."""
+    rope_original_max_position_embeddings: int | None = None
+    """YaRN: the sequence length of training [default: what the model's config says]."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rope_original_max_position_embeddings is not None and self.rope_scaling_factor is None:
+            raise UserError("rope_original_max_position_embeddings has no effect without --rope-scaling-factor")
+        if self.system and self.prompt and not self.chat:
+            raise UserError("system has no effect on plain prompts: add --chat")
+        if self.json and not self.prompt:
+            raise UserError("json needs --prompt")
+
+
+def choose_device(device: str | None, precision: str | None) -> tuple[torch.device, torch.dtype]:
+    """The device and the arithmetic that the flags name, or the best there is. Raises `UserError` for an absent one."""
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    if precision is None:
+        precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return chosen, _DTYPES[precision]
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    args = sys.argv[1:] if args is None else args
+    flags = parse_flags(GenerateFlags, args, default=tyro.MISSING_NONPROP, prog="python -m minimind.generate")
+    device, dtype = choose_device(flags.device, flags.precision)
+    model, tokenizer_file = load_model(flags.checkpoint, dtype=dtype, device=device)
+    tokenizer = load_tokenizer(tokenizer_file)
+    if flags.rope_scaling_factor is not None:
+        stretch_context(model, flags.rope_scaling_factor, flags.rope_original_max_position_embeddings)
+    if flags.compile:
+        model.compile(dynamic=True)
+    if not flags.prompt:
+        chat_in_terminal(model, tokenizer, flags)
+        return
+    prompts: list[Prompt] = list(flags.prompt)
+    if flags.chat:
+        opening = [Message("system", flags.system)] if flags.system else []
+        prompts = [encode_chat(tokenizer, [*opening, Message("user", text)]) for text in flags.prompt]
+    if flags.json:
+        print_completions(flags, generate(model, tokenizer, prompts, flags))
+    elif len(prompts) == 1:
+        for piece in stream(model, tokenizer, prompts[0], flags):
+            print(piece, end="", flush=True)
+        print()
+    else:
+        for text, completion in zip(flags.prompt, generate(model, tokenizer, prompts, flags), strict=True):
+            print(f"--- {text}\n{completion.text}")
+
+
+def print_completions(flags: GenerateFlags, completions: Sequence[Completion]) -> None:
+    """One JSON object a line."""
+    for text, completion in zip(flags.prompt, completions, strict=True):
+        print(json.dumps({"prompt": text, **dataclasses.asdict(completion)}, ensure_ascii=False))
+
+
+def chat_in_terminal(model: MiniMindForCausalLM, tokenizer: Tokenizer, flags: GenerateFlags) -> None:
+    """Chat until the person leaves; where the input is no terminal, each of its lines is a message."""
+    room = model.config.max_position_embeddings - flags.max_new_tokens
+    chat = Chat(tokenizer, lambda prompt: stream(model, tokenizer, prompt, flags), room, flags.system)
+    converse(chat, read_line, functools.partial(print, end="", flush=True))
+
+
+def read_line() -> str:
+    """The next line of standard input; a terminal gets a mark, a history and line editing."""
+    if not sys.stdin.isatty():
+        return input()
+    import readline  # noqa: F401, PLC0415 - changes what input() does, and writes to the terminal when imported
+
+    return input("> ")
+
+
+if __name__ == "__main__":
+    run_main(main)

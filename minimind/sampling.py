@@ -1,0 +1,112 @@
+"""From the model's scores to the next token: greedy, temperature, top-k, top-p, min-p and repetition penalty.
+
+Works on a whole batch at once, each row by its own options and its own random numbers. Knows nothing of models, caches
+or text.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minimind.errors import UserError
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is drawn. A value that cannot work raises `UserError` when the object is made."""
+
+    temperature: float = 0.8
+    """Divides the scores before the draw; 0 always takes the most likely token (greedy)."""
+    top_k: int | None = None
+    """Draw among this many most likely tokens only; None: no limit."""
+    top_p: float | None = 0.95
+    """Draw among the fewest most likely tokens that have this probability together (arXiv 1904.09751); None: all."""
+    min_p: float | None = None
+    """Leave out tokens less likely than this share of the most likely one (arXiv 2407.01082); None: none."""
+    repetition_penalty: float = 1.0
+    """Above 1: makes tokens that stand in the prompt or the answer less likely (arXiv 1909.05858)."""
+    seed: int | None = None
+    """The same seed, the same draws, on any device; row i of a batch draws with seed + i. None: another every time."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or a number above")
+        _check(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1")
+        _check(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _check(self.min_p is None or 0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
+        _check(0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "above 0")
+
+
+class Sampler:
+    """Draws the next token of each row.
+
+    Args:
+        options: one for each row, its `seed` being the row's own.
+        prompts: the token ids that each row has read so far (they count for the repetition penalty).
+        vocab_size: ids from here on are never drawn (a model's matrix may have more rows than its tokenizer).
+    """
+
+    def __init__(
+        self,
+        options: Sequence[SamplingOptions],
+        prompts: Sequence[Sequence[int]],
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, device=device)[:, None]  # (B, 1)
+
+        self.vocab_size = vocab_size
+        self._device = device
+        self._is_greedy = [row.temperature == 0 for row in options]
+        self._randoms = [random.Random(row.seed) for row in options]
+        self._temperature = column([row.temperature or 1.0 for row in options])
+        self._top_k = column([vocab_size if row.top_k is None else row.top_k for row in options])
+        self._top_p = column([2.0 if row.top_p is None else row.top_p for row in options])
+        self._min_p = column([row.min_p or 0.0 for row in options])
+        self._penalty = column([row.repetition_penalty for row in options])
+        self._seen: Tensor | None = None  # (B, vocab_size) bool, kept only where a row has a penalty
+        if any(row.repetition_penalty != 1 for row in options):
+            self._seen = torch.zeros(len(options), vocab_size, dtype=torch.bool)
+            for seen, prompt in zip(self._seen, prompts, strict=True):
+                seen[torch.tensor(prompt, dtype=torch.long)] = True
+            self._seen = self._seen.to(device)
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """The next token ids (B,) int64 for the scores (B, V >= vocab_size) of the newest tokens."""
+        scores = self._penalize(logits[:, : self.vocab_size].float())
+        if all(self._is_greedy):
+            tokens = scores.argmax(dim=-1)
+        else:
+            tokens = self._draw_random(scores)
+        if self._seen is not None:
+            self._seen.scatter_(1, tokens[:, None], True)
+        return tokens
+
+    def _penalize(self, scores: Tensor) -> Tensor:
+        if self._seen is None:
+            return scores
+        penalized = torch.where(scores > 0, scores / self._penalty, scores * self._penalty)
+        return torch.where(self._seen, penalized, scores)
+
+    def _draw_random(self, scores: Tensor) -> Tensor:
+        scores, token_ids = (scores / self._temperature).sort(dim=-1, descending=True, stable=True)  # (B, V)
+        ranks = torch.arange(self.vocab_size, device=scores.device)
+        probs = scores.masked_fill(ranks >= self._top_k, float("-inf")).double().softmax(dim=-1)
+        before = probs.cumsum(dim=-1) - probs  # probability of all likelier tokens
+        probs = probs * ((before < self._top_p) & (probs >= self._min_p * probs[:, :1]))
+        cumulated = probs.cumsum(dim=-1)
+        # One number in [0, 1) a row picks by inversion; 0 picks the likeliest, which is how a greedy row takes part.
+        draws = [0.0 if g else r.random() for g, r in zip(self._is_greedy, self._randoms, strict=True)]
+        threshold = torch.tensor(draws, dtype=torch.float64, device=scores.device)[:, None] * cumulated[:, -1:]
+        chosen = (cumulated <= threshold).sum(dim=-1, keepdim=True)
+        last = (probs > 0).sum(dim=-1, keepdim=True) - 1  # rounding must not lead behind the tokens that are left
+        return token_ids.gather(1, torch.minimum(chosen, last))[:, 0]
+
+
+def _check(holds: bool, name: str, value: object, must_be: str) -> None:
+    if not holds:
+        raise UserError(f"{name} is {value}; it must be {must_be}")
