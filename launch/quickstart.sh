@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# From nothing to a trained model that writes: bash launch/quickstart.sh
+# Safe to run again: what is done is kept, and an interrupted training goes on from its last checkpoint.
+# QUICKSTART_STEPS=N trains for N steps instead of the usual number; everything lies in data/quickstart and runs/quickstart.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$root"
+# shellcheck source=launch/env.sh
+. launch/env.sh
+# shellcheck source=launch/setup.sh
+. launch/setup.sh
+
+data=data/quickstart
+run=runs/quickstart
+steps="${QUICKSTART_STEPS:-400}"
+
+# step NUMBER TITLE COMMAND...: run one step; its own error line has been printed when it fails.
+step() {
+  local number="$1" title="$2"
+  shift 2
+  echo
+  echo "[$number/7] $title"
+  "$@" || fail "step $number ($title) failed; the line above says why. Run the same command again to continue."
+}
+
+# once FOLDER_OR_FILE COMMAND...: skip a command whose result is there.
+once() {
+  local result="$1"
+  shift
+  if [ -e "$result" ]; then
+    echo "      $result is there already"
+  else
+    "$@"
+  fi
+}
+
+python=.venv/bin/python
+step 1 "set up" setup_venv requirements.txt
+step 2 "collect text that this machine already has" \
+  once $data/corpus.jsonl $python -m data_prep.default_corpus --output $data/corpus.jsonl
+step 3 "train the tokenizer" \
+  once $data/tokenizer/tokenizer.model $python -m data_prep.train_tokenizer --input $data/corpus.jsonl --output $data/tokenizer
+step 4 "turn the text into token shards" \
+  once $data/shards/train/manifest.json $python -m data_prep.tokenize_corpus \
+  --input $data/corpus.jsonl --tokenizer $data/tokenizer --output $data/shards
+step 5 "train a model of 5 million parameters with DeepSpeed" \
+  bash launch/pretrain.sh --model quickstart --shards $data/shards --run-dir $run --ds-config ds_configs/zero1.json \
+  --steps "$steps" --seq-len 256 --global-batch-size 8 --lr 3e-3 --eval-every $((steps / 4 > 0 ? steps / 4 : 1)) \
+  --eval-samples 64 --save-every $((steps / 2 > 0 ? steps / 2 : 1))
+step 6 "evaluate it on text that it has not seen" \
+  $python -m minimind.evaluate --checkpoint $run --shards $data/shards
+step 7 "let it write" \
+  $python -m minimind.generate --checkpoint $run --prompt "The function returns" --max-new-tokens 60 --seed 1
+
+cat <<TEXT
+
+Done. What you have now:
+  $data/corpus.jsonl     the text
+  $data/shards           its tokens, and the tokenizer
+  $run                   configuration, metrics.jsonl, TensorBoard, checkpoints
+
+What to type next:
+  .venv/bin/tensorboard --logdir runs                          look at the curves
+  .venv/bin/python -m minimind.generate --checkpoint $run --prompt "Return the"
+                                                               let it write again
+  .venv/bin/python -m data_prep.tokenize_corpus --input pretrain.jsonl --tokenizer $data/tokenizer --output data/mine
+                                                               your own text, such as a JSONL file of MiniMind's
+  bash launch/pretrain.sh --model minimind3 --shards data/mine --run-dir runs/mine --dry-run
+                                                               a larger model: leave out --dry-run to train
+TEXT
