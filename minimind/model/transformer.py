@@ -18,8 +18,10 @@ from minimind.model.cache import KVCache
 from minimind.model.config import ModelConfig
 from minimind.model.layers import Embedding, FeedForward, RMSNorm
 from minimind.model.loss import LMHead
+from minimind.model.moe import MoEFeedForward
 from minimind.model.pretrained import check_fit, read_pretrained, write_pretrained
 from minimind.model.rope import rotary_tables
+from minimind.model.routing import RouterRecord, step_bias
 from minimind.model.visibility import Visibility, causal, segment_positions, within_documents
 
 
@@ -31,7 +33,9 @@ class CausalLMOutput(NamedTuple):
     logits: Tensor | None = None
     """(B, T or logits_to_keep, vocab_size), without labels only."""
     aux_loss: Tensor | None = None
-    """Float32 scalar of the routers, weighted by their coefficients; None for a dense model."""
+    """Float32 scalar, with labels and experts only: the routers' losses of this batch, coefficients included."""
+    expert_load: Tensor | None = None
+    """(num_moe_layers, num_experts) int64, with labels and experts only: tokens sent to each expert."""
 
 
 class Block(nn.Module):
@@ -43,9 +47,11 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp: nn.Module
         if config.has_experts(layer):
-            raise UserError("mixture of experts is not available yet: set use_moe to false")
-        self.mlp = FeedForward(config, config.feed_forward_size)
+            self.mlp = MoEFeedForward(config)
+        else:
+            self.mlp = FeedForward(config, config.feed_forward_size)
 
     def forward(
         self,
@@ -143,6 +149,10 @@ class MiniMindForCausalLM(nn.Module):
         self.model = MiniMindModel(config)
         self.lm_head = LMHead(config)
         self.tie_weights()
+        self.router_record = RouterRecord()
+        self.router_record.watch(
+            [module.router for module in self.model.modules() if isinstance(module, MoEFeedForward)]
+        )
 
     def tie_weights(self) -> None:
         """Make the output matrix the embedding itself, where the config ties them; again after a reload."""
@@ -179,14 +189,29 @@ class MiniMindForCausalLM(nn.Module):
         """
         if cu_seqlens is not None and (cache is not None or attention_mask is not None):
             raise ValueError("cu_seqlens cannot be combined with a cache or an attention_mask")
-        hidden_states = self.model(input_ids, position_ids, cu_seqlens, attention_mask, cache)
-        if labels is not None:
-            return CausalLMOutput(loss=self.lm_head(hidden_states, labels, loss_reduction))
-        return CausalLMOutput(logits=self.lm_head(hidden_states[:, -logits_to_keep:]))
+        inputs = (input_ids, position_ids, cu_seqlens, attention_mask, cache)
+        if labels is None:
+            return CausalLMOutput(logits=self.lm_head(self.model(*inputs)[:, -logits_to_keep:]))
+        if not self.config.use_moe:
+            return CausalLMOutput(loss=self.lm_head(self.model(*inputs), labels, loss_reduction))
+        self.router_record.start()
+        hidden_states = self.model(*inputs)
+        balance = self.router_record.finish(self.config, (input_ids.shape[0], input_ids.shape[1]))
+        loss = self.lm_head(hidden_states, labels, loss_reduction)
+        return CausalLMOutput(loss=loss, aux_loss=balance.aux_loss, expert_load=balance.expert_load)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute each block in the backward pass instead of keeping its activations (non-reentrant)."""
         self.model.activation_checkpointing = enabled
+
+    def step_router_biases(self, expert_load: Tensor) -> None:
+        """Move the selection biases, where the config has them, by one optimizer step's load.
+
+        `expert_load` (num_moe_layers, num_experts): `CausalLMOutput.expert_load` summed over micro-batches and ranks.
+        """
+        for router, load in zip(self.router_record.routers, expert_load, strict=True):
+            if router.bias is not None:
+                step_bias(router.bias, load, self.config.router_bias_update_rate)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into `folder`, each complete or not at all."""
