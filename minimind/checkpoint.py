@@ -19,6 +19,7 @@ import torch
 
 from minimind.atomic import fsync_folder, replace_file
 from minimind.checkpoint_files import (
+    CLIENT_STATE_KEY,
     MANIFEST_NAME,
     PARTIAL_SUFFIX,
     CheckpointError,
@@ -36,8 +37,6 @@ from minimind.checkpoint_files import (
 from minimind.config import RunConfig
 from minimind.distributed import barrier, gather_objects, log
 from minimind.ds_config import Resolved
-
-CLIENT_STATE_KEY = "minimind"
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,12 @@ def save(engine: deepspeed.DeepSpeedEngine, resolved: Resolved, state: TrainStat
         except OSError as error:
             failure = f"{partial}: {error.strerror}"
     _agree(failure, partial)
-    client_state = {CLIENT_STATE_KEY: {**dataclasses.asdict(state), "shard_fingerprint": shard_fingerprint}}
+    content = {**dataclasses.asdict(state), "shard_fingerprint": shard_fingerprint}
+    if resolved.zero_stage == 0:
+        # The optimizer's own file only numbers the parameters.
+        groups = engine.optimizer.param_groups
+        content["parameter_names"] = [[engine.param_names[param] for param in group["params"]] for group in groups]
+    client_state = {CLIENT_STATE_KEY: content}
     engine.save_checkpoint(str(root), tag=partial.name, client_state=client_state, save_latest=False)
     barrier()  # every rank's files are written
     records = []

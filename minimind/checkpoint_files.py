@@ -22,6 +22,8 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 LATEST_NAME = "latest"
 PARTIAL_SUFFIX = ".partial"
+CLIENT_STATE_KEY = "minimind"
+"""Under which our own state lies in DeepSpeed's files."""
 _NAME = re.compile(r"step_(\d{8,})")
 
 

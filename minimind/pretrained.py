@@ -1,16 +1,20 @@
 """A trained model from wherever it lies, with the tokenizer that belongs to it.
 
-The one place that generation, evaluation and export load weights through. Knows nothing of prompts or data.
+The one place that generation, evaluation and export load weights through: an exported folder, a run, or one of its
+checkpoints. Knows nothing of prompts or data, and needs no DeepSpeed.
 """
 
 import dataclasses
 import math
+import sys
 from pathlib import Path
 
 import torch
 
+from minimind.checkpoint_files import MANIFEST_NAME, checkpoints_folder, newest_sound, verify
+from minimind.consolidate import TrainingCheckpoint
 from minimind.errors import UserError
-from minimind.model import MiniMindForCausalLM
+from minimind.model import MiniMindForCausalLM, ModelConfig
 from minimind.model.pretrained import CONFIG_FILE
 from minimind.tokenizer import JSON_NAME, MODEL_NAME
 
@@ -21,8 +25,9 @@ def load_model(
     """The model in evaluation mode, and its tokenizer file.
 
     Args:
-        checkpoint: an exported folder (config.json, model.safetensors and a tokenizer file).
-        dtype: what to convert the weights to; None keeps the stored one.
+        checkpoint: an exported folder (config.json, model.safetensors and a tokenizer file), a run's folder (its newest
+            sound checkpoint), or one checkpoint.
+        dtype: what to convert the weights to; None keeps the stored one (float32 in a checkpoint).
 
     Raises:
         UserError: there is no model, a file is missing or damaged, or the weights do not fit.
@@ -30,10 +35,51 @@ def load_model(
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
         raise UserError(f"checkpoint {checkpoint} does not exist or is no folder")
-    if not (checkpoint / CONFIG_FILE).is_file():
-        raise UserError(f"checkpoint {checkpoint} holds no model: it has no {CONFIG_FILE}")
-    tokenizer_file = find_tokenizer_file(checkpoint)
-    return MiniMindForCausalLM.from_pretrained(checkpoint, device=device, dtype=dtype), tokenizer_file
+    if (checkpoint / CONFIG_FILE).is_file():
+        tokenizer_file = find_tokenizer_file(checkpoint)
+        return MiniMindForCausalLM.from_pretrained(checkpoint, device=device, dtype=dtype), tokenizer_file
+    if checkpoints_folder(checkpoint).is_dir():
+        folder = newest_sound(checkpoint, lambda message: print(message, file=sys.stderr))
+        if folder is None:
+            raise UserError(f"checkpoint {checkpoint}: the run has not saved any")
+        # It has been compared with its manifest while it was looked for.
+        return load_checkpoint(folder, dtype=dtype, device=device), find_tokenizer_file(checkpoint)
+    if (checkpoint / MANIFEST_NAME).is_file():
+        verify(checkpoint)
+        return load_checkpoint(checkpoint, dtype=dtype, device=device), find_tokenizer_file(checkpoint.parent.parent)
+    raise UserError(
+        f"checkpoint {checkpoint} holds no model: it is neither a run's folder, nor a checkpoint, nor an export "
+        f"(with a {CONFIG_FILE})"
+    )
+
+
+def load_checkpoint(
+    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> MiniMindForCausalLM:
+    """The model of a training checkpoint that has been compared with its manifest, one tensor in memory at a time.
+
+    Raises:
+        UserError: the files are of a kind that is not read, or do not fit the model that the manifest describes.
+    """
+    source = TrainingCheckpoint(folder)
+    with torch.device("meta"):
+        model = MiniMindForCausalLM(ModelConfig.from_dict(source.manifest.model))
+    expected = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del expected["lm_head.weight"]
+    tensors = {}
+    for name, tensor in source.state_dict():
+        if name not in expected or tensor.shape != expected[name].shape:
+            raise UserError(f"{folder}: tensor {name} {tuple(tensor.shape)} has no place in the model of its manifest")
+        wanted = dtype if tensor.is_floating_point() else None
+        # A copy, because the tensor is a view of the file.
+        tensors[name] = torch.empty_like(tensor, dtype=wanted, device=device).copy_(tensor)
+    missing = sorted(expected.keys() - tensors.keys())
+    if missing:
+        raise UserError(f"{folder}: tensor {missing[0]} of the model of its manifest is missing")
+    model.load_state_dict(tensors, assign=True, strict=False)
+    model.tie_weights()
+    return model.eval()
 
 
 def find_tokenizer_file(folder: Path) -> Path:

@@ -153,7 +153,7 @@ def run_rank(
     run, train = resolved.run, resolved.run.train
     run_dir = Path(train.run_dir)
     fingerprint = dataset.reader.fingerprint
-    folder = on_first_rank(lambda: open_run(resolved, fingerprint))
+    folder = on_first_rank(lambda: open_run(resolved, dataset.reader))
     if folder is not None:
         checkpoint.check_same_run(folder, resolved, env.world_size, fingerprint)
     loader = BatchLoader(
@@ -204,17 +204,20 @@ def tokens_per_byte(eval_dataset: TokenDataset | None) -> float:
     return manifest.total_tokens / max(1, manifest.total_bytes)
 
 
-def open_run(resolved: Resolved, fingerprint: str) -> Path | None:
-    """Find what to resume from, and write the resolved configurations into the run folder. Rank 0 alone."""
+def open_run(resolved: Resolved, reader: ShardReader) -> Path | None:
+    """Find what to resume from, and write the resolved configurations and the tokenizer into the run folder. Rank 0
+    alone."""
     run_dir = Path(resolved.run.train.run_dir)
     folder = checkpoint.find_resume(run_dir, resolved.run.train.resume)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         for left in remove_partials(run_dir):
             print(f"removed {left}: an earlier run died while saving it", flush=True)
-        content = {**resolved.run.to_dict(), "shard_fingerprint": fingerprint}
+        content = {**resolved.run.to_dict(), "shard_fingerprint": reader.fingerprint}
         replace_file(run_dir / RUN_CONFIG_NAME, json.dumps(content, indent=2) + "\n")
         replace_file(run_dir / DS_CONFIG_NAME, json.dumps(resolved.ds, indent=2) + "\n")
+        tokenizer_file = reader.manifest.tokenizer.file
+        replace_file(run_dir / tokenizer_file, (reader.folder / tokenizer_file).read_bytes())
     except OSError as error:
         raise UserError(f"run_dir {run_dir}: {error.strerror}; give a folder that can be written") from None
     return folder
