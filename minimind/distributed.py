@@ -164,7 +164,9 @@ def process_group(env: RankEnvironment, device: torch.device, timeout_minutes: f
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         yield
     finally:
-        torch.distributed.destroy_process_group()
+        # DeepSpeed's own call also forgets the groups that it keeps in globals: a second run in this process needs new
+        # ones.
+        deepspeed.comm.destroy_process_group()
         deepspeed.comm.comm.cdb = None
 
 
