@@ -6,6 +6,7 @@ Every hash, every token id, every document boundary. Knows nothing of how shards
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from minimind.data.shards import SPLITS, Manifest, ShardError, find_split, verify
 from minimind.errors import run_main
+from minimind.flags import parse_flags
 
 
 def verify_corpus(folder: Path) -> dict[str, Manifest]:
@@ -43,20 +45,21 @@ def format_totals(manifests: dict[str, Manifest]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class VerifyShardsFlags:
     """Verify a prepared corpus and print its totals."""
 
-    def command(folder: Annotated[Path, tyro.conf.Positional]) -> None:
-        """Verify a prepared corpus and print its totals.
+    folder: Annotated[Path, tyro.conf.Positional]
+    """A corpus folder (with train/ and val/), or one shard folder."""
 
-        Args:
-            folder: A corpus folder (with train/ and val/), or one shard folder.
-        """
-        manifests = verify_corpus(folder)
-        print(format_totals(manifests))
-        print(f"{folder}: every hash, token and document is as the manifest says")
 
-    tyro.cli(command, prog="python -m data_prep.verify_shards")
+def main() -> None:
+    """Run the command."""
+    flags = parse_flags(
+        VerifyShardsFlags, sys.argv[1:], default=tyro.MISSING_NONPROP, prog="python -m data_prep.verify_shards"
+    )
+    print(format_totals(verify_corpus(flags.folder)))
+    print(f"{flags.folder}: every hash, token and document is as the manifest says")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ Prompts of different lengths are padded on the left and masked, so a row's token
 token ids only; text, stop strings and streams are elsewhere.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from minimind.errors import UserError
-from minimind.model import KVCache, MiniMindForCausalLM
+from minimind.model import CausalLMOutput, KVCache, MiniMindForCausalLM
 from minimind.sampling import Sampler, SamplingOptions
 
 
@@ -28,6 +28,7 @@ class Decoding:
         UserError: an empty prompt, a token id the model does not have, or more tokens than it has positions for.
     """
 
+    @torch.inference_mode()
     def __init__(
         self,
         model: MiniMindForCausalLM,
@@ -47,8 +48,9 @@ class Decoding:
         self._sampler = Sampler(
             sampling, prompts, min(vocab_size or config.vocab_size, config.vocab_size), weight.device
         )
-        # The newest token is read only when another one follows.
-        capacity = longest + max_new_tokens - 1
+        # One place is never filled (the last token is not read), so that no step sees the whole of the tensors: a
+        # compiled model would be compiled once more for it.
+        capacity = longest + max_new_tokens
         self._cache = KVCache(config, len(prompts), capacity, weight.device, weight.dtype)
         padded = [[config.pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
         self._unread = torch.tensor(padded, device=weight.device)  # (B, T): what the next forward reads
@@ -72,8 +74,11 @@ class Decoding:
         first = self._cache.length == 0
         seen = self._cache.length + self._unread.shape[1]
         mask = None if self._mask is None else self._mask[:, :seen]
-        output = self._model(self._unread, attention_mask=mask, cache=self._cache, logits_to_keep=1)
-        logits = output.logits[:, -1]  # (B, vocab_size)
+        # A compiled model (nn.Module.compile) reads the prompts as it is: only the steps after it are all alike.
+        forward: Callable[..., CausalLMOutput] = self._model.forward if first else self._model
+        scores = forward(self._unread, attention_mask=mask, cache=self._cache, logits_to_keep=1).logits
+        assert scores is not None  # without labels there are always some
+        logits = scores[:, -1]  # (B, vocab_size)
         if first and not bool(logits.isfinite().all()):
             raise UserError("the model's scores are NaN or infinite: its weights are damaged or its training diverged")
         drawn = self._sampler.draw(logits)

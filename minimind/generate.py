@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
 
 from minimind.chat import Chat, Message, converse, encode_chat
@@ -23,12 +22,10 @@ from minimind.decoding import Decoding
 from minimind.errors import UserError, run_main
 from minimind.flags import parse_flags
 from minimind.model import MiniMindForCausalLM
-from minimind.pretrained import load_model, stretch_context
+from minimind.pretrained import choose_device, load_model, stretch_context
 from minimind.sampling import SamplingOptions
 from minimind.text_stream import TextStream
 from minimind.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -174,18 +171,6 @@ class GenerateFlags(GenerationOptions):
             raise UserError("system has no effect on plain prompts: add --chat")
         if self.json and not self.prompt:
             raise UserError("json needs --prompt")
-
-
-def choose_device(device: str | None, precision: str | None) -> tuple[torch.device, torch.dtype]:
-    """The device and the arithmetic that the flags name, or the best there is. Raises `UserError` for an absent one."""
-    try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
-    if precision is None:
-        precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return chosen, _DTYPES[precision]
 
 
 def main(args: Sequence[str] | None = None) -> None:

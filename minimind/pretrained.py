@@ -18,6 +18,8 @@ from minimind.model import MiniMindForCausalLM, ModelConfig
 from minimind.model.pretrained import CONFIG_FILE
 from minimind.tokenizer import JSON_NAME, MODEL_NAME
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def load_model(
     checkpoint: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
@@ -88,6 +90,18 @@ def find_tokenizer_file(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise UserError(f"{folder} holds no tokenizer: neither {MODEL_NAME} nor {JSON_NAME}")
+
+
+def choose_device(device: str | None, precision: str | None) -> tuple[torch.device, torch.dtype]:
+    """The device and the arithmetic that the flags name, or the best there is. Raises `UserError` for an absent one."""
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    if precision is None:
+        precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return chosen, _DTYPES[precision]
 
 
 def stretch_context(model: MiniMindForCausalLM, factor: float, trained_length: int | None = None) -> None:

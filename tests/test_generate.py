@@ -12,9 +12,9 @@ import torch
 from minimind import errors
 from minimind.chat import Message, encode_chat
 from minimind.errors import UserError
-from minimind.generate import Completion, GenerationOptions, choose_device, generate, main, stream
+from minimind.generate import Completion, GenerationOptions, generate, main, stream
 from minimind.model import PRESETS, MiniMindForCausalLM
-from minimind.pretrained import load_model
+from minimind.pretrained import choose_device, load_model
 from minimind.tokenizer import Tokenizer, load_tokenizer
 from tests.tokenizers_for_tests import save_byte_level, save_sentencepiece
 
@@ -122,7 +122,7 @@ def test_what_cannot_be_continued_is_one_error(model, tokenizer):
 def test_what_is_no_model_is_refused(exported, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         load_model(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"no config\.json"):
+    with pytest.raises(UserError, match="holds no model"):
         load_model(tmp_path)
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((exported / name).read_bytes())

@@ -60,6 +60,11 @@ def test_nothing_to_verify_is_one_line(tmp_path):
     assert done.returncode == 2 and "does not exist" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_a_missing_folder_name_is_one_line():
+    done = run()
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
 def test_splits_of_different_tokenizers_are_refused(corpus, tmp_path):
     other = tmp_path / "tokenizer.json"
     other.write_bytes(b"another")

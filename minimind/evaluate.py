@@ -1,0 +1,242 @@
+"""How well a trained model predicts text: loss, perplexity and bits per byte.
+
+    python -m minimind.evaluate --checkpoint RUN_OR_STEP_OR_EXPORT --shards DIR
+    python -m minimind.evaluate --checkpoint RUN_OR_STEP_OR_EXPORT --text FILES
+
+Every token of the data is predicted once, in windows of `seq_len` tokens. Knows nothing of how the model was trained.
+"""
+
+import contextlib
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+from minimind.atomic import replace_file
+from minimind.data.dataset import TokenDataset
+from minimind.data.loader import eval_batches
+from minimind.data.manifest import MANIFEST_NAME
+from minimind.data.shards import ShardReader, ShardWriter, open_split
+from minimind.distributed import RankEnvironment, all_reduce_sum, find_device, process_group, read_environment
+from minimind.errors import UserError, run_main
+from minimind.flags import parse_flags
+from minimind.model import MiniMindForCausalLM
+from minimind.pretrained import choose_device, load_model
+from minimind.tokenizer import load_tokenizer
+
+OUTPUT_NAME = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured. `bits_per_byte` does not depend on the tokenizer, so it compares models of all kinds."""
+
+    loss: float
+    """Mean negative log-likelihood of a token, in nats."""
+    perplexity: float
+    """exp(loss)."""
+    bits_per_byte: float
+    """The loss in bits, times the tokens that one byte of UTF-8 text takes (end tokens included)."""
+    num_targets: int
+    """Tokens predicted."""
+    num_samples: int
+    """Windows read."""
+
+
+@torch.no_grad()
+def evaluate(
+    model: MiniMindForCausalLM,
+    dataset: TokenDataset,
+    *,
+    micro_batch_size: int = 8,
+    max_samples: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Evaluation:
+    """Measure `model` on the windows of `dataset`; with several ranks, every one calls this and gets the same answer.
+
+    Raises `UserError` when the loss is NaN or infinite, or no token counts.
+    """
+    device = model.lm_head.weight.device
+    was_training = model.training
+    model.eval()
+    num_samples = min(max_samples or len(dataset), len(dataset))
+    totals = torch.zeros(2, dtype=torch.float64)  # sum of the losses, number of targets
+    batches = eval_batches(dataset, micro_batch_size, rank, world_size, max_samples=num_samples)
+    num_batches = -(-num_samples // (micro_batch_size * world_size))
+    quiet = rank != 0 or not sys.stderr.isatty()
+    try:
+        for batch in tqdm(batches, total=num_batches, desc="evaluating", unit="batch", disable=quiet):
+            moved = batch.to(device)
+            output = model(
+                moved.input_ids,
+                moved.labels,
+                position_ids=moved.position_ids,
+                cu_seqlens=moved.cu_seqlens,
+                loss_reduction="sum",
+            )
+            totals += torch.tensor([float(output.loss), batch.num_targets], dtype=torch.float64)
+    finally:
+        model.train(was_training)
+    if world_size > 1:
+        totals = all_reduce_sum(totals)
+    loss_sum, num_targets = totals.tolist()
+    if num_targets == 0 or not math.isfinite(loss_sum):
+        raise UserError(
+            f"the loss over {num_targets:.0f} tokens is {loss_sum}: the model's weights or the data are bad"
+        )
+    loss = loss_sum / num_targets
+    bytes_per_token = dataset.reader.manifest.bytes_per_token
+    bits_per_byte = loss / math.log(2) / bytes_per_token if bytes_per_token else math.nan
+    return Evaluation(loss, math.exp(min(loss, 700.0)), bits_per_byte, int(num_targets), num_samples)
+
+
+@contextlib.contextmanager
+def shards_of_texts(files: Sequence[Path], tokenizer_file: Path) -> Iterator[ShardReader]:
+    """Text files as shards, each file one document; they lie in a temporary folder until the context is left.
+
+    Raises `UserError` for a file that cannot be read, is not UTF-8, or is empty.
+    """
+    tokenizer = load_tokenizer(tokenizer_file)
+    with tempfile.TemporaryDirectory(prefix="minimind-text-") as folder:
+        with ShardWriter(
+            Path(folder, "text"),
+            vocab_size=tokenizer.vocab_size,
+            eos_token_id=tokenizer.eos_token_id,
+            tokenizer_file=tokenizer_file,
+        ) as writer:
+            for file in files:
+                text = _read_text(file)
+                writer.add_document(np.array(tokenizer.encode(text, allow_special=False)), len(text.encode()))
+        yield ShardReader(Path(folder, "text"))
+
+
+def _read_text(file: Path) -> str:
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from None
+    if not text:
+        raise UserError(f"{file} is empty: there is nothing to predict")
+    return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateFlags:
+    """Measure loss, perplexity and bits per byte of a trained model."""
+
+    checkpoint: Path
+    """A run's folder, one of its checkpoints, or an exported model."""
+    shards: Path | None = None
+    """A corpus made by data_prep.tokenize_corpus, or one shard folder."""
+    split: Literal["train", "val"] = "val"
+    """Which split of the corpus."""
+    text: tuple[Path, ...] = ()
+    """Text files instead of shards, each one document."""
+    seq_len: int = 512
+    """Tokens of a window; the first tokens of a window are predicted from little."""
+    document_mask: bool = False
+    """Keep attention and positions inside a document, as a run with --document-mask was trained."""
+    micro_batch_size: int = 8
+    """Windows of one forward."""
+    max_samples: int | None = None
+    """Measure this many windows only; None: all."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Arithmetic [default: bf16 on a GPU that has it, otherwise fp32]."""
+    device: str | None = None
+    """cpu, cuda, cuda:1 ... [default: a GPU where there is one]."""
+    output: Path | None = None
+    """JSON file for the result [default: evaluation.json in the run's, or the exported model's, folder]."""
+
+    def __post_init__(self) -> None:
+        if (self.shards is None) == (not self.text):
+            raise UserError("give either --shards DIR or --text FILES")
+        for name in ("seq_len", "micro_batch_size", "max_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command, as one process or as one of many ranks."""
+    args = sys.argv[1:] if args is None else args
+    args = [arg for arg in args if not arg.startswith(("--local_rank=", "--local-rank="))]  # from deepspeed's launcher
+    env = read_environment()
+    flags = parse_flags(EvaluateFlags, args, default=tyro.MISSING_NONPROP, prog="python -m minimind.evaluate")
+    device, dtype = choose_device(flags.device, flags.precision)
+    if env.world_size > 1 and device.type == "cuda":
+        device = find_device(env)
+    model, tokenizer_file = load_model(flags.checkpoint, dtype=dtype, device=device)
+    with contextlib.ExitStack() as stack:
+        if flags.shards is None:
+            reader = stack.enter_context(shards_of_texts(flags.text, tokenizer_file))
+        else:
+            reader = open_shards(flags.shards, flags.split)
+        check_vocabulary(model, reader)
+        if env.world_size > 1:
+            stack.enter_context(process_group(env, device))
+        result = measure(model, reader, flags, env)
+    if env.is_first:
+        report(result, flags, reader.fingerprint)
+
+
+def measure(model: MiniMindForCausalLM, reader: ShardReader, flags: EvaluateFlags, env: RankEnvironment) -> Evaluation:
+    """`evaluate` as the flags ask for it. Every rank calls this."""
+    return evaluate(
+        model,
+        TokenDataset(reader, flags.seq_len, flags.document_mask, keep_tail=True),
+        micro_batch_size=flags.micro_batch_size,
+        max_samples=flags.max_samples,
+        rank=env.rank,
+        world_size=env.world_size,
+    )
+
+
+def open_shards(folder: Path, split: str) -> ShardReader:
+    """The split of a corpus, or the shard folder given itself, whatever its name."""
+    return ShardReader(folder) if (folder / MANIFEST_NAME).exists() else open_split(folder, split)
+
+
+def check_vocabulary(model: MiniMindForCausalLM, reader: ShardReader) -> None:
+    """Raise `UserError` when the data has token ids that the model lacks."""
+    there, here = reader.manifest.vocab_size, model.config.vocab_size
+    if there > here:
+        raise UserError(f"the data has a vocabulary of {there} tokens and the model one of {here}: another tokenizer")
+
+
+def report(result: Evaluation, flags: EvaluateFlags, fingerprint: str) -> None:
+    """Print the figures, and write them with what they belong to."""
+    values = asdict(result)
+    settings = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(flags).items() if name != "output"}
+    settings["text"] = [str(file) for file in flags.text]
+    output = flags.output or output_folder(flags.checkpoint) / OUTPUT_NAME
+    try:
+        replace_file(output, json.dumps({**values, "data_fingerprint": fingerprint, **settings}, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}; give another --output") from None
+    print(f"loss            {result.loss:.4f}")
+    print(f"perplexity      {result.perplexity:.3f}")
+    print(f"bits per byte   {result.bits_per_byte:.4f}")
+    print(f"tokens          {result.num_targets:,} in {result.num_samples:,} windows of {flags.seq_len}")
+    print(f"written to      {output}")
+
+
+def output_folder(checkpoint: Path) -> Path:
+    """The run that a checkpoint `RUN/checkpoints/step_XXXXXXXX` belongs to, or the folder itself."""
+    resolved = checkpoint.resolve()
+    return resolved.parent.parent if resolved.parent.name == "checkpoints" else checkpoint
+
+
+if __name__ == "__main__":
+    run_main(main, quiet=not read_environment().is_first)
