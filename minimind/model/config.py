@@ -213,7 +213,7 @@ PRESETS: dict[str, ModelConfig] = {
         num_experts_per_tok=2,
         n_shared_experts=1,
         seq_aux=True,
-        router_aux_loss_coef=0.1,
+        router_aux_loss_coef=0.01,
     ),
     "tiny-moe": ModelConfig(
         hidden_size=64,

@@ -34,7 +34,9 @@ def _multiply(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def _fits_kernel(rows: Tensor, weight: Tensor) -> bool:
-    """Whether torch's grouped product takes these: a type it knows, every row aligned to 16 bytes."""
+    """Whether torch has a grouped product that takes these: a type it knows, every row aligned to 16 bytes."""
+    if not hasattr(F, "grouped_mm"):
+        return False
     aligned = all(size * rows.element_size() % 16 == 0 for size in weight.shape[1:])
     return aligned and rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
 

@@ -104,7 +104,7 @@ class MiniMindModel(nn.Module):
         else:
             visibility = causal(num_new, num_read, attention_mask, input_ids.device)
         for layer in self.layers:
-            if self.activation_checkpointing and self.training:
+            if self.activation_checkpointing and self.training and cache is None:
                 # The random state is kept only where there is dropout to repeat.
                 random = max(self.config.dropout, self.config.attention_dropout) > 0
                 arguments = (hidden_states, rotary, visibility)
