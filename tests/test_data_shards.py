@@ -93,8 +93,19 @@ def test_the_same_documents_give_the_same_bytes(tmp_path, tokenizer_file):
     assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
     fingerprint = ShardReader(tmp_path / "a").fingerprint
     assert fingerprint == ShardReader(tmp_path / "b").fingerprint
-    write(tmp_path / "c", tokenizer_file, make_documents(seed=1))
-    assert fingerprint != ShardReader(tmp_path / "c").fingerprint
+
+
+def test_the_fingerprint_sees_each_token_and_each_border(tmp_path):
+    contents = {"a": ([5, 0, 6, 0], [0, 2]), "b": ([5, 0, 7, 0], [0, 2]), "c": ([0, 5, 6, 0], [0, 2]),
+                "d": ([5, 0, 6, 0], [0, 3]), "e": ([5, 0, 6, 0], [0])}  # fmt: skip
+    for name, (tokens, starts) in contents.items():
+        write_by_hand(tmp_path / name, tokens, starts)
+    assert len({ShardReader(tmp_path / name).fingerprint for name in contents}) == 5
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    manifest["total_bytes"] = manifest["shards"][0]["bytes"] = 10  # what decides no token
+    before = ShardReader(tmp_path / "a").fingerprint
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest))
+    assert ShardReader(tmp_path / "a").fingerprint == before
 
 
 def test_nothing_but_the_finished_files_remains(tmp_path, tokenizer_file):
@@ -209,6 +220,19 @@ def test_a_lost_shard_stops_the_continuation(tmp_path, tokenizer_file):
     with pytest.raises(ShardError, match=r"shard_00001\.npy is missing"):
         open_writer(tmp_path / "train", tokenizer_file, resume=True)
     assert folder_bytes(tmp_path / "train") == before
+
+
+def test_a_list_that_cannot_be_read_costs_no_shard(tmp_path, tokenizer_file):
+    writer = open_writer(tmp_path / "train", tokenizer_file)
+    for document in make_documents():
+        writer.add_document(document, 1)
+    writer.suspend()
+    (tmp_path / "train" / "unfinished.jsonl").unlink()
+    (tmp_path / "train" / "unfinished.jsonl").mkdir()
+    before = sorted(os.listdir(tmp_path / "train"))
+    with pytest.raises(ShardError, match="unfinished"):
+        open_writer(tmp_path / "train", tokenizer_file, resume=True)
+    assert sorted(os.listdir(tmp_path / "train")) == before and "shard_00003.npy" in before
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -343,13 +367,17 @@ def write_by_hand(folder: Path, tokens: list[int], starts: list[int]) -> None:
         ([5, 0, 6, 0], [0, -2], "do not increase"),
     ],
 )
-def test_contents_that_cannot_be_are_found_by_verify(tmp_path, tokens, starts, said):
+@pytest.mark.parametrize("chunk", [1, 2, 3, 1000])
+def test_contents_that_cannot_be_are_found_by_verify(tmp_path, monkeypatch, tokens, starts, said, chunk):
+    monkeypatch.setattr("minimind.data.shards._VERIFY_CHUNK", chunk)
     write_by_hand(tmp_path / "train", tokens, starts)
     with pytest.raises(ShardError, match=said):
         verify(tmp_path / "train")
 
 
-def test_verify_accepts_what_is_right_and_counts_shards(tmp_path, tokenizer_file):
+@pytest.mark.parametrize("chunk", [1, 2, 3, 1000])
+def test_verify_accepts_what_is_right_and_counts_shards(tmp_path, tokenizer_file, monkeypatch, chunk):
+    monkeypatch.setattr("minimind.data.shards._VERIFY_CHUNK", chunk)
     write_by_hand(tmp_path / "train", [5, 0, 6, 0], [0, 2])
     assert verify(tmp_path / "train").total_documents == 2
     manifest = write(tmp_path / "val", tokenizer_file, make_documents())

@@ -81,6 +81,12 @@ def test_nothing_of_a_stop_text_is_ever_shown(tokenizer, stop, expected):
     assert stream.push(token_ids[0]) == "" == stream.finish() or not stream.is_stopped
 
 
+def test_the_first_of_several_stop_texts_in_one_token_counts(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "decode", lambda token_ids: "one two three" * len(token_ids))
+    stream = TextStream(tokenizer, stop=["three", "two", "ee"])
+    assert stream.push(5) == "one " and stream.is_stopped
+
+
 def test_a_stop_text_may_be_chinese(tokenizer):
     stream = TextStream(tokenizer, stop=["世界"])
     text = "".join(pieces_of(stream, tokenizer.encode("你好，世界！")))
