@@ -7,6 +7,7 @@ documented default. Knows nothing of torch, ranks or files other than the config
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,12 +25,22 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "linear", "constant", "wsd", "step", "exponential", "deepspeed"]
 OptimizerName = Literal["adamw", "muon", "deepspeed"]
 
+PROGRAM = "python -m minimind.train"
+
+SHARD_FINGERPRINT = "shard_fingerprint"
+"""Key of run_config.json that is no setting: the shards that the run was trained on."""
+
+
+def _default(text: str, help: str | None = None) -> Any:
+    """What --help calls the default of a field whose None is filled in later."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {text})", help=help)
+
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where the tokens come from and how they are cut into samples."""
 
-    shards: str | None = None
+    shards: Annotated[str | None, _default("none, must be given")] = None
     """Folder made by data_prep.tokenize_corpus (it holds train/ and val/), or one split of it."""
     seq_len: int = 512
     """Tokens in a sample (the context length in training)."""
@@ -43,37 +54,36 @@ class TrainConfig:
 
     run_dir: str = "runs/pretrain"
     """The run's folder: configuration, metrics, TensorBoard, checkpoints."""
-    ds_config: str | None = None
-    """DeepSpeed JSON file; None: ZeRO stage 1 with everything else left to the run."""
-    steps: int | None = None
-    """Optimizer steps; None: as many as `epochs` asks for."""
+    ds_config: Annotated[str | None, _default("ZeRO stage 1")] = None
+    """DeepSpeed JSON file."""
+    steps: Annotated[int | None, _default("as many as --epochs asks for")] = None
+    """Optimizer steps."""
     epochs: float = 1.0
     """Passes over the training shards, where `steps` is not set."""
     seed: int = 42
     """Seed of the weights, the order of the data and dropout."""
-    micro_batch_size: int | None = None
-    """Sequences a rank takes in one forward [default: 8]."""
-    global_batch_size: int | None = None
-    """Sequences of one optimizer step over all ranks [default: micro batch x accumulation x ranks]."""
-    gradient_accumulation_steps: int | None = None
-    """Micro-batches of a rank in one optimizer step; usually derived from the other two [default: 1]."""
-    optimizer: OptimizerName | None = None
-    """adamw or muon (Muon for matrices, AdamW for the rest); deepspeed: another type named in the JSON
-    [default: adamw]."""
-    lr: float | None = None
-    """Peak learning rate [default: 5e-4]."""
-    betas: tuple[float, float] | None = None
-    """Adam's decay rates of the first and second moment [default: 0.9 0.95]."""
-    eps: float | None = None
-    """Adam's epsilon [default: 1e-8]."""
-    weight_decay: float | None = None
-    """Decoupled weight decay, on matrices only: no norms, no biases [default: 0.1]."""
-    max_grad_norm: float | None = None
-    """Clip the global gradient norm to this; 0 turns clipping off [default: 1.0]."""
-    schedule: Schedule | None = None
-    """Learning rate after the warm-up; deepspeed: the scheduler of the JSON drives it [default: cosine]."""
-    warmup_steps: int | None = None
-    """Steps of linear warm-up [default: 2% of the run, at least 1]."""
+    micro_batch_size: Annotated[int | None, _default("8")] = None
+    """Sequences a rank takes in one forward."""
+    global_batch_size: Annotated[int | None, _default("micro batch x accumulation x ranks")] = None
+    """Sequences of one optimizer step over all ranks."""
+    gradient_accumulation_steps: Annotated[int | None, _default("1")] = None
+    """Micro-batches of a rank in one optimizer step; usually derived from the other two."""
+    optimizer: Annotated[OptimizerName | None, _default("adamw")] = None
+    """adamw or muon (Muon for matrices, AdamW for the rest); deepspeed: another type named in the JSON."""
+    lr: Annotated[float | None, _default("5e-4")] = None
+    """Peak learning rate."""
+    betas: Annotated[tuple[float, float] | None, _default("0.9 0.95")] = None
+    """Adam's decay rates of the first and second moment."""
+    eps: Annotated[float | None, _default("1e-8")] = None
+    """Adam's epsilon."""
+    weight_decay: Annotated[float | None, _default("0.1")] = None
+    """Decoupled weight decay, on matrices only: no norms, no biases."""
+    max_grad_norm: Annotated[float | None, _default("1.0")] = None
+    """Clip the global gradient norm to this; 0 turns clipping off."""
+    schedule: Annotated[Schedule | None, _default("cosine")] = None
+    """Learning rate after the warm-up; deepspeed: the scheduler of the JSON drives it."""
+    warmup_steps: Annotated[int | None, _default("2% of the run, at least 1")] = None
+    """Steps of linear warm-up."""
     min_lr_ratio: float = 0.1
     """Floor of the schedule as a share of lr."""
     decay_ratio: float = 0.2
@@ -82,8 +92,8 @@ class TrainConfig:
     """step and exponential: steps over which the rate is multiplied by lr_gamma."""
     lr_gamma: float = 0.5
     """step and exponential: the factor."""
-    precision: Precision | None = None
-    """Arithmetic of forward and backward [default: bf16 on a GPU that has it, otherwise fp32]."""
+    precision: Annotated[Precision | None, _default("bf16 on a GPU that has it, otherwise fp32")] = None
+    """Arithmetic of forward and backward."""
     activation_checkpointing: bool = False
     """Keep only each block's input for the backward and recompute the rest: less memory, about a third more time."""
     compile: bool = False
@@ -102,8 +112,14 @@ class TrainConfig:
     """Newest checkpoints to keep; 0: all."""
     keep_every: int = 0
     """Checkpoints at multiples of this step are kept for ever; 0: none."""
+    keep_best: int = 1
+    """Checkpoints with the lowest evaluation loss to keep, of those evaluated at the step of their save."""
+    async_save: bool = True
+    """Write checkpoints beside training, from a copy in host memory."""
     resume: str = "auto"
     """auto: continue from the newest sound checkpoint of run_dir, if any; never: start anew; or a checkpoint's path."""
+    allow_data_change: bool = False
+    """Continue a run on other shards than it began with (the tokenizer must stay)."""
     tensorboard: bool = True
     """Write TensorBoard events into run_dir/tensorboard."""
     num_workers: int = 1
@@ -140,13 +156,12 @@ class RunConfig:
                 raise UserError(f"{where}: unknown section '{key}'{nearest(key, ['model', 'data', 'train'])}")
         model: Any = mapping.get("model", {})
         if isinstance(model, str):
-            config = preset(model)
-        else:
-            fields = dict(model)
-            base = preset(fields.pop("preset")) if "preset" in fields else ModelConfig()
-            config = dataclasses.replace(base, **check_fields(ModelConfig, fields, f"{where}: model"))
+            model = {"preset": model}
+        if isinstance(model, Mapping) and "preset" in model:
+            model = {**preset(model["preset"]).to_dict(), **model}
+            del model["preset"]
         return cls(
-            model=config,
+            model=ModelConfig(**check_fields(ModelConfig, model, f"{where}: model")),
             data=DataConfig(**check_fields(DataConfig, mapping.get("data", {}), f"{where}: data")),
             train=TrainConfig(**check_fields(TrainConfig, mapping.get("train", {}), f"{where}: train")),
         )
@@ -158,8 +173,6 @@ class CommandLine:
 
     run: RunConfig
     dry_run: bool
-    explicit: frozenset[str]
-    """Names of the fields that the file or the flags set."""
 
 
 def preset(name: str) -> ModelConfig:
@@ -168,8 +181,8 @@ def preset(name: str) -> ModelConfig:
     Raises:
         UserError: there is none; the message lists them.
     """
-    if name not in PRESETS:
-        raise UserError(f"model: no preset '{name}'{nearest(name, list(PRESETS))} (presets: {', '.join(PRESETS)})")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise UserError(f"model: no preset '{name}'{nearest(str(name), list(PRESETS))} (presets: {', '.join(PRESETS)})")
     return PRESETS[name]
 
 
@@ -189,14 +202,16 @@ def read_json(path: str | os.PathLike[str], what: str) -> Any:
         raise UserError(f"{what} {path}: line {error.lineno} column {error.colno}: {error.msg}") from None
 
 
+_MODEL_HELP = f"Model preset, one of {', '.join(PRESETS)}; any field of the model below overrides it."
+
+
 @dataclass(frozen=True)
 class _Selection:
     """Flags that choose the defaults of all others, read in a first pass."""
 
-    config: str | None = None
-    """JSON file with defaults, as written to run_config.json; flags override it."""
-    model: str | None = None
-    """Model preset; any field of the model below overrides it."""
+    config: Annotated[str | None, _default("none")] = None
+    """JSON file with defaults, such as the run_config.json of another run; flags override it."""
+    model: Annotated[str | None, _default("minimind3", _MODEL_HELP)] = None
 
 
 @dataclass(frozen=True)
@@ -218,26 +233,20 @@ def parse_command_line(args: Sequence[str]) -> CommandLine:
         UserError: unknown flag, field or preset, a wrong type, or a file that is no JSON.
         SystemExit: code 0 after `--help`.
     """
-    selection = parse_known_flags(_Selection, args, default=_Selection())
+    selection = parse_known_flags(_Selection, args, default=_Selection(), prog=PROGRAM)
     base = RunConfig()
-    explicit: set[str] = set()
     if selection.config is not None:
         content = read_json(selection.config, "--config")
+        if isinstance(content, dict):
+            content.pop(SHARD_FINGERPRINT, None)
         base = RunConfig.from_dict(content, where=selection.config)
-        explicit |= {name for section in ("data", "train") for name in content.get(section, {})}
     if selection.model is not None:
         base = dataclasses.replace(base, model=preset(selection.model))
     default = _Flags(selection=selection, data=base.data, train=base.train, fields=base.model)
-    flags = parse_flags(_Flags, args, default=default)
+    flags = parse_flags(_Flags, args, default=default, prog=PROGRAM)
     run = RunConfig(model=flags.fields, data=flags.data, train=flags.train)
-    explicit |= {
-        name
-        for old, new in ((base.data, run.data), (base.train, run.train))
-        for name, value in dataclasses.asdict(new).items()
-        if value != getattr(old, name)
-    }
     check_run(run)
-    return CommandLine(run=run, dry_run=flags.dry_run, explicit=frozenset(explicit))
+    return CommandLine(run=run, dry_run=flags.dry_run)
 
 
 def check_run(run: RunConfig) -> None:
@@ -266,18 +275,26 @@ def check_run(run: RunConfig) -> None:
         (train, "save_every", 0),
         (train, "keep_last", 0),
         (train, "keep_every", 0),
+        (train, "keep_best", 0),
         (train, "num_workers", 0),
     ):
         value = getattr(section, name)
-        if value is not None and not value >= low:
-            raise UserError(f"{name}: {value} is below {low}; give {low} or more")
-    for name in ("lr", "epochs", "lr_gamma"):
+        if value is not None and not low <= value < math.inf:
+            raise UserError(f"{name}: {value} is not a finite number of {low} or more")
+    for name in ("lr", "epochs"):
         value = getattr(train, name)
-        if value is not None and not value > 0:
-            raise UserError(f"{name}: {value} is not positive")
-    for name in ("min_lr_ratio", "decay_ratio"):
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name}: {value} is not a finite number above 0")
+    for name in ("min_lr_ratio", "decay_ratio", "lr_gamma"):
         if not 0 <= getattr(train, name) <= 1:
             raise UserError(f"{name}: {getattr(train, name)} is not between 0 and 1")
+    if train.seed >= 2**63:
+        raise UserError(f"seed: {train.seed} does not fit 63 bits; give a smaller one")
+    for name in ("run_dir", "ds_config", "resume"):
+        if getattr(train, name) == "":
+            raise UserError(f"{name}: empty; give a value, or leave the flag out")
+    if data.shards == "":
+        raise UserError("shards: empty; give a folder made by python -m data_prep.tokenize_corpus")
     if train.betas is not None and not all(0 <= beta < 1 for beta in train.betas):
         raise UserError(f"betas: {train.betas} are not in [0, 1)")
     if train.steps is not None and train.warmup_steps is not None and train.warmup_steps > train.steps:
