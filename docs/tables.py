@@ -1,0 +1,204 @@
+"""The tables of the documentation, computed from presets, formulas and dataclasses, in both languages.
+
+Each function takes "en" or "zh" and gives Markdown. Knows nothing of pages; needs no torch.
+"""
+
+import ast
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from minimind.config import DataConfig, RunConfig, TrainConfig, preset
+from minimind.ds_config import Resolved, load, resolve
+from minimind.memory import MemoryEstimate, estimate_memory, format_bytes
+from minimind.model.config import PRESETS, ModelConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def format_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; numbers stand to the right."""
+    marks = ["---" if isinstance(cell, str) and not cell[:1].isdigit() else "---:" for cell in rows[0]]
+    lines = [head, marks, *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def presets(language: str) -> str:
+    """Shape and size of every preset."""
+    head = {
+        "en": ["preset", "width", "layers", "heads (KV)", "feed-forward", "parameters", "active a token"],
+        "zh": ["预设", "宽度", "层数", "头数（KV）", "前馈宽度", "参数量", "每个词元激活"],
+    }[language]
+    rows = []
+    for name, config in PRESETS.items():
+        width = config.expert_feed_forward_size
+        feed_forward = f"{width}" if not config.use_moe else f"{config.num_experts}+{config.n_shared_experts} x {width}"
+        heads = f"{config.num_attention_heads} ({config.num_key_value_heads})"
+        counts = (f"{config.num_params():,}", f"{config.num_active_params():,}")
+        rows.append((f"`{name}`", config.hidden_size, config.num_hidden_layers, heads, feed_forward, *counts))
+    return format_table(head, rows)
+
+
+def cache_bytes_per_token(config: ModelConfig) -> int:
+    """Keys and values of one token in all layers, two bytes a number."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_size * 2
+
+
+def kv_cache(language: str) -> str:
+    """The cache of minimind3 with as many KV heads as MHA, GQA and MQA have."""
+    head = {
+        "en": ["minimind3 with", "KV heads", "bytes a token", "2,048 tokens", "32,768 tokens"],
+        "zh": ["minimind3 采用", "KV 头数", "每个词元字节数", "2,048 个词元", "32,768 个词元"],
+    }[language]
+    rows = []
+    for name, heads in (("MHA", 8), ("GQA", 4), ("GQA", 2), ("MQA", 1)):
+        size = cache_bytes_per_token(dataclasses.replace(PRESETS["minimind3"], num_key_value_heads=heads))
+        rows.append((name, heads, f"{size:,}", format_bytes(size * 2048), format_bytes(size * 32768)))
+    return format_table(head, rows)
+
+
+def yarn_row(config: ModelConfig, pair: int) -> tuple[float, float, float]:
+    """(turns in the trained context, ramp, new frequency / old) of one pair, from YaRN's formulas (arXiv 2309.00071)."""
+    context, size = config.rope_original_max_position_embeddings, config.head_size
+
+    def pair_of(turns: float) -> float:
+        return size * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low, high = math.floor(pair_of(config.rope_beta_fast)), math.ceil(pair_of(config.rope_beta_slow))
+    ramp = min(max((pair - low) / (high - low), 0), 1)
+    turns = context * config.rope_theta ** (-2 * pair / size) / (2 * math.pi)
+    return turns, ramp, 1 - ramp + ramp / config.rope_scaling_factor
+
+
+def yarn(language: str) -> str:
+    """What YaRN does to minimind3's pairs when the context grows fourfold."""
+    head = {
+        "en": ["pair", "turns in 2,048 tokens", "ramp", "new frequency / old"],
+        "zh": ["维度对", "2,048 个词元内转的圈数", "斜坡值", "新频率 / 旧频率"],
+    }[language]
+    config = dataclasses.replace(PRESETS["minimind3"], rope_scaling_factor=4.0)
+    rows = []
+    for pair in (0, 8, 12, 16, 20, 21, 47):
+        turns, ramp, ratio = yarn_row(config, pair)
+        rows.append((pair, f"{turns:.4g}", f"{ramp:.3f}", f"{ratio:.3f}"))
+    return format_table(head, rows)
+
+
+def estimate(model: str, stage: int, world_size: int) -> MemoryEstimate:
+    """What `--dry-run` prints for ds_configs/zeroN.json in bf16, 2 sequences of 2,048 tokens a rank."""
+    run = RunConfig(
+        model=preset(model),
+        data=DataConfig(seq_len=2048),
+        train=TrainConfig(micro_batch_size=2, precision="bf16"),
+    )
+    resolved: Resolved = resolve(
+        run,
+        load(ROOT / "ds_configs" / f"zero{stage}.json"),
+        world_size=world_size,
+        device_type="cuda",
+        bf16_supported=True,
+    )
+    return estimate_memory(resolved, world_size)
+
+
+def zero_memory(language: str) -> str:
+    """Parameters, gradients and optimizer states of three presets in every ZeRO stage on 8 ranks."""
+    head = {
+        "en": ["preset", "stage", "parameters", "gradients", "optimizer", "gathered weights", "states together"],
+        "zh": ["预设", "阶段", "参数", "梯度", "优化器状态", "临时聚集的权重", "状态合计"],
+    }[language]
+    rows = []
+    for name in ("minimind3", "medium", "large"):
+        for stage in range(4):
+            memory = estimate(name, stage, 8)
+            parts = (memory.parameters, memory.gradients, memory.optimizer, memory.buffers)
+            rows.append((f"`{name}`", stage, *map(format_bytes, parts), format_bytes(sum(parts))))
+    return format_table(head, rows)
+
+
+def softmax(logits: Sequence[float], temperature: float = 1.0) -> list[float]:
+    """Probabilities of scores divided by a temperature."""
+    powers = [math.exp(value / temperature) for value in logits]
+    return [power / sum(powers) for power in powers]
+
+
+SCORES = (2.0, 1.0, 0.0, -1.0)
+"""The scores of the worked examples of sampling: tokens A, B, C, D."""
+
+
+def temperature(language: str) -> str:
+    """The worked example of the temperature."""
+    head = {"en": ["temperature", "A", "B", "C", "D"], "zh": ["温度", "A", "B", "C", "D"]}[language]
+    return format_table(head, [(t, *(f"{p:.4f}" for p in softmax(SCORES, t))) for t in (2.0, 1.0, 0.5, 0.25)])
+
+
+def documented_fields(cls: type, file: str) -> list[tuple[str, str, Any, str]]:
+    """(name, type, default, docstring) of each field of a dataclass, read from its source."""
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    body = next(item for item in tree.body if isinstance(item, ast.ClassDef) and item.name == cls.__name__).body
+    fields = []
+    for item, following in zip(body, body[1:], strict=False):
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(following, ast.Expr):
+            assert isinstance(following.value, ast.Constant)
+            text = " ".join(str(following.value.value).split())
+            default = getattr(cls(), item.target.id)
+            fields.append((item.target.id, ast.unparse(item.annotation), default, text))
+    return fields
+
+
+def chinese_descriptions() -> dict[str, str]:
+    """Field name -> what it is, in Chinese."""
+    return json.loads((ROOT / "docs" / "zh" / "field_descriptions.json").read_text(encoding="utf-8"))
+
+
+def fields(cls: type, file: str, language: str) -> str:
+    """A table of a dataclass's fields, as flags."""
+    head = {"en": ["flag", "type", "default", "meaning"], "zh": ["参数", "类型", "默认值", "含义"]}[language]
+    chinese = chinese_descriptions() if language == "zh" else {}
+    rows = []
+    for name, kind, default, text in documented_fields(cls, file):
+        shown = "" if default is None else f"`{json.dumps(default)}`"
+        text = chinese[name] if language == "zh" else text
+        flag = "--" + name.replace("_", "-")
+        rows.append((f"`{flag}`", f"`{kind}`".replace("|", "or"), shown, text.replace("|", "\\|")))
+    return format_table(head, rows)
+
+
+def ds_configs(language: str) -> str:
+    """What each DeepSpeed file of the repository sets."""
+    head = {
+        "en": ["file", "ZeRO stage", "optimizer", "16 bit through", "offload", "other settings of `zero_optimization`"],
+        "zh": ["文件", "ZeRO 阶段", "优化器", "16 位方式", "卸载", "`zero_optimization` 的其他设置"],
+    }[language]
+    rows = []
+    for path in sorted((ROOT / "ds_configs").glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        zero = content["zero_optimization"]
+        offload = ", ".join(
+            f"{key.removeprefix('offload_')} -> {zero[key]['device']}" for key in zero if key.startswith("offload_")
+        )
+        others = ", ".join(
+            f"`{key}` {json.dumps(value)}"
+            for key, value in zero.items()
+            if key != "stage" and not key.startswith("offload_")
+        )
+        sixteen = "`torch_autocast`" if "torch_autocast" in content else "`bf16` / `fp16`"
+        optimizer = content.get("optimizer", {}).get("type", "")
+        rows.append((f"`{path.name}`", zero["stage"], optimizer, sixteen, offload, others))
+    return format_table(head, rows)
+
+
+TABLES: dict[str, Callable[[str], str]] = {
+    "presets": presets,
+    "kv_cache": kv_cache,
+    "yarn": yarn,
+    "zero_memory": zero_memory,
+    "temperature": temperature,
+    "ds_configs": ds_configs,
+    "fields_model": lambda language: fields(ModelConfig, "minimind/model/config.py", language),
+    "fields_data": lambda language: fields(DataConfig, "minimind/config.py", language),
+    "fields_train": lambda language: fields(TrainConfig, "minimind/config.py", language),
+}
