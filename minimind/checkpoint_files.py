@@ -1,20 +1,20 @@
 """Checkpoint folders on disk: their manifest, whether they are sound, which is the newest, which may go.
 
-A checkpoint is `checkpoints/step_XXXXXXXX/`. Its manifest names every file with size and sha256 and is written before
-the folder gets that name, so a folder without one, or that disagrees with it, is damaged. Knows nothing of ranks, of
-DeepSpeed or of tensors.
+A checkpoint is `checkpoints/step_XXXXXXXX/`. Its manifest names every file with size and sha256, carries its own sha256
+and is written before the folder gets that name: a folder without one, or that disagrees with it, is damaged. Knows
+nothing of ranks, of DeepSpeed or of tensors.
 """
 
+import concurrent.futures
 import dataclasses
+import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from minimind.atomic import fsync_folder, hash_file, replace_file
+from minimind.atomic import hash_file, replace_file
 from minimind.errors import UserError
 from minimind.schema import check_fields
 
@@ -25,6 +25,10 @@ PARTIAL_SUFFIX = ".partial"
 CLIENT_STATE_KEY = "minimind"
 """Under which our own state lies in DeepSpeed's files."""
 _NAME = re.compile(r"step_(\d{8,})")
+_NEUTRAL_NAME = re.compile(r"neutral_(\d{8,})")
+# Stands in the manifest for its own sha256 while that is computed.
+_NO_SEAL = "0" * 64
+_HASHING_THREADS = 4
 
 
 class CheckpointError(UserError):
@@ -51,15 +55,25 @@ class CheckpointManifest:
     zero_stage: int = 0
     ep_size: int = 1
     precision: str = "fp32"
+    layout: Mapping = dataclasses.field(default_factory=dict)
+    """Further settings that decide what DeepSpeed's files look like."""
     shard_fingerprint: str = ""
+    tokenizer_sha256: str = ""
+    eval_loss: float | None = None
+    """Of an evaluation right before the save, if there was one."""
+    probe_loss: float | None = None
+    """Of the fixed probe batch, from the engine that was saved."""
     model: Mapping = dataclasses.field(default_factory=dict)
     versions: Mapping = dataclasses.field(default_factory=dict)
+    conversion: Mapping = dataclasses.field(default_factory=dict)
+    """Of a converted checkpoint: what it was made from, and what else an engine has to be told."""
     files: tuple[FileRecord, ...] = ()
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
-        """The text of manifest.json."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        """The text of manifest.json. Its `sha256` is that of this text with 64 zeros in its place."""
+        text = json.dumps({"sha256": _NO_SEAL, **dataclasses.asdict(self)}, indent=2) + "\n"
+        return text.replace(_NO_SEAL, hashlib.sha256(text.encode()).hexdigest(), 1)
 
 
 def checkpoint_name(step: int) -> str:
@@ -81,8 +95,19 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found) if path.is_dir()]
 
 
+def neutral_folder(folder: Path) -> Path:
+    """Where the topology-free form of a checkpoint is kept, beside it."""
+    return folder.with_name(f"neutral_{step_of(folder):08d}")
+
+
+def list_neutral(run_dir: Path) -> list[Path]:
+    """The topology-free forms that a run keeps."""
+    folder = checkpoints_folder(run_dir)
+    return [path for path in folder.iterdir() if _NEUTRAL_NAME.fullmatch(path.name)] if folder.is_dir() else []
+
+
 def step_of(folder: Path) -> int:
-    """The step in a checkpoint folder's name.
+    """The step in the name of a checkpoint's folder.
 
     Raises:
         CheckpointError: the folder is not named like a checkpoint.
@@ -101,7 +126,8 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     """
     path = folder / MANIFEST_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {MANIFEST_NAME}; it was not saved to its end") from None
     except (OSError, ValueError) as error:
@@ -109,6 +135,9 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
         found = content.get("format_version") if isinstance(content, dict) else content
         raise CheckpointError(f"{path}: format_version {found!r}; this version reads {FORMAT_VERSION}")
+    seal = str(content.pop("sha256", ""))
+    if not seal or hashlib.sha256(text.replace(seal, _NO_SEAL, 1).encode()).hexdigest() != seal:
+        raise CheckpointError(f"{path}: has changed since it was written (its sha256 differs)")
     try:
         files = tuple(FileRecord(**record) for record in content.pop("files"))
         return CheckpointManifest(files=files, **check_fields(CheckpointManifest, content, str(path)))
@@ -122,14 +151,6 @@ def list_files(folder: Path) -> list[str]:
     """Paths of all files below `folder`, relative to it and sorted, without the manifest itself."""
     found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     return sorted(name for name in found if name != MANIFEST_NAME)
-
-
-def record_file(folder: Path, name: str) -> FileRecord:
-    """Flush one file to the disk and hash it."""
-    path = folder / name
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    return FileRecord(path=name, size=path.stat().st_size, sha256=hash_file(path))
 
 
 def check_record(folder: Path, record: FileRecord, *, hashes: bool = True) -> str | None:
@@ -157,14 +178,24 @@ def verify(folder: Path, *, hashes: bool = True) -> CheckpointManifest:
     manifest = read_manifest(folder)
     if manifest.step != step_of(folder):
         raise CheckpointError(f"{folder}: its manifest is of step {manifest.step}")
+    verify_files(folder, manifest, hashes=hashes)
+    return manifest
+
+
+def verify_files(folder: Path, manifest: CheckpointManifest, *, hashes: bool = True) -> None:
+    """Compare the files of a folder with a manifest, several at a time.
+
+    Raises:
+        CheckpointError: naming the first file that is wrong.
+    """
     extra = set(list_files(folder)) - {record.path for record in manifest.files}
     if extra:
         raise CheckpointError(f"{folder}: {sorted(extra)[0]} is not in the manifest")
-    for record in manifest.files:
-        wrong = check_record(folder, record, hashes=hashes)
-        if wrong:
-            raise CheckpointError(f"{folder}: {wrong}")
-    return manifest
+    with concurrent.futures.ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        for wrong in pool.map(lambda record: check_record(folder, record, hashes=hashes), manifest.files):
+            if wrong:
+                pool.shutdown(cancel_futures=True)
+                raise CheckpointError(f"{folder}: {wrong}")
 
 
 def newest_sound(run_dir: Path, report: Callable[[str], Any]) -> Path | None:
@@ -189,43 +220,18 @@ def newest_sound(run_dir: Path, report: Callable[[str], Any]) -> Path | None:
     return None
 
 
+def check_latest(run_dir: Path, newest: Path, report: Callable[[str], Any]) -> None:
+    """Report and repair a file `latest` that does not name `newest`. Nothing of ours is loaded by it; tools use it."""
+    path = checkpoints_folder(run_dir) / LATEST_NAME
+    try:
+        there = path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError as error:
+        there = error.strerror or "not readable"
+    if there != newest.name:
+        report(f"{path}: {there[:80] or 'empty'!r} instead of {newest.name}; corrected")
+        point_latest(run_dir, newest)
+
+
 def point_latest(run_dir: Path, folder: Path) -> None:
     """Name `folder` in the file `latest`, which DeepSpeed's own tools read."""
     replace_file(checkpoints_folder(run_dir) / LATEST_NAME, folder.name)
-
-
-def remove_checkpoint(folder: Path) -> None:
-    """Take a checkpoint away so that it never looks whole while it is half gone: rename first, then delete."""
-    doomed = folder.with_name(folder.name + PARTIAL_SUFFIX)
-    if folder != doomed:
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(folder, doomed)
-        fsync_folder(folder.parent)
-    shutil.rmtree(doomed)
-
-
-def prune(run_dir: Path, *, keep_last: int, keep_every: int, protect: frozenset[int] = frozenset()) -> list[Path]:
-    """Remove all but the newest `keep_last` (0: all stay), multiples of `keep_every`, and the `protect`ed steps.
-
-    Returns the folders removed. The newest one always stays.
-    """
-    folders = list_checkpoints(run_dir)
-    if keep_last == 0:
-        return []
-    doomed = [
-        folder
-        for folder in folders[: -max(1, keep_last)]
-        if not (keep_every and step_of(folder) % keep_every == 0) and step_of(folder) not in protect
-    ]
-    for folder in doomed:
-        remove_checkpoint(folder)
-    return doomed
-
-
-def remove_partials(run_dir: Path) -> list[Path]:
-    """Remove what a run that died while saving has left."""
-    folder = checkpoints_folder(run_dir)
-    left = [path for path in folder.glob(f"step_*{PARTIAL_SUFFIX}") if path.is_dir()] if folder.is_dir() else []
-    for path in left:
-        shutil.rmtree(path)
-    return left

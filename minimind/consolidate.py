@@ -1,7 +1,7 @@
-"""Whole tensors, by MiniMind's names, out of the files that DeepSpeed wrote: ZeRO 0, 1, 2 and 3, on any number of ranks.
+"""Whole tensors, by MiniMind's names, out of the files that DeepSpeed wrote: ZeRO 0 to 3, on any number of ranks.
 
-Files are mapped, not read: a tensor costs memory while it is looked at. They are read with `weights_only`, so nothing in
-them runs, and without DeepSpeed, whose few small state classes are stood in for. Knows nothing of engines.
+Files are mapped, not read: a tensor costs memory while it is looked at. They are read with `weights_only`, so nothing
+in them runs, and without DeepSpeed, whose few small state classes are stood in for. Knows nothing of engines.
 """
 
 import itertools
@@ -19,13 +19,14 @@ from minimind.checkpoint_files import CLIENT_STATE_KEY, CheckpointError, Checkpo
 WEIGHT = "fp32"
 """The key of the float32 weights, beside those of the optimizer's state (`exp_avg`, `exp_avg_sq`)."""
 
-# Classes of DeepSpeed in its files: a loss scale, two numbers, an enumeration.
-_STATE_CLASSES = (
+# Classes of DeepSpeed in its files: a loss scale, an enumeration, two numbers.
+_DEEPSPEED_CLASSES = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
+
 _RANK = re.compile(r"zero_pp_rank_(\d+)_")
 
 
@@ -37,15 +38,26 @@ class StateValue:
 
 
 def read_states(path: Path) -> dict[str, Any]:
-    """The content of one of DeepSpeed's files, its tensors mapped from the disk. No code in the file is run.
+    """The content of one of DeepSpeed's files, its tensors mapped from the disk, without importing DeepSpeed.
 
     Raises:
-        CheckpointError: it cannot be read, or holds something else than tensors, plain values and the known classes.
+        CheckpointError: as `load_states`.
     """
-    allowed: list[Any] = [(StateValue, name) for name in _STATE_CLASSES]
+    return load_states(path, [(StateValue, name) for name in _DEEPSPEED_CLASSES], mmap=True)
+
+
+def load_states(path: Path, classes: Sequence[Any], *, mmap: bool) -> dict[str, Any]:
+    """The content of one of DeepSpeed's files in host memory. No code in the file is run.
+
+    Args:
+        classes: what it may hold beside tensors and plain values: classes, or (stand-in, name of a class).
+
+    Raises:
+        CheckpointError: it cannot be read, or refers to anything else.
+    """
     try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with torch.serialization.safe_globals(list(classes)):
+            return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
         reason = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it refers to {reason[1]}" if reason else str(error).splitlines()[0]

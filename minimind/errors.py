@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75
+"""A run was asked to stop (signal or file), has saved, and continues when it is started again (EX_TEMPFAIL)."""
 
 
 class UserError(Exception):

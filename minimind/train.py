@@ -4,7 +4,7 @@ Parse, resolve, open the data, form the process group, build, fit. Everything th
 the process group is made, as far as it can be known then. Holds no logic of its own.
 """
 
-import dataclasses
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -13,11 +13,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from minimind import checkpoint, ds_config
-from minimind.atomic import replace_file
-from minimind.checkpoint import TrainState
-from minimind.checkpoint_files import remove_partials
-from minimind.config import CommandLine, RunConfig, parse_command_line, read_json
+from minimind import ds_config
+from minimind.checkpoint_loading import load
+from minimind.checkpoint_saving import CheckpointSaver, TrainState, check_checkpoint_section
+from minimind.config import CommandLine, parse_command_line
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import BatchLoader
 from minimind.data.shards import ShardReader, find_split, open_split
@@ -31,29 +30,20 @@ from minimind.distributed import (
 )
 from minimind.ds_config import Resolved
 from minimind.engine import build_engine, build_model, check_ds_config
-from minimind.errors import UserError, run_main
+from minimind.errors import EXIT_STOPPED, UserError, run_main
 from minimind.memory import estimate_memory
 from minimind.metrics import MetricsLog
 from minimind.peak_flops import peak_flops
+from minimind.run_folder import check_run_folder, identify, open_run_folder
+from minimind.run_lock import RunLock, hold_run_folder
+from minimind.signals import listen
 from minimind.trainer import Trainer, resolved_steps
 
 T = TypeVar("T")
 
-RUN_CONFIG_NAME = "run_config.json"
-DS_CONFIG_NAME = "ds_config.json"
 
-# What may differ between a run's first start and its continuation; everything else decides what the run is.
-# fmt: off
-MAY_CHANGE = frozenset((
-    "run_dir", "ds_config", "steps", "epochs", "micro_batch_size", "gradient_accumulation_steps", "log_every",
-    "eval_every", "eval_samples", "save_every", "keep_last", "keep_every", "resume", "tensorboard", "num_workers",
-    "skip_bad_steps", "activation_checkpointing", "compile", "shards", "precision", "flash_attn",
-))
-# fmt: on
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Run one rank from its command line (without the program's name)."""
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one rank from its command line (without the program's name); gives the exit code."""
     args = sys.argv[1:] if args is None else args
     # The deepspeed launcher adds --local_rank=N to what the user typed; the environment says the same.
     args = [arg for arg in args if not arg.startswith(("--local_rank=", "--local-rank="))]
@@ -72,9 +62,10 @@ def main(args: Sequence[str] | None = None) -> None:
     if command.dry_run:
         if env.is_first:
             print(json.dumps({"run": resolved.run.to_dict(), "deepspeed": resolved.ds}, indent=2))
-        return
+        return 0
     with process_group(env, device):
-        run_rank(resolved, env, device, dataset, eval_dataset)
+        finished = run_rank(resolved, env, device, dataset, eval_dataset)
+    return 0 if finished else EXIT_STOPPED
 
 
 def prepare(
@@ -95,6 +86,7 @@ def prepare(
         bf16_supported=device.type == "cuda" and torch.cuda.is_bf16_supported(),
     )
     check_ds_config(resolved.ds)
+    check_checkpoint_section(resolved.ds)
     if run.data.shards is None:
         raise UserError("shards: not given; pass --shards DIR, a folder made by python -m data_prep.tokenize_corpus")
     folder = Path(run.data.shards)
@@ -106,40 +98,8 @@ def prepare(
             f"vocab_size: the shards of {folder} have {vocab} tokens and the model only {run.model.vocab_size}; pass "
             f"--vocab-size {vocab}"
         )
-    check_run_dir(resolved, train_reader.fingerprint)
+    check_run_folder(resolved, identify(train_reader))
     return resolved, train_reader, eval_reader
-
-
-def check_run_dir(resolved: Resolved, fingerprint: str) -> None:
-    """Refuse a run folder that belongs to another configuration.
-
-    Raises:
-        UserError: listing every difference.
-    """
-    path = Path(resolved.run.train.run_dir) / RUN_CONFIG_NAME
-    if not path.exists():
-        return
-    content = read_json(path, "the run folder's")
-    there = content.pop("shard_fingerprint", fingerprint) if isinstance(content, dict) else fingerprint
-    old = RunConfig.from_dict(content, where=str(path))
-    differences = [f"shard_fingerprint {there} there, {fingerprint} here"] if there != fingerprint else []
-    for name, before, now in _changes(old, resolved.run):
-        if name not in MAY_CHANGE and now is not None and before is not None and before != now:
-            differences.append(f"{name} {before} there, {now} here")
-    if differences:
-        raise UserError(
-            f"{path.parent} belongs to another configuration: {'; '.join(differences)}; give another --run-dir, or the "
-            "old values"
-        )
-
-
-def _changes(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
-    pairs = ((old.model, new.model), (old.data, new.data), (old.train, new.train))
-    return [
-        (item.name, getattr(before, item.name), getattr(now, item.name))
-        for before, now in pairs
-        for item in dataclasses.fields(now)
-    ]
 
 
 def run_rank(
@@ -148,52 +108,55 @@ def run_rank(
     device: torch.device,
     dataset: TokenDataset,
     eval_dataset: TokenDataset | None,
-) -> None:
-    """Build and train inside the process group. Every rank calls this."""
-    run, train = resolved.run, resolved.run.train
-    run_dir = Path(train.run_dir)
-    fingerprint = dataset.reader.fingerprint
-    folder = on_first_rank(lambda: open_run(resolved, dataset.reader))
-    if folder is not None:
-        checkpoint.check_same_run(folder, resolved, env.world_size, fingerprint)
-    loader = BatchLoader(
-        dataset,
-        train.seed,
-        train.micro_batch_size or 1,
-        train.global_batch_size or 1,
-        env.rank,
-        env.world_size,
-        pin_memory=device.type == "cuda",
-    )
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train.precision or "", torch.float32)
-    peak, source = peak_flops(device, dtype)
-    log(f"peak of one device: {peak / 1e12:.3g} TFLOP/s in {train.precision} ({source})")
-    engine = build_engine(resolved, build_model(resolved, device))
-    state = TrainState()
-    if folder is not None:
-        state = checkpoint.load(engine, folder)
-        log(f"resumed from {folder} at step {state.step}")
-    metrics = None
-    if env.is_first:
-        metrics = MetricsLog(run_dir, state.step, train.steps or 0, tensorboard=train.tensorboard)
-    try:
-        Trainer(
+) -> bool:
+    """Build and train inside the process group; whether the run reached its last step. Every rank calls this."""
+    train, run_dir = resolved.run.train, Path(resolved.run.train.run_dir)
+    with contextlib.ExitStack() as stack:
+        outside = stack.enter_context(listen(run_dir if env.is_first else None))
+        locks: list[RunLock] = []  # of rank 0
+        on_first_rank(lambda: locks.append(stack.enter_context(hold_run_folder(run_dir))))
+        notes = check_run_folder(resolved, identify(dataset.reader))
+        resume = on_first_rank(lambda: open_run_folder(resolved, dataset.reader, notes))
+        loader = BatchLoader(
+            dataset,
+            train.seed,
+            train.micro_batch_size or 1,
+            train.global_batch_size or 1,
+            env.rank,
+            env.world_size,
+            pin_memory=device.type == "cuda",
+        )
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train.precision or "", torch.float32)
+        peak, source = peak_flops(device, dtype)
+        log(f"peak of one device: {peak / 1e12:.3g} TFLOP/s in {train.precision} ({source})")
+        engine = build_engine(resolved, build_model(resolved, device))
+        stack.callback(engine.destroy)
+        state = TrainState()
+        if resume is not None:
+            state = load(engine, resolved, resume.folder, resume.manifest, resume.neutral)
+            log(f"resumed from {resume.folder} at step {state.step}")
+        saver = CheckpointSaver(engine, resolved, identify(dataset.reader), asynchronous=train.async_save)
+        stack.callback(saver.close)
+        metrics = None
+        if env.is_first:
+            metrics = MetricsLog(run_dir, state.step, train.steps or 0, tensorboard=train.tensorboard)
+            stack.callback(metrics.close)
+        return Trainer(
             resolved=resolved,
             engine=engine,
             loader=loader,
             eval_dataset=eval_dataset,
             device=device,
             metrics=metrics,
+            saver=saver,
+            outside=outside,
+            lock=locks[0] if locks else None,
             state=state,
-            flops_per_token=run.model.flops_per_token(run.data.seq_len),
+            flops_per_token=resolved.run.model.flops_per_token(resolved.run.data.seq_len),
             peak_flops=peak,
             tokens_per_byte=tokens_per_byte(eval_dataset),
-            last_checkpoint=folder,
+            last_checkpoint=resume.folder if resume is not None else None,
         ).fit()
-    finally:
-        if metrics is not None:
-            metrics.close()
-        engine.destroy()
 
 
 def tokens_per_byte(eval_dataset: TokenDataset | None) -> float:
@@ -202,25 +165,6 @@ def tokens_per_byte(eval_dataset: TokenDataset | None) -> float:
         return 1.0
     manifest = eval_dataset.reader.manifest
     return manifest.total_tokens / max(1, manifest.total_bytes)
-
-
-def open_run(resolved: Resolved, reader: ShardReader) -> Path | None:
-    """Find what to resume from, and write the resolved configurations and the tokenizer into the run folder. Rank 0
-    alone."""
-    run_dir = Path(resolved.run.train.run_dir)
-    folder = checkpoint.find_resume(run_dir, resolved.run.train.resume)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        for left in remove_partials(run_dir):
-            print(f"removed {left}: an earlier run died while saving it", flush=True)
-        content = {**resolved.run.to_dict(), "shard_fingerprint": reader.fingerprint}
-        replace_file(run_dir / RUN_CONFIG_NAME, json.dumps(content, indent=2) + "\n")
-        replace_file(run_dir / DS_CONFIG_NAME, json.dumps(resolved.ds, indent=2) + "\n")
-        tokenizer_file = reader.manifest.tokenizer.file
-        replace_file(run_dir / tokenizer_file, (reader.folder / tokenizer_file).read_bytes())
-    except OSError as error:
-        raise UserError(f"run_dir {run_dir}: {error.strerror}; give a folder that can be written") from None
-    return folder
 
 
 def on_first_rank(work: Callable[[], T]) -> T:

@@ -17,8 +17,8 @@ from typing import Any
 import deepspeed
 import torch
 
-from minimind import checkpoint
-from minimind.checkpoint import TrainState
+from minimind.checkpoint_loading import engine_probe_loss
+from minimind.checkpoint_saving import CheckpointSaver, TrainState
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import Batch, BatchLoader, eval_batches
 from minimind.distributed import all_reduce_sum, gather_objects
@@ -26,7 +26,9 @@ from minimind.ds_config import Resolved
 from minimind.engine import StepOutcome, loss_scale, optimizer_step, set_learning_rate
 from minimind.errors import UserError
 from minimind.metrics import MetricsLog, peak_memory_bytes
+from minimind.run_lock import RunLock, RunLockError
 from minimind.schedule import learning_rate
+from minimind.signals import Outside, Requests
 
 
 class BadStepError(UserError):
@@ -46,7 +48,7 @@ class _PendingStep:
 
 @dataclass
 class Trainer:
-    """One run on one rank. `metrics` is None on every rank but the first.
+    """One run on one rank. `metrics` and `lock` are None on every rank but the first.
 
     Args:
         tokens_per_byte: tokens of the validation split divided by the UTF-8 bytes of its text.
@@ -59,6 +61,9 @@ class Trainer:
     eval_dataset: TokenDataset | None
     device: torch.device
     metrics: MetricsLog | None
+    saver: CheckpointSaver
+    outside: Outside
+    lock: RunLock | None
     state: TrainState
     flops_per_token: float
     peak_flops: float | None
@@ -68,11 +73,13 @@ class Trainer:
     _window_began: float = 0.0
     _skipped: int = 0
 
-    def fit(self) -> None:
-        """Train to the last step; evaluate and save on the way and at the end. Every rank calls this.
+    def fit(self) -> bool:
+        """Train to the last step, or until somebody asks to stop; evaluate and save on the way and at the end. Returns
+        whether the last step was reached. Every rank calls this.
 
         Raises:
             BadStepError: a loss or gradient norm is NaN or infinite, beyond what `skip_bad_steps` allows.
+            CheckpointError: a checkpoint could not be written.
         """
         train = self.resolved.run.train
         total = train.steps or 0
@@ -82,14 +89,23 @@ class Trainer:
             while self.state.step < total:
                 self.train_step(next(steps))
                 step = self.state.step
+                requests = self._agree()
+                is_last = step == total or requests.stop
                 evaluate_now = step == total or bool(train.eval_every and step % train.eval_every == 0)
-                save_now = step == total or bool(train.save_every and step % train.save_every == 0)
+                save_now = is_last or requests.save or bool(train.save_every and step % train.save_every == 0)
                 if save_now or evaluate_now or step % train.log_every == 0 or train.skip_bad_steps:
                     self._flush()
+                eval_loss = None
                 if evaluate_now and self.eval_dataset is not None:
-                    self.evaluate()
+                    eval_loss = self.evaluate()["eval_loss"]
                 if save_now:
-                    self._save()
+                    self._save(eval_loss, wait=is_last)
+                if requests.save:
+                    self.outside.done()
+                if requests.stop:
+                    self._say(f"step {step}  stopped by {requests.reason}; start the same command again to continue")
+                    return step == total
+        return True
 
     def train_step(self, batches: list[Batch]) -> None:
         """One optimizer step from this rank's micro-batches, without waiting for the device. Every rank calls this."""
@@ -242,21 +258,42 @@ class Trainer:
                     f"were ({self._skipped} of {allowed} allowed)"
                 )
             return
+        self._note_saved(self.saver.wait())  # every rank is here
         good = str(self.last_checkpoint) if self.last_checkpoint else "none was saved"
         raise BadStepError(
             f"step {item.step}: {what} is {loss if what == 'loss' else norm} on {where}; nothing of it was saved; last "
             f"good checkpoint: {good}; lower --lr, look at the data of this step, or allow --skip-bad-steps N"
         )
 
-    def _save(self) -> None:
+    def _agree(self) -> Requests:
+        """What anybody asked of any rank; also takes a running save further. Every rank calls this."""
+        busy, lost = int(not self.saver.is_idle), int(self.lock is not None and self.lock.is_lost)
+        requests, (busy, lost) = self.outside.agree((busy, lost))
+        if lost:
+            raise RunLockError(f"{self.resolved.run.train.run_dir}: another job has taken this run over; stopped")
+        if self.saver.is_saving and not busy:
+            self._note_saved(self.saver.advance())
+        return requests
+
+    def _save(self, eval_loss: float | None, *, wait: bool) -> None:
         """Write a checkpoint. Every rank calls this; the pending steps are flushed and finite."""
         if self.metrics is not None:
             self.metrics.flush()
-        fingerprint = self.loader.dataset.reader.fingerprint
-        self.last_checkpoint = checkpoint.save(self.engine, self.resolved, self.state, fingerprint)
-        if self.metrics is not None:
-            self.metrics.say(f"step {self.state.step}  saved {self.last_checkpoint}")
+        self._note_saved(self.saver.wait())  # one at a time
+        probe_loss = engine_probe_loss(self.engine, self.resolved)
+        self.saver.start(self.state, eval_loss=eval_loss, probe_loss=probe_loss)
+        if wait or not self.resolved.run.train.async_save:
+            self._note_saved(self.saver.wait())
         self._window_began = time.perf_counter()
+
+    def _note_saved(self, folder: Path | None) -> None:
+        if folder is not None:
+            self.last_checkpoint = folder
+            self._say(f"saved {folder}")
+
+    def _say(self, message: str) -> None:
+        if self.metrics is not None:
+            self.metrics.say(message)
 
 
 def resolved_steps(resolved: Resolved, num_samples: int) -> Resolved:

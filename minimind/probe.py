@@ -1,0 +1,42 @@
+"""A checkpoint proves itself: the loss of one fixed batch, computed where it was saved and wherever it is loaded.
+
+The batch depends on the vocabulary alone. Knows nothing of files or engines: it calls what it is given.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+BATCH_SIZE = 2
+MAX_LENGTH = 64
+
+# Relative differences of the loss that another kernel, order of sums or (low precision) rounding may make.
+FP32_TOLERANCE = 1e-5
+LOW_PRECISION_TOLERANCE = 1e-2
+
+
+def probe_batch(vocab_size: int, max_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and labels of the probe, each (BATCH_SIZE, T) int64 with T at most `MAX_LENGTH`."""
+    length = min(MAX_LENGTH, max_length)
+    # A fixed linear congruence instead of a generator of torch, whose numbers may change between versions.
+    value, values = 12345, []
+    for _ in range(BATCH_SIZE * (length + 1)):
+        value = (value * 1103515245 + 12345) % 2**31
+        values.append((value >> 8) % vocab_size)
+    tokens = torch.tensor(values).view(BATCH_SIZE, length + 1)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+@torch.no_grad()
+def probe_loss(model: Callable[..., Any], config: Any, device: torch.device | str) -> float:
+    """Mean loss of the probe batch; `model` must be in evaluation mode. Under ZeRO-3 every rank calls this."""
+    input_ids, labels = probe_batch(config.vocab_size, config.max_position_embeddings)
+    return float(model(input_ids.to(device), labels.to(device)).loss)
+
+
+def agrees(expected: float, found: float, *, low_precision: bool) -> bool:
+    """Whether two probe losses can be of the same weights."""
+    tolerance = LOW_PRECISION_TOLERANCE if low_precision else FP32_TOLERANCE
+    return math.isclose(expected, found, rel_tol=tolerance) or (math.isnan(expected) and math.isnan(found))

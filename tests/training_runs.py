@@ -1,0 +1,141 @@
+"""Tiny runs for the tests of checkpoints: in this process (one rank), or on ranks that wait for work in their own."""
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = {
+    "vocab_size": 256,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+}
+
+
+def flags_for(corpus: Path, run_dir: Path, *, stage: int = 1, precision: str = "fp32", **others: Any) -> list[str]:
+    """A command line of `minimind.train`: 4 samples of 16 tokens a step, a checkpoint every second step."""
+    settings = {
+        **MODEL,
+        "shards": corpus,
+        "run_dir": run_dir,
+        "ds_config": ROOT / "ds_configs" / f"zero{stage}.json",
+        "precision": precision,
+        "seq_len": 16,
+        "micro_batch_size": 1,
+        "global_batch_size": 4,
+        "steps": 6,
+        "warmup_steps": 2,
+        "save_every": 2,
+        "num_workers": 0,
+        "tensorboard": False,
+        **others,
+    }
+    flags: list[str] = []
+    for name, value in settings.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            flags += [flag, str(value)]
+    return flags
+
+
+def train(flags: list[str]) -> tuple[int, str]:
+    """Run one rank here; its exit code and what it printed. A `UserError` passes through."""
+    from minimind.train import main
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = main(flags)
+    return code, printed.getvalue()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Every record of a run."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Loss of every step; fails where a step stands twice."""
+    found = [(record["step"], record["loss"]) for record in read_metrics(run_dir) if "loss" in record]
+    assert len(found) == len(dict(found)), "a step stands twice"
+    return dict(found)
+
+
+def weights(run_dir: Path) -> dict[str, Any]:
+    """The float32 weights of the newest checkpoint."""
+    from minimind.checkpoint_files import list_checkpoints
+    from minimind.consolidate import TrainingCheckpoint
+
+    return {name: tensor.clone() for name, tensor in TrainingCheckpoint(list_checkpoints(run_dir)[-1]).state_dict()}
+
+
+class RankPool:
+    """Processes that have imported everything and run functions together as the ranks of one world."""
+
+    def __init__(self, world_size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipes = []
+        self._processes = []
+        for _ in range(world_size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(there,), daemon=True)
+            process.start()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any, world_size: int | None = None) -> list[Any]:
+        """`function(*args)` on the first `world_size` ranks; their results, or the error that the first raised."""
+        size = world_size or len(self._pipes)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank, pipe in enumerate(self._pipes[:size]):
+            pipe.send((function, args, rank, size, port))
+        results = [pipe.recv() for pipe in self._pipes[:size]]
+        for kind, value in results:
+            if kind == "error":
+                raise value if isinstance(value, Exception) else RuntimeError(value)
+        return [value for _, value in results]
+
+    def close(self) -> None:
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
+            with contextlib.suppress(OSError):
+                pipe.send(None)
+            process.join(10)
+            process.kill()
+
+
+def _serve(pipe: Any) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from minimind.errors import UserError
+
+    while (work := pipe.recv()) is not None:
+        function, args, rank, size, port = work
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )  # fmt: skip
+        try:
+            pipe.send(("done", function(*args)))
+        except UserError as error:
+            pipe.send(("error", UserError(str(error))))
+        except BaseException:
+            pipe.send(("error", traceback.format_exc()))
+
+
+def rank_pool(world_size: int) -> Iterator[RankPool]:
+    """For a fixture: a pool that is closed at the end."""
+    pool = RankPool(world_size)
+    yield pool
+    pool.close()
