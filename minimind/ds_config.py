@@ -2,7 +2,8 @@
 
 DeepSpeed's file is the user's own and is handed over untouched, but for the settings that the run configuration also
 has (batch sizes, clipping, optimizer, precision, schedule). Those are resolved on a copy, and every disagreement is
-reported at once. Does not import deepspeed, and knows no rank: the world size and the device come as arguments.
+reported at once. Does not import deepspeed, and knows no rank: the world size and the device come as arguments. What
+the file may hold at all is `ds_sections`.
 """
 
 import copy
@@ -11,11 +12,11 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from minimind.config import RunConfig, read_json
+from minimind.config import RunConfig, TrainConfig, check_run, read_json
+from minimind.ds_sections import AUTO, PRECISION_SECTIONS, check_sections, optimizer_name, zero_stage
+from minimind.ds_sections import offload_device as offload_device
 from minimind.errors import UserError
-from minimind.schema import nearest
-
-AUTO = "auto"
+from minimind.schema import check_fields
 
 DEFAULTS: dict[str, Any] = {
     "optimizer": "adamw",
@@ -35,41 +36,6 @@ DEFAULT_DS_CONFIG: dict[str, Any] = {
     "data_types": {"grad_accum_dtype": "fp32"},
 }
 """The JSON of a run without `--ds-config`."""
-
-# The top level of DeepSpeed 0.19.8's configuration. DeepSpeed ignores a key that it does not know.
-# fmt: off
-SECTIONS = frozenset((
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "data_types", "zero_optimization",
-    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients",
-    "gradient_predivide_factor", "sparse_gradients", "disable_allgather", "aio", "steps_per_print",
-    "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "comms_logger", "flops_profiler",
-    "timers", "tensorboard", "wandb", "csv_monitor", "comet", "checkpoint", "compile", "expert_parallel",
-    "use_data_before_expert_parallelism", "disable_python_gc",
-))
-# fmt: on
-
-# Known to DeepSpeed, but it would do nothing here, or change what a step means; each with what to do instead.
-UNUSED_SECTIONS = {
-    "activation_checkpointing": "this block does nothing by itself; use --activation-checkpointing",
-    "amp": "removed from DeepSpeed; use --precision bf16",
-    "bfloat16": "an old name; write bf16",
-    "curriculum_learning": "removed from DeepSpeed",
-    "data_efficiency": "the order of the data is the run's own",
-    "dataloader_drop_last": "the run has its own loader, and no partial batches",
-    "elasticity": "removed from DeepSpeed; a run resumes on another number of ranks by itself",
-    "gradient_allreduce_op": "the loss is normalised for the mean over ranks",
-    "managed_gradient_accumulation": "the run follows DeepSpeed's own accumulation boundary",
-    "pipeline": "the model is not a pipeline",
-    "sequence_parallel_size": "the model has no sequence parallelism",
-    "seq_parallel_communication_data_type": "the model has no sequence parallelism",
-    "sparse_attention": "removed from DeepSpeed",
-    "tensor_parallel": "the model has no tensor parallelism",
-    "hybrid_engine": "it serves generation inside reinforcement learning",
-    "autotuning": "start DeepSpeed's autotuner from its own launcher",
-    "compression_training": "the run does not compress",
-    "weight_quantization": "the run does not quantise weights",
-}
 
 
 @dataclass(frozen=True)
@@ -101,18 +67,6 @@ def load(path: str | os.PathLike[str] | None) -> dict[str, Any]:
     return content
 
 
-def zero_stage(ds: dict[str, Any]) -> int:
-    """ZeRO stage of a DeepSpeed configuration; 0 where it says nothing."""
-    stage = ds.get("zero_optimization", {}).get("stage", 0)
-    return 0 if stage == AUTO else stage
-
-
-def offload_device(ds: dict[str, Any], what: str) -> str | None:
-    """ "cpu", "nvme" or None for `what` in ("optimizer", "param")."""
-    device = (ds.get("zero_optimization", {}).get(f"offload_{what}") or {}).get("device", "none")
-    return None if device == "none" else device
-
-
 def resolve(
     run: RunConfig,
     ds: dict[str, Any],
@@ -138,8 +92,8 @@ def resolve(
         bf16_supported: whether the device computes in bf16; decides the default precision.
 
     Raises:
-        UserError: a misspelt or unused section, a disagreement, batch sizes that do not divide, or a precision that the
-            device or the ZeRO stage does not have.
+        UserError: a misspelt or unused section or setting, a disagreement, batch sizes that do not divide, or a
+            precision that the device or the ZeRO stage does not have.
     """
     ds = copy.deepcopy(ds)
     check_sections(ds)
@@ -162,34 +116,20 @@ def resolve(
     }
     precision = _take_precision(overlaps, run, ds)
     overlaps.finish()
-    values = {name: DEFAULTS.get(name) if value is None else value for name, value in values.items()}
+    defaults = DEFAULTS if values["optimizer"] != "deepspeed" else {**DEFAULTS, "betas": None, "eps": None}
+    values = {name: defaults.get(name) if value is None else value for name, value in values.items()}
     values["precision"] = precision or ("bf16" if bf16_supported and device_type != "cpu" else "fp32")
+    # What came from the JSON has the types and limits of the run's own fields.
+    values = check_fields(TrainConfig, values, "DeepSpeed config")
     resolved = dataclasses.replace(run, train=dataclasses.replace(train, **values))
+    check_run(resolved)
+    _check_schedule_fields(resolved.train)
     _resolve_hpz(ds, world_size, local_world_size)
     notes = [f'{where}: "auto" left to DeepSpeed\'s default' for where in _drop_autos(ds)]
     _write_back(ds, resolved)
-    _check_precision(resolved, ds, device_type)
+    _check_combinations(resolved, ds, device_type)
     notes += _advice(resolved, ds)
     return Resolved(run=resolved, ds=ds, notes=tuple(notes))
-
-
-def check_sections(ds: dict[str, Any]) -> None:
-    """Refuse top-level keys that DeepSpeed would ignore or that mean nothing to this trainer.
-
-    Raises:
-        UserError: naming the key and the nearest known one, or what to do instead.
-    """
-    for key in ds:
-        if key in UNUSED_SECTIONS:
-            raise UserError(f"DeepSpeed config: '{key}' is not used by this trainer: {UNUSED_SECTIONS[key]}; remove it")
-        if key not in SECTIONS:
-            raise UserError(f"DeepSpeed config: unknown section '{key}'{nearest(key, sorted(SECTIONS))}")
-    for key in ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "data_types", "zero_optimization"):
-        if not isinstance(ds.get(key, {}), dict):
-            raise UserError(f"DeepSpeed config: '{key}' is {ds[key]!r}; expected an object")
-    stage = ds.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3, AUTO) or isinstance(stage, bool):
-        raise UserError(f"DeepSpeed config: zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3")
 
 
 class _Overlaps:
@@ -213,7 +153,7 @@ class _Overlaps:
     def finish(self) -> None:
         if self.mismatches:
             raise UserError(
-                "; ".join(self.mismatches) + '; make both sides equal, or write "auto" in the DeepSpeed config'
+                "; ".join(self.mismatches) + '; leave one side out, or write "auto" in the DeepSpeed config'
             )
 
 
@@ -247,8 +187,8 @@ def _resolve_batch(
         derived = total // (micro * world)
         if accumulation is not None and accumulation != derived:
             overlaps.mismatches.append(
-                f"gradient_accumulation_steps is {accumulation}, but global batch {total} / (micro batch {micro} x "
-                f"{world} ranks) is {derived}"
+                f"gradient_accumulation_steps is {accumulation}, but global_batch_size {total} / (micro_batch_size "
+                f"{micro} x {world} ranks) is {derived}"
             )
         accumulation = derived
     else:
@@ -269,14 +209,8 @@ def _check_divides(total: int, unit: int, what: str) -> None:
 
 
 def _take_optimizer(overlaps: _Overlaps, run: RunConfig, ds: dict[str, Any]) -> dict[str, Any]:
-    section = ds.get("optimizer", {})
-    params = section.get("params", {})
-    kind = section.get("type")
-    theirs = None
-    if kind is not None and kind != AUTO:
-        # With adam_w_mode (DeepSpeed's default) "Adam" is AdamW; without it, it is somebody else's optimizer.
-        adamw = kind.lower() == "adamw" or (kind.lower() == "adam" and params.get("adam_w_mode", True))
-        theirs = "adamw" if adamw else "muon" if kind.lower() == "muon" else "deepspeed"
+    params = ds.get("optimizer", {}).get("params") or {}
+    theirs = optimizer_name(ds)
     optimizer = overlaps.agree("optimizer", run.train.optimizer, theirs, "optimizer.type")
     if optimizer == "deepspeed" and theirs != "deepspeed":
         raise UserError("optimizer: 'deepspeed' needs an optimizer.type in the DeepSpeed config; add one, or use adamw")
@@ -296,18 +230,22 @@ def _take_schedule(overlaps: _Overlaps, run: RunConfig, ds: dict[str, Any]) -> s
     schedule = overlaps.agree("schedule", run.train.schedule, theirs, f"scheduler.type {kind}")
     if schedule == "deepspeed" and theirs is None:
         raise UserError("schedule: 'deepspeed' needs a scheduler.type in the DeepSpeed config; name one, or use cosine")
-    if theirs is not None:
-        for key, value in section.get("params", {}).items():
-            if value == AUTO:
-                raise UserError(
-                    f'DeepSpeed config: scheduler.params.{key} is "auto", which only the run\'s own schedules resolve; '
-                    "give a value, or remove the scheduler section and use --schedule"
-                )
+    for key, value in (section.get("params") or {}).items():
+        if value == AUTO and theirs is not None:
+            raise UserError(
+                f'DeepSpeed config: scheduler.params.{key} is "auto", which only the run\'s own schedules resolve; '
+                "give a value, or remove the scheduler section and use --schedule"
+            )
+        if value != AUTO and theirs is None:
+            raise UserError(
+                f"DeepSpeed config: scheduler.params.{key} belongs to no scheduler; add a scheduler.type, or remove the"
+                " section and use --schedule"
+            )
     return schedule
 
 
 def _take_precision(overlaps: _Overlaps, run: RunConfig, ds: dict[str, Any]) -> str | None:
-    enabled = {key: ds[key].get("enabled", AUTO) for key in ("bf16", "fp16", "torch_autocast") if key in ds}
+    enabled = {key: ds[key].get("enabled", AUTO) for key in PRECISION_SECTIONS if key in ds}
     on = [key for key, value in enabled.items() if value is True]
     if len(on) > 1:
         raise UserError(f"DeepSpeed config: {' and '.join(on)} are both enabled; enable one")
@@ -319,12 +257,41 @@ def _take_precision(overlaps: _Overlaps, run: RunConfig, ds: dict[str, Any]) -> 
             raise UserError(f"DeepSpeed config: torch_autocast.dtype is '{dtype}'; expected bfloat16 or float16")
     elif on:
         theirs = on[0]
-    elif enabled and all(value is False for value in enabled.values()):
+    elif run.train.precision is None and enabled and all(value is False for value in enabled.values()):
         theirs = "fp32"
     ours = run.train.precision
-    if ours in ("bf16", "fp16") and theirs is None and enabled.get(ours) is False:
-        theirs = "fp32"
-    return overlaps.agree("precision", ours, theirs, " / ".join(enabled) or "precision")
+    if theirs is None and enabled.get(ours or "") is False:
+        theirs = "off"
+    return overlaps.agree("precision", ours, theirs, f"{on[0] if on else ours}.enabled")
+
+
+def _uses_autocast(ds: dict[str, Any]) -> bool:
+    """Whether a 16-bit precision goes through torch_autocast, and not through a bf16 or fp16 block."""
+    if any(ds.get(key, {}).get("enabled") is True for key in ("bf16", "fp16")):
+        return False
+    if "torch_autocast" in ds:
+        return ds["torch_autocast"].get("enabled") is not False
+    return zero_stage(ds) == 0 and "bf16" not in ds and "fp16" not in ds
+
+
+# Which schedules look at a setting of the learning rate; "deepspeed" has its own in the JSON.
+_SCHEDULE_FIELDS = {
+    "min_lr_ratio": ("cosine", "linear", "wsd", "step", "exponential"),
+    "decay_ratio": ("wsd",),
+    "lr_step_size": ("step", "exponential"),
+    "lr_gamma": ("step", "exponential"),
+    "warmup_steps": ("cosine", "linear", "constant", "wsd", "step", "exponential"),
+}
+
+
+def _check_schedule_fields(train: TrainConfig) -> None:
+    for name, schedules in _SCHEDULE_FIELDS.items():
+        value = getattr(train, name)
+        if train.schedule not in schedules and value != getattr(TrainConfig(), name):
+            raise UserError(
+                f"{name}: {value} has no effect on schedule {train.schedule}; leave it out, or use --schedule "
+                f"{schedules[0]}"
+            )
 
 
 def _resolve_hpz(ds: dict[str, Any], world_size: int, local_world_size: int) -> None:
@@ -369,14 +336,17 @@ def _write_back(ds: dict[str, Any], run: RunConfig) -> None:
     section.setdefault("type", {"adamw": "AdamW", "muon": "Muon"}.get(train.optimizer or "", ""))
     params = section.setdefault("params", {})
     params["lr"], params["weight_decay"] = train.lr, train.weight_decay
-    if train.optimizer in ("adamw", "muon"):
-        params["betas"], params["eps"] = list(train.betas or ()), train.eps
+    if train.betas is not None:
+        params["betas"] = list(train.betas)
+    if train.eps is not None:
+        params["eps"] = train.eps
     if train.schedule != "deepspeed":
         ds.pop("scheduler", None)
-    if "torch_autocast" in ds or (zero_stage(ds) == 0 and "bf16" not in ds and "fp16" not in ds):
+    autocasts = _uses_autocast(ds)
+    autocast = ds.pop("torch_autocast", {})
+    if autocasts:
         ds.pop("bf16", None)
         ds.pop("fp16", None)
-        autocast = ds.pop("torch_autocast", {})
         if train.precision != "fp32":
             dtype = "bfloat16" if train.precision == "bf16" else "float16"
             ds["torch_autocast"] = {**autocast, "enabled": True, "dtype": dtype}
@@ -385,26 +355,24 @@ def _write_back(ds: dict[str, Any], run: RunConfig) -> None:
             ds.setdefault(key, {})["enabled"] = train.precision == key
 
 
-def _check_precision(run: RunConfig, ds: dict[str, Any], device_type: str) -> None:
-    precision = run.train.precision
-    if precision == "fp16" and device_type == "cpu":
+def _check_combinations(run: RunConfig, ds: dict[str, Any], device_type: str) -> None:
+    train, stage = run.train, zero_stage(ds)
+    if train.precision == "fp16" and device_type == "cpu":
         raise UserError("precision: fp16 does not run on CPU; use --precision bf16 or fp32")
-    if zero_stage(ds) == 0 and any(ds.get(key, {}).get("enabled") for key in ("bf16", "fp16")):
+    if stage == 0 and any(ds.get(key, {}).get("enabled") for key in ("bf16", "fp16")):
         raise UserError(
-            f"DeepSpeed config: zero_optimization.stage 0 with a {precision} block starts Adam at its second step; "
-            'replace the block by "torch_autocast": {"enabled": "auto"}, or use stage 1'
+            f"DeepSpeed config: zero_optimization.stage 0 with a {train.precision} block starts Adam at its second "
+            'step; replace the block by "torch_autocast": {"enabled": "auto"}, or use stage 1'
         )
-    if run.train.optimizer == "muon" and zero_stage(ds) and ds["zero_optimization"].get("reduce_scatter", True):
+    if stage == 0 and train.optimizer != "adamw":
+        raise UserError(
+            f"optimizer: {ds['optimizer']['type']} does not hold back a step with a NaN gradient at ZeRO stage 0; use "
+            "stage 1, or adamw"
+        )
+    if train.optimizer == "muon" and ds["zero_optimization"].get("reduce_scatter", True):
         raise UserError(
             'DeepSpeed config: Muon needs "reduce_scatter": false in zero_optimization; see ds_configs/zero2_muon.json'
         )
-    for what in ("optimizer", "param"):
-        device = offload_device(ds, what)
-        if device is not None and zero_stage(ds) < (3 if what == "param" else 1):
-            need = "3" if what == "param" else "1, 2 or 3"
-            raise UserError(
-                f"DeepSpeed config: offload_{what} to {device} needs ZeRO stage {need}, not {zero_stage(ds)}"
-            )
 
 
 def _advice(run: RunConfig, ds: dict[str, Any]) -> list[str]:

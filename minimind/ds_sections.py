@@ -1,0 +1,176 @@
+"""What DeepSpeed's JSON may say: its sections, their shapes, and what this trainer has no use for.
+
+DeepSpeed ignores a misspelt section, and dies late and at length of a wrong shape; here each is one line, before
+anything is started. Does not import deepspeed; knows nothing of the run.
+"""
+
+from typing import Any
+
+from minimind.errors import UserError
+from minimind.schema import nearest
+
+AUTO = "auto"
+
+PRECISION_SECTIONS = ("bf16", "fp16", "torch_autocast")
+
+# The top level of DeepSpeed 0.19.8's configuration. DeepSpeed ignores a key that it does not know.
+# fmt: off
+SECTIONS = frozenset((
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "data_types", "zero_optimization",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients",
+    "gradient_predivide_factor", "sparse_gradients", "disable_allgather", "aio", "steps_per_print",
+    "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "comms_logger", "flops_profiler",
+    "timers", "tensorboard", "wandb", "csv_monitor", "comet", "checkpoint", "compile", "expert_parallel",
+    "use_data_before_expert_parallelism", "disable_python_gc",
+))
+# fmt: on
+
+# Known to DeepSpeed, but it would do nothing here, or change what a step means; each with what to do instead.
+UNUSED_SECTIONS = {
+    "activation_checkpointing": "this block does nothing by itself; use --activation-checkpointing",
+    "amp": "removed from DeepSpeed; use --precision bf16",
+    "bfloat16": "an old name; write bf16",
+    "curriculum_learning": "removed from DeepSpeed",
+    "data_efficiency": "the order of the data is the run's own",
+    "dataloader_drop_last": "the run has its own loader, and no partial batches",
+    "elasticity": "removed from DeepSpeed; a run resumes on another number of ranks by itself",
+    "gradient_allreduce_op": "the loss is normalised for the mean over ranks",
+    "managed_gradient_accumulation": "the run follows DeepSpeed's own accumulation boundary",
+    "pipeline": "the model is not a pipeline",
+    "sequence_parallel_size": "the model has no sequence parallelism",
+    "seq_parallel_communication_data_type": "the model has no sequence parallelism",
+    "sparse_attention": "removed from DeepSpeed",
+    "tensor_parallel": "the model has no tensor parallelism",
+    "hybrid_engine": "it serves generation inside reinforcement learning",
+    "autotuning": "start DeepSpeed's autotuner from its own launcher",
+    "compression_training": "the run does not compress",
+    "weight_quantization": "the run does not quantise weights",
+}
+
+
+# Top-level keys that hold one value; every other one is an object.
+# fmt: off
+_SCALARS = frozenset((
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients",
+    "gradient_predivide_factor", "sparse_gradients", "disable_allgather", "steps_per_print", "wall_clock_breakdown",
+    "memory_breakdown", "dump_state", "log_level", "use_data_before_expert_parallelism", "disable_python_gc",
+))
+_INNER_OBJECTS = (
+    ("optimizer", "params"), ("scheduler", "params"), ("zero_optimization", "offload_optimizer"),
+    ("zero_optimization", "offload_param"),
+)
+_OPTIMIZER_PARAMS = {
+    "adamw": frozenset(("lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode")),
+    "muon": frozenset((
+        "lr", "betas", "eps", "weight_decay", "adam_w_mode", "momentum", "muon_lr", "adam_lr", "ns_method",
+        "per_head_muon",
+    )),
+}
+_CPU_ADAM_PARAMS = frozenset(("bias_correction", "amsgrad", "fp32_optimizer_states"))
+_DATA_TYPES = frozenset(("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"))
+_OLD_ZERO_KEYS = {
+    "cpu_offload": "offload_optimizer", "cpu_offload_params": "offload_param",
+    "cpu_offload_use_pin_memory": "pin_memory in offload_optimizer",
+}
+# fmt: on
+
+
+def zero_stage(ds: dict[str, Any]) -> int:
+    """ZeRO stage of a DeepSpeed configuration; 0 where it says nothing."""
+    stage = ds.get("zero_optimization", {}).get("stage", 0)
+    return 0 if stage == AUTO else stage
+
+
+def offload_device(ds: dict[str, Any], what: str) -> str | None:
+    """ "cpu", "nvme" or None for `what` in ("optimizer", "param")."""
+    device = (ds.get("zero_optimization", {}).get(f"offload_{what}") or {}).get("device", "none")
+    return None if device == "none" else device
+
+
+def optimizer_name(ds: dict[str, Any]) -> str | None:
+    """ "adamw", "muon", "deepspeed" for any other type that the JSON names, or None where it names none."""
+    section = ds.get("optimizer", {})
+    kind = section.get("type", AUTO)
+    if kind == AUTO:
+        return None
+    if kind.lower() == "muon":
+        return "muon"
+    # With adam_w_mode (DeepSpeed's default) "Adam" is AdamW; without it, it is somebody else's optimizer.
+    is_adamw = kind.lower() == "adamw" or (
+        kind.lower() == "adam" and section.get("params", {}).get("adam_w_mode", True)
+    )
+    return "adamw" if is_adamw else "deepspeed"
+
+
+def check_sections(ds: dict[str, Any]) -> None:
+    """Refuse what DeepSpeed would ignore, trip over, or what means nothing to this trainer.
+
+    Raises:
+        UserError: naming the key and the nearest known one, or what to do instead.
+    """
+    for key, value in ds.items():
+        if key in UNUSED_SECTIONS:
+            raise UserError(f"DeepSpeed config: '{key}' is not used by this trainer: {UNUSED_SECTIONS[key]}; remove it")
+        if key not in SECTIONS:
+            raise UserError(f"DeepSpeed config: unknown section '{key}'{nearest(key, sorted(SECTIONS))}")
+        if key not in _SCALARS and not isinstance(value, dict):
+            raise UserError(f"DeepSpeed config: '{key}' is {value!r}; expected an object")
+    for key, inner in _INNER_OBJECTS:
+        value = ds.get(key, {}).get(inner)
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f"DeepSpeed config: {key}.{inner} is {value!r}; expected an object")
+    for key in ("optimizer", "scheduler"):
+        kind = ds.get(key, {}).get("type", AUTO)
+        if not isinstance(kind, str):
+            raise UserError(f"DeepSpeed config: {key}.type is {kind!r}; expected a name")
+    for key in PRECISION_SECTIONS:
+        enabled = ds.get(key, {}).get("enabled", AUTO)
+        if enabled != AUTO and not isinstance(enabled, bool):
+            raise UserError(f'DeepSpeed config: {key}.enabled is {enabled!r}; expected true, false or "auto"')
+    _check_zero(ds)
+    _check_optimizer_params(ds)
+    for key in ds.get("data_types", {}):
+        if key not in _DATA_TYPES:
+            raise UserError(f"DeepSpeed config: data_types: unknown field '{key}'{nearest(key, sorted(_DATA_TYPES))}")
+    dtype = ds.get("data_types", {}).get("grad_accum_dtype")
+    if dtype not in (None, AUTO, "fp32", "bf16", "fp16"):
+        raise UserError(f"DeepSpeed config: data_types.grad_accum_dtype is {dtype!r}; expected fp32, bf16 or fp16")
+
+
+def _check_zero(ds: dict[str, Any]) -> None:
+    zero = ds.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage != AUTO and (type(stage) is not int or not 0 <= stage <= 3):
+        raise UserError(f"DeepSpeed config: zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3")
+    for old, new in _OLD_ZERO_KEYS.items():
+        if old in zero:
+            raise UserError(f"DeepSpeed config: zero_optimization.{old} is an old name; use {new}")
+    if zero.get("compute_grad_norm") is False or ds.get("bf16", {}).get("check_grad_overflow") is False:
+        raise UserError(
+            "DeepSpeed config: with compute_grad_norm or check_grad_overflow off, a NaN gradient reaches the weights; "
+            "remove the setting"
+        )
+    for what in ("optimizer", "param"):
+        device = offload_device(ds, what)
+        if device is None:
+            continue
+        lowest = 3 if what == "param" else 1
+        if zero_stage(ds) < lowest:
+            raise UserError(
+                f"DeepSpeed config: offload_{what} to {device} needs ZeRO stage {lowest} or more, not {zero_stage(ds)}"
+            )
+        if device == "nvme" and not zero[f"offload_{what}"].get("nvme_path"):
+            raise UserError(f"DeepSpeed config: offload_{what} to nvme needs an nvme_path, a folder on a local disk")
+
+
+def _check_optimizer_params(ds: dict[str, Any]) -> None:
+    known = _OPTIMIZER_PARAMS.get(optimizer_name(ds) or "adamw")
+    if known is None:
+        return  # DeepSpeed's or torch's own: it says itself what it takes
+    if offload_device(ds, "optimizer") is not None:
+        known |= _CPU_ADAM_PARAMS
+    for key in ds.get("optimizer", {}).get("params", {}):
+        if key not in known:
+            raise UserError(f"DeepSpeed config: optimizer.params: unknown field '{key}'{nearest(key, sorted(known))}")
