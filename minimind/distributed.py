@@ -7,6 +7,7 @@ makes the process group. Knows nothing of models, data or training.
 import contextlib
 import datetime
 import os
+import re
 import socket
 import sys
 import warnings
@@ -69,28 +70,35 @@ _LAUNCHERS = (
 def read_environment(environment: Mapping[str, str] | None = None) -> RankEnvironment:
     """Who this process is, from the variables that deepspeed, torchrun, Open MPI, MPICH or SLURM set.
 
-    The deepspeed and torchrun names come first: they also stand inside a SLURM job. A SLURM allocation without `srun`
-    (no SLURM_STEP_ID) is one process.
+    The deepspeed and torchrun names come first: they also stand inside a SLURM job. MPICH's are passed over where its
+    local rank is missing: `srun` with its PMI plugin sets the other two. A SLURM allocation without `srun` (no
+    SLURM_STEP_ID) is one process.
 
     Raises:
         UserError: a variable is missing beside the others, is no number, or ranks do not fit the world.
     """
     environment = os.environ if environment is None else environment
     for launcher, rank_name, world_name, local_name, local_world_name in _LAUNCHERS:
-        if rank_name not in environment or world_name not in environment:
+        if rank_name not in environment or (world_name not in environment and launcher != "torch"):
             continue
         if launcher == "slurm" and "SLURM_STEP_ID" not in environment:
             continue
+        if launcher == "mpich" and local_name not in environment and "SLURM_STEP_ID" in environment:
+            continue
         rank, world = _number(environment, rank_name), _number(environment, world_name)
         local_rank = _number(environment, local_name, 0 if world == 1 else None)
-        local_world = environment.get(local_world_name) or environment.get("LOCAL_SIZE") or ""
         if not 0 <= rank < world:
             raise UserError(f"{rank_name}: {rank} is not below {world_name} {world}; the launcher's variables disagree")
+        if launcher == "slurm":
+            local_world = _slurm_tasks_here(environment)
+        else:
+            # The deepspeed launcher says LOCAL_SIZE.
+            local_world = _number(environment, local_world_name, _number(environment, "LOCAL_SIZE", 0)) or None
         return RankEnvironment(
             rank=rank,
             local_rank=local_rank,
             world_size=world,
-            local_world_size=int(local_world) if local_world.isdigit() else local_rank + 1,
+            local_world_size=local_world or local_rank + 1,
             master_addr=environment.get("MASTER_ADDR"),
             master_port=_number(environment, "MASTER_PORT", DEFAULT_MASTER_PORT),
             launcher=launcher,
@@ -98,11 +106,23 @@ def read_environment(environment: Mapping[str, str] | None = None) -> RankEnviro
     return RankEnvironment()
 
 
+def _slurm_tasks_here(environment: Mapping[str, str]) -> int | None:
+    """Tasks of this step on this node, from a list such as `2(x3),1`: 2 on each of three nodes, 1 on the fourth."""
+    text = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE") or ""
+    counts: list[int] = []
+    for tasks, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(tasks)] * int(nodes or 1)
+    node = _number(environment, "SLURM_NODEID", 0)
+    return counts[node] if node < len(counts) else None
+
+
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = environment.get(name)
     if text is None and default is not None:
         return default
-    if text is None or not text.isdigit():
+    if text is None:
+        raise UserError(f"{name}: not set, but its companions are; start with deepspeed, torchrun, srun or mpirun")
+    if not text.isdecimal():
         raise UserError(f"{name}: {text!r} is no number; start the run with deepspeed, torchrun, srun or mpirun")
     return int(text)
 

@@ -94,11 +94,14 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close; the object is of no use afterwards."""
-        with contextlib.suppress(ValueError):  # closed already
+        # Closed already, or a full disk: that was said when it was met, and must not hide the error under way.
+        with contextlib.suppress(ValueError, OSError):
             self.flush()
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with contextlib.suppress(OSError):
+                self._tensorboard.close()
         self._progress.close()
 
     def _write(self, record: Mapping[str, Any]) -> None:
@@ -132,7 +135,8 @@ def keep_until(path: Path, step: int) -> None:
                 record = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if line.endswith("\n") and isinstance(record, dict) and record.get("step", step + 1) <= step:
+            number = record.get("step") if isinstance(record, dict) else None
+            if line.endswith("\n") and isinstance(number, int) and number <= step:
                 new.write(line)
         new.flush()
         os.fsync(new.fileno())
