@@ -26,7 +26,7 @@ from minimind.checkpoint_saving import Corpus, TrainState, describe_layout
 from minimind.consolidate import TrainingCheckpoint
 from minimind.distributed import log
 from minimind.ds_config import Resolved
-from minimind.neutral import load_neutral
+from minimind.neutral_loading import load_neutral
 from minimind.probe import agrees, probe_loss
 from minimind.state_files import use_state_files
 

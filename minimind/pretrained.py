@@ -11,11 +11,19 @@ from pathlib import Path
 
 import torch
 
-from minimind.checkpoint_files import MANIFEST_NAME, checkpoints_folder, newest_sound, verify
+from minimind.checkpoint_files import (
+    MANIFEST_NAME,
+    CheckpointError,
+    CheckpointManifest,
+    checkpoints_folder,
+    newest_sound,
+    verify,
+)
 from minimind.consolidate import TrainingCheckpoint
 from minimind.errors import UserError
 from minimind.model import MiniMindForCausalLM, ModelConfig
 from minimind.model.pretrained import CONFIG_FILE
+from minimind.probe import agrees, probe_loss
 from minimind.tokenizer import JSON_NAME, MODEL_NAME
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -81,7 +89,28 @@ def load_checkpoint(
         raise UserError(f"{folder}: tensor {missing[0]} of the model of its manifest is missing")
     model.load_state_dict(tensors, assign=True, strict=False)
     model.tie_weights()
-    return model.eval()
+    model.eval()
+    prove(model, folder, source.manifest)
+    return model
+
+
+def prove(model: MiniMindForCausalLM, folder: Path, manifest: CheckpointManifest) -> None:
+    """Compare a model's loss on the probe batch with the one that was saved in its checkpoint.
+
+    Raises:
+        CheckpointError: they differ: the weights were not read as they were trained.
+    """
+    if manifest.probe_loss is None:
+        return
+    weight = model.lm_head.weight
+    loss = probe_loss(model, model.config, weight.device)
+    if not agrees(
+        manifest.probe_loss, loss, low_precision=manifest.precision != "fp32" or weight.dtype != torch.float32
+    ):
+        raise CheckpointError(
+            f"{folder}: the probe batch has loss {loss:.6f} instead of {manifest.probe_loss:.6f}; its tensors were not "
+            "read as they were saved"
+        )
 
 
 def find_tokenizer_file(folder: Path) -> Path:

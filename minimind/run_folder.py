@@ -20,7 +20,7 @@ from minimind.data.shards import ShardReader
 from minimind.distributed import log
 from minimind.ds_config import Resolved
 from minimind.errors import UserError
-from minimind.neutral import make_neutral
+from minimind.neutral_form import make_neutral
 
 RUN_CONFIG_NAME = "run_config.json"
 DS_CONFIG_NAME = "ds_config.json"
@@ -110,8 +110,8 @@ def open_run_folder(resolved: Resolved, reader: ShardReader, notes: list[str]) -
         content = {**resolved.run.to_dict(), "shard_fingerprint": corpus.fingerprint}
         replace_file(run_dir / RUN_CONFIG_NAME, json.dumps(content, indent=2) + "\n")
         replace_file(run_dir / DS_CONFIG_NAME, json.dumps(resolved.ds, indent=2) + "\n")
-        tokenizer_file = reader.manifest.tokenizer.file
-        replace_file(run_dir / tokenizer_file, (reader.folder / tokenizer_file).read_bytes())
+        tokenizer_file = reader.folder / reader.manifest.tokenizer.file
+        replace_file(run_dir / f"tokenizer{tokenizer_file.suffix}", tokenizer_file.read_bytes())
     except OSError as error:
         raise UserError(f"run_dir {run_dir}: {error.strerror}; give a folder that can be written") from None
     return resume

@@ -1,0 +1,261 @@
+"""A run's checkpoints from the command line: look at them, check them, compare, thin out, convert, average.
+
+    python -m minimind.checkpoint list|verify|prune RUN
+    python -m minimind.checkpoint diff A B | convert STEP | average STEP... --output DIR
+
+Every rule about checkpoints is elsewhere; this prints. Needs no DeepSpeed.
+"""
+
+import contextlib
+import dataclasses
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from minimind.averaging import write_average
+from minimind.checkpoint_files import (
+    CheckpointError,
+    CheckpointManifest,
+    checkpoints_folder,
+    list_checkpoints,
+    neutral_folder,
+    newest_sound,
+    verify,
+)
+from minimind.checkpoint_retention import choose_doomed, prune
+from minimind.consolidate import TrainingCheckpoint
+from minimind.errors import UserError, run_main
+from minimind.flags import parse_flags
+from minimind.neutral_form import make_neutral
+from minimind.run_lock import hold_run_folder
+
+
+@dataclass(frozen=True)
+class List:
+    """Show the checkpoints of a run; whether their files are there in full is looked at, not their contents."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder."""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Compare every byte with the manifest; exit code 1 when anything is damaged."""
+
+    path: tyro.conf.Positional[Path]
+    """A run's folder, or one checkpoint."""
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Delete old checkpoints of a run that no job works on."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder."""
+    keep_last: int = 3
+    """Newest checkpoints to keep, at least 1."""
+    keep_every: int = 0
+    """Keep multiples of this step; 0: none."""
+    keep_best: int = 1
+    """Keep this many with the lowest evaluation loss."""
+    damaged: bool = False
+    """Delete damaged checkpoints too."""
+    dry_run: bool = False
+    """Only say what would go."""
+
+
+@dataclass(frozen=True)
+class Diff:
+    """Compare two checkpoints of any ZeRO stage and world size, tensor by tensor; exit code 1 when they differ."""
+
+    a: tyro.conf.Positional[Path]
+    """A checkpoint, or a run's folder for its newest."""
+    b: tyro.conf.Positional[Path]
+    """The other one."""
+    optimizer: bool = False
+    """Compare the optimizer's state too."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Make the topology-free form of a checkpoint, which a resume on other ranks or another ZeRO stage makes by
+    itself."""
+
+    path: tyro.conf.Positional[Path]
+    """A checkpoint, or a run's folder for its newest."""
+
+
+@dataclass(frozen=True)
+class Average:
+    """Write the mean of the weights of checkpoints (or those of one) as an exported folder."""
+
+    paths: tyro.conf.Positional[tuple[Path, ...]]
+    """Checkpoints of one model."""
+    output: Path
+    """The folder to make."""
+
+
+Command = (
+    Annotated[List, tyro.conf.subcommand("list")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Prune, tyro.conf.subcommand("prune")]
+    | Annotated[Diff, tyro.conf.subcommand("diff")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
+    | Annotated[Average, tyro.conf.subcommand("average")]
+)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command; gives the exit code."""
+    args = sys.argv[1:] if args is None else args
+    command = parse_flags(Command, args, prog="python -m minimind.checkpoint")  # type: ignore[arg-type, var-annotated]
+    if isinstance(command, List):
+        return list_run(command.run)
+    if isinstance(command, Verify):
+        return verify_all(command.path)
+    if isinstance(command, Prune):
+        return prune_run(command)
+    if isinstance(command, Diff):
+        return diff(sound_checkpoint(command.a), sound_checkpoint(command.b), optimizer=command.optimizer)
+    if isinstance(command, Convert):
+        print(make_neutral(sound_checkpoint(command.path)))
+        return 0
+    write_average([sound_checkpoint(path) for path in command.paths], command.output)
+    print(f"wrote {command.output}")
+    return 0
+
+
+def list_run(run: Path) -> int:
+    """Print a line for each checkpoint, newest last."""
+    print(f"{'checkpoint':<15} {'size':>9} {'tokens':>15} {'eval loss':>9}  topology")
+    for folder in run_checkpoints(run):
+        try:
+            manifest = verify(folder, hashes=False)
+        except CheckpointError as error:
+            print(f"{folder.name:<15} damaged: {error}")
+            continue
+        size = sum(record.size for record in manifest.files)
+        loss = "" if manifest.eval_loss is None else f"{manifest.eval_loss:.4f}"
+        converted = "; topology-free form kept" if neutral_folder(folder).exists() else ""
+        print(
+            f"{folder.name:<15} {size / 1e6:>6.1f} MB {manifest.tokens_seen:>15,} {loss:>9}  "
+            f"{describe_topology(manifest)}{converted}"
+        )
+    return 0
+
+
+def describe_topology(manifest: CheckpointManifest) -> str:
+    """`2 ranks, ZeRO 1, bf16`."""
+    experts = f", ep {manifest.ep_size}" if manifest.ep_size > 1 else ""
+    return f"{manifest.world_size} ranks, ZeRO {manifest.zero_stage}, {manifest.precision}{experts}"
+
+
+def verify_all(path: Path) -> int:
+    """Print for each checkpoint whether it is sound."""
+    folders = run_checkpoints(path) if checkpoints_folder(path).is_dir() else [path]
+    damaged = 0
+    for folder in folders:
+        try:
+            manifest = verify(folder)
+            print(f"{folder.name}: sound ({len(manifest.files)} files)")
+        except CheckpointError as error:
+            damaged += 1
+            print(f"{folder.name}: damaged: {error}")
+    return 1 if damaged else 0
+
+
+def prune_run(command: Prune) -> int:
+    """Delete, or with `dry_run` name, what the rules of retention give up."""
+    if command.keep_last < 1:
+        raise UserError(f"keep_last: {command.keep_last} is below 1; the newest checkpoint always stays")
+    folders = run_checkpoints(command.run)
+    rules = {"keep_last": command.keep_last, "keep_every": command.keep_every, "keep_best": command.keep_best}
+    with contextlib.ExitStack() as stack:
+        if not command.dry_run:
+            stack.enter_context(hold_run_folder(command.run))
+        damaged = [folder for folder in folders if command.damaged and is_damaged(folder)]
+        for folder in damaged:
+            if not command.dry_run:
+                shutil.rmtree(folder)
+        doomed = choose_doomed(command.run, **rules) if command.dry_run else prune(command.run, **rules)
+        word = "would delete" if command.dry_run else "deleted"
+        for folder in [*damaged, *doomed]:
+            print(f"{word} {folder}")
+    return 0
+
+
+def is_damaged(folder: Path) -> bool:
+    """Whether a checkpoint disagrees with its manifest."""
+    try:
+        verify(folder)
+    except CheckpointError:
+        return True
+    return False
+
+
+def diff(a: Path, b: Path, *, optimizer: bool) -> int:
+    """Print in what two checkpoints differ; 1 when they do."""
+    first, second = TrainingCheckpoint(a), TrainingCheckpoint(b)
+    lines = [*manifest_differences(first.manifest, second.manifest), *tensor_differences(first, second, optimizer)]
+    print("\n".join(lines) if lines else "equal")
+    return 1 if lines else 0
+
+
+def manifest_differences(a: CheckpointManifest, b: CheckpointManifest) -> Iterator[str]:
+    """Facts about two checkpoints that are not the same."""
+    for field in dataclasses.fields(a):
+        first, second = getattr(a, field.name), getattr(b, field.name)
+        if field.name == "files" or first == second:
+            continue
+        if isinstance(first, dict):
+            for key in sorted(first.keys() | second.keys()):
+                if first.get(key) != second.get(key):
+                    yield f"{field.name}.{key}: {first.get(key)} | {second.get(key)}"
+        else:
+            yield f"{field.name}: {first} | {second}"
+
+
+def tensor_differences(a: TrainingCheckpoint, b: TrainingCheckpoint, optimizer: bool) -> Iterator[str]:
+    """Tensors that are not the same, with the largest absolute difference."""
+    keys = [key for key in a.keys if key in b.keys] if optimizer else a.keys[:1]
+    names = list(dict.fromkeys([*a.shapes, *b.shapes]))
+    for name in tqdm(names, unit="tensor", disable=None, leave=False):
+        if name not in a.shapes or name not in b.shapes:
+            yield f"{name}: only in the {'first' if name in a.shapes else 'second'}"
+        elif tuple(a.shapes[name]) != tuple(b.shapes[name]):
+            yield f"{name}: shape {tuple(a.shapes[name])} | {tuple(b.shapes[name])}"
+        else:
+            for key in keys:
+                first, second = a.read(name, key), b.read(name, key)
+                if not torch.equal(first, second):
+                    yield f"{name} {key}: differs by up to {float((first - second).abs().max()):.3g}"
+
+
+def run_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run. Raises `UserError` where there are none."""
+    folders = list_checkpoints(run)
+    if not folders:
+        raise UserError(f"{run}: no checkpoints in {checkpoints_folder(run)}; give a run's folder")
+    return folders
+
+
+def sound_checkpoint(path: Path) -> Path:
+    """A checkpoint compared with its manifest: `path` itself, or the newest sound one of a run."""
+    if checkpoints_folder(path).is_dir():
+        found = newest_sound(path, lambda message: print(message, file=sys.stderr))
+        if found is None:
+            raise UserError(f"{path}: the run has not saved any checkpoint")
+        return found
+    verify(path)
+    return path
+
+
+if __name__ == "__main__":
+    run_main(main)
