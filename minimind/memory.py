@@ -6,11 +6,12 @@ fragmentation, CUDA's context and the libraries. ZeRO's partitioning follows arX
 
 from dataclasses import dataclass
 
-from minimind.ds_config import Resolved, offload_device
+from minimind.ds_config import Resolved
+from minimind.ds_sections import offload_device
 from minimind.model.config import ModelConfig
 
-LOGITS_CHUNK_TOKENS = 1024
-"""Tokens whose logits stand in memory at once in the loss."""
+CHUNK_LOGITS = 2**25
+"""Logits that stand in memory at once in the loss (fewer on a CPU), and their gradient beside them."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,9 @@ def estimate_memory(resolved: Resolved, world_size: int) -> MemoryEstimate:
     if stage == 3:
         live = int(ds.get("zero_optimization", {}).get("stage3_max_live_parameters", 1e9))
         buffers = min(params, live, largest_gather(run.model)) * weight_bytes
+        hpz = ds["zero_optimization"].get("zero_hpz_partition_size", 1)
+        if hpz > 1:
+            buffers += params // hpz * weight_bytes  # the second copy of the weights, inside the node
     host = 0
     if offload_device(ds, "optimizer") is not None:
         host, optimizer = optimizer, 0
@@ -82,7 +86,8 @@ def estimate_memory(resolved: Resolved, world_size: int) -> MemoryEstimate:
     boundary = tokens * run.model.hidden_size * activation_bytes
     layers = run.model.num_hidden_layers
     activations = layers * boundary + layer if run.train.activation_checkpointing else layers * layer
-    logits = 2 * min(tokens, LOGITS_CHUNK_TOKENS) * run.model.vocab_size * 4
+    # Beside the logits, the loss holds the float32 gradient of the output matrix until the backward takes it.
+    logits = 8 * min(tokens * run.model.vocab_size, CHUNK_LOGITS) + 4 * run.model.vocab_size * run.model.hidden_size
     return MemoryEstimate(parameters, gradients, optimizer, activations, logits, buffers, host)
 
 
