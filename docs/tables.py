@@ -9,8 +9,9 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from minimind import config as run_config
 from minimind.config import DataConfig, RunConfig, TrainConfig, preset
 from minimind.ds_config import Resolved, load, resolve
 from minimind.memory import MemoryEstimate, estimate_memory, format_bytes
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def format_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table; numbers stand to the right."""
-    marks = ["---" if isinstance(cell, str) and not cell[:1].isdigit() else "---:" for cell in rows[0]]
+    marks = ["---" if isinstance(cell, str) and not cell[:1].isdigit() else "---:" for cell in (rows or [head])[0]]
     lines = [head, marks, *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
@@ -125,6 +126,31 @@ def softmax(logits: Sequence[float], temperature: float = 1.0) -> list[float]:
     return [power / sum(powers) for power in powers]
 
 
+def papers(language: str) -> str:
+    """Every paper that a page names, by topic."""
+    head = {"en": ["topic", "paper", "arXiv"], "zh": ["主题", "论文", "arXiv"]}[language]
+    rows = [
+        (topic[language], f"*{title}*", f"[{number}](https://arxiv.org/abs/{number})")
+        for topic in json.loads((ROOT / "docs" / "papers.json").read_text(encoding="utf-8"))
+        for number, title in topic["papers"].items()
+    ]
+    return format_table(head, rows)
+
+
+def runs_table(language: str) -> str:
+    """What the runs of docs/pictures/make.py reached."""
+    head = {
+        "en": ["run", "learning rate", "sequences a step", "tokens seen", "last training loss", "evaluation loss"],
+        "zh": ["训练", "学习率", "每步序列数", "看过的词元", "最后的训练损失", "评估损失"],
+    }[language]
+    rows = []
+    for name, run in json.loads((ROOT / "docs" / "pictures" / "runs.json").read_text(encoding="utf-8")).items():
+        loss = f"{run['last_loss']:.3f}" if isinstance(run["last_loss"], float) else run["last_loss"]
+        evaluation = "" if run["eval_loss"] is None else f"{run['eval_loss']:.3f}"
+        rows.append((f"`{name}`", f"{run['lr']:g}", run["sequences"], f"{run['tokens']:,}", loss, evaluation))
+    return format_table(head, rows)
+
+
 SCORES = (2.0, 1.0, 0.0, -1.0)
 """The scores of the worked examples of sampling: tokens A, B, C, D."""
 
@@ -139,18 +165,36 @@ def documented_fields(cls: type, file: str) -> list[tuple[str, str, Any, str]]:
     """(name, type, default, docstring) of each field of a dataclass, read from its source."""
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     body = next(item for item in tree.body if isinstance(item, ast.ClassDef) and item.name == cls.__name__).body
-    fields = []
+    found = []
     for item, following in zip(body, body[1:], strict=False):
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(following, ast.Expr):
             assert isinstance(following.value, ast.Constant)
             text = " ".join(str(following.value.value).split())
-            default = getattr(cls(), item.target.id)
-            fields.append((item.target.id, ast.unparse(item.annotation), default, text))
-    return fields
+            kind, default = item.annotation, show(getattr(cls(), item.target.id))
+            if isinstance(kind, ast.Subscript) and ast.unparse(kind.value) == "Annotated":
+                # Annotated[type, _default("what stands in for None")]
+                kind, hint = kind.slice.elts  # type: ignore[attr-defined]
+                default = ast.literal_eval(hint.args[0])
+            found.append((item.target.id, spell_type(ast.unparse(kind)), default, text))
+    return found
+
+
+def spell_type(kind: str) -> str:
+    """A type as a reader needs it: the choices in place of a name for them, no None (that is the default's matter)."""
+    name = kind.removesuffix(" | None")
+    choices = get_args(getattr(run_config, name, None))
+    return ", ".join(map(str, choices)) if choices else name
+
+
+def show(value: Any) -> str:
+    """A default as it is typed; nothing for None."""
+    if value is None:
+        return ""
+    return json.dumps(value) if isinstance(value, (str, bool)) else f"{value:g}" if abs(value) < 1e6 else f"{value:.0e}"
 
 
 def chinese_descriptions() -> dict[str, str]:
-    """Field name -> what it is, in Chinese."""
+    """Field name -> what it is, in Chinese; defaults that are said in words, too."""
     return json.loads((ROOT / "docs" / "zh" / "field_descriptions.json").read_text(encoding="utf-8"))
 
 
@@ -160,10 +204,9 @@ def fields(cls: type, file: str, language: str) -> str:
     chinese = chinese_descriptions() if language == "zh" else {}
     rows = []
     for name, kind, default, text in documented_fields(cls, file):
-        shown = "" if default is None else f"`{json.dumps(default)}`"
-        text = chinese[name] if language == "zh" else text
         flag = "--" + name.replace("_", "-")
-        rows.append((f"`{flag}`", f"`{kind}`".replace("|", "or"), shown, text.replace("|", "\\|")))
+        text = chinese.get(name, text).replace("|", "\\|")
+        rows.append((f"`{flag}`", f"`{kind}`", chinese.get(default, default), text))
     return format_table(head, rows)
 
 
@@ -198,6 +241,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "zero_memory": zero_memory,
     "temperature": temperature,
     "ds_configs": ds_configs,
+    "papers": papers,
+    "runs_table": runs_table,
     "fields_model": lambda language: fields(ModelConfig, "minimind/model/config.py", language),
     "fields_data": lambda language: fields(DataConfig, "minimind/config.py", language),
     "fields_train": lambda language: fields(TrainConfig, "minimind/config.py", language),
