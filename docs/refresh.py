@@ -55,7 +55,7 @@ def _names(node: ast.stmt) -> list[str]:
 
 
 def read_excerpt(what: str) -> str:
-    """The lines that an excerpt's mark names: a whole definition, or its lines `from` one `to` another (or one line)."""
+    """The lines that an excerpt's mark names: a whole definition, or its lines `from` one `to` another."""
     place, *limits = (part.strip() for part in what.split(" | "))
     file, name = place.split("::")
     lines = read_definition(file, name).splitlines()

@@ -5,6 +5,7 @@ Each function takes "en" or "zh" and gives Markdown. Knows nothing of pages; nee
 
 import ast
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -62,7 +63,7 @@ def kv_cache(language: str) -> str:
 
 
 def yarn_row(config: ModelConfig, pair: int) -> tuple[float, float, float]:
-    """(turns in the trained context, ramp, new frequency / old) of one pair, from YaRN's formulas (arXiv 2309.00071)."""
+    """(turns in the trained context, ramp, new frequency / old) of a pair by YaRN's formulas (arXiv 2309.00071)."""
     context, size = config.rope_original_max_position_embeddings, config.head_size
 
     def pair_of(turns: float) -> float:
@@ -166,7 +167,7 @@ def documented_fields(cls: type, file: str) -> list[tuple[str, str, Any, str]]:
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     body = next(item for item in tree.body if isinstance(item, ast.ClassDef) and item.name == cls.__name__).body
     found = []
-    for item, following in zip(body, body[1:], strict=False):
+    for item, following in itertools.pairwise(body):
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(following, ast.Expr):
             assert isinstance(following.value, ast.Constant)
             text = " ".join(str(following.value.value).split())

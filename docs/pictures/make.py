@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("svg")
-from matplotlib import pyplot as plt  # noqa: E402 - the backend has to be chosen first
+from matplotlib import pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -98,9 +98,8 @@ def main() -> None:
 
 def draw(curves: dict) -> None:
     """Both pictures. Words are few and technical, so that they serve both languages; lines differ without colour."""
-    plt.rcParams.update(
-        {"svg.fonttype": "path", "svg.hashsalt": "minimind", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
-    )
+    plt.rcParams.update({"svg.fonttype": "path", "svg.hashsalt": "minimind", "font.size": 9})
+    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3})
     figure, axis = plt.subplots(figsize=(6.5, 3.6), constrained_layout=True)
     for name, style in zip(LEARNING_RATES, (":", "--", "-", "-."), strict=True):
         run_curves = curves[name]
