@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from minimind import config as run_config
 from minimind.config import DataConfig, RunConfig, TrainConfig, preset
-from minimind.ds_config import Resolved, load, resolve
+from minimind.ds_config import load, resolve
 from minimind.memory import MemoryEstimate, estimate_memory, format_bytes
 from minimind.model.config import PRESETS, ModelConfig
 
@@ -90,19 +90,20 @@ def yarn(language: str) -> str:
 
 
 def estimate(model: str, stage: int, world_size: int) -> MemoryEstimate:
-    """What `--dry-run` prints for ds_configs/zeroN.json in bf16, 2 sequences of 2,048 tokens a rank."""
-    run = RunConfig(
-        model=preset(model),
-        data=DataConfig(seq_len=2048),
-        train=TrainConfig(micro_batch_size=2, precision="bf16"),
-    )
-    resolved: Resolved = resolve(
-        run,
-        load(ROOT / "ds_configs" / f"zero{stage}.json"),
-        world_size=world_size,
-        device_type="cuda",
-        bf16_supported=True,
-    )
+    """What `--dry-run` prints for ds_configs/zeroN.json on GPUs in bf16, 2 sequences of 2,048 tokens a rank."""
+    train = TrainConfig(micro_batch_size=2, precision="bf16")
+    return _estimate(RunConfig(preset(model), DataConfig(seq_len=2048), train), stage, world_size, "cuda")
+
+
+def estimate_plan(model: str, stage: int, seq_len: int) -> MemoryEstimate:
+    """What `--dry-run` prints for ds_configs/zeroN.json on one CPU rank with every other setting left alone."""
+    return _estimate(RunConfig(preset(model), DataConfig(seq_len=seq_len)), stage, 1, "cpu")
+
+
+def _estimate(run: RunConfig, stage: int, world_size: int, device_type: str) -> MemoryEstimate:
+    ds = load(ROOT / "ds_configs" / f"zero{stage}.json")
+    on_gpu = device_type == "cuda"
+    resolved = resolve(run, ds, world_size=world_size, device_type=device_type, bf16_supported=on_gpu)
     return estimate_memory(resolved, world_size)
 
 
