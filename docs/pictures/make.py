@@ -5,6 +5,7 @@ the pictures are drawn from those two files. A few minutes on two cores. Knows n
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,8 @@ def run(*arguments: str) -> None:
 
 
 def prepare() -> None:
-    """Two corpora: three megabytes, and a hundredth of it for overfitting, evaluated on the large one's validation."""
+    """Two corpora: three megabytes, and a hundredth of it for overfitting. Both are evaluated on the large one's
+    validation split: the split is a function of a document's text, so none of it is in the small one's training."""
     corpus, tokenizer = WORK / "corpus.jsonl", WORK / "tokenizer"
     if not corpus.exists():
         run("data_prep.default_corpus", "--output", str(corpus), "--min-bytes", "3000000", "--max-bytes", "3000000")
@@ -50,8 +52,11 @@ def prepare() -> None:
     lines = corpus.read_text(encoding="utf-8").splitlines(keepends=True)
     small.write_text("".join(lines[::100]), encoding="utf-8")
     for name, source in (("large", corpus), ("small", small)):
-        shards = ("--tokenizer", str(tokenizer), "--output", str(WORK / name), "--val-fraction", "0.1")
-        run("data_prep.tokenize_corpus", "--input", str(source), *shards)
+        if not (WORK / name / "train").exists():
+            shards = ("--tokenizer", str(tokenizer), "--output", str(WORK / name), "--val-fraction", "0.1")
+            run("data_prep.tokenize_corpus", "--input", str(source), *shards)
+    shutil.rmtree(WORK / "small" / "val", ignore_errors=True)
+    shutil.copytree(WORK / "large" / "val", WORK / "small" / "val")
 
 
 def train(name: str, lr: float, sequences: int, steps: int, corpus: str, flags: tuple[str, ...]) -> None:
