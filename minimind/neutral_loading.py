@@ -4,13 +4,18 @@ DeepSpeed's own functions set one parameter at a time; what they expect to be th
 first step) is made first. Knows nothing of how the form was made.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+from deepspeed.utils import (
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 
 from minimind.checkpoint_files import CheckpointError
 from minimind.consolidate import WEIGHT
@@ -36,12 +41,8 @@ def load_neutral(engine: deepspeed.DeepSpeedEngine, folder: Path, zero_stage: in
     else:
         _make_states(engine.optimizer, state_keys, step)
         for name, parameter in parameters.items():
-            weight = source.read(name, WEIGHT).to(engine.device)
-            if zero_stage == 3:
-                _set_split_weight(parameter, weight)
-            safe_set_full_fp32_param(parameter, weight)
-            for key in state_keys:
-                safe_set_full_optimizer_state(parameter, source.read(name, key).to(engine.device), key)
+            tensors = {key: source.read(name, key) for key in source.keys}
+            (_set_split if zero_stage == 3 else _set_flat)(parameter, tensors)
         if zero_stage < 3:
             engine.optimizer.update_lp_params()
     for counter in ENGINE_COUNTERS:
@@ -89,8 +90,31 @@ def flat_partitions(optimizer: Any) -> Sequence[torch.Tensor]:
     raise CheckpointError(f"{type(optimizer).__name__}: not an optimizer whose state can be set from a neutral form")
 
 
-def _set_split_weight(parameter: torch.nn.Parameter, weight: torch.Tensor) -> None:
-    """Stage 3: the weights that forward gathers. Every rank takes part in the gathering."""
+def _set_flat(parameter: torch.nn.Parameter, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Stages 1 and 2: this rank's part of a parameter, which may be none. The weights of forward follow later."""
+    for key, tensor in tensors.items():
+        if key == WEIGHT:
+            safe_set_full_fp32_param(parameter, tensor)
+        else:
+            safe_set_full_optimizer_state(parameter, tensor, key)
+
+
+def _set_split(parameter: torch.nn.Parameter, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Stage 3: the weight that forward gathers, and this rank's part of everything. Every rank takes part.
+
+    DeepSpeed's functions for whole tensors fail where the parts do not divide a parameter evenly, so the parts are cut
+    here.
+    """
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         if torch.distributed.get_rank() == 0:
-            parameter.data.copy_(weight)
+            parameter.data.copy_(tensors[WEIGHT])
+    length = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+    start = length * parameter._z3_optimizer._get_param_partition_rank(parameter)  # type: ignore[attr-defined]
+    for key, tensor in tensors.items():
+        part = torch.zeros(length)
+        piece = tensor.reshape(-1)[start : start + length]
+        part[: piece.numel()] = piece
+        if key == WEIGHT:
+            safe_set_local_fp32_param(parameter, part)
+        else:
+            safe_set_local_optimizer_state(parameter, part, key)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import traceback
@@ -80,11 +81,19 @@ def weights(run_dir: Path) -> dict[str, Any]:
     return {name: tensor.clone() for name, tensor in TrainingCheckpoint(list_checkpoints(run_dir)[-1]).state_dict()}
 
 
+SECONDS_TO_WAIT = 120
+
+
 class RankPool:
-    """Processes that have imported everything and run functions together as the ranks of one world."""
+    """Processes that have imported everything and run functions together as the ranks of one world.
+
+    DeepSpeed keeps state of its first world in a process, so a pool has one size for its life.
+    """
 
     def __init__(self, world_size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        # The server imports once, and each rank is a fork of it.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["minimind.train"])
         self._pipes = []
         self._processes = []
         for _ in range(world_size):
@@ -94,19 +103,44 @@ class RankPool:
             self._pipes.append(here)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], *args: Any, world_size: int | None = None) -> list[Any]:
-        """`function(*args)` on the first `world_size` ranks; their results, or the error that the first raised."""
-        size = world_size or len(self._pipes)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        for rank, pipe in enumerate(self._pipes[:size]):
-            pipe.send((function, args, rank, size, port))
-        results = [pipe.recv() for pipe in self._pipes[:size]]
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """`function(*args)` on every rank; their results, or the error that the first raised."""
+        self.start(function, *args)
+        results = self.finish()
         for kind, value in results:
             if kind == "error":
                 raise value if isinstance(value, Exception) else RuntimeError(value)
         return [value for _, value in results]
+
+    @property
+    def pids(self) -> list[int]:
+        """Process numbers of the ranks."""
+        return [process.pid or 0 for process in self._processes]
+
+    def start(self, function: Callable[..., Any], *args: Any) -> None:
+        """Let every rank begin `function(*args)`."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank, pipe in enumerate(self._pipes):
+            pipe.send((function, args, rank, len(self._pipes), port))
+
+    def finish(self) -> list[tuple[str, Any]]:
+        """What the ranks did: ("done", result) or ("error", an exception or a traceback)."""
+        results: dict[Any, tuple[str, Any]] = {}
+        seconds = SECONDS_TO_WAIT
+        while len(results) < len(self._pipes):
+            waiting = [pipe for pipe in self._pipes if pipe not in results]
+            ready = multiprocessing.connection.wait(waiting, seconds)
+            results |= {pipe: pipe.recv() for pipe in ready}
+            failed = [value for kind, value in results.values() if kind == "error"]
+            if not ready:
+                for process in self._processes:
+                    process.kill()
+                raise RuntimeError(f"ranks hang; what others said: {failed}")
+            if failed:
+                seconds = 15  # a rank that failed alone leaves the others waiting for it
+        return [results[pipe] for pipe in self._pipes]
 
     def close(self) -> None:
         for pipe, process in zip(self._pipes, self._processes, strict=True):

@@ -1,0 +1,215 @@
+"""A run that continues is the run that was never interrupted: bit for bit on the same ranks, whatever the topology
+within rounding."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_corpus
+from training_runs import RankPool, flags_for, losses, rank_pool, read_metrics, train, weights
+
+from minimind.atomic import hash_file
+from minimind.checkpoint_files import CheckpointError, FileRecord, list_checkpoints, read_manifest, verify
+from minimind.consolidate import TrainingCheckpoint, read_states
+from minimind.errors import EXIT_STOPPED, UserError
+from minimind.pretrained import load_model
+
+
+@pytest.fixture(scope="module")
+def pool():
+    yield from rank_pool(2)
+
+
+@pytest.fixture(scope="module")
+def pool_of_three():
+    yield from rank_pool(3)
+
+
+def cut_back(run_dir: Path, steps: int) -> None:
+    """Leave a run as if it had been killed after it saved at `steps`: its metrics go on, its checkpoints do not."""
+    for folder in list_checkpoints(run_dir)[steps // 2 :]:
+        shutil.rmtree(folder)
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert losses(a) == losses(b)
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
+def test_one_rank_continues_bit_for_bit(tiny_corpus, tmp_path, stage, precision):
+    settings = {"stage": stage, "precision": precision, "dropout": 0.1, "eval_every": 2}
+    train(flags_for(tiny_corpus, tmp_path / "whole", **settings, async_save=False))
+    train(flags_for(tiny_corpus, tmp_path / "cut", **settings))
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    cut_back(tmp_path / "cut", 2)
+    code, printed = train(flags_for(tiny_corpus, tmp_path / "cut", **settings))
+    assert code == 0 and "at step 2" in printed
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    # Evaluations stand once too.
+    evaluated = [record["step"] for record in read_metrics(tmp_path / "cut") if "eval_loss" in record]
+    assert evaluated == [2, 4, 6]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_continue_bit_for_bit(tiny_corpus, tmp_path, pool: RankPool, stage):
+    flags = {name: flags_for(tiny_corpus, tmp_path / name, stage=stage, dropout=0.1) for name in ("whole", "cut")}
+    for name in flags:
+        pool.run(train, flags[name])
+    cut_back(tmp_path / "cut", 4)
+    pool.run(train, flags["cut"])
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_any_world_size_and_stage_continue_one_run(tiny_corpus, tmp_path, pool: RankPool, pool_of_three: RankPool):
+    common = {"steps": 8, "global_batch_size": 6, "save_every": 100}
+    train(flags_for(tiny_corpus, tmp_path / "whole", **common))
+    run = tmp_path / "run"
+    run.mkdir()
+    for world_size, stage in ((1, 1), (2, 3), (3, 2), (2, 0), (3, 3), (1, 0), (2, 1), (1, 3)):
+        (run / "STOP").touch()  # stops each of them after one step
+        flags = flags_for(tiny_corpus, run, stage=stage, **common)
+        start = {1: lambda work, flags: [work(flags)], 2: pool.run, 3: pool_of_three.run}[world_size]
+        for code, _ in start(train, flags):
+            assert code == (EXIT_STOPPED if losses(run).keys() != set(range(1, 9)) else 0)
+    expected, found = losses(tmp_path / "whole"), losses(run)
+    assert found.keys() == expected.keys()
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, rel=1e-5)
+    for name, tensor in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(weights(run)[name], tensor, rtol=0, atol=2e-5)
+
+
+def test_another_precision_continues_through_float32(tiny_corpus, tmp_path):
+    run = tmp_path / "run"
+    train(flags_for(tiny_corpus, tmp_path / "whole"))
+    train(flags_for(tiny_corpus, run))
+    cut_back(run, 2)
+    code, printed = train(flags_for(tiny_corpus, run, precision="bf16", stage=2))
+    assert code == 0 and "topology-free" in printed
+    expected, found = losses(tmp_path / "whole"), losses(run)
+    assert all(found[step] == pytest.approx(expected[step], rel=2e-2) for step in expected)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_checkpoint_of_two_ranks_is_one_model(tiny_corpus, tmp_path, pool: RankPool, stage):
+    pool.run(train, flags_for(tiny_corpus, tmp_path, stage=stage, eval_every=6))
+    model, tokenizer_file = load_model(tmp_path)  # proves itself by the probe
+    assert tokenizer_file.parent == tmp_path
+    manifest = read_manifest(list_checkpoints(tmp_path)[-1])
+    assert manifest.world_size == 2 and manifest.probe_loss is not None
+    assert manifest.eval_loss == [r["eval_loss"] for r in read_metrics(tmp_path) if "eval_loss" in r][-1]
+    source = TrainingCheckpoint(list_checkpoints(tmp_path)[-1])
+    assert source.keys == ("fp32", "exp_avg", "exp_avg_sq") and source.optimizer_step == 6
+    assert dict(model.named_parameters()).keys() == source.shapes.keys()
+
+
+def test_the_folder_says_what_is_wrong_before_training(tiny_corpus, tmp_path):
+    flags = flags_for(tiny_corpus, tmp_path / "run")
+    train(flags)
+    with pytest.raises(CheckpointError, match="already holds step_00000006"):
+        train([*flags, "--resume", "never"])
+    newest = list_checkpoints(tmp_path / "run")[-1]
+    states = newest / "mp_rank_00_model_states.pt"
+    states.write_bytes(states.read_bytes()[:-1])
+    code, printed = train([*flags, "--steps", "7"])
+    assert code == 0 and "passed over" in printed and "bytes instead of" in printed and "at step 4" in printed
+    for folder in list_checkpoints(tmp_path / "run"):
+        (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="none is sound"):
+        train(flags)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"hidden_size": 32}, "hidden_size 16 there, 32 here"), ({"seq_len": 8}, "seq_len"), ({"seed": 1}, "seed")],
+)
+def test_another_run_is_refused_with_its_differences(tiny_corpus, tmp_path, change, word):
+    train(flags_for(tiny_corpus, tmp_path, steps=2))
+    with pytest.raises(UserError, match=word):
+        train(flags_for(tiny_corpus, tmp_path, **change))
+
+
+def test_other_settings_may_change_and_are_named(tiny_corpus, tmp_path):
+    train(flags_for(tiny_corpus, tmp_path, lr=1e-3, weight_decay=0.1))
+    cut_back(tmp_path, 2)
+    flags = flags_for(tiny_corpus, tmp_path, lr=2e-3, weight_decay=0.0)
+    code, printed = train(flags)
+    assert code == 0 and "lr is 0.002 from here on; it was 0.001" in printed and "weight_decay is 0.0" in printed
+    path = list_checkpoints(tmp_path)[-1] / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    groups = read_states(path)["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0}
+
+
+def test_other_shards_only_on_purpose(tiny_corpus, tmp_path):
+    other = write_corpus(tmp_path / "other", tokens=5000, seed=5)
+    train(flags_for(tiny_corpus, tmp_path / "run", steps=2))
+    with pytest.raises(UserError, match="--allow-data-change"):
+        train(flags_for(other, tmp_path / "run"))
+    code, printed = train(flags_for(other, tmp_path / "run", allow_data_change=True))
+    assert code == 0 and "at step 2" in printed
+
+
+def test_a_hostile_file_does_not_run(tiny_corpus, tmp_path):
+    marker = tmp_path / "it ran"
+
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch '{marker}'",)
+
+    flags = flags_for(tiny_corpus, tmp_path / "run")
+    train(flags)
+    newest = list_checkpoints(tmp_path / "run")[-1]
+    path = newest / "mp_rank_00_model_states.pt"
+    states = torch.load(path, weights_only=False)
+    torch.save({**states, "payload": Hostile()}, path)
+    # Its author gave it a manifest that fits.
+    manifest = read_manifest(newest)
+    records = [FileRecord(r.path, (newest / r.path).stat().st_size, hash_file(newest / r.path)) for r in manifest.files]
+    (newest / "manifest.json").write_text(dataclasses.replace(manifest, files=tuple(records)).to_json())
+    verify(newest)
+    for load in (lambda: train([*flags, "--steps", "8"]), lambda: load_model(tmp_path / "run")):
+        with pytest.raises(CheckpointError, match="only tensors and plain values are safe"):
+            load()
+    assert not marker.exists()
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        path = run_dir / "metrics.jsonl"
+        if path.exists() and any(json.loads(line)["step"] >= step for line in path.read_text().splitlines()):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} did not come")
+
+
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, [0, 1]), (signal.SIGUSR1, [1]), (signal.SIGINT, [0])])
+def test_a_signal_at_any_rank_saves_and_stops_all(tiny_corpus, tmp_path, pool: RankPool, number, ranks):
+    flags = flags_for(tiny_corpus, tmp_path, steps=100_000, save_every=0)
+    pool.start(train, flags)
+    wait_for_step(tmp_path, 3)
+    for rank in ranks:
+        os.kill(pool.pids[rank], number)
+    for kind, value in pool.finish():
+        assert kind == "done" and value[0] == EXIT_STOPPED
+    last = max(losses(tmp_path))
+    assert verify(list_checkpoints(tmp_path)[-1]).step == last
+    (tmp_path / "STOP").touch()
+    code, printed = pool.run(train, flags)[0]
+    assert code == EXIT_STOPPED and f"at step {last}" in printed and max(losses(tmp_path)) == last + 1
+
+
+def test_a_file_asks_for_a_save(tiny_corpus, tmp_path):
+    tmp_path.joinpath("SAVE").touch()
+    code, _ = train(flags_for(tiny_corpus, tmp_path, save_every=0, steps=3))
+    assert code == 0 and [verify(folder).step for folder in list_checkpoints(tmp_path)] == [1, 3]
+    assert not (tmp_path / "SAVE").exists()
