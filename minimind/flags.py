@@ -5,15 +5,17 @@ turn into exit code 2. Knows nothing of what the flags mean.
 """
 
 import contextlib
+import dataclasses
 import io
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
 from minimind.errors import UserError
+from minimind.schema import nearest
 
 T = TypeVar("T")
 
@@ -35,16 +37,16 @@ def parse_flags(cls: type[T], args: Sequence[str], *, default: T | None = None, 
         UserError: an unknown flag, a missing or a wrong value, naming the flag and the nearest one.
     """
     given: Any = tyro.MISSING if default is None else default
-    return _call(args, lambda: tyro.cli(cls, args=args, prog=prog, default=given), prog)
+    return _call(cls, args, lambda: tyro.cli(cls, args=args, prog=prog, default=given), prog)
 
 
 def parse_known_flags(cls: type[T], args: Sequence[str], *, default: T, prog: str | None = None) -> T:
     """As `parse_flags`, passing over flags that `cls` does not have (`--help` too)."""
     rest = [arg for arg in args if arg not in ("-h", "--help")]
-    return _call(rest, lambda: tyro.cli(cls, args=rest, default=default, return_unknown_args=True)[0], prog)
+    return _call(cls, rest, lambda: tyro.cli(cls, args=rest, default=default, return_unknown_args=True)[0], prog)
 
 
-def _call(args: Sequence[str], parse: Callable[[], T], prog: str | None) -> T:
+def _call(cls: type, args: Sequence[str], parse: Callable[[], T], prog: str | None) -> T:
     if any(arg in ("-h", "--help") for arg in args):
         return parse()
     errors = io.StringIO()
@@ -55,7 +57,14 @@ def _call(args: Sequence[str], parse: Callable[[], T], prog: str | None) -> T:
         if not error.code:
             raise
     program = prog or sys.argv[0].rsplit("/", 1)[-1]
-    raise UserError(f"{_reword(*_unfold(errors.getvalue()))} (flags: {program} --help)")
+    raise UserError(f"{_reword(*_unfold(errors.getvalue()), _flag_names(cls))} (flags: {program} --help)")
+
+
+def _flag_names(cls: Any) -> list[str]:
+    names = []
+    for name, hint in get_type_hints(cls).items():
+        names += _flag_names(hint) if dataclasses.is_dataclass(hint) else ["--" + name.replace("_", "-")]
+    return names
 
 
 def _unfold(text: str) -> tuple[str, list[str]]:
@@ -67,7 +76,7 @@ def _unfold(text: str) -> tuple[str, list[str]]:
     return title.strip(" ╭╮─+-"), unboxed
 
 
-def _reword(title: str, lines: list[str]) -> str:
+def _reword(title: str, lines: list[str], known: list[str]) -> str:
     """One line for a person, from the words of tyro 1.0; what is not recognised keeps tyro's own."""
     if title.startswith("Required options"):
         end = lines.index("Unrecognized options:") if "Unrecognized options:" in lines else len(lines)
@@ -78,8 +87,8 @@ def _reword(title: str, lines: list[str]) -> str:
     if unknown := re.match(r"Unrecognized options: (\S+?)(,|$)", message):
         if not unknown[1].startswith("-"):
             return f"unexpected argument '{unknown[1]}'"
-        near = "".join(f"; did you mean {flag}?" for flag in _flags_in(lines[end:])[:1])
-        return f"unknown flag {unknown[1].split('=')[0]}{near}"
+        name = unknown[1].split("=")[0]
+        return f"unknown flag {name}{nearest(name, known)}"
     if wrong := _NO_TYPE.match(message):
         values, wanted = wrong[3].replace("', '", "' '"), wrong[2].strip("{}")
         return f"{wrong[1]}: {values} is not {wanted}"

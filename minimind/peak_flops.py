@@ -4,6 +4,7 @@ A table for the accelerators whose makers publish a dense figure, one timed matr
 nothing of models or training.
 """
 
+import functools
 import re
 import time
 
@@ -49,10 +50,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     return measure_peak(device, dtype), "measured by a matrix product"
 
 
+@functools.cache
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
     """The best rate in FLOP/s of a square matrix product, larger and larger until one takes a twentieth of a second.
 
     A CPU without instructions for `dtype` is a hundred times slower than one with them: the size follows the speed.
+    Measured once in a process.
     """
     size, largest = (2048, 8192) if device.type == "cuda" else (128, 4096)
     best = 0.0
