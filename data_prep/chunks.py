@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, Literal, NamedTuple
 
 import data_prep.json_values as json_values
-from data_prep.records import CHUNK_BYTES, ReadOptions, Record, Rejected, Text, describe_length, find_text
+from data_prep.records import CHUNK_BYTES, ReadOptions, Record, Rejected, Text, find_text, reject_long
 from data_prep.sources import DATASET, Source, find_non_text, open_source, read_errors, read_head
 from data_prep.tables import ParquetTable, read_csv, read_dataset, spool
 
@@ -72,30 +72,35 @@ def _cut_text_format(stream: _Prefixed, source: Source, options: ReadOptions) ->
     limit = options.max_document_bytes
     if source.format == "json":
         values = json_values.iterate(stream.read, source.name, CHUNK_BYTES, limit)
-        yield from _pack(source, ((line, find_text(value, options.text_field), size) for line, value, size in values))
+        texts = (
+            (line, find_text(v, options.text_field) if n <= limit else reject_long(limit), n) for line, v, n in values
+        )
+        yield from _pack(source, texts)
     elif source.format == "csv":
         yield from _pack(source, read_csv(stream, source, options))
     else:
         kind = "jsonl" if source.format == "jsonl" else options.txt_documents
         line = 1
-        for data, size, newlines in _cut_blocks(stream, _SEPARATORS[kind], limit):
+        for data, newlines, blank_lines in _cut_blocks(stream, _SEPARATORS[kind], limit):
             if data is None:
-                yield _reject(source, line, describe_length(size, limit))
+                yield _reject(source, line + blank_lines, reject_long(limit).reason)
             else:
                 yield Chunk(source.name, kind, first_line=line, data=data)
             line += newlines
 
 
 class _Separator(NamedTuple):
-    """Where documents may be cut: offsets just behind the last and the first separator in a buffer (0: none), and the
-    end of a buffer that may be the beginning of a separator."""
+    """Where documents may be cut: offsets just behind the last and the first separator in a buffer (0: none); how many
+    bytes before the first document belong to none, and how many at the end may begin a separator."""
 
     last_end: Callable[[bytes], int]
     first_end: Callable[[bytes], int]
-    begun: Callable[[bytes], bytes]
+    count_leading: Callable[[bytes], int]
+    count_begun: Callable[[bytes], int]
 
 
-_BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
+_BLANK_LINES = re.compile(rb"\n(?:[ \t\r\f\v]*\n)+")
+_LEADING_LINES = re.compile(rb"(?:[ \t\r\f\v]*(?:\n|\Z))*")
 
 
 def _last_blank_lines_end(buffer: bytes) -> int:
@@ -110,45 +115,58 @@ def _first_blank_lines_end(buffer: bytes) -> int:
     return match.end() if match else 0
 
 
-def _begun_blank_lines(buffer: bytes) -> bytes:
+def _count_leading_lines(buffer: bytes) -> int:
+    match = _LEADING_LINES.match(buffer)
+    assert match is not None
+    return match.end()
+
+
+def _count_begun_lines(buffer: bytes) -> int:
     last_line = buffer.rfind(b"\n")
-    return buffer[last_line:] if last_line >= 0 and not buffer[last_line:].strip() else b""
+    return len(buffer) - last_line if last_line >= 0 and not buffer[last_line:].strip() else 0
 
 
-_LINES = _Separator(lambda b: b.rfind(b"\n") + 1, lambda b: b.find(b"\n") + 1, lambda b: b"")
+def _none(buffer: bytes) -> int:
+    return 0
+
+
+_LINES = _Separator(lambda b: b.rfind(b"\n") + 1, lambda b: b.find(b"\n") + 1, _none, _none)
 _SEPARATORS = {
     "jsonl": _LINES,
     "line": _LINES,
-    "paragraph": _Separator(_last_blank_lines_end, _first_blank_lines_end, _begun_blank_lines),
-    "document": _Separator(lambda b: 0, lambda b: 0, lambda b: b""),
+    "paragraph": _Separator(_last_blank_lines_end, _first_blank_lines_end, _count_leading_lines, _count_begun_lines),
+    "document": _Separator(_none, _none, _none, _none),
 }
 
 
 def _cut_blocks(stream: _Prefixed, separator: _Separator, limit: int) -> Iterator[tuple[bytes | None, int, int]]:
-    """(data, bytes, newlines) of blocks of whole documents; data is None for a document beyond `limit`, which is read
-    over without being held."""
-    buffer, skipped, newlines = b"", 0, 0
+    """(data, newlines, 0) of blocks of whole documents; (None, newlines, blank lines before it) for a document beyond
+    `limit`, which is read over without being held."""
+    buffer, is_skipping, newlines, blank_lines = b"", False, 0, 0
     while block := stream.read(CHUNK_BYTES):
         buffer += block
-        if skipped:
+        if is_skipping:
             end = separator.first_end(buffer)
-            drop = end or len(buffer) - len(separator.begun(buffer))
-            skipped, newlines, buffer = skipped + drop, newlines + buffer.count(b"\n", 0, drop), buffer[drop:]
+            drop = end or len(buffer) - separator.count_begun(buffer)
+            newlines, buffer = newlines + buffer.count(b"\n", 0, drop), buffer[drop:]
             if not end:
                 continue
-            yield None, skipped, newlines
-            skipped = 0
+            yield None, newlines, blank_lines
+            is_skipping = False
         end = separator.last_end(buffer)
         if end:
-            yield buffer[:end], end, buffer.count(b"\n", 0, end)
+            yield buffer[:end], buffer.count(b"\n", 0, end), 0
             buffer = buffer[end:]
-        elif len(buffer) > limit:
-            skipped = len(buffer) - len(separator.begun(buffer))
-            newlines, buffer = buffer.count(b"\n", 0, skipped), buffer[skipped:]
-    if skipped:
-        yield None, skipped + len(buffer), newlines
+        if len(buffer) > limit:
+            leading, drop = separator.count_leading(buffer), len(buffer) - separator.count_begun(buffer)
+            is_skipping = drop - leading > limit
+            if is_skipping:
+                blank_lines, newlines = buffer.count(b"\n", 0, leading), buffer.count(b"\n", 0, drop)
+                buffer = buffer[drop:]
+    if is_skipping:
+        yield None, newlines, blank_lines
     elif buffer:
-        yield buffer, len(buffer), buffer.count(b"\n")
+        yield buffer, buffer.count(b"\n"), 0
 
 
 def _cut_parquet(table: ParquetTable, source: Source) -> Iterator[Chunk]:

@@ -12,7 +12,7 @@ from typing import IO, NamedTuple
 from tqdm import tqdm
 
 from data_prep.chunks import Chunk, cut_source
-from data_prep.records import ReadOptions, Rejected, Text, describe_length, find_text
+from data_prep.records import ReadOptions, Rejected, Text, find_text, reject_long
 from data_prep.sources import Source
 from minimind.errors import UserError
 
@@ -35,7 +35,7 @@ def parse_chunk(chunk: Chunk, options: ReadOptions) -> tuple[list[str], list[Pro
     """The good documents of a chunk in order, and its bad ones."""
     texts: list[str] = []
     problems: list[Problem] = []
-    for line, raw in _find_texts(chunk, options.text_field):
+    for line, raw in _find_texts(chunk, options):
         text = _check(raw, options.max_document_bytes)
         if isinstance(text, Rejected):
             problems.append(Problem(chunk.source, line, text.reason))
@@ -96,17 +96,27 @@ def read_documents(sources: Iterable[Source], options: ReadOptions, bad: BadDocu
     bad.finish()
 
 
-def _find_texts(chunk: Chunk, field: str) -> Iterator[tuple[int, Text]]:
+def _find_texts(chunk: Chunk, options: ReadOptions) -> Iterator[tuple[int, Text]]:
     if chunk.kind == "records":
         yield from chunk.records
-    elif chunk.kind == "document":
-        yield 1, chunk.data
+        return
+    if chunk.kind == "document":
+        documents: Iterable[tuple[int, bytes]] = [(1, chunk.data)]
     elif chunk.kind == "paragraph":
-        yield from _find_paragraphs(chunk)
+        documents = _find_paragraphs(chunk)
     else:
-        for line, data in enumerate(chunk.data.split(b"\n"), start=chunk.first_line):
-            if data and not data.isspace():
-                yield line, _parse_json_line(data, field) if chunk.kind == "jsonl" else data.removesuffix(b"\r")
+        documents = enumerate(chunk.data.split(b"\n"), start=chunk.first_line)
+    for line, data in documents:
+        # The very bytes that the reader counts, so that no document depends on where a chunk ends.
+        if len(data) > options.max_document_bytes:
+            yield line, reject_long(options.max_document_bytes)
+        elif chunk.kind == "document":
+            yield line, data
+        elif data and not data.isspace():
+            yield (
+                line,
+                _parse_json_line(data, options.text_field) if chunk.kind == "jsonl" else data.removesuffix(b"\r"),
+            )
 
 
 def _find_paragraphs(chunk: Chunk) -> Iterator[tuple[int, bytes]]:
@@ -117,7 +127,7 @@ def _find_paragraphs(chunk: Chunk) -> Iterator[tuple[int, bytes]]:
             first = first or line
             paragraph.append(data)
         elif first:
-            yield first, b"\n".join(paragraph).removesuffix(b"\r")
+            yield first, b"\n".join(paragraph)
             first, paragraph = 0, []
 
 
@@ -152,7 +162,7 @@ def _check(raw: Text, limit: int) -> str | Rejected:
         size = len(text) if text.isascii() else len(text.encode("utf-8"))
     except UnicodeEncodeError as error:
         return Rejected(f"invalid Unicode: lone surrogate at position {error.start + 1}")
-    return text if size <= limit else Rejected(describe_length(size, limit))
+    return text if size <= limit else reject_long(limit)
 
 
 def open_log(path: Path) -> IO[str]:

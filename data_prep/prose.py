@@ -18,6 +18,8 @@ _NO_TEXT = re.compile(
     r"^[ \t]*(?:\[?!\[|<|\.\. (?:image|figure|_|\|)|:target:|:alt:|\[[^\]]+\]:[ \t]|\|.*\|[ \t]*$).*\n?", re.M
 )
 _BLANK_LINES = re.compile(r"\n{3,}")
+# NUL and lone surrogates, from escapes in source text.
+_ODD = re.compile("[\0\ud800-\udfff]")
 _NO_LETTER = re.compile(r"[^\w\s]|[\d_]")
 
 
@@ -43,8 +45,12 @@ def pack_pieces(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def is_prose(text: str) -> bool:
-    """Whether a text is long enough and mostly letters: no table of numbers, no encoded data."""
-    if len(text) < _SMALLEST_DOCUMENT or any(len(word) > 200 for word in text.split() if word.isascii()):
+    """Whether a text is long enough and mostly letters: no table of numbers, no encoded data, no odd characters."""
+    if (
+        _ODD.search(text)
+        or len(text) < _SMALLEST_DOCUMENT
+        or any(len(word) > 200 for word in text.split() if word.isascii())
+    ):
         return False
     blanks = sum(map(str.isspace, text))
     others = len(_NO_LETTER.findall(text))

@@ -52,9 +52,9 @@ def find_text(value: Any, field: str) -> Text:
     return text if isinstance(text, str) else Rejected(f"field {field!r} is {_name_type(text)}, not a string")
 
 
-def describe_length(size: int, limit: int) -> str:
-    """Why a document of `size` bytes is bad."""
-    return f"{size:,} bytes long, above --max-document-bytes {limit:,}"
+def reject_long(limit: int) -> Rejected:
+    """For a document that is too long. Its size may not be known: it is not read to the end everywhere."""
+    return Rejected(f"longer than --max-document-bytes {limit:,}")
 
 
 _JSON_TYPES = {

@@ -29,6 +29,7 @@ _DATASET_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _ZSTD_BLOCK = 1 << 15
 _ZSTD_LARGEST_WINDOW = 1 << 31
 _HEAD_BYTES = 4096
+_MOST_ODD = 0.1
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,11 @@ def read_errors(source: Source) -> Iterator[None]:
 
 
 def find_non_text(head: bytes) -> str | None:
-    """Why a file that begins with these bytes is no UTF-8 text, or None. NUL alone is left to the documents."""
+    """Why a file that begins with these bytes is no UTF-8 text, or None. A few bad bytes are left to the documents."""
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "not UTF-8 text but UTF-16: convert the file"
-    if b"\0" in head:
-        try:
-            codecs.getincrementaldecoder("utf-8")().decode(head)
-        except UnicodeDecodeError:
-            return "not a text file (binary data)"
-    return None
+    odd = head.count(b"\0") + head.decode("utf-8", "replace").count("\ufffd")
+    return "not a text file (binary data)" if b"\0" in head and odd > _MOST_ODD * len(head) else None
 
 
 def read_head(stream: BinaryIO) -> bytes:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO, Protocol
 
-from data_prep.records import CHUNK_BYTES, ReadOptions, Record, Rejected, Text, describe_length, find_column, find_text
+from data_prep.records import CHUNK_BYTES, ReadOptions, Record, Rejected, Text, find_column, find_text, reject_long
 from data_prep.sources import Source
 from minimind.errors import UserError
 
@@ -22,13 +22,13 @@ class LineStream(Protocol):
 
 
 class _CsvLines:
-    """Lines for `csv.reader`; an empty one stands for a line beyond `limit`, whose size is then in `dropped`."""
+    """Lines for `csv.reader`; an empty one stands for a line beyond `limit`, and `dropped` is set."""
 
     def __init__(self, stream: LineStream, limit: int) -> None:
         self._stream = stream
         self._limit = limit
         self.count = 0
-        self.dropped = 0
+        self.dropped = False
 
     def __iter__(self) -> "_CsvLines":
         return self
@@ -39,9 +39,9 @@ class _CsvLines:
             raise StopIteration
         self.count += 1
         if len(line) > self._limit:
-            self.dropped = len(line)
+            self.dropped = True
             while not line.endswith(b"\n") and (line := self._stream.readline(CHUNK_BYTES)):
-                self.dropped += len(line)
+                pass
             return "\n"
         # Bytes that are no UTF-8 become lone surrogates, which are found in the one column that counts.
         return line.decode("utf-8", "surrogateescape")
@@ -53,7 +53,7 @@ def read_csv(stream: LineStream, source: Source, options: ReadOptions) -> Iterat
     reader = csv.reader(lines, strict=True)
     column, width = -1, 0
     while True:
-        line, lines.dropped = lines.count + 1, 0
+        line, lines.dropped = lines.count + 1, False
         text: Text
         try:
             row = next(reader)
@@ -67,7 +67,7 @@ def read_csv(stream: LineStream, source: Source, options: ReadOptions) -> Iterat
                 continue
             text = row[column] if len(row) == width else Rejected(f"{len(row)} columns, the header has {width}")
         if lines.dropped:
-            text = Rejected(describe_length(lines.dropped, options.max_document_bytes))
+            text = reject_long(options.max_document_bytes)
         elif not row:
             continue
         yield line, text, len(text)
