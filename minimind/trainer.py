@@ -12,9 +12,8 @@ import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import deepspeed
 import torch
 
 from minimind.checkpoint_loading import engine_probe_loss
@@ -29,6 +28,9 @@ from minimind.metrics import MetricsLog, peak_memory_bytes
 from minimind.run_lock import RunLock, RunLockError
 from minimind.schedule import learning_rate
 from minimind.signals import Outside, Requests
+
+if TYPE_CHECKING:
+    import deepspeed
 
 
 class BadStepError(UserError):
@@ -56,7 +58,7 @@ class Trainer:
     """
 
     resolved: Resolved
-    engine: deepspeed.DeepSpeedEngine
+    engine: "deepspeed.DeepSpeedEngine"
     loader: BatchLoader
     eval_dataset: TokenDataset | None
     device: torch.device
