@@ -115,7 +115,7 @@ def test_a_checkpoint_of_two_ranks_is_one_model(tiny_corpus, tmp_path, pool: Ran
 def test_the_folder_says_what_is_wrong_before_training(tiny_corpus, tmp_path):
     flags = flags_for(tiny_corpus, tmp_path / "run")
     train(flags)
-    with pytest.raises(CheckpointError, match="already holds step_00000006"):
+    with pytest.raises(UserError, match="already holds step_00000006"):
         train([*flags, "--resume", "never"])
     newest = list_checkpoints(tmp_path / "run")[-1]
     states = newest / "mp_rank_00_model_states.pt"
@@ -124,7 +124,7 @@ def test_the_folder_says_what_is_wrong_before_training(tiny_corpus, tmp_path):
     assert code == 0 and "passed over" in printed and "bytes instead of" in printed and "at step 4" in printed
     for folder in list_checkpoints(tmp_path / "run"):
         (folder / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="none is sound"):
+    with pytest.raises(UserError, match="none is sound"):
         train(flags)
 
 

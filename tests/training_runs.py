@@ -8,9 +8,13 @@ import multiprocessing.connection
 import os
 import socket
 import traceback
+import unittest.mock
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+# Threads that wait for each other on busy cores make a tiny model a hundred times slower. Ranks inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = {
@@ -51,13 +55,26 @@ def flags_for(corpus: Path, run_dir: Path, *, stage: int = 1, precision: str = "
     return flags
 
 
-def train(flags: list[str]) -> tuple[int, str]:
-    """Run one rank here; its exit code and what it printed. A `UserError` passes through."""
+def train(flags: list[str], output: TextIO | None = None) -> tuple[int, str]:
+    """Run one rank here; its exit code and what it printed (or nothing, with an `output` that takes it). A `UserError`
+    passes through."""
+    import torch
+
     from minimind.train import main
 
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        code = main(flags)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        # What the device could do is measured in every run; here it would take longer than the run.
+        with (
+            contextlib.redirect_stdout(output or printed),
+            unittest.mock.patch("minimind.train.peak_flops") as peak_flops,
+        ):
+            peak_flops.return_value = (1e12, "not measured")
+            code = main(flags)
+    finally:
+        torch.set_num_threads(threads)
     return code, printed.getvalue()
 
 
@@ -79,6 +96,13 @@ def weights(run_dir: Path) -> dict[str, Any]:
     from minimind.consolidate import TrainingCheckpoint
 
     return {name: tensor.clone() for name, tensor in TrainingCheckpoint(list_checkpoints(run_dir)[-1]).state_dict()}
+
+
+def free_port() -> int:
+    """A port of this host that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 SECONDS_TO_WAIT = 120
@@ -119,9 +143,7 @@ class RankPool:
 
     def start(self, function: Callable[..., Any], *args: Any) -> None:
         """Let every rank begin `function(*args)`."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         for rank, pipe in enumerate(self._pipes):
             pipe.send((function, args, rank, len(self._pipes), port))
 
@@ -151,7 +173,6 @@ class RankPool:
 
 
 def _serve(pipe: Any) -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from minimind.errors import UserError
 
     while (work := pipe.recv()) is not None:

@@ -1,0 +1,239 @@
+"""Kill and corrupt runs at random, and see that none is lost.
+
+    python tests/faults.py --kills 200 --corruptions 200          the whole proof, some minutes
+    python tests/faults.py --kills 8 --corruptions 12             what CI runs
+
+A tiny run on one and on two ranks is killed with SIGKILL (one rank or all) at random moments of training and saving and
+started again, until it ends; its losses must be, bit for bit, those of a run that nobody killed. Then random files of
+checkpoints are flipped, cut, emptied, deleted and swapped: each time the run must name the damage and continue from the
+older checkpoint, bit for bit again. Exit code 1 when anything was lost.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+import tyro  # noqa: E402
+from conftest import write_corpus  # noqa: E402
+from training_runs import flags_for, free_port, losses, train  # noqa: E402
+
+from minimind.checkpoint_files import checkpoints_folder, list_checkpoints, verify  # noqa: E402
+
+STEPS = 30
+SECONDS_TO_WAIT = 120.0
+
+
+@dataclass
+class Flags:
+    """How much is done to the runs."""
+
+    kills: int = 200
+    """Kills, over runs on one and on two ranks."""
+    corruptions: int = 200
+    """Random corruptions."""
+    seed: int = 0
+    """Of the random moments and places."""
+    stage: int = 1
+    """ZeRO stage."""
+
+
+@dataclass
+class Report:
+    """What happened."""
+
+    kills: int = 0
+    in_saves: int = 0
+    runs: int = 0
+    lost: list[str] = field(default_factory=list)
+    corruptions: int = 0
+    found: int = 0
+    continued: int = 0
+
+
+def train_rank(flags: list[str], rank: int, world_size: int, port: int, printed: Path) -> None:
+    """One rank, in its own process; its output goes into a file."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    with open(printed, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from minimind.errors import run_main
+
+    run_main(lambda: train(flags, sys.stdout)[0])
+
+
+def start(context: Any, flags: list[str], world_size: int, folder: Path) -> list[Any]:
+    """Start every rank of a run."""
+    port = free_port()
+    ranks = [
+        context.Process(target=train_rank, args=(flags, rank, world_size, port, folder / f"rank{rank}.log"))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def kill_some(ranks: list[Any], rng: random.Random) -> None:
+    """SIGKILL one rank, and the others a moment later (as a launcher does) or at once."""
+    order = rng.sample(ranks, len(ranks))
+    for process in order:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        time.sleep(rng.choice([0, 0.05]))
+    for process in ranks:
+        process.join()
+
+
+def ended(ranks: list[Any], seconds: float) -> bool:
+    """Whether all ranks ended within `seconds`."""
+    deadline = time.monotonic() + seconds
+    for process in ranks:
+        process.join(max(0.0, deadline - time.monotonic()))
+    return all(process.exitcode is not None for process in ranks)
+
+
+def run_to_end(context: Any, flags: list[str], world_size: int, folder: Path) -> str | None:
+    """Run without a kill; what went wrong, or None."""
+    ranks = start(context, flags, world_size, folder)
+    in_time = ended(ranks, SECONDS_TO_WAIT)
+    codes = [process.exitcode for process in ranks]
+    if not in_time:
+        kill_some(ranks, random.Random(0))
+    if codes != [0] * world_size:
+        return f"exit codes {codes}: {(folder / 'rank0.log').read_text()[-600:]}"
+    return None
+
+
+def kill_runs(context: Any, corpus: Path, folder: Path, flags: Flags, rng: random.Random, report: Report) -> None:
+    """Kill runs until there were enough kills; every run is then taken to its end and compared."""
+    references: dict[int, dict[int, float]] = {}
+    durations: dict[int, float] = {}
+    for world_size in (1, 2):
+        path = folder / f"reference{world_size}"
+        path.mkdir()
+        began = time.monotonic()
+        wrong = run_to_end(context, command(corpus, path, flags), world_size, path)
+        assert wrong is None, wrong
+        references[world_size], durations[world_size] = losses(path), time.monotonic() - began
+    while report.kills < flags.kills:
+        world_size = rng.choice([1, 2])
+        path = folder / f"run{report.runs}"
+        path.mkdir()
+        report.runs += 1
+        for _ in range(8):
+            ranks = start(context, command(corpus, path, flags), world_size, path)
+            if ended(ranks, rng.uniform(0.2, 1.1) * durations[world_size]):
+                break
+            kill_some(ranks, rng)
+            report.kills += 1
+            report.in_saves += any(checkpoints_folder(path).glob("step_*.partial"))
+        wrong = run_to_end(context, command(corpus, path, flags), world_size, path)
+        if wrong is None and losses(path) != references[world_size]:
+            wrong = "other losses than the run that nobody killed"
+        if wrong is not None:
+            report.lost.append(f"{path.name} on {world_size} ranks: {wrong}")
+            print(report.lost[-1], flush=True)
+        else:
+            shutil.rmtree(path)
+        print(f"kills {report.kills}/{flags.kills}, in a save {report.in_saves}, lost {len(report.lost)}", flush=True)
+
+
+def command(corpus: Path, run_dir: Path, flags: Flags) -> list[str]:
+    """A run that saves at nearly every step."""
+    return flags_for(corpus, run_dir, stage=flags.stage, steps=STEPS, save_every=2, keep_last=2, dropout=0.1)
+
+
+def corrupt(folder: Path, rng: random.Random) -> str:
+    """Do one random harm to a checkpoint; gives what it was."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    path = rng.choice(files)
+    content = bytearray(path.read_bytes())
+    kind = rng.choice(["flip", "flip", "flip", "truncate", "empty", "delete", "extra", "swap"])
+    if kind == "flip":
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+    elif kind == "truncate":
+        path.write_bytes(content[: rng.randrange(1, len(content))])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "delete":
+        path.unlink()
+    elif kind == "extra":
+        shutil.copyfile(path, folder / "zero_pp_rank_7_mp_rank_00_optim_states.pt")
+    else:
+        other = rng.choice([item for item in files if item != path])
+        data = other.read_bytes()
+        other.write_bytes(bytes(content))
+        path.write_bytes(data)
+    return f"{kind} {path.name}"
+
+
+def corrupt_runs(context: Any, corpus: Path, folder: Path, flags: Flags, rng: random.Random, report: Report) -> None:
+    """Damage the newest of two checkpoints, again and again; the run must say so and go on from the older one."""
+    whole, cut = folder / "whole", folder / "cut"
+    for path, steps in ((whole, 6), (cut, 4)):
+        path.mkdir()
+        settings = {"stage": flags.stage, "save_every": 2, "keep_last": 0, "warmup_steps": 1, "schedule": "constant"}
+        line = flags_for(corpus, path, steps=steps, **settings)
+        wrong = run_to_end(context, line, 1, path)
+        assert wrong is None, wrong
+    line = flags_for(corpus, folder / "again", steps=6, **settings)
+    for number in range(flags.corruptions):
+        again = folder / "again"
+        shutil.rmtree(again, ignore_errors=True)
+        shutil.copytree(cut, again)
+        harm = corrupt(list_checkpoints(again)[-1], rng)
+        report.corruptions += 1
+        wrong = run_to_end(context, line, 1, again)
+        printed = (again / "rank0.log").read_text()
+        report.found += "passed over" in printed and "step_00000004" in printed
+        same = wrong is None and losses(again) == losses(whole) and "at step 2" in printed
+        report.continued += same
+        if not same:
+            report.lost.append(f"{harm}: {wrong or 'other losses'}")
+            print(report.lost[-1], flush=True)
+        if number % 20 == 19:
+            print(f"corruptions {report.corruptions}/{flags.corruptions}, found {report.found}", flush=True)
+    if flags.corruptions:
+        verify(list_checkpoints(folder / "again")[-1])
+
+
+def main() -> int:
+    """Do all of it and print the counts."""
+    flags = tyro.cli(Flags)
+    rng = random.Random(flags.seed)
+    report = Report()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["minimind.train"])
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        corpus = write_corpus(folder / "corpus", tokens=6000)
+        if flags.kills:
+            kill_runs(context, corpus, folder, flags, rng, report)
+        if flags.corruptions:
+            corrupt_runs(context, corpus, folder, flags, rng, report)
+    print(
+        f"{report.kills} kills ({report.in_saves} of them in a save) over {report.runs} runs; "
+        f"{report.corruptions} corruptions, {report.found} found, {report.continued} continued from the older "
+        f"checkpoint; lost: {len(report.lost)}; {time.monotonic() - began:.0f} s"
+    )
+    return 1 if report.lost or report.found != report.corruptions else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
