@@ -1,0 +1,607 @@
+"""The documentation: complete in both languages, equal to the source it quotes, right in its figures, and runnable."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from docs_pages import (
+    LANGUAGES,
+    PAGES,
+    ROOT,
+    STEPS,
+    find_anchors,
+    find_blocks,
+    find_citations,
+    find_levels,
+    find_links,
+    find_sections,
+    flow,
+    page_path,
+    read_page,
+    without_blocks,
+)
+
+from minimind.checkpoint_files import CheckpointManifest
+from minimind.config import DataConfig, TrainConfig
+from minimind.data.dataset import TokenDataset
+from minimind.data.loader import BatchLoader
+from minimind.data.shards import Manifest, ShardInfo, TokenizerInfo, open_split
+from minimind.memory import layer_activations_per_token
+from minimind.metrics import _TENSORBOARD_NAMES
+from minimind.model import PRESETS, ModelConfig
+from minimind.model.layers import FeedForward, RMSNorm
+from minimind.model.loss import LMHead
+from minimind.model.moe import MoEFeedForward
+from minimind.model.rope import attention_factor, inverse_frequencies, rotary_tables, rotate
+from minimind.model.routing import route, router_aux_loss
+from minimind.model.visibility import causal
+from minimind.sampling import Sampler, SamplingOptions
+from minimind.schedule import learning_rate
+
+sys.path.insert(0, str(ROOT / "docs"))
+
+import refresh
+import tables
+
+ARCHITECTURE, GUIDE = "minimind_architecture.md", "training_guide.md"
+
+# Each topic that the documentation promises: its page, its section, and a word that the section cannot do without.
+TOPICS = {
+    "index: who it is for": ("README.md", "beginners", "minimind_architecture.md"),
+    "index: people who know NLP": ("README.md", "know-nlp", "YaRN"),
+    "index: in a hurry": ("README.md", "hurry", "launch/quickstart.sh"),
+    "index: papers": ("README.md", "papers", "arxiv.org/abs/1706.03762"),
+    "index: online resources": ("README.md", "resources", "deepspeed.ai"),
+    "readers from computer vision": (ARCHITECTURE, "notation", "ViT"),
+    "the whole picture, top-down": (ARCHITECTURE, "whole-picture", "lm_head"),
+    "assembly, bottom-up": (ARCHITECTURE, "assembly", "layers.py"),
+    "RMSNorm against LayerNorm": (ARCHITECTURE, "rmsnorm", r"\mathrm{LayerNorm}"),
+    "RoPE: sinusoidal and learned positions, derivation": (ARCHITECTURE, "rope", r"e^{i(m-n)\theta}"),
+    "YaRN": (ARCHITECTURE, "yarn", r"\gamma_i"),
+    "MHA, MQA, GQA": (ARCHITECTURE, "gqa", "H_{kv}"),
+    "KV cache arithmetic": (ARCHITECTURE, "kv-cache", "12,288"),
+    "flash attention": (ARCHITECTURE, "flash-attention", "2205.14135"),
+    "SwiGLU, gating and width": (ARCHITECTURE, "swiglu", r"\frac83"),
+    "MoE: history, sparse activation": (ARCHITECTURE, "moe", "1701.06538"),
+    "MoE: router": (ARCHITECTURE, "router", "norm_topk_prob"),
+    "MoE: load balancing, batch and sequence form": (ARCHITECTURE, "load-balancing", "seq_aux"),
+    "MoE: shared experts": (ARCHITECTURE, "shared-experts", "635,376"),
+    "MoE: training and inference optimisation": (ARCHITECTURE, "moe-efficiency", "grouped_mm"),
+    "expert parallelism": (ARCHITECTURE, "expert-parallelism", "all-to-all"),
+    "choice of tokenizer": (GUIDE, "tokenizer", "tokenizer.json"),
+    "causal language modelling format": (GUIDE, "clm", "input_ids"),
+    "shards": (GUIDE, "shards", "verify_shards"),
+    "packing": (GUIDE, "packing", "cu_seqlens"),
+    "the loader and its settings": (GUIDE, "loader", "--micro-batch-size"),
+    "AdamW and its settings": (GUIDE, "adamw", r"\beta_2"),
+    "learning-rate schedules": (GUIDE, "schedules", "wsd"),
+    "tuning advice with figures": (GUIDE, "tuning", "learning_rates.svg"),
+    "gradient clipping": (GUIDE, "gradient-clipping", "--max-grad-norm"),
+    "mixed precision, loss scaling": (GUIDE, "mixed-precision", "65504"),
+    "gradient accumulation": (GUIDE, "gradient-accumulation", "3.5"),
+    "activation checkpointing": (GUIDE, "activation-checkpointing", "--activation-checkpointing"),
+    "ZeRO stages and memory": (GUIDE, "zero", "12P/N"),
+    "offload": (GUIDE, "offload", "zero2_offload.json"),
+    "checkpoint strategy": (GUIDE, "checkpoints", "--save-every"),
+    "resuming, number of ranks": (GUIDE, "resuming", "SIGTERM"),
+    "conversion": (GUIDE, "conversion", "safetensors"),
+    "cross-entropy": (GUIDE, "cross-entropy", r"\ln p"),
+    "auxiliary loss": (GUIDE, "aux-loss", "aux_loss"),
+    "generation": (GUIDE, "generation", "#kv-cache"),
+    "temperature": (GUIDE, "temperature", "0.6439"),
+    "top-k and top-p": (GUIDE, "top-k-top-p", "0.6652"),
+    "logging, TensorBoard": (GUIDE, "logging", "tensorboard --logdir"),
+    "healthy and sick curves": (GUIDE, "curves", "healthy_and_sick.svg"),
+    "multi-node: deepspeed, SLURM, MPI": (GUIDE, "multi-node", "srun"),
+    "trouble: NaN": (GUIDE, "trouble-nan", "grad_norm"),
+    "trouble: loss does not fall": (GUIDE, "trouble-flat", "lr"),
+    "trouble: overfitting": (GUIDE, "trouble-overfitting", "eval_loss"),
+    "trouble: too slow": (GUIDE, "trouble-slow", "tokens_per_second"),
+    "trouble: out of memory": (GUIDE, "trouble-memory", "--dry-run"),
+    "trouble: a hang": (GUIDE, "trouble-hang", "lock"),
+    "trouble: a resume that differs": (GUIDE, "trouble-resume", "run_config.json"),
+    "trouble: a launch that fails": (GUIDE, "trouble-launch", "MASTER_PORT"),
+    "reference: shards": ("data_format.md", "manifest", "documents_sha256"),
+    "reference: run folder and metrics": ("run_folder.md", "metrics", "tokens_per_second"),
+    "reference: configuration": ("configuration.md", "train-fields", "--global-batch-size"),
+    "reference: DeepSpeed JSON files": ("ds_configs.md", "files", "zero3_hpz.json"),
+}
+# Sections that only gather others, or are no technical point.
+NO_POINTS = {"notation", "first-run", "data", "optimizer", "stability", "losses", "troubleshooting", "next"}
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_topic_has_its_section(topic, language):
+    page, anchor, word = TOPICS[topic]
+    section = find_sections(read_page(language, page)).get(anchor, "")
+    assert word in section, f"{language}/{page}#{anchor} does not treat {topic}"
+    assert len(section) > 150
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_both_languages_have_the_same_sections(page):
+    english, chinese = (find_levels(read_page(language, page)) for language in LANGUAGES)
+    assert english == chinese and english
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_both_languages_show_the_same_code_and_commands(page):
+    def shown(language):
+        kinds = ("bash", "python", "json")
+        return [
+            (block.kind, re.sub(r" *#.*", "", block.text), block.needs is None)
+            for block in find_blocks(read_page(language, page))
+            if block.kind in kinds
+        ]
+
+    assert shown("en") == shown("zh")
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("page", [ARCHITECTURE, GUIDE])
+def test_every_point_follows_the_five_steps(language, page):
+    for anchor, section in find_sections(read_page(language, page)).items():
+        if anchor in NO_POINTS or anchor.startswith("trouble-"):
+            continue
+        places = [section.find(f"**{step}**") for step in STEPS[language]]
+        assert -1 not in places and places == sorted(places), f"{language}/{page}#{anchor}: {places}"
+
+
+def test_every_page_is_up_to_date_with_the_source():
+    for page in refresh.find_pages():
+        text = page.read_text(encoding="utf-8")
+        fresh = refresh.refresh(text, "zh" if page.parent.name == "zh" else "en")
+        assert text == fresh, f"{page} does not show the source as it is: run python docs/refresh.py"
+
+
+def test_an_excerpt_is_contiguous_source_and_a_changed_one_is_noticed():
+    marks = re.findall(r"<!-- excerpt: (.+?) -->\n```python\n(.*?)\n```", read_page("en", ARCHITECTURE), re.S)
+    assert len(marks) > 12
+    for what, shown in marks:
+        source = (ROOT / what.split("::")[0]).read_text(encoding="utf-8")
+        stripped = "\n".join(line.strip() for line in source.splitlines())
+        assert "\n".join(line.strip() for line in shown.splitlines()) in stripped, what
+    text = read_page("en", ARCHITECTURE)
+    assert refresh.refresh(text.replace("F.silu", "F.relu"), "en") == text != text.replace("F.silu", "F.relu")
+    with pytest.raises(SystemExit, match="has no nothing_like_it"):
+        refresh.read_excerpt("minimind/model/rope.py::nothing_like_it")
+    with pytest.raises(SystemExit, match="no line begins"):
+        refresh.read_excerpt("minimind/model/rope.py::rotate | from: never written")
+
+
+def test_every_configuration_field_is_described_in_chinese_and_only_those():
+    words = {"none, must be given", "ZeRO stage 1", "as many as --epochs asks for", "2% of the run, at least 1"}
+    words |= {"micro batch x accumulation x ranks", "bf16 on a GPU that has it, otherwise fp32"}
+    fields = set()
+    for cls, file in ((ModelConfig, "model/config.py"), (DataConfig, "config.py"), (TrainConfig, "config.py")):
+        found = [field[0] for field in tables.documented_fields(cls, f"minimind/{file}")]
+        assert found == list(cls.__dataclass_fields__), "a field without a line of documentation"
+        fields |= set(found)
+    described = set(tables.chinese_descriptions())
+    assert described - words == fields, f"docs/zh/field_descriptions.json: {(described - words) ^ fields}"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_messages_that_troubleshooting_quotes_are_those_of_the_source(language):
+    source = flow("".join(path.read_text(encoding="utf-8") for path in (ROOT / "minimind").rglob("*.py")))
+    text = flow(read_page(language, GUIDE))
+    quoted = (
+        "good checkpoint: ",
+        "no process group at MASTER_ADDR",
+        "CUDA devices",
+        "DeepSpeed could not build an op",
+    )
+    for message in (*quoted, "changed: "):
+        assert message in source and message in text
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_reference_pages_name_every_field_on_disk(language):
+    data, run = read_page(language, "data_format.md"), read_page(language, "run_folder.md")
+    for cls in (Manifest, ShardInfo, TokenizerInfo):
+        for name in cls.__dataclass_fields__:
+            assert f"`{name}`" in data, f"{language}/data_format.md: {name}"
+    trainer = (ROOT / "minimind" / "trainer.py").read_text(encoding="utf-8")
+    keys = set(re.findall(r'^            "([a-z_]+)": ', trainer, re.M)) | set(CheckpointManifest.__dataclass_fields__)
+    for name in (*keys, *_TENSORBOARD_NAMES.values()):
+        assert f"`{name}`" in run, f"{language}/run_folder.md: {name}"
+
+
+@pytest.mark.parametrize("path", refresh.find_pages(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_internal_links_and_anchors_exist(path):
+    links = find_links(path.read_text(encoding="utf-8"))
+    assert links or path.name == "README.md"
+    for link in links:
+        if link.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.exists(), f"{path}: {link}"
+        if anchor:
+            assert anchor in find_anchors(target.read_text(encoding="utf-8")), f"{path}: {link}"
+
+
+@pytest.mark.parametrize("page", [ARCHITECTURE, GUIDE, "data_format.md"])
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_formulas_are_written_so_that_they_are_shown(language, page):
+    text = re.sub(r"`[^`\n]*`", "", without_blocks(read_page(language, page)))
+    formulas = re.findall(r"\$\$.+?\$\$", text, re.S)
+    text = re.sub(r"\$\$.+?\$\$", "", text, flags=re.S)
+    inline = re.findall(r"(.?)\$([^$]+)\$(.?)", text)
+    assert text.count("$") == 2 * len(inline) and inline
+    for before, formula, after in inline:
+        # A formula that touches a Chinese character or mark is not taken for one.
+        assert ord(before or " ") < 0x2000 and ord(after or " ") < 0x2000, f"{before}${formula}${after}"
+    for formula in [*formulas, *(found[1] for found in inline)]:
+        # Markdown takes a backslash before a mark for an escape, and the formula loses it.
+        assert not re.search(r"\\[,_;:!%#]", formula), formula
+
+
+def test_papers_carry_title_and_number():
+    known = {
+        number: title
+        for topic in json.loads((ROOT / "docs" / "papers.json").read_text(encoding="utf-8"))
+        for number, title in topic["papers"].items()
+    }
+    for language in LANGUAGES:
+        cited = set()
+        for page in (ARCHITECTURE, GUIDE):
+            text = read_page(language, page)
+            citations = find_citations(text)
+            # No number without a title in front of it.
+            assert len(citations) == len(re.findall(r"arXiv \d{4}\.\d{4,5}", without_blocks(text))), (language, page)
+            for title, number in citations:
+                assert known.get(number) == title, f"{language}/{page}: {number} {title}"
+                cited.add(number)
+        assert cited == set(known), f"{language}: {cited ^ set(known)}"
+
+
+def test_pictures_are_drawings_made_from_runs():
+    curves = json.loads((ROOT / "docs" / "pictures" / "curves.json").read_text(encoding="utf-8"))
+    assert all(len(run["loss"]) == len(run["step"]) for run in curves.values()) and len(curves) >= 6
+    for language in LANGUAGES:
+        for link in find_links(read_page(language, GUIDE)):
+            if link.endswith(".svg"):
+                assert "<svg" in (ROOT / "docs" / "en" / link).resolve().read_text(encoding="utf-8")
+
+
+# Figures -----------------------------------------------------------------------------------------------------------
+
+
+def grouped(number: int) -> str:
+    """1234567 -> 1{,}234{,}567, as in formulas."""
+    return f"{number:,}".replace(",", "{,}")
+
+
+def vector(values, digits: int = 3) -> str:
+    return "(" + ", ".join(f"{value:.{digits}f}" for value in values) + ")"
+
+
+def architecture_figures() -> list[str]:
+    config, small = PRESETS["minimind3"], PRESETS["minimind2-small"]
+    d, heads_kv, size, width = config.hidden_size, 4, config.head_size, config.feed_forward_size
+    attention, feed_forward, norms = 2 * d * d + 2 * d * heads_kv * size, 3 * d * width, 2 * d + 2 * size
+    layer = attention + feed_forward + norms
+    assert 8 * layer + d + 6400 * d == config.num_params()
+    figures = [*map(grouped, (6400 * d, attention, feed_forward, norms, layer, config.num_params()))]
+    figures += [f"{small.num_params():,}", f"{feed_forward * 8 / config.num_params():.0%}"]
+    for x in ([1.0, 2, 3, 4], [11.0, 12, 13, 14]):
+        x = torch.tensor(x)
+        figures += [vector(F.layer_norm(x, (4,))), vector(F.rms_norm(x, (4,)))]
+    rope = ModelConfig(hidden_size=4, num_attention_heads=1, num_key_value_heads=1, rope_theta=100.0)
+    turned = rotate(torch.tensor([1.0, 0, 0, 1]).view(1, 1, 1, 4), *rotary_tables(rope, torch.tensor([2])))
+    figures.append(vector(turned.flatten().tolist()))
+    bf16 = torch.tensor([29952.0, 30080.0, 30001.0]).bfloat16().tolist()
+    assert bf16[:2] == [29952, 30080] and bf16[2] == 29952
+    figures += ["29,952", "30,080"]
+    slowest = {base: 2 * math.pi * base ** (94 / 96) for base in (1e4, 1e6)}
+    figures += [f"{round(slowest[1e4], -3):,.0f}"]
+    assert round(slowest[1e6] / 1e6, 1) == 4.7
+    pair = {turns: 96 * math.log(2048 / (turns * 2 * math.pi)) / (2 * math.log(1e6)) for turns in (32, 1)}
+    factor = 0.1 * math.log(4) + 1
+    figures += [f"= {pair[32]:.2f}", f"= {pair[1]:.1f}", f"m = {factor:.4f}", f"m^2 = {factor**2:.4f}"]
+    figures += [f"{8 * 32768**2 * 2 / 2**30:.0f} GiB", f"{config.num_params() * 2 / 2**20:.0f} MiB"]
+    figures += [f"SiLU({x}) = {F.silu(torch.tensor(float(x))).item():.3f}" for x in (2, 1, -1)]
+    figures += [f"{768 * math.pi:.1f}", "2432"]
+    scores = tables.softmax(tables.SCORES)
+    figures += [vector(scores, 4), f"{scores[0] / sum(scores[:2]):.4f}", f"{scores[1] / sum(scores[:2]):.4f}"]
+    share, mean = [5 / 8, 1 / 8, 1 / 8, 1 / 8], [0.55, 0.15, 0.15, 0.15]
+    figures.append(f"{4 * sum(f * p for f, p in zip(share, mean, strict=True)):.1f}")
+    older = PRESETS["minimind2-moe"]
+    figures += [rf"\alpha = {older.router_aux_loss_coef}$", f"{older.router_aux_loss_coef * 8:.2f}"]
+    figures += [f"{math.comb(64, 4):,}", f"{8192 * 768 * 2 * 3 / 4 / 2**20:.0f} MiB"]
+    return figures
+
+
+def guide_figures() -> list[str]:
+    config = PRESETS["minimind3"]
+    figures = [f"= {math.log(6400):.2f}", f"{3 / math.log(2) / 4:.3f}", f"{2.6 / math.log(2) / 3:.3f}"]
+    train = TrainConfig(steps=1000, lr=5e-4, warmup_steps=20, schedule="cosine")
+    rates = [learning_rate(step, train) for step in (0, 19, 510, 1000)]
+    assert rates == pytest.approx([2.5e-5, 5e-4, 2.75e-4, 5e-5])
+    figures += [f"{rate:.2e}".replace("0e-0", "e-").replace("e-0", "e-").replace(".0e", "e") for rate in rates]
+    figures += [grouped(round(1 / (5e-4 * 0.1))), f"{1 / 5:.1f}"]
+    per_layer, tokens = layer_activations_per_token(config), 2 * 2048
+    kept = tokens * (8 * config.hidden_size + per_layer) * 2
+    figures += [f"{per_layer:,}", f"{tokens * 8 * per_layer * 2 / 2**30:.2f} GiB", f"{kept / 2**20:.0f} MiB"]
+    figures.append(f"{config.num_params() * 2 / 2**30:.2f} GiB")
+    figures += [f"{(100 * 2 + 300 * 4) / 400:.1f}", f"{1003 // 16} ", f"{config.num_params() * 16 / 1e9:.2f}"]
+    figures.append(f"{config.num_params() * 14 / 1e9:.2f} GB")
+    assert 1003 - 62 * 16 == 11 and 16 - 11 == 5
+    flops = config.flops_per_token(512)
+    figures += [f"{flops:,}", f"{flops * 1e5 / 1e12:.1f}", f"{flops * 1e5 / 312e12:.1%}"]
+    probabilities = tables.softmax(tables.SCORES)
+    cumulated = [sum(probabilities[: i + 1]) for i in range(4)]
+    figures += [vector(cumulated, 4), vector([p / cumulated[2] for p in probabilities[:3]], 4)]
+    figures.append(vector([p / cumulated[1] for p in probabilities[:2]], 4))
+    for dtype in (torch.bfloat16, torch.float16):
+        info = torch.finfo(dtype)
+        figures += [f"{info.smallest_normal * info.eps:.1e}".replace("e-0", "e-"), f"{1 + info.eps:.7f}"]
+    figures += [f"{torch.finfo(torch.float16).max:.0f}", f"{tokens * 32000 * 4 / 2**20:.0f} MiB"]
+    return figures
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("page, figures", [(ARCHITECTURE, architecture_figures), (GUIDE, guide_figures)])
+def test_worked_figures_follow_from_their_formulas(language, page, figures):
+    text = flow(read_page(language, page))
+    for figure in figures():
+        assert figure in text, f"{language}/{page} should say {figure}"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_readme_of_parameter_counts_is_that_of_the_presets(language):
+    table = tables.presets(language)
+    for name, config in PRESETS.items():
+        assert f"| `{name}` |" in table and f"{config.num_params():,}" in table
+
+
+def test_yarn_table_is_what_the_model_uses():
+    config, plain = ModelConfig(rope_scaling_factor=4.0), ModelConfig()
+    ratio = inverse_frequencies(config) / inverse_frequencies(plain)
+    for pair in range(config.head_size // 2):
+        assert ratio[pair].item() == pytest.approx(tables.yarn_row(config, pair)[2])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_zero_memory_follows_the_formulas_of_the_guide(stage):
+    memory, params, ranks = tables.estimate("large", stage, 8), PRESETS["large"].num_params(), 8
+    if stage == 0:
+        expected = (4 * params, 4 * params, 8 * params)
+    else:
+        weights = 2 * params if stage < 3 else params // ranks * 2
+        bucket = {1: 0, 2: 200_000_000 * 2, 3: 50_000_000 * 2}[stage]
+        gradients = 4 * params if stage == 1 else params // ranks * 4 + bucket
+        expected = (weights, gradients, params // ranks * 12)
+    assert (memory.parameters, memory.gradients, memory.optimizer) == pytest.approx(expected, rel=1e-6)
+
+
+# Corrections -------------------------------------------------------------------------------------------------------
+
+# Statements that a reader may have learned otherwise, by page and section; each has a test of its own below.
+CORRECTIONS = {
+    (ARCHITECTURE, "assembly"),
+    (ARCHITECTURE, "rope"),
+    (ARCHITECTURE, "yarn"),
+    (ARCHITECTURE, "kv-cache"),
+    (ARCHITECTURE, "swiglu"),
+    (ARCHITECTURE, "load-balancing"),
+    (GUIDE, "gradient-accumulation"),
+    (GUIDE, "aux-loss"),
+    (GUIDE, "top-k-top-p"),
+}
+
+
+@pytest.mark.parametrize("language, word", [("en", "> **Correction.**"), ("zh", "> **更正。**")])
+def test_corrections_stand_where_they_should(language, word):
+    found = {
+        (page, anchor)
+        for page in (ARCHITECTURE, GUIDE)
+        for anchor, section in find_sections(read_page(language, page)).items()
+        if word in section
+    }
+    assert found == CORRECTIONS
+
+
+def test_correction_yarn_stretches_slow_pairs_most_and_keeps_fast_ones():
+    config = ModelConfig(rope_scaling_factor=4.0)
+    stretch = inverse_frequencies(ModelConfig()) / inverse_frequencies(config)
+    assert stretch[0] == 1 and stretch[-1] == pytest.approx(4) and (stretch.diff() >= -1e-12).all()
+    assert attention_factor(config) == pytest.approx(1.1386, abs=1e-4)
+
+
+def test_correction_rotation_pairs_the_halves_not_the_neighbours():
+    config = ModelConfig(hidden_size=8, num_attention_heads=1, num_key_value_heads=1)
+    x = torch.zeros(1, 1, 1, 8)
+    x[..., 1] = 1.0
+    turned = rotate(x, *rotary_tables(config, torch.tensor([3]))).flatten()
+    assert set(turned.nonzero().flatten().tolist()) == {1, 5}
+
+
+def test_correction_the_activation_stands_on_the_gate():
+    torch.manual_seed(0)
+    layer, x = FeedForward(PRESETS["tiny"], 32), torch.randn(3, 64)
+    gate, up = x @ layer.gate_proj.weight.t(), x @ layer.up_proj.weight.t()
+    torch.testing.assert_close(layer(x), (F.silu(gate) * up) @ layer.down_proj.weight.t())
+    assert not torch.allclose(layer(x), (gate * F.silu(up)) @ layer.down_proj.weight.t())
+    assert not torch.allclose(layer(x), F.silu(gate * up) @ layer.down_proj.weight.t())
+
+
+@pytest.mark.parametrize("sequence_form", [False, True])
+def test_correction_a_balanced_router_costs_alpha_a_layer(sequence_form):
+    config = ModelConfig(use_moe=True, num_experts=8, num_experts_per_tok=2, seq_aux=sequence_form)
+    uniform = [torch.zeros(2 * 16, 8)] * 3
+    assert router_aux_loss(uniform, config, (2, 16)).aux_loss.item() == pytest.approx(3 * config.router_aux_loss_coef)
+
+
+def test_correction_several_new_tokens_see_a_rectangle():
+    mask = causal(3, 2, None, torch.device("cpu")).mask
+    assert mask is not None and mask.int().squeeze().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    for language in LANGUAGES:
+        rows = re.findall(
+            r"^\S+ \d +((?:[01] ?){5})$", find_sections(read_page(language, ARCHITECTURE))["kv-cache"], re.M
+        )
+        assert [[int(cell) for cell in row.split()] for row in rows] == mask.int().squeeze().tolist()
+
+
+def test_correction_accumulated_losses_are_weighted_by_tokens():
+    torch.manual_seed(0)
+    head, states = LMHead(PRESETS["tiny"]), torch.randn(8, 64)
+    labels = torch.tensor([5, -100, -100, -100, 7, 8, 9, 10])
+    whole = head(states, labels)
+    sums = head(states[:4], labels[:4], "sum") + head(states[4:], labels[4:], "sum")
+    assert (sums / 5).item() == pytest.approx(whole.item(), rel=1e-6)
+    means = (head(states[:4], labels[:4]) + head(states[4:], labels[4:])) / 2
+    assert abs(means.item() - whole.item()) > 1e-4
+
+
+def test_correction_every_step_is_full_also_where_an_epoch_ends(tiny_corpus):
+    dataset = TokenDataset(open_split(tiny_corpus, "train"), 64)
+    total, size = len(dataset), 16
+    assert total % size, "the epoch should not divide, or this shows nothing"
+    loader = BatchLoader(dataset, 0, 4, size)
+    taken: list[int] = []
+    for step in range(2 * total // size):
+        batches = loader.step_batches(step)
+        assert sum(len(batch.input_ids) for batch in batches) == size
+        taken += [position for batch in batches for position in batch.positions]
+    assert taken == list(range(len(taken)))
+    indices = loader.order[torch.arange(2 * total).numpy()]
+    assert sorted(indices[:total]) == sorted(indices[total:]) == list(range(total))
+
+
+def draw_tokens(**options) -> set[int]:
+    """The tokens that some hundred draws from the worked example's scores give."""
+    rows = [SamplingOptions(seed=seed, **options) for seed in range(600)]
+    sampler = Sampler(rows, [[0]] * len(rows), 4)
+    return set(sampler.draw(torch.tensor(tables.SCORES).expand(len(rows), 4)).tolist())
+
+
+def test_correction_top_p_keeps_the_token_that_crosses_and_comes_after_the_temperature():
+    assert draw_tokens(temperature=1.0, top_p=0.9) == {0, 1, 2}
+    assert draw_tokens(temperature=0.5, top_p=0.9) == {0, 1}
+    assert draw_tokens(temperature=1.0, top_p=None, top_k=2) == {0, 1}
+
+
+def test_points_to_watch_on_routers_and_norms():
+    torch.manual_seed(0)
+    one = MoEFeedForward(ModelConfig(hidden_size=64, use_moe=True, num_experts_per_tok=1, initializer_range=0.3))
+    one(torch.randn(1, 8, 64)).square().sum().backward()
+    assert one.gate.weight.grad is not None and one.gate.weight.grad.abs().max() < 1e-5
+    weights, chosen = route(torch.tensor([tables.SCORES]), ModelConfig(use_moe=True, num_experts_per_tok=2))
+    assert sorted(chosen[0].tolist()) == [0, 1] and max(weights[0]).item() == pytest.approx(0.7311, abs=1e-4)
+    norm, x = RMSNorm(4, 1e-12), torch.randn(4)
+    torch.testing.assert_close(norm(3 * x), norm(x))
+    assert not torch.allclose(norm(x + 10), norm(x), atol=1e-2)
+
+
+# Commands ----------------------------------------------------------------------------------------------------------
+
+# Commands of the repository's README that this test does not run, and why.
+LEFT_OUT = {
+    "bash launch/quickstart.sh": "the whole quickstart: .ci/run runs it",
+    "bash launch/test.sh": "these tests",
+    "deepspeed --num_gpus": "needs GPUs",
+    ".venv/bin/tensorboard": "serves until it is stopped",
+}
+
+
+def find_commands() -> list[str]:
+    """Every command line without a mark in README and docs, in order, each once."""
+    texts = [(ROOT / "README.md").read_text(encoding="utf-8"), *(read_page("en", page) for page in PAGES)]
+    commands: dict[str, None] = {}
+    for text in texts:
+        for block in find_blocks(text):
+            if block.kind == "bash" and block.needs is None:
+                for line in block.text.replace("\\\n", " ").splitlines():
+                    command = line.split(" #")[0].strip()
+                    if command and not command.startswith(tuple(LEFT_OUT)):
+                        commands[command] = None
+    return list(commands)
+
+
+def shorten(command: str) -> str:
+    """README's training commands on a model that a CPU trains in seconds; everything else as it stands."""
+    if "runs/mine" in command and "pretrain.sh" in command:
+        return command.replace("--model minimind3", "--model tiny --steps 2 --seq-len 64 --eval-samples 4")
+    return command
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    """A copy of the repository with a small pretrain.jsonl, as a reader has it who has set up .venv."""
+    copy = tmp_path_factory.mktemp("docs") / "repository"
+    left_out = shutil.ignore_patterns(".git", ".venv", "data", "runs", ".cache", "*_cache", "__pycache__", "tests")
+    # "data" in the root only: minimind/data is code.
+    copy.mkdir()
+    for path in ROOT.iterdir():
+        if path.name in left_out(str(ROOT), [path.name]):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, copy / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(path, copy / path.name)
+    (copy / ".venv").symlink_to(sys.prefix)
+    return copy
+
+
+def run_in(folder, command: str) -> str:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "NUM_RANKS": "1"}
+    done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_every_unmarked_command_runs(scratch):
+    commands = find_commands()
+    corpus = next(command for command in commands if "data_prep.default_corpus" in command)
+    run_in(scratch, corpus)
+    shutil.copy2(scratch / "data/guide/corpus.jsonl", scratch / "pretrain.jsonl")
+    commands.remove(corpus)
+    printed = {command: run_in(scratch, shorten(command)) for command in commands}
+    plan = next(output for command, output in printed.items() if "--run-dir runs/plan" in command)
+    assert tables.estimate_plan("minimind3", 2, 512).summary() in plan, "--dry-run and the guide's table disagree"
+    steps = [json.loads(line) for line in (scratch / "runs/guide/metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in steps if "loss" in record] == list(range(1, 26))
+    assert abs(steps[0]["loss"] - math.log(6400)) < 0.1
+    for page in ("data_format.md", GUIDE):
+        for block in find_blocks(read_page("en", page)):
+            if block.kind == "python" and block.text.startswith(("import", "from")):
+                subprocess.run([sys.executable, "-c", block.text], cwd=scratch, check=True)
+
+
+def test_a_command_is_found_and_a_marked_one_is_not():
+    commands = find_commands()
+    assert any(command.startswith("NUM_RANKS=2 DRY_RUN=1") for command in commands)
+    assert not any("srun" in command or "mpirun" in command for command in commands)
+    assert len(commands) >= 12
+
+
+def find_flags() -> set[str]:
+    """Every flag of the project's commands: the annotated names in the sources of commands and configurations."""
+    names: set[str] = set()
+    for path in (*ROOT.glob("data_prep/*.py"), *ROOT.glob("minimind/*.py"), ROOT / "minimind" / "model" / "config.py"):
+        names |= set(re.findall(r"^    ([a-z][a-z0-9_]*): ", path.read_text(encoding="utf-8"), re.M))
+    return {"--" + name.replace("_", "-") for name in names}
+
+
+# Flags of other programs, and the placeholder that explains how booleans are written.
+FOREIGN_FLAGS = {"--name", "--config"}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_flags_named_in_the_pages_exist(language):
+    known = find_flags() | FOREIGN_FLAGS
+    for page in PAGES:
+        for flag in re.findall(r"(?<![\w-])`(--[a-z][a-z-]*)", read_page(language, page)):
+            assert flag.replace("--no-", "--") in known, f"{page_path(language, page)}: {flag} is no flag"
