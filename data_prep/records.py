@@ -32,7 +32,7 @@ class ReadOptions:
     """Field, column or feature that holds a document's text (.jsonl, .json, .csv, .parquet, data sets)."""
     txt_documents: TxtDocuments = "paragraph"
     """What one document is in a .txt file: lines up to a blank line, one line, or the whole file."""
-    max_document_bytes: int = 1 << 24
+    max_document_bytes: int = 1 << 23
     """A longer line or document is bad input; no more than this is ever held."""
     hf_config: str | None = None
     """Configuration of a data set that `datasets` loads."""

@@ -28,8 +28,7 @@ BLANK = "\u2581"
 _PROBE = f"a  b\n\t{BLANK} \u4f60\U0001f600"
 # Longer texts are encoded part by part: the libraries need far more memory than text, and time beyond its length.
 _PART_CHARACTERS = 1 << 14
-_CACHED_WORD_CHARACTERS = 32
-_CACHED_WORDS = 1 << 17
+_WORDS_CHARACTERS = 160
 
 
 class Tokenizer(abc.ABC):
@@ -67,7 +66,7 @@ class Tokenizer(abc.ABC):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A model of `data_prep.train_tokenizer`: byte fallback, no normalisation, no piece that ends before a space."""
+    """A model of `data_prep.train_tokenizer`: byte fallback and no normalisation."""
 
     def __init__(self, file: Path) -> None:
         data = _read_file(file)
@@ -80,16 +79,23 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"{file} does not begin with {', '.join(SPECIAL_TOKENS)}: use data_prep.train_tokenizer")
         super().__init__(file, len(pieces), {token: i for i, token in enumerate(SPECIAL_TOKENS)})
         self._bytes = [self._find_bytes(i, piece) for i, piece in enumerate(pieces)]
-        self._find_words = _word_pattern().findall
-        self._word_ids: dict[str, list[int]] = {}
+        self._find_parts = _words_pattern().findall
         self._blank_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in BLANK.encode()]
-        in_words = BLANK in pieces and all(BLANK not in piece.lstrip(BLANK) for piece in pieces)
-        has_bytes = sum(map(self._model.is_byte, range(len(pieces)))) == 256
-        if not (in_words and has_bytes and self.decode(self.encode(_PROBE)) == _PROBE):
+        is_complete = BLANK in pieces and sum(map(self._model.is_byte, range(len(pieces)))) == 256
+        if not is_complete or self.decode(self.encode(_PROBE)) != _PROBE:
             raise UserError(f"{file} does not give back every text exactly: train it with data_prep.train_tokenizer")
 
     def encode_batch(self, texts: Sequence[str], allow_special: bool = True) -> list[list[int]]:
-        return [self._encode_text(_check_text(text), allow_special) for text in texts]
+        pieces = [self._cut(_check_text(text), allow_special) for text in texts]
+        parts = [piece for of_text in pieces for piece in of_text if isinstance(piece, str)]
+        encoded = iter(self._model.encode(parts, num_threads=1))
+        encoded_texts = []
+        for of_text in pieces:
+            ids: list[int] = []
+            for piece in of_text:
+                ids += next(encoded) if isinstance(piece, str) else piece
+            encoded_texts.append(ids)
+        return encoded_texts
 
     def token_bytes(self, token_id: int) -> bytes:
         self._check_id(token_id)
@@ -102,40 +108,19 @@ class SentencePieceTokenizer(Tokenizer):
             return "\ufffd".encode()
         return piece.encode() if self._model.is_control(token_id) else piece.replace(BLANK, " ").encode()
 
-    def _encode_text(self, text: str, allow_special: bool) -> list[int]:
+    def _cut(self, text: str, allow_special: bool) -> list[str | list[int]]:
+        """The text in order, as parts that the library encodes, and ids for what it cannot be given."""
+        # The library takes the mark for a space; its three bytes as byte tokens cannot be mistaken.
+        given = {BLANK: self._blank_ids}
         if allow_special and "<|" in text:
-            ids: list[int] = []
-            for part in _SPECIALS.split(text):
-                ids += [self.special_ids[part]] if part in self.special_ids else self._encode_plain(part)
-            return ids
-        return self._encode_plain(text)
-
-    def _encode_plain(self, text: str) -> list[int]:
-        if BLANK not in text:
-            return self._encode_words(text)
-        # The library takes this character for a space; its three bytes as byte tokens cannot be mistaken.
-        first, *others = text.split(BLANK)
-        ids = self._encode_words(first)
-        for part in others:
-            ids += self._blank_ids
-            ids += self._encode_words(part)
-        return ids
-
-    def _encode_words(self, text: str) -> list[int]:
-        # No piece goes on across the start of a run of spaces, so words encode independently and to the same ids as the
-        # whole text; a word seen before costs a look-up.
-        ids: list[int] = []
-        known = self._word_ids
-        for word in self._find_words(text):
-            word_ids = known.get(word)
-            if word_ids is None:
-                word_ids = self._model.encode(word, num_threads=1)
-                if len(word) <= _CACHED_WORD_CHARACTERS:
-                    if len(known) >= _CACHED_WORDS:
-                        known.clear()
-                    known[word] = word_ids
-            ids += word_ids
-        return ids
+            given |= {token: [token_id] for token, token_id in self.special_ids.items()}
+        elif BLANK not in text:
+            return self._find_parts(text)
+        pattern = _SPECIALS_AND_BLANK if len(given) > 1 else _ONLY_BLANK
+        cut: list[str | list[int]] = []
+        for piece in pattern.split(text):
+            cut += [given[piece]] if piece in given else self._find_parts(piece)
+        return cut
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -245,12 +230,16 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-_SPECIALS = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")")
+_ONLY_BLANK = re.compile(f"({BLANK})")
+_SPECIALS_AND_BLANK = re.compile("(" + "|".join(map(re.escape, (*SPECIAL_TOKENS, BLANK))) + ")")
 
 
-def _word_pattern() -> re.Pattern[str]:
-    """A word: a run of spaces and what follows up to the next space."""
-    return re.compile(f" {{1,{_PART_CHARACTERS}}}[^ ]{{0,{_PART_CHARACTERS}}}|[^ ]{{1,{_PART_CHARACTERS}}}")
+def _words_pattern() -> re.Pattern[str]:
+    """Parts for SentencePiece, of some words each. Its pieces are learnt inside words: none goes on across the start of
+    a run of spaces, so parts that begin there encode to the same ids as the whole text does, and faster when short.
+    Text without spaces is cut where it is too long for memory."""
+    end = r"(?<=[^ ])(?= |\Z)"
+    return re.compile(rf"(?s).{{1,{_WORDS_CHARACTERS}}}{end}|.{{1,{_PART_CHARACTERS}}}?{end}|.{{1,{_PART_CHARACTERS}}}")
 
 
 def _part_pattern() -> re.Pattern[str]:

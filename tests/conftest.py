@@ -10,7 +10,9 @@ from minimind.data.shards import ShardWriter
 VOCAB_SIZE = 256
 
 
-def write_corpus(folder: Path, *, tokens: int, val_tokens: int = 0, vocab_size: int = VOCAB_SIZE, seed: int = 0) -> Path:
+def write_corpus(
+    folder: Path, *, tokens: int, val_tokens: int = 0, vocab_size: int = VOCAB_SIZE, seed: int = 0
+) -> Path:
     """A corpus folder whose documents follow x -> (5x + noise) mod vocab_size, of 20 to 200 tokens each."""
     rng = np.random.default_rng(seed)
     tokenizer = folder.with_name(folder.name + "-tokenizer.json")
