@@ -7,6 +7,7 @@
 # FLAGS are those of `python -m minimind.train`. DRY_RUN=1 prints the command instead of running it.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+. "$root/launch/env.sh"
 python="$root/.venv/bin/python"
 [ -x "$python" ] || python="$(command -v python3)"
 if [ -z "${NUM_RANKS:-}" ]; then
@@ -17,8 +18,8 @@ fi
 if [ "$NUM_RANKS" -eq 1 ]; then
   command=("$python" "$root/launch/pretrain.sh" "$@")
 else
-  command=("$python" -m deepspeed.launcher.runner --num_gpus "$NUM_RANKS" --master_port "${MASTER_PORT:-29500}"
-    "$root/launch/pretrain.sh" "$@")
+  command=("$python" -m minimind.local_ranks "$NUM_RANKS" "$root/launch/pretrain.sh" "$@")
+  export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 fi
 if [ "${DRY_RUN:-0}" = 1 ]; then
   printf '%q ' "${command[@]}"

@@ -43,6 +43,7 @@ class _PendingStep:
 
     step: int
     loss: torch.Tensor  # () this rank's share of the global mean loss
+    aux_loss: torch.Tensor  # () this rank's share of the mean auxiliary loss of the routers, 0 for a dense model
     outcome: StepOutcome
     lr: float
     loss_scale: float | None
@@ -119,7 +120,7 @@ class Trainer:
         num_targets = self._count_targets(batches)  # () of the whole step, on every rank
         # DeepSpeed divides by the accumulation and averages over ranks; this undoes both and divides by the targets.
         scale = len(batches) * self.loader.world_size / num_targets
-        loss = torch.zeros((), device=self.device)
+        loss, aux_loss = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for batch in batches:
             moved = batch.to(self.device, non_blocking=True)
             output = self.engine(
@@ -130,12 +131,16 @@ class Trainer:
                 loss_reduction="sum",
             )
             loss += output.loss.detach() / num_targets
-            self.engine.backward(output.loss * scale)
+            total = output.loss * scale
+            if output.aux_loss is not None:  # a mean over this micro-batch: DeepSpeed's own averaging is right for it
+                total = total + output.aux_loss
+                aux_loss = aux_loss + output.aux_loss.detach() / (len(batches) * self.loader.world_size)
+            self.engine.backward(total)
             if batch is not batches[-1]:
                 self.engine.step()  # not at an accumulation boundary: counts the micro-batch
         outcome = optimizer_step(self.engine, self.resolved)
         scale_now = loss_scale(self.engine) if train.precision == "fp16" else None
-        self._pending.append(_PendingStep(step + 1, loss, outcome, lr, scale_now))
+        self._pending.append(_PendingStep(step + 1, loss, aux_loss, outcome, lr, scale_now))
         self.state = TrainState(
             step=step + 1,
             consumed_samples=self.state.consumed_samples + self.loader.global_batch_size,
@@ -210,15 +215,19 @@ class Trainer:
         pending, self._pending = self._pending, []
         losses = torch.stack([item.loss for item in pending])
         local_bad = int((~torch.isfinite(losses)).nonzero()[0]) if not bool(torch.isfinite(losses).all()) else None
-        means = all_reduce_sum(losses.clone()).tolist()
+        auxiliary = torch.stack([item.aux_loss for item in pending])
+        means, aux_means = all_reduce_sum(torch.stack([losses, auxiliary])).tolist()
         now = time.perf_counter()
         seconds = (now - self._window_began) / len(pending)
         self._window_began = now
         norms = [None if item.outcome.grad_norm is None else float(item.outcome.grad_norm) for item in pending]
-        for item, loss, norm in zip(pending, means, norms, strict=True):
+        for item, loss, aux_loss, norm in zip(pending, means, aux_means, norms, strict=True):
             self._check_step(item, loss, norm, local_bad is not None)
             if self.metrics is not None:
-                self.metrics.log_step(self._record(item, loss, norm, seconds))
+                record = self._record(item, loss, norm, seconds)
+                if self.resolved.run.model.use_moe:
+                    record["aux_loss"] = aux_loss
+                self.metrics.log_step(record)
 
     def _record(self, item: _PendingStep, loss: float, norm: float | None, seconds: float) -> dict[str, Any]:
         samples = self.loader.global_batch_size
