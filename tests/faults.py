@@ -10,6 +10,7 @@ older checkpoint, bit for bit again. Exit code 1 when anything was lost.
 """
 
 import contextlib
+import json
 import multiprocessing
 import os
 import random
@@ -106,6 +107,26 @@ def ended(ranks: list[Any], seconds: float) -> bool:
     return all(process.exitcode is not None for process in ranks)
 
 
+def alive_at_random_moment(ranks: list[Any], run_dir: Path, rng: random.Random) -> bool:
+    """Wait for a random moment of the start, or after a random step; whether the run still goes on then."""
+    if rng.random() < 0.1:
+        time.sleep(rng.uniform(0, 2))
+    else:
+        step = last_step(run_dir) + rng.randint(0, STEPS // 3)
+        deadline = time.monotonic() + SECONDS_TO_WAIT
+        while last_step(run_dir) <= step and not ended(ranks, 0) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))
+    return not ended(ranks, 0)
+
+
+def last_step(run_dir: Path) -> int:
+    """The last step that is in the metrics of a run, also while they are written."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+
+
 def run_to_end(context: Any, flags: list[str], world_size: int, folder: Path) -> str | None:
     """Run without a kill; what went wrong, or None."""
     ranks = start(context, flags, world_size, folder)
@@ -121,22 +142,20 @@ def run_to_end(context: Any, flags: list[str], world_size: int, folder: Path) ->
 def kill_runs(context: Any, corpus: Path, folder: Path, flags: Flags, rng: random.Random, report: Report) -> None:
     """Kill runs until there were enough kills; every run is then taken to its end and compared."""
     references: dict[int, dict[int, float]] = {}
-    durations: dict[int, float] = {}
     for world_size in (1, 2):
         path = folder / f"reference{world_size}"
         path.mkdir()
-        began = time.monotonic()
         wrong = run_to_end(context, command(corpus, path, flags), world_size, path)
         assert wrong is None, wrong
-        references[world_size], durations[world_size] = losses(path), time.monotonic() - began
+        references[world_size] = losses(path)
     while report.kills < flags.kills:
         world_size = rng.choice([1, 2])
         path = folder / f"run{report.runs}"
         path.mkdir()
         report.runs += 1
-        for _ in range(8):
+        for _ in range(rng.randint(1, 8)):
             ranks = start(context, command(corpus, path, flags), world_size, path)
-            if ended(ranks, rng.uniform(0.2, 1.1) * durations[world_size]):
+            if not alive_at_random_moment(ranks, path, rng):
                 break
             kill_some(ranks, rng)
             report.kills += 1
