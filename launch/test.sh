@@ -10,4 +10,6 @@ cd "$root"
 echo "[1/2] set up"
 setup_venv requirements-dev.txt
 echo "[2/2] run the tests"
+# One thread a process: the tests are small, and threads waiting for each other cost more than they give.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec .venv/bin/python -m pytest "$@"
