@@ -171,16 +171,20 @@ def prove(engine: deepspeed.DeepSpeedEngine, resolved: Resolved, folder: Path, m
     differing = find_differences(engine, TrainingCheckpoint(folder, manifest))
     raise CheckpointError(
         f"{folder}: loaded, but the probe batch has loss {loss:.6f} instead of {manifest.probe_loss:.6f}; tensors that "
-        f"differ: {', '.join(differing) or 'none (the model computes something else)'}"
+        f"differ: {', '.join(differing) or 'none: the model computes something else'}"
     )
 
 
 def find_differences(engine: deepspeed.DeepSpeedEngine, checkpoint: TrainingCheckpoint) -> list[str]:
-    """Names of the engine's parameters that are not as in the files. Every rank calls this: stages 1-3 gather them."""
+    """Names of the engine's parameters that are not as in the files: in what forward uses, or in the float32 copies
+    that stages 1 to 3 keep. Every rank calls this: they gather the tensors.
+    """
     differing = []
     for name, parameter in engine.module.named_parameters():
-        mine = safe_get_full_fp32_param(parameter)  # None at stage 0, which has no copies
-        mine = parameter.data if mine is None else mine
-        if not torch.equal(mine.float().cpu().view(-1), checkpoint.read(name).view(-1)):
+        theirs = checkpoint.read(name)
+        with deepspeed.zero.GatheredParameters([parameter]):
+            same = torch.equal(parameter.data.cpu(), theirs.to(parameter.dtype))
+        copy = safe_get_full_fp32_param(parameter)  # None at stage 0
+        if not same or (copy is not None and not torch.equal(copy.float().cpu().view(theirs.shape), theirs)):
             differing.append(name)
     return differing
