@@ -1,6 +1,11 @@
 """Small shards for every test that trains: a stream with structure, so that a loss can fall."""
 
+import os
 from pathlib import Path
+
+# Before torch is imported, for this process and those it starts: threads that wait for one another cost products as
+# small as the tests' many times what they give, most of all where several processes share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
