@@ -1,0 +1,119 @@
+"""How long the step loop stands still for a checkpoint: written at once, and beside training.
+
+    python benchmarks/checkpoint.py --model minimind3 --output DIR
+
+Prints one JSON object: seconds that the loop waits for each kind of save and until the checkpoint has its name, its
+size, and the seconds of a step alone and beside a save. Starts under any launcher; rank 0 prints.
+"""
+
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import tyro
+
+from minimind import ds_config
+from minimind.checkpoint_saving import CheckpointSaver, Corpus, TrainState
+from minimind.config import DataConfig, RunConfig, TrainConfig, preset
+from minimind.distributed import find_device, process_group, read_environment
+from minimind.ds_config import Resolved
+from minimind.engine import build_engine, build_model, optimizer_step
+
+
+@dataclass
+class Flags:
+    """What is saved, and where."""
+
+    model: str = "minimind3"
+    """Model preset."""
+    ds_config: str | None = None
+    """DeepSpeed JSON [default: ZeRO stage 1]."""
+    output: Path | None = None
+    """Folder on the disk to measure [default: a temporary one]."""
+    seq_len: int = 64
+    """Tokens of a step's one sequence a rank."""
+    repeats: int = 3
+    """Saves of each kind."""
+
+
+def step(engine, resolved: Resolved, seq_len: int) -> float:
+    """One training step; its seconds."""
+    began = time.perf_counter()
+    tokens = torch.ones(1, seq_len, dtype=torch.int64, device=engine.device)
+    engine.backward(engine(tokens, tokens).loss)
+    optimizer_step(engine, resolved)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def measure(engine, resolved: Resolved, flags: Flags, *, asynchronous: bool) -> dict[str, float]:
+    """Seconds of the loop's pause, until the checkpoint has its name, and of the steps meanwhile (medians)."""
+    saver = CheckpointSaver(engine, resolved, Corpus("", ""), asynchronous=asynchronous)
+    pauses, totals, steps = [], [], []
+    for repeat in range(flags.repeats + 1):  # the first only warms up: it also allocates the host copies
+        began = time.perf_counter()
+        saver.start(TrainState(step=repeat + 1))
+        if not asynchronous:
+            saver.wait()
+        paused = time.perf_counter() - began
+        beside = []
+        while saver.is_saving:
+            beside.append(step(engine, resolved, flags.seq_len))
+            if saver.is_idle:
+                saver.advance()
+        if repeat:
+            pauses.append(paused)
+            totals.append(time.perf_counter() - began)
+            steps += beside
+    saver.close()
+    result = {"pause_seconds": statistics.median(pauses), "until_named_seconds": statistics.median(totals)}
+    return {**result, "step_seconds_meanwhile": statistics.median(steps)} if steps else result
+
+
+def main() -> None:
+    """Measure both kinds and print."""
+    flags = tyro.cli(Flags)
+    env = read_environment()
+    device = find_device(env)
+    with tempfile.TemporaryDirectory(dir=flags.output) as name, process_group(env, device):
+        train = TrainConfig(run_dir=name, micro_batch_size=1, keep_last=1, seed=0)
+        run = RunConfig(model=preset(flags.model), data=DataConfig(seq_len=flags.seq_len), train=train)
+        resolved = ds_config.resolve(
+            dataclasses.replace(run),
+            ds_config.load(flags.ds_config),
+            world_size=env.world_size,
+            local_world_size=env.local_world_size,
+            device_type=device.type,
+            bf16_supported=device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        )
+        engine = build_engine(resolved, build_model(resolved, device))
+        alone = statistics.median([step(engine, resolved, flags.seq_len) for _ in range(4)][1:])
+        report = {
+            "model": flags.model,
+            "parameters": run.model.num_params(),
+            "ranks": env.world_size,
+            "zero_stage": resolved.zero_stage,
+            "precision": resolved.run.train.precision,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "step_seconds_alone": alone,
+            "synchronous": measure(engine, resolved, flags, asynchronous=False),
+            "asynchronous": measure(engine, resolved, flags, asynchronous=True),
+        }
+        folder = next((Path(name) / "checkpoints").glob("step_*"))
+        report["checkpoint_bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        if env.is_first:
+            print(json.dumps(report, indent=2))
+        engine.destroy()
+
+
+if __name__ == "__main__":
+    main()
