@@ -6,6 +6,7 @@ Adam under offload, or what the JSON names. Knows nothing of data, schedules or 
 
 import contextlib
 import copy
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -91,10 +92,13 @@ def _try_optimizer(ds: dict[str, Any]) -> None:
 
 
 def _try(section: str, kind: str, build: Callable[[], Any]) -> Any:
+    logging.disable(logging.WARNING)  # what DeepSpeed says of this one is said again of the real one
     try:
         return build()
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"DeepSpeed config: {section}.params of {kind}: {first_line(error)}") from None
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def first_line(error: BaseException) -> str:
