@@ -113,13 +113,12 @@ class _SplitWriter:
             self._writer.add_document(tokens, num_bytes)
 
     def finish(self) -> Manifest | None:
-        writer, self._writer = self._writer, None
-        if writer is None:
+        if self._writer is None:
             return Manifest.load(self._folder)
-        if writer.num_documents == 0:
-            writer.discard()
+        if self._writer.num_documents == 0:
+            self._writer.discard()
             return None
-        return writer.close()
+        return self._writer.close()
 
     def suspend(self) -> None:
         if self._writer:

@@ -60,7 +60,9 @@ class DefaultCorpusFlags:
 
 
 def main() -> None:
-    flags = parse_flags(DefaultCorpusFlags, sys.argv[1:], default=tyro.MISSING_NONPROP)
+    flags = parse_flags(
+        DefaultCorpusFlags, sys.argv[1:], default=tyro.MISSING_NONPROP, prog="python -m data_prep.default_corpus"
+    )
     if flags.output.exists() and not flags.overwrite:
         raise UserError(f"{flags.output} already exists: choose another --output or give --overwrite")
     lines: list[str] = []

@@ -6,7 +6,6 @@ What comes out depends on the chunk alone. Knows nothing of order, shards or oth
 import hashlib
 import itertools
 import os
-from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,17 +74,18 @@ def encode_chunk(task: Task) -> EncodedChunk:
     data = [text.encode() for text in texts]
     digests = b"".join(hashlib.blake2b(text, digest_size=DIGEST_BYTES).digest() for text in data)
     is_val = assign_val(digests, options.val_fraction)
-    needed = [text for text, val in zip(texts, is_val, strict=True) if (task.encode_val if val else task.encode_train)]
-    encoded = iter(_Worker.tokenizer.encode_batch(needed, options.allow_special))
-    ids = [next(encoded) if (task.encode_val if val else task.encode_train) else [] for val in is_val]
-    code, dtype = ("H", np.uint16) if _Worker.tokenizer.vocab_size <= 1 << 16 else ("I", np.uint32)
+    is_needed = np.where(is_val, task.encode_val, task.encode_train).tolist()
+    tokenizer = _Worker.tokenizer
+    packed = iter(tokenizer.encode_packed(list(itertools.compress(texts, is_needed)), options.allow_special))
+    ids = [next(packed) if needed else b"" for needed in is_needed]
+    dtype = np.dtype(tokenizer.typecode)
     return EncodedChunk(
         problems=problems,
         is_val=is_val,
         sizes=np.array([len(text) for text in data], dtype=np.int64),
         digests=digests,
-        lengths=np.array([len(document) for document in ids], dtype=np.int64),
-        tokens=np.frombuffer(array(code, itertools.chain.from_iterable(ids)), dtype=dtype),
+        lengths=np.array([len(document) // dtype.itemsize for document in ids], dtype=np.int64),
+        tokens=np.frombuffer(b"".join(ids), dtype=dtype),
         progress=task.chunk.progress,
     )
 

@@ -58,7 +58,9 @@ class TokenizeCorpusFlags(ReadOptions):
 
 
 def main() -> None:
-    flags = parse_flags(TokenizeCorpusFlags, sys.argv[1:], default=tyro.MISSING_NONPROP)
+    flags = parse_flags(
+        TokenizeCorpusFlags, sys.argv[1:], default=tyro.MISSING_NONPROP, prog="python -m data_prep.tokenize_corpus"
+    )
     if not 0 <= flags.val_fraction < 1:
         raise UserError(f"--val-fraction {flags.val_fraction} must be at least 0 and below 1")
     tokenizer = load_tokenizer(flags.tokenizer)

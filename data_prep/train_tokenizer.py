@@ -59,7 +59,9 @@ class TrainTokenizerFlags(ReadOptions):
 
 
 def main() -> None:
-    flags = parse_flags(TrainTokenizerFlags, sys.argv[1:], default=tyro.MISSING_NONPROP)
+    flags = parse_flags(
+        TrainTokenizerFlags, sys.argv[1:], default=tyro.MISSING_NONPROP, prog="python -m data_prep.train_tokenizer"
+    )
     model_file = flags.output / MODEL_NAME
     if model_file.exists() and not flags.overwrite:
         raise UserError(f"{model_file} already exists: choose another --output or give --overwrite")

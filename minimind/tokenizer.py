@@ -7,8 +7,10 @@ its input keeps its own rules). Knows nothing of documents, shards or chat templ
 import abc
 import functools
 import hashlib
+import itertools
 import json
 import re
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -28,7 +30,9 @@ BLANK = "\u2581"
 _PROBE = f"a  b\n\t{BLANK} \u4f60\U0001f600"
 # Longer texts are encoded part by part: the libraries need far more memory than text, and time beyond its length.
 _PART_CHARACTERS = 1 << 14
-_WORDS_CHARACTERS = 160
+# What is kept of words seen: about so many bytes, of which so many for an entry besides its characters.
+_KNOWN_SIZE = 32 << 20
+_KNOWN_ENTRY = 150
 
 
 class Tokenizer(abc.ABC):
@@ -43,14 +47,20 @@ class Tokenizer(abc.ABC):
         self.vocab_size = vocab_size
         self.special_ids = special_ids
         self.eos_token_id = special_ids[SPECIAL_TOKENS[0]]
+        self.typecode = "H" if vocab_size <= 1 << 16 else "I"
 
     def encode(self, text: str, allow_special: bool = True) -> list[int]:
         """The token ids of `text`. Raises `UserError` for text with lone surrogates, which is no valid Unicode."""
         return self.encode_batch([text], allow_special)[0]
 
-    @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str], allow_special: bool = True) -> list[list[int]]:
         """The token ids of each text, in order, computed in the calling process."""
+        return [array(self.typecode, packed).tolist() for packed in self.encode_packed(texts, allow_special)]
+
+    @abc.abstractmethod
+    def encode_packed(self, texts: Sequence[str], allow_special: bool = True) -> list[bytes]:
+        """As `encode_batch`, but the ids of each text packed as `array(typecode)` does: for ids that are only written
+        away, without an object for each."""
 
     @abc.abstractmethod
     def token_bytes(self, token_id: int) -> bytes:
@@ -80,22 +90,26 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(file, len(pieces), {token: i for i, token in enumerate(SPECIAL_TOKENS)})
         self._bytes = [self._find_bytes(i, piece) for i, piece in enumerate(pieces)]
         self._find_parts = _words_pattern().findall
-        self._blank_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in BLANK.encode()]
+        blank_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in BLANK.encode()]
+        # What the library cannot be given. It takes the mark for a space: its bytes cannot be mistaken.
+        self._given = {BLANK: -1, **self.special_ids}
+        self._fixed: dict[str | int, bytes] = {-1: array(self.typecode, blank_ids).tobytes()}
+        self._fixed |= {token_id: array(self.typecode, [token_id]).tobytes() for token_id in self.special_ids.values()}
+        self._forget()
         is_complete = BLANK in pieces and sum(map(self._model.is_byte, range(len(pieces)))) == 256
         if not is_complete or self.decode(self.encode(_PROBE)) != _PROBE:
             raise UserError(f"{file} does not give back every text exactly: train it with data_prep.train_tokenizer")
 
-    def encode_batch(self, texts: Sequence[str], allow_special: bool = True) -> list[list[int]]:
-        pieces = [self._cut(_check_text(text), allow_special) for text in texts]
-        parts = [piece for of_text in pieces for piece in of_text if isinstance(piece, str)]
-        encoded = iter(self._model.encode(parts, num_threads=1))
-        encoded_texts = []
-        for of_text in pieces:
-            ids: list[int] = []
-            for piece in of_text:
-                ids += next(encoded) if isinstance(piece, str) else piece
-            encoded_texts.append(ids)
-        return encoded_texts
+    def encode_packed(self, texts: Sequence[str], allow_special: bool = True) -> list[bytes]:
+        # The library spends most of its time on words that it has seen before: it is given each new one once.
+        parts = [self._cut(_check_text(text), allow_special) for text in texts]
+        known = self._known
+        new = {part for of_text in parts for part in of_text if part not in known and isinstance(part, str)}
+        self._learn(list(new))
+        packed = [b"".join(map(known.__getitem__, of_text)) for of_text in parts]
+        if self._known_size > _KNOWN_SIZE:
+            self._forget()
+        return packed
 
     def token_bytes(self, token_id: int) -> bytes:
         self._check_id(token_id)
@@ -108,19 +122,32 @@ class SentencePieceTokenizer(Tokenizer):
             return "\ufffd".encode()
         return piece.encode() if self._model.is_control(token_id) else piece.replace(BLANK, " ").encode()
 
-    def _cut(self, text: str, allow_special: bool) -> list[str | list[int]]:
-        """The text in order, as parts that the library encodes, and ids for what it cannot be given."""
-        # The library takes the mark for a space; its three bytes as byte tokens cannot be mistaken.
-        given = {BLANK: self._blank_ids}
+    def _cut(self, text: str, allow_special: bool) -> list[str | int]:
+        """The text in order: parts for the library, and keys of `_fixed`."""
         if allow_special and "<|" in text:
-            given |= {token: [token_id] for token, token_id in self.special_ids.items()}
-        elif BLANK not in text:
+            pattern = _SPECIALS_OR_BLANK
+        elif BLANK in text:
+            pattern = _ONLY_BLANK
+        else:
             return self._find_parts(text)
-        pattern = _SPECIALS_AND_BLANK if len(given) > 1 else _ONLY_BLANK
-        cut: list[str | list[int]] = []
-        for piece in pattern.split(text):
-            cut += [given[piece]] if piece in given else self._find_parts(piece)
+        cut: list[str | int] = []
+        for index, piece in enumerate(pattern.split(text)):
+            cut += self._find_parts(piece) if index % 2 == 0 else [self._given[piece]]
         return cut
+
+    def _learn(self, parts: list[str]) -> None:
+        encoded = self._model.encode(parts, num_threads=1)
+        packed = array(self.typecode, itertools.chain.from_iterable(encoded)).tobytes()
+        itemsize, start = array(self.typecode).itemsize, 0
+        for part, ids in zip(parts, encoded, strict=True):
+            end = start + itemsize * len(ids)
+            self._known[part] = packed[start:end]
+            start = end
+        self._known_size += sum(map(len, parts)) + _KNOWN_ENTRY * len(parts)
+
+    def _forget(self) -> None:
+        self._known = dict(self._fixed)
+        self._known_size = 0
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -144,11 +171,11 @@ class HuggingFaceTokenizer(Tokenizer):
         self._is_byte_level = isinstance(self._model.decoder, tokenizers.decoders.ByteLevel)
         self._find_parts = _part_pattern().findall
 
-    def encode_batch(self, texts: Sequence[str], allow_special: bool = True) -> list[list[int]]:
+    def encode_packed(self, texts: Sequence[str], allow_special: bool = True) -> list[bytes]:
         self._model.encode_special_tokens = not allow_special
         parts = [self._cut(_check_text(text)) for text in texts]
         encoded = iter(self._model.encode_batch_fast([p for ps in parts for p in ps], add_special_tokens=False))
-        return [[token_id for _ in ps for token_id in next(encoded).ids] for ps in parts]
+        return [b"".join(array(self.typecode, next(encoded).ids).tobytes() for _ in ps) for ps in parts]
 
     def token_bytes(self, token_id: int) -> bytes:
         self._check_id(token_id)
@@ -231,15 +258,23 @@ def _first_line(error: BaseException) -> str:
 
 
 _ONLY_BLANK = re.compile(f"({BLANK})")
-_SPECIALS_AND_BLANK = re.compile("(" + "|".join(map(re.escape, (*SPECIAL_TOKENS, BLANK))) + ")")
+_SPECIALS_OR_BLANK = re.compile("(" + "|".join(map(re.escape, (*SPECIAL_TOKENS, BLANK))) + ")")
 
 
 def _words_pattern() -> re.Pattern[str]:
-    """Parts for SentencePiece, of some words each. Its pieces are learnt inside words: none goes on across the start of
-    a run of spaces, so parts that begin there encode to the same ids as the whole text does, and faster when short.
-    Text without spaces is cut where it is too long for memory."""
-    end = r"(?<=[^ ])(?= |\Z)"
-    return re.compile(rf"(?s).{{1,{_WORDS_CHARACTERS}}}{end}|.{{1,{_PART_CHARACTERS}}}?{end}|.{{1,{_PART_CHARACTERS}}}")
+    """Parts that SentencePiece encodes by themselves to the same ids as inside the whole text.
+
+    Its pieces are learnt inside words and inside runs of one script, punctuation and digits being another than letters.
+    So none goes on across the start of a run of spaces, between an ASCII letter and another ASCII character, or from
+    punctuation to a letter. What has no such place is cut where it is too long for memory.
+    """
+    longest = f"{{1,{_PART_CHARACTERS}}}"
+    other, beyond = r"\x00-\x1f!-@\[-`{-\x7f", r"\x80-\U0010ffff"
+    ascii_runs = rf"[A-Za-z]{longest}(?![A-Za-z{beyond}])|[{other}]{longest}(?![{other}{beyond}])"
+    mixed_run = (
+        rf"[^ ]{longest}?(?:(?<=[\n\uff0c\u3002\uff01\uff1f\uff1b\uff1a\u3001])(?=[A-Za-z\u4e00-\u9fff])|(?= )|\Z)"
+    )
+    return re.compile(rf" {{0,{_PART_CHARACTERS}}}(?:{ascii_runs}|{mixed_run}|[^ ]{longest})| {longest}")
 
 
 def _part_pattern() -> re.Pattern[str]:

@@ -124,8 +124,8 @@ def test_words_encode_as_the_whole_text_does(sentencepiece_folder: Path) -> None
     ours = load_tokenizer(sentencepiece_folder)
     library = sentencepiece.SentencePieceProcessor(model_file=str(ours.file))
     rng = random.Random(1)
-    words = [*"\n \t,.(", "  ", "the", "def", "return", "day", "今天", "365", "x", "\r\n"]
-    for _ in range(300):
+    words = [*"\n \t,.(,。、é\u0301の", "  ", "the", "def", "return", "day", "今天", "365", "x", "\r\n", "。\n", "café"]
+    for _ in range(2000):
         text = "".join(rng.choices(words, k=rng.randrange(60)))
         assert ours.encode(text) == library.encode(text)
 
