@@ -35,9 +35,9 @@ from pathlib import Path
 # The launcher may start us anywhere; the package lies beside this folder.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from minimind.distributed import read_environment
+from minimind.distributed import is_first_rank
 from minimind.errors import run_main
 from minimind.train import main
 
 if __name__ == "__main__":
-    run_main(main, quiet=not read_environment().is_first)
+    run_main(main, quiet=not is_first_rank())

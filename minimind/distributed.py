@@ -106,6 +106,14 @@ def read_environment(environment: Mapping[str, str] | None = None) -> RankEnviro
     return RankEnvironment()
 
 
+def is_first_rank() -> bool:
+    """Whether this process speaks for the run; where its environment makes no sense, it says so itself."""
+    try:
+        return read_environment().is_first
+    except UserError:
+        return True
+
+
 def _slurm_tasks_here(environment: Mapping[str, str]) -> int | None:
     """Tasks of this step on this node, from a list such as `2(x3),1`: 2 on each of three nodes, 1 on the fourth."""
     text = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE") or ""

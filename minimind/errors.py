@@ -7,11 +7,15 @@ ranks or files.
 
 import os
 import sys
+import time
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
 """A run was asked to stop (signal or file), has saved, and continues when it is started again (EX_TEMPFAIL)."""
+
+QUIET_SECONDS = 5.0
+"""How long a rank that does not speak leaves the one that does to say its line."""
 
 
 class UserError(Exception):
@@ -21,15 +25,18 @@ class UserError(Exception):
 def run_main(main: Callable[[], int | None], *, quiet: bool = False) -> None:
     """Run a command's `main` and exit the process with its code (None means 0).
 
-    `UserError` becomes one line on standard error and exit code 2 (`quiet` leaves the line out: only one of many ranks
-    speaks). With `MINIMIND_TRACEBACK=1` in the environment the traceback is shown instead. An interrupt exits with 130.
+    `UserError` becomes one line on standard error and exit code 2. `quiet` leaves the line out, as only one of many
+    ranks speaks, and waits a little: launchers kill the other ranks when the first one has ended. With
+    `MINIMIND_TRACEBACK=1` in the environment the traceback is shown instead. An interrupt exits with 130.
     """
     try:
         code = main() or 0
     except UserError as error:
         if os.environ.get("MINIMIND_TRACEBACK") == "1":
             raise
-        if not quiet:
+        if quiet:
+            time.sleep(QUIET_SECONDS)
+        else:
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = EXIT_USER_ERROR
     except KeyboardInterrupt:

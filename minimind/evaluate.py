@@ -26,7 +26,14 @@ from minimind.data.dataset import TokenDataset
 from minimind.data.loader import eval_batches
 from minimind.data.manifest import MANIFEST_NAME
 from minimind.data.shards import ShardReader, ShardWriter, open_split
-from minimind.distributed import RankEnvironment, all_reduce_sum, find_device, process_group, read_environment
+from minimind.distributed import (
+    RankEnvironment,
+    all_reduce_sum,
+    find_device,
+    is_first_rank,
+    process_group,
+    read_environment,
+)
 from minimind.errors import UserError, run_main
 from minimind.flags import parse_flags
 from minimind.model import MiniMindForCausalLM
@@ -239,4 +246,4 @@ def output_folder(checkpoint: Path) -> Path:
 
 
 if __name__ == "__main__":
-    run_main(main, quiet=not read_environment().is_first)
+    run_main(main, quiet=not is_first_rank())

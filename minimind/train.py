@@ -24,6 +24,7 @@ from minimind.distributed import (
     RankEnvironment,
     broadcast_object,
     find_device,
+    is_first_rank,
     log,
     process_group,
     read_environment,
@@ -207,4 +208,4 @@ def describe(
 
 
 if __name__ == "__main__":
-    run_main(main, quiet=not read_environment().is_first)
+    run_main(main, quiet=not is_first_rank())
