@@ -49,5 +49,5 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The plain model's tests come first: DeepSpeed changes torch for the rest of the process, and torch.compile notices."""
+    """The plain model's tests come first: DeepSpeed changes torch for the whole process, and torch.compile notices."""
     items.sort(key=lambda item: not item.path.name.startswith("test_model_"))
