@@ -9,7 +9,6 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -27,14 +26,6 @@ from minimind.ds_sections import offload_device
 from minimind.errors import UserError
 from minimind.model import MiniMindForCausalLM
 from minimind.schema import nearest
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """What an optimizer step did: the global gradient norm before clipping, and whether weights changed."""
-
-    grad_norm: torch.Tensor | float | None
-    applied: bool
 
 
 def check_ds_config(ds: dict[str, Any]) -> None:
@@ -177,13 +168,13 @@ def clips_here(resolved: Resolved) -> bool:
     return resolved.zero_stage == 0
 
 
-def optimizer_step(engine: deepspeed.DeepSpeedEngine, resolved: Resolved) -> StepOutcome:
-    """Clip, update, and say what was done. Every rank calls this, once a step, after the last backward.
+def optimizer_step(engine: deepspeed.DeepSpeedEngine, resolved: Resolved) -> torch.Tensor | float | None:
+    """Clip and update; the global gradient norm before clipping. Every rank calls this, once a step, after the last
+    backward.
 
     A step with a NaN or infinite gradient changes nothing: ZeRO 1-3 see it in their norm, stage 0 through AdamW's
     `found_inf`.
     """
-    grad_norm: torch.Tensor | float | None = None
     if clips_here(resolved):
         scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
         if scaler is not None:
@@ -191,10 +182,10 @@ def optimizer_step(engine: deepspeed.DeepSpeedEngine, resolved: Resolved) -> Ste
         grad_norm = clip_gradients(engine.module, resolved.run.train.max_grad_norm or math.inf)
         if scaler is None:
             engine.optimizer.found_inf = (~torch.isfinite(grad_norm)).float()
+        engine.step()
+        return grad_norm
     engine.step()
-    if grad_norm is None:
-        grad_norm = engine.get_global_grad_norm()
-    return StepOutcome(grad_norm=grad_norm, applied=engine.was_step_applied())
+    return engine.get_global_grad_norm()
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:

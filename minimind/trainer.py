@@ -22,7 +22,7 @@ from minimind.data.dataset import TokenDataset
 from minimind.data.loader import Batch, BatchLoader, eval_batches
 from minimind.distributed import all_reduce_sum, gather_objects
 from minimind.ds_config import Resolved
-from minimind.engine import StepOutcome, loss_scale, optimizer_step, set_learning_rate
+from minimind.engine import loss_scale, optimizer_step, set_learning_rate
 from minimind.errors import UserError
 from minimind.metrics import MetricsLog, peak_memory_bytes
 from minimind.run_lock import RunLock, RunLockError
@@ -44,7 +44,7 @@ class _PendingStep:
     step: int
     loss: torch.Tensor  # () this rank's share of the global mean loss
     aux_loss: torch.Tensor  # () this rank's share of the mean auxiliary loss of the routers, 0 for a dense model
-    outcome: StepOutcome
+    grad_norm: torch.Tensor | float | None  # global, before clipping
     lr: float
     loss_scale: float | None
 
@@ -138,9 +138,9 @@ class Trainer:
             self.engine.backward(total)
             if batch is not batches[-1]:
                 self.engine.step()  # not at an accumulation boundary: counts the micro-batch
-        outcome = optimizer_step(self.engine, self.resolved)
+        grad_norm = optimizer_step(self.engine, self.resolved)
         scale_now = loss_scale(self.engine) if train.precision == "fp16" else None
-        self._pending.append(_PendingStep(step + 1, loss, aux_loss, outcome, lr, scale_now))
+        self._pending.append(_PendingStep(step + 1, loss, aux_loss, grad_norm, lr, scale_now))
         self.state = TrainState(
             step=step + 1,
             consumed_samples=self.state.consumed_samples + self.loader.global_batch_size,
@@ -220,7 +220,7 @@ class Trainer:
         now = time.perf_counter()
         seconds = (now - self._window_began) / len(pending)
         self._window_began = now
-        norms = [None if item.outcome.grad_norm is None else float(item.outcome.grad_norm) for item in pending]
+        norms = [None if item.grad_norm is None else float(item.grad_norm) for item in pending]
         for item, loss, aux_loss, norm in zip(pending, means, aux_means, norms, strict=True):
             self._check_step(item, loss, norm, local_bad is not None)
             if self.metrics is not None:

@@ -88,7 +88,7 @@ def take_step(engine: deepspeed.DeepSpeedEngine, resolved: Resolved, step: Step,
         engine.backward(summed * (len(step) / targets) * spoil)
         if i < len(step) - 1:
             engine.step()
-    return loss, float(optimizer_step(engine, resolved).grad_norm)
+    return loss, float(optimizer_step(engine, resolved))
 
 
 def weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
