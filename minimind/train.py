@@ -93,6 +93,8 @@ def prepare(
     folder = Path(run.data.shards)
     train_reader = open_split(folder, "train")
     eval_reader = open_split(folder, "val") if find_split(folder, "val") else None
+    if eval_reader is None and (run.train.eval_every or run.train.eval_samples):
+        raise UserError(f"eval_every: {folder} has no validation split; prepare one, or leave out the --eval flags")
     vocab = train_reader.manifest.vocab_size
     if vocab > run.model.vocab_size:
         raise UserError(

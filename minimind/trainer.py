@@ -323,8 +323,10 @@ def resolved_steps(resolved: Resolved, num_samples: int) -> Resolved:
                 f"global_batch_size: {train.global_batch_size} samples a step, but {train.epochs:g} epochs of the"
                 f" shards hold {int(train.epochs * num_samples)}; lower it, shorten --seq-len, or give --steps"
             )
-    warmup = max(1, steps // 50) if train.warmup_steps is None else train.warmup_steps
-    if warmup > steps:
+    warmup = train.warmup_steps
+    if warmup is None and train.schedule != "deepspeed":
+        warmup = max(1, steps // 50)
+    if warmup is not None and warmup > steps:
         raise UserError(f"warmup_steps: {warmup} is longer than the run of {steps} steps; lower it")
     run = dataclasses.replace(
         resolved.run, train=dataclasses.replace(train, steps=steps, epochs=train.epochs, warmup_steps=warmup)

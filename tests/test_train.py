@@ -163,6 +163,7 @@ def test_a_scheduler_of_deepspeed_drives_the_rate(tiny_corpus, tmp_path):
     at = args.index("--warmup-steps")
     train(args[:at] + args[at + 2 :])
     rates = [record["lr"] for record in read_metrics(tmp_path / "run") if "lr" in record]
+    assert json.loads((tmp_path / "run" / "run_config.json").read_text())["train"]["warmup_steps"] is None
     assert rates == approx([0.0, 0.0, 0.001, 0.002, 0.003, 0.004])  # DeepSpeed takes its first rate twice
 
 
@@ -279,6 +280,7 @@ BAD = {
     "missing JSON": ({"ds_config": "NOWHERE"}, [], "NOWHERE: No such file or directory"),
     "wrong JSON": ({"ds_config": "TYPO"}, [], "unknown section 'zero_optimisation'"),
     "no config": ({}, ["--config", "NOWHERE"], "NOWHERE: No such file or directory"),
+    "no validation": ({"shards": "SMALL", "eval_every": 5, "seq_len": 16}, [], "has no validation split"),
     "preset": ({}, ["--model", "tyni"], "did you mean 'tiny'?"),
 }
 
