@@ -30,7 +30,8 @@ from minimind.checkpoint_files import (
 )
 from minimind.checkpoint_retention import partial_folder, prune, publish
 from minimind.distributed import broadcast_object, gather_objects
-from minimind.ds_config import Resolved, offload_device
+from minimind.ds_config import Resolved
+from minimind.ds_sections import offload_device
 from minimind.errors import UserError
 from minimind.state_files import HostCopies, States, count_bytes, record_written, use_state_files, write_states
 
