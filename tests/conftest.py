@@ -46,8 +46,3 @@ def write_corpus(
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 30,000 training and 3,000 validation tokens."""
     return write_corpus(tmp_path_factory.mktemp("corpus") / "tiny", tokens=30_000, val_tokens=3_000)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The plain model's tests come first: DeepSpeed changes torch for the whole process, and torch.compile notices."""
-    items.sort(key=lambda item: not item.path.name.startswith("test_model_"))

@@ -275,8 +275,8 @@ def test_rates_of_the_json_move_in_proportion():
     assert [group["lr"] for group in engine.optimizer.param_groups] == [LR / 2, LR / 2]
 
 
-def test_muon_trains(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # its iteration is compiled otherwise: minutes here
+@torch._dynamo.config.patch(disable=True)  # its iteration is compiled otherwise: minutes here
+def test_muon_trains():
     ds = {"zero_optimization": {"stage": 2, "reduce_scatter": False}, "gradient_clipping": 0.0}
     resolved = resolve(2, ds=ds, optimizer="muon", max_grad_norm=None)
     steps = make_steps(1) * 6
