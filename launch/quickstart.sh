@@ -12,7 +12,7 @@ cd "$root"
 
 data=data/quickstart
 run=runs/quickstart
-steps="${QUICKSTART_STEPS:-240}"
+steps="${QUICKSTART_STEPS:-600}"
 
 # step NUMBER TITLE COMMAND...: run one step; its own error line has been printed when it fails.
 step() {
