@@ -46,3 +46,10 @@ def write_corpus(
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 30,000 training and 3,000 validation tokens."""
     return write_corpus(tmp_path_factory.mktemp("corpus") / "tiny", tokens=30_000, val_tokens=3_000)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker runs all tests of a file, and one all that start services: those have the ports to themselves."""
+    for item in items:
+        group = "cluster" if item.get_closest_marker("cluster") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))

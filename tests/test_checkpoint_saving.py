@@ -105,15 +105,18 @@ def test_a_second_job_is_refused(tiny_corpus, tmp_path):
         train(flags_for(tiny_corpus, tmp_path))
 
 
-def wait_in_listen() -> None:
+def wait_in_listen(listens) -> None:
     with listen(None):
+        listens.set()
         time.sleep(60)
 
 
 def test_a_second_signal_ends_at_once_and_the_same_one_again_does_not():
-    process = multiprocessing.get_context("forkserver").Process(target=wait_in_listen)
+    context = multiprocessing.get_context("forkserver")
+    listens = context.Event()
+    process = context.Process(target=wait_in_listen, args=(listens,))
     process.start()
-    time.sleep(1)
+    assert listens.wait(60)
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal and a launcher pass on one request
         os.kill(process.pid, number)
     process.join(0.3)
