@@ -27,7 +27,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import tyro  # noqa: E402
 from conftest import write_corpus  # noqa: E402
-from training_runs import flags_for, free_port, losses, train  # noqa: E402
+from training_runs import PRELOAD, flags_for, free_port, losses, train  # noqa: E402
 
 from minimind.checkpoint_files import checkpoints_folder, list_checkpoints, verify  # noqa: E402
 
@@ -237,7 +237,7 @@ def main() -> int:
     rng = random.Random(flags.seed)
     report = Report()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["minimind.train"])
+    context.set_forkserver_preload(PRELOAD)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

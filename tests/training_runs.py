@@ -106,6 +106,8 @@ def free_port() -> int:
 
 
 SECONDS_TO_WAIT = 120
+# DeepSpeed imports the second one when an engine is built, and that compiles: most of the time of a short run.
+PRELOAD = ["minimind.train", "deepspeed.runtime.zero.muon.original_muon"]
 
 
 class RankPool:
@@ -117,7 +119,7 @@ class RankPool:
     def __init__(self, world_size: int) -> None:
         # The server imports once, and each rank is a fork of it.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["minimind.train"])
+        context.set_forkserver_preload(PRELOAD)
         self._pipes = []
         self._processes = []
         for _ in range(world_size):
