@@ -8,12 +8,11 @@ Every rule about checkpoints is elsewhere; this prints. Needs no DeepSpeed.
 
 import contextlib
 import dataclasses
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -29,7 +28,7 @@ from minimind.checkpoint_files import (
     newest_sound,
     verify,
 )
-from minimind.checkpoint_retention import choose_doomed, prune
+from minimind.checkpoint_retention import choose_doomed, prune, remove_checkpoint
 from minimind.consolidate import TrainingCheckpoint
 from minimind.errors import UserError, run_main
 from minimind.flags import parse_flags
@@ -176,15 +175,22 @@ def prune_run(command: Prune) -> int:
     if command.keep_last < 1:
         raise UserError(f"keep_last: {command.keep_last} is below 1; the newest checkpoint always stays")
     folders = run_checkpoints(command.run)
-    rules = {"keep_last": command.keep_last, "keep_every": command.keep_every, "keep_best": command.keep_best}
+    rules: dict[str, Any] = {
+        "keep_last": command.keep_last,
+        "keep_every": command.keep_every,
+        "keep_best": command.keep_best,
+    }
     with contextlib.ExitStack() as stack:
         if not command.dry_run:
             stack.enter_context(hold_run_folder(command.run))
         damaged = [folder for folder in folders if command.damaged and is_damaged(folder)]
         for folder in damaged:
             if not command.dry_run:
-                shutil.rmtree(folder)
-        doomed = choose_doomed(command.run, **rules) if command.dry_run else prune(command.run, **rules)
+                remove_checkpoint(folder)
+        # Newer ones of the right sizes but with a flipped bit must not push it out.
+        sound = next((folder for folder in reversed(folders) if not is_damaged(folder)), None)
+        choose = choose_doomed if command.dry_run else prune
+        doomed = choose(command.run, **rules, sound=sound)
         word = "would delete" if command.dry_run else "deleted"
         for folder in [*damaged, *doomed]:
             print(f"{word} {folder}")

@@ -59,6 +59,8 @@ class CheckpointManifest:
     """Further settings that decide what DeepSpeed's files look like."""
     shard_fingerprint: str = ""
     tokenizer_sha256: str = ""
+    sampling: Mapping = dataclasses.field(default_factory=dict)
+    """Settings that decide, beside the shards, which samples a step takes."""
     eval_loss: float | None = None
     """Of an evaluation right before the save, if there was one."""
     probe_loss: float | None = None

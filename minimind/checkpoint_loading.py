@@ -20,9 +20,10 @@ from minimind.checkpoint_files import (
     checkpoints_folder,
     list_checkpoints,
     newest_sound,
+    step_of,
     verify,
 )
-from minimind.checkpoint_saving import Corpus, TrainState, describe_layout
+from minimind.checkpoint_saving import Corpus, TrainState, describe_layout, describe_sampling
 from minimind.consolidate import TrainingCheckpoint
 from minimind.distributed import log
 from minimind.ds_config import Resolved
@@ -59,9 +60,21 @@ def find_resume(run_dir: Path, resume: str, report: Callable[[str], Any] = log) 
         found = newest_sound(path, report)
         if found is None:
             raise CheckpointError(f"--resume {resume}: the run holds no checkpoint")
-        return found
-    verify(path)
-    return path
+    else:
+        verify(path)
+        found = path
+    _check_nothing_newer(run_dir, found)
+    return found
+
+
+def _check_nothing_newer(run_dir: Path, chosen: Path) -> None:
+    """Two futures in one folder would be taken for one by the next `--resume auto`."""
+    newer = [folder.name for folder in list_checkpoints(run_dir) if step_of(folder) > step_of(chosen)]
+    if newer:
+        raise CheckpointError(
+            f"--resume {chosen}: {run_dir} also holds {', '.join(newer)}, which a later --resume auto would continue "
+            "from; delete them, or give another --run-dir"
+        )
 
 
 def check_same_run(
@@ -77,6 +90,9 @@ def check_same_run(
     for key in sorted(set(model) | set(manifest.model)):
         if model.get(key) != manifest.model.get(key) and key not in RUNTIME_FIELDS:
             differences.append(f"{key} {manifest.model.get(key)!r} there, {model.get(key)!r} here")
+    for key, value in describe_sampling(resolved).items():
+        if value != manifest.sampling.get(key, value):
+            differences.append(f"{key} {manifest.sampling[key]!r} there, {value!r} here")
     if manifest.tokenizer_sha256 != corpus.tokenizer_sha256:
         differences.append(f"tokenizer {manifest.tokenizer_sha256[:12]} there, {corpus.tokenizer_sha256[:12]} here")
     elif manifest.shard_fingerprint != corpus.fingerprint and not allow_data_change:
@@ -88,8 +104,9 @@ def check_same_run(
         raise CheckpointError(f"checkpoint of step {manifest.step}: cannot continue this run: {'; '.join(differences)}")
 
 
-RUNTIME_FIELDS = frozenset(("flash_attn", "dropout", "attention_dropout"))
-"""Fields of the model that change no weight."""
+_TRAINING_FIELDS = ("initializer_range", "router_aux_loss_coef", "router_z_loss_coef", "seq_aux")
+RUNTIME_FIELDS = frozenset(("flash_attn", "dropout", "attention_dropout", *_TRAINING_FIELDS))
+"""Fields of the model that change neither a weight nor what the model computes from them."""
 
 
 def changes_topology(manifest: CheckpointManifest, resolved: Resolved) -> list[str]:

@@ -49,15 +49,21 @@ def remove_checkpoint(folder: Path) -> None:
     """Delete a checkpoint, and its topology-free form if there is one."""
     for path in (neutral_folder(folder), folder):
         if path.exists():
-            doomed = partial_folder(path)
-            os.replace(path, doomed)
-            fsync_folder(path.parent)
-            shutil.rmtree(doomed)
+            _remove(path)
 
 
-def choose_doomed(run_dir: Path, *, keep_last: int, keep_every: int, keep_best: int) -> list[Path]:
+def _remove(path: Path) -> None:
+    doomed = partial_folder(path)
+    os.replace(path, doomed)
+    fsync_folder(path.parent)
+    shutil.rmtree(doomed)
+
+
+def choose_doomed(
+    run_dir: Path, *, keep_last: int, keep_every: int, keep_best: int, sound: Path | None = None
+) -> list[Path]:
     """The checkpoints that may go, oldest first: all but the newest `keep_last` (0: all stay), the multiples of
-    `keep_every`, and the `keep_best` of lowest evaluation loss.
+    `keep_every`, the `keep_best` of lowest evaluation loss, and `sound`, the newest whose contents were compared.
 
     Only those whose files are there in full count, so damaged ones never push out a sound one; they stay themselves.
     """
@@ -72,19 +78,21 @@ def choose_doomed(run_dir: Path, *, keep_last: int, keep_every: int, keep_best: 
     return [
         folder
         for folder, manifest in found[: -max(1, keep_last)]
-        if folder not in best and not (keep_every and manifest.step % keep_every == 0)
+        if folder not in best and folder != sound and not (keep_every and manifest.step % keep_every == 0)
     ]
 
 
-def prune(run_dir: Path, *, keep_last: int, keep_every: int = 0, keep_best: int = 1) -> list[Path]:
+def prune(
+    run_dir: Path, *, keep_last: int, keep_every: int = 0, keep_best: int = 1, sound: Path | None = None
+) -> list[Path]:
     """Delete what `choose_doomed` finds and give it; topology-free forms of checkpoints that are no more go too."""
-    doomed = choose_doomed(run_dir, keep_last=keep_last, keep_every=keep_every, keep_best=keep_best)
+    doomed = choose_doomed(run_dir, keep_last=keep_last, keep_every=keep_every, keep_best=keep_best, sound=sound)
     for folder in doomed:
         remove_checkpoint(folder)
     steps = {step_of(folder) for folder in list_checkpoints(run_dir)}
     for neutral in list_neutral(run_dir):
         if int(neutral.name.partition("_")[2]) not in steps:
-            shutil.rmtree(neutral)
+            _remove(neutral)
     return doomed
 
 

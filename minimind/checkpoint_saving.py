@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import shutil
+import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,11 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.checkpoint.constants import (
+    UNIVERSAL_CHECKPOINT_INFO,
+    UNIVERSAL_CHECKPOINT_VERSION_KEY,
+    UNIVERSAL_CHECKPOINT_VERSION_VALUE,
+)
 
 from minimind.atomic import fsync_folder, replace_file
 from minimind.checkpoint_files import (
@@ -27,6 +33,7 @@ from minimind.checkpoint_files import (
     checkpoint_name,
     checkpoints_folder,
     point_latest,
+    verify_files,
 )
 from minimind.checkpoint_retention import partial_folder, prune, publish
 from minimind.distributed import broadcast_object, gather_objects
@@ -37,6 +44,8 @@ from minimind.state_files import HostCopies, States, count_bytes, record_written
 
 OFFLOADED_FOLDER = "offloaded_tensors"
 """Where DeepSpeed copies its NVMe swap files to."""
+# A network file system may show a file of another host a little later.
+SECONDS_UNTIL_VISIBLE = 60.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,17 @@ def describe_layout(resolved: Resolved) -> dict[str, Any]:
         "autocast": bool(resolved.ds.get("torch_autocast", {}).get("enabled")),
         "grad_accum_dtype": resolved.ds.get("data_types", {}).get("grad_accum_dtype"),
         **{key: zero.get(key) for key in ("sub_group_size", "round_robin_gradients", "zero_hpz_partition_size")},
+    }
+
+
+def describe_sampling(resolved: Resolved) -> dict[str, Any]:
+    """Settings that decide, beside the shards, which samples a step takes."""
+    data, train = resolved.run.data, resolved.run.train
+    return {
+        "seq_len": data.seq_len,
+        "document_mask": data.document_mask,
+        "seed": train.seed,
+        "global_batch_size": train.global_batch_size,
     }
 
 
@@ -130,6 +150,7 @@ class CheckpointSaver:
             layout=describe_layout(self._resolved),
             shard_fingerprint=self._corpus.fingerprint,
             tokenizer_sha256=self._corpus.tokenizer_sha256,
+            sampling=describe_sampling(self._resolved),
             eval_loss=eval_loss,
             probe_loss=probe_loss,
             model=run.model.to_dict(),
@@ -190,6 +211,8 @@ class CheckpointSaver:
             partial = partial_folder(self._root / checkpoint_name(state.step))
             try:
                 partial.mkdir(parents=True)
+                for folder in (self._root, self._root.parent, self._root.parent.parent):
+                    fsync_folder(folder)
             except OSError as error:
                 failure = _describe(error)
         self._partial = broadcast_object(partial)
@@ -203,6 +226,9 @@ class CheckpointSaver:
             # The optimizer's own state only numbers the parameters.
             groups = engine.optimizer.param_groups
             content["parameter_names"] = [[engine.param_names[param] for param in group["params"]] for group in groups]
+        # DeepSpeed's conversion to its universal format asks for this; it is silent about it until then.
+        version_info = {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+        setattr(engine.module, UNIVERSAL_CHECKPOINT_INFO, version_info)
         with use_state_files(engine) as files:
             client_state = {CLIENT_STATE_KEY: content}
             engine.save_checkpoint(
@@ -222,6 +248,7 @@ class CheckpointSaver:
     def _publish(self, manifest: CheckpointManifest, final: Path) -> None:
         """Give a written checkpoint its name, durably, and prune. Rank 0 alone; no collective inside."""
         train = self._resolved.run.train
+        _wait_for_files(self._partial, manifest)
         for folder in {path.parent for path in self._partial.rglob("*")}:
             fsync_folder(folder)
         replace_file(self._partial / MANIFEST_NAME, manifest.to_json())
@@ -244,6 +271,24 @@ def _write(partial: Path, states: States, rank: int) -> list[FileRecord]:
     return write_states(partial, states) + record_written(partial, f"{OFFLOADED_FOLDER}/rank{rank:02d}")
 
 
+def _wait_for_files(partial: Path, manifest: CheckpointManifest) -> None:
+    """See from here what all ranks have written.
+
+    Raises:
+        CheckpointError: the ranks do not write into one file system; found at the first save, not at the resume.
+    """
+    deadline = time.monotonic() + SECONDS_UNTIL_VISIBLE
+    while True:
+        try:
+            return verify_files(partial, manifest, hashes=False)
+        except CheckpointError as error:
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"{error}, seen from rank 0; run_dir must be on a disk that all hosts share"
+                ) from None
+        time.sleep(0.5)
+
+
 def _nothing() -> concurrent.futures.Future:
     done: concurrent.futures.Future = concurrent.futures.Future()
     done.set_result(None)
@@ -251,6 +296,8 @@ def _nothing() -> concurrent.futures.Future:
 
 
 def _describe(error: Exception) -> str:
+    if isinstance(error, CheckpointError):
+        return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return f"{type(error).__name__}: {error}"
