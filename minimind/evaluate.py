@@ -144,7 +144,9 @@ class EvaluateFlags:
     """Measure loss, perplexity and bits per byte of a trained model."""
 
     checkpoint: Path
-    """A run's folder, one of its checkpoints, or an exported model."""
+    """A run's folder, one of its checkpoints, an exported folder, or a .pth."""
+    tokenizer: Path | None = None
+    """Tokenizer file or folder, where none lies beside the weights."""
     shards: Path | None = None
     """A corpus made by data_prep.tokenize_corpus, or one shard folder."""
     split: Literal["train", "val"] = "val"
@@ -184,7 +186,7 @@ def main(args: Sequence[str] | None = None) -> None:
     device, dtype = choose_device(flags.device, flags.precision)
     if env.world_size > 1 and device.type == "cuda":
         device = find_device(env)
-    model, tokenizer_file = load_model(flags.checkpoint, dtype=dtype, device=device)
+    model, tokenizer_file = load_model(flags.checkpoint, dtype=dtype, device=device, tokenizer=flags.tokenizer)
     with contextlib.ExitStack() as stack:
         if flags.shards is None:
             reader = stack.enter_context(shards_of_texts(flags.text, tokenizer_file))

@@ -143,7 +143,9 @@ class GenerateFlags(GenerationOptions):
     """Continue a prompt, or chat, with a trained model."""
 
     checkpoint: Path
-    """A run's folder, one of its checkpoints, or an exported model."""
+    """A run's folder, one of its checkpoints, an exported folder, or a .pth."""
+    tokenizer: Path | None = None
+    """Tokenizer file or folder, where none lies beside the weights."""
     prompt: tuple[str, ...] = ()
     """One or more texts to continue; without any, a chat begins."""
     chat: bool = False
@@ -178,7 +180,7 @@ def main(args: Sequence[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     flags = parse_flags(GenerateFlags, args, default=tyro.MISSING_NONPROP, prog="python -m minimind.generate")
     device, dtype = choose_device(flags.device, flags.precision)
-    model, tokenizer_file = load_model(flags.checkpoint, dtype=dtype, device=device)
+    model, tokenizer_file = load_model(flags.checkpoint, dtype=dtype, device=device, tokenizer=flags.tokenizer)
     tokenizer = load_tokenizer(tokenizer_file)
     if flags.rope_scaling_factor is not None:
         stretch_context(model, flags.rope_scaling_factor, flags.rope_original_max_position_embeddings)

@@ -1,28 +1,20 @@
 """A trained model from wherever it lies, with the tokenizer that belongs to it.
 
-The one place that generation, evaluation and export load weights through: an exported folder, a run, or one of its
-checkpoints. Knows nothing of prompts or data, and needs no DeepSpeed.
+What generation, evaluation and serving load a model through; what it may lie in is `model_source`'s matter. Knows
+nothing of prompts or data, and needs no DeepSpeed.
 """
 
 import dataclasses
 import math
-import sys
 from pathlib import Path
 
 import torch
 
-from minimind.checkpoint_files import (
-    MANIFEST_NAME,
-    CheckpointError,
-    CheckpointManifest,
-    checkpoints_folder,
-    newest_sound,
-    verify,
-)
-from minimind.consolidate import TrainingCheckpoint
+from minimind.checkpoint_files import CheckpointError, CheckpointManifest
 from minimind.errors import UserError
-from minimind.model import MiniMindForCausalLM, ModelConfig
-from minimind.model.pretrained import CONFIG_FILE
+from minimind.model import MiniMindForCausalLM
+from minimind.model.routing import BIAS_NAME
+from minimind.model_source import ModelSource, find_tokenizer, open_source
 from minimind.probe import agrees, probe_loss
 from minimind.tokenizer import JSON_NAME, MODEL_NAME
 
@@ -30,68 +22,47 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_model(
-    checkpoint: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    checkpoint: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    tokenizer: Path | None = None,
 ) -> tuple[MiniMindForCausalLM, Path]:
     """The model in evaluation mode, and its tokenizer file.
 
     Args:
-        checkpoint: an exported folder (config.json, model.safetensors and a tokenizer file), a run's folder (its newest
-            sound checkpoint), or one checkpoint.
+        checkpoint: an exported folder of ours or of the Hugging Face tools, a `.pth` of jingyaogong/minimind, a run's
+            folder (its newest sound checkpoint), or one checkpoint.
         dtype: what to convert the weights to; None keeps the stored one (float32 in a checkpoint).
+        tokenizer: where it lies, if not beside the weights.
 
     Raises:
         UserError: there is no model, a file is missing or damaged, or the weights do not fit.
     """
-    checkpoint = Path(checkpoint)
-    if not checkpoint.is_dir():
-        raise UserError(f"checkpoint {checkpoint} does not exist or is no folder")
-    if (checkpoint / CONFIG_FILE).is_file():
-        tokenizer_file = find_tokenizer_file(checkpoint)
-        return MiniMindForCausalLM.from_pretrained(checkpoint, device=device, dtype=dtype), tokenizer_file
-    if checkpoints_folder(checkpoint).is_dir():
-        folder = newest_sound(checkpoint, lambda message: print(message, file=sys.stderr))
-        if folder is None:
-            raise UserError(f"checkpoint {checkpoint}: the run has not saved any")
-        # It has been compared with its manifest while it was looked for.
-        return load_checkpoint(folder, dtype=dtype, device=device), find_tokenizer_file(checkpoint)
-    if (checkpoint / MANIFEST_NAME).is_file():
-        verify(checkpoint)
-        return load_checkpoint(checkpoint, dtype=dtype, device=device), find_tokenizer_file(checkpoint.parent.parent)
-    raise UserError(
-        f"checkpoint {checkpoint} holds no model: it is neither a run's folder, nor a checkpoint, nor an export "
-        f"(with a {CONFIG_FILE})"
-    )
+    source = open_source(Path(checkpoint))
+    tokenizer_file = find_tokenizer_file(tokenizer or source.tokenizer_file or source.folder)
+    model = build_model(source, dtype=dtype, device=device)
+    if source.checkpoint is not None:
+        prove(model, source.where, source.checkpoint.manifest)
+    return model, tokenizer_file
 
 
-def load_checkpoint(
-    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+def build_model(
+    source: ModelSource, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> MiniMindForCausalLM:
-    """The model of a training checkpoint that has been compared with its manifest, one tensor in memory at a time.
-
-    Raises:
-        UserError: the files are of a kind that is not read, or do not fit the model that the manifest describes.
-    """
-    source = TrainingCheckpoint(folder)
+    """The model of `source` in evaluation mode, one tensor beside it in memory at a time."""
     with torch.device("meta"):
-        model = MiniMindForCausalLM(ModelConfig.from_dict(source.manifest.model))
-    expected = model.state_dict()
-    if model.config.tie_word_embeddings:
-        del expected["lm_head.weight"]
+        model = MiniMindForCausalLM(source.config)
     tensors = {}
-    for name, tensor in source.state_dict():
-        if name not in expected or tensor.shape != expected[name].shape:
-            raise UserError(f"{folder}: tensor {name} {tuple(tensor.shape)} has no place in the model of its manifest")
-        wanted = dtype if tensor.is_floating_point() else None
-        # A copy, because the tensor is a view of the file.
+    for name in source.shapes:
+        tensor = source.read(name)
+        # Buffers (the routers' selection bias) stay exact whatever the weights are rounded to.
+        wanted = torch.float32 if name.endswith(BIAS_NAME) else dtype
+        # A copy, because the tensor may be a view of the file.
         tensors[name] = torch.empty_like(tensor, dtype=wanted, device=device).copy_(tensor)
-    missing = sorted(expected.keys() - tensors.keys())
-    if missing:
-        raise UserError(f"{folder}: tensor {missing[0]} of the model of its manifest is missing")
     model.load_state_dict(tensors, assign=True, strict=False)
     model.tie_weights()
-    model.eval()
-    prove(model, folder, source.manifest)
-    return model
+    return model.eval()
 
 
 def prove(model: MiniMindForCausalLM, folder: Path, manifest: CheckpointManifest) -> None:
@@ -113,12 +84,12 @@ def prove(model: MiniMindForCausalLM, folder: Path, manifest: CheckpointManifest
         )
 
 
-def find_tokenizer_file(folder: Path) -> Path:
-    """The tokenizer in a model's folder. Raises `UserError` when there is none."""
-    for name in (MODEL_NAME, JSON_NAME):
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"{folder} holds no tokenizer: neither {MODEL_NAME} nor {JSON_NAME}")
+def find_tokenizer_file(place: Path) -> Path:
+    """The tokenizer in a folder, or the file itself. Raises `UserError` when there is none."""
+    found = find_tokenizer(place) if place.is_dir() else place
+    if found is None or not found.is_file():
+        raise UserError(f"{place} holds no tokenizer: neither {MODEL_NAME} nor {JSON_NAME}")
+    return found
 
 
 def choose_device(device: str | None, precision: str | None) -> tuple[torch.device, torch.dtype]:

@@ -7,7 +7,7 @@ tensor is. Knows nothing of what the tensors mean.
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,17 +21,21 @@ def write_safetensors(
     read: Callable[[str], torch.Tensor],
     *,
     dtype: torch.dtype = torch.float32,
+    exact: Collection[str] = (),
 ) -> None:
     """Write the tensors `read(name)` of the given shapes as `dtype`, and flush them to the disk. Not atomic.
+
+    Args:
+        exact: names of tensors that are written as float32 whatever `dtype` is.
 
     Raises:
         OSError: the disk is full, or the file cannot be written.
         ValueError: a tensor has another shape than was said.
     """
-    kind, width = _TYPES[dtype]
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
+        kind, width = _TYPES[torch.float32 if name in exact else dtype]
         begin, end = end, end + math.prod(shape) * width
         header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
@@ -42,6 +46,7 @@ def write_safetensors(
             tensor = read(name)
             if tuple(tensor.shape) != tuple(shape):
                 raise ValueError(f"{name}: {tuple(tensor.shape)} instead of {tuple(shape)}")
-            file.write(tensor.to(dtype).contiguous().view(torch.uint8).numpy().data)
+            converted = tensor.to(torch.float32 if name in exact else dtype).contiguous()
+            file.write(converted.view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
