@@ -8,7 +8,7 @@ import torch
 
 from minimind.errors import UserError
 from minimind.model import PRESETS, KVCache, MiniMindForCausalLM
-from minimind.model.attention import attend_fused, attend_plainly
+from minimind.model.attention import attend_by_products, attend_fused, attend_plainly
 from minimind.model.visibility import Visibility, causal, group_segments, segment_positions, within_documents
 
 TINY = dataclasses.replace(PRESETS["tiny"], vocab_size=120, num_hidden_layers=2)
@@ -44,6 +44,29 @@ def test_heads_and_lengths(attend, num_kv_heads, num_read, num_new):
     mask = torch.arange(length) <= torch.arange(num_read, length)[:, None]
     expected = reference(queries, keys, values, mask)
     torch.testing.assert_close(attend(queries, keys, values, visibility, 0.0), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_kv_heads", [6, 3, 1])
+@pytest.mark.parametrize("length", [1, 7, 64])
+def test_products_give_the_plain_attention(num_kv_heads, length):
+    """In float32 exactly; in bfloat16, where a CPU takes them, within its rounding of the exact values."""
+    torch.manual_seed(0)
+    shapes = [(2, 6, length, 16), (2, num_kv_heads, length, 16), (2, num_kv_heads, length, 16)]
+    exact = [torch.randn(shape).requires_grad_() for shape in shapes]
+    wanted = attend_plainly(*exact, Visibility(), 0.0)
+    direction = torch.randn_like(wanted)
+    wanted_grads = torch.autograd.grad(wanted, exact, direction)
+    found = attend_by_products(*exact)
+    torch.testing.assert_close(found, wanted)
+    for left, right in zip(torch.autograd.grad(found, exact, direction), wanted_grads, strict=True):
+        torch.testing.assert_close(left, right)
+
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    half = attend_fused(*rounded, Visibility(), 0.0)
+    assert torch.equal(half, attend_by_products(*rounded))
+    assert (half - wanted).norm() < 1e-2 * wanted.norm()
+    for left, right in zip(torch.autograd.grad(half, rounded, direction.bfloat16()), wanted_grads, strict=True):
+        assert (left - right).norm() < 2e-2 * right.norm() + 1e-6
 
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])

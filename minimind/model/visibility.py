@@ -61,12 +61,12 @@ def causal(num_new: int, num_read: int, attention_mask: Tensor | None, device: t
 def within_documents(cu_seqlens: Tensor, input_ids: Tensor, kernel: bool) -> Visibility:
     """Causal visibility inside the segments of `cu_seqlens`, borders over the B*T tokens of (B, T) `input_ids`.
 
-    `kernel`: the attention can use torch's variable-length kernel (CUDA) or batches of documents (CPU); else, and in a
-    compiled CPU model, which cannot branch on the documents' lengths, the answer is a mask.
+    `kernel`: the attention can use torch's variable-length kernel (CUDA) or batches of documents (CPU); else the answer
+    is a mask.
     """
     if kernel and cu_seqlens.is_cuda:
         return Visibility(cu_seqlens=cu_seqlens.to(torch.int32))
-    if kernel and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if kernel and cu_seqlens.device.type == "cpu":
         return Visibility(segment_groups=group_segments(cu_seqlens))
     segments = segment_ids(cu_seqlens, input_ids.numel()).view(input_ids.shape)
     same = segments[:, :, None] == segments[:, None]  # (B, T, T)
@@ -85,6 +85,8 @@ def segment_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     return torch.arange(num_tokens, device=cu_seqlens.device) - starts
 
 
+# The documents' lengths decide the shapes: a compiled model steps out of its graph here, and where the groups are used.
+@torch.compiler.disable
 def group_segments(cu_seqlens: Tensor) -> SegmentGroups:
     """Sort the segments into batches by length, rounded up to a step, so that little of a batch is padding."""
     starts = cu_seqlens[:-1].long()
