@@ -1,0 +1,168 @@
+"""Training speed beside the reference trainer and transformers' Qwen3: real tokens a second on the same text.
+
+    python benchmarks/train.py --peer DIR [--text FILE.jsonl] [--lengths 340 512]
+
+DIR is a checkout of jingyaogong/minimind. All programs are started, warmed up, and take turns on the whole machine; a
+ratio is one turn of ours over the turn of the other in the same round. Real tokens are those of the texts with their
+end marks; padding counts for nothing. Ours is the command itself, `python -m minimind.train`, under ZeRO-1.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import tyro
+from measure import ROOT, Claim, core_threads, environment, ratios, report
+from peer import PATTERN, Peer, micro_batches, read_texts
+from texts import find_text, make_shards
+from turns import Contestant, started, take_turns
+
+from minimind.config import preset
+from minimind.peak_flops import peak_flops
+
+TARGETS = {340: 4.0, 512: 5.0}
+OURS = {
+    "ours fp32": ("--precision", "fp32"),
+    "ours bf16": ("--precision", "bf16"),
+    "ours bf16 compiled": ("--precision", "bf16", "--compile"),
+}
+STEP_IN_LOG = r'"step": (?P<step>\d+), "loss"'
+
+
+def main(
+    peer: Path | None = None,
+    text: Path | None = None,
+    lengths: tuple[int, ...] = (340, 512),
+    rounds: int = 3,
+    batch: int = 8,
+    accumulation: int = 2,
+    steps: int = 4,
+    model: str = "minimind3",
+    output: Path | None = None,
+) -> None:
+    """Measure.
+
+    Args:
+        peer: checkout of jingyaogong/minimind; without it only ours and Qwen3 run.
+        text: JSONL with a `text` field [default: what `texts.py` finds on this machine].
+        lengths: maximum lengths in tokens.
+        rounds: turns of each.
+        batch: sequences in a micro-batch, for all.
+        accumulation: micro-batches in an optimizer step of the padded ones; ours takes half as many, rounded up:
+            about as many real tokens, as nothing of it is padding.
+        steps: micro-batches of the padded ones in a turn; ours makes as many optimizer steps.
+        model: preset; the peer has the shape of minimind3.
+        output: where the JSON goes.
+    """
+    where = environment()
+    claims, measured = [], {}
+    folder = Path(tempfile.mkdtemp(prefix="train-benchmark-"))
+    try:
+        source = find_text(text, folder)
+        for length in lengths:
+            rows = measure_length(length, peer, source, folder / str(length), rounds, batch, accumulation, steps, model)
+            measured[str(length)] = {"text": str(source), **rows}
+            claims += judge(length, rows)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    report(__file__, where, claims, measured, output)
+
+
+def measure_length(
+    length: int,
+    peer: Path | None,
+    source: Path,
+    folder: Path,
+    rounds: int,
+    batch: int,
+    accumulation: int,
+    steps: int,
+    model: str,
+) -> dict:
+    """Real tokens a second of each contestant, turn by turn."""
+    folder.mkdir(parents=True)
+    if peer is None:
+        raise SystemExit(
+            "--peer DIR: give a checkout of jingyaogong/minimind; its tokenizer and its trainer are needed"
+        )
+    reference = Peer.copied(peer, folder / "peer")
+    needed = (rounds + 2) * (steps + 3) * batch * 2
+    texts = read_texts(source, needed)
+    part = folder / "texts.jsonl"
+    part.write_text("".join(json.dumps({"text": item}, ensure_ascii=False) + "\n" for item in texts))
+    rows = reference.read_tokens(texts, length)
+    order = [index for indices in micro_batches(len(texts), batch) for index in indices]
+    (folder / "tokens.json").write_text(json.dumps([rows[index] for index in order]))
+    shards = make_shards(source, reference.tokenizer, folder / "shards")
+
+    threads = core_threads()
+    padded = {"pattern": PATTERN, "steps": steps, "env": {**threads, "HF_HOME": str(folder / "hf")}}
+    command = reference.command(part, length=length, batch=batch, accumulation=accumulation)
+    qwen3 = [sys.executable, str(ROOT / "benchmarks" / "padded_loop.py"), "--tokens", str(folder / "tokens.json")]
+    qwen3 += ["--length", str(length), "--batch", str(batch), "--accumulation", str(accumulation), "--model", model]
+    path = {"PYTHONPATH": str(ROOT)}
+    contestants = [
+        Contestant("minimind", command, cwd=reference.folder / "trainer", **padded),
+        Contestant(
+            "Qwen3", qwen3, **{**padded, "pattern": r"micro-batch (?P<step>\d+) ", "env": {**padded["env"], **path}}
+        ),
+    ]
+    accumulated = -(-accumulation // 2)
+    for name, flags in OURS.items():
+        run_dir = folder / name.replace(" ", "-")
+        ours = [sys.executable, "-m", "minimind.train", "--model", model, "--shards", str(shards), "--document-mask"]
+        ours += ["--seq-len", str(length), "--micro-batch-size", str(batch), "--run-dir", str(run_dir)]
+        ours += ["--gradient-accumulation-steps", str(accumulated), "--steps", "100000", "--no-tensorboard", *flags]
+        ours += ["--ds-config", str(ROOT / "ds_configs" / "zero1.json")]
+        log = run_dir / "metrics.jsonl"
+        contestants.append(Contestant(name, ours, STEP_IN_LOG, steps, cwd=ROOT, env=threads, log=log))
+    print(f"length {length}", file=sys.stderr)
+    with started(contestants):
+        take_turns(contestants, rounds)
+
+    real = [sum(len(rows[index]) for index in indices) for indices in micro_batches(len(texts), batch)]
+    speeds = {}
+    for contestant in contestants:
+        ours = contestant.log is not None
+        counts = [
+            turn.steps * accumulated * batch * length
+            if ours
+            else sum(real[turn.first - 1 : turn.first - 1 + turn.steps])
+            for turn in contestant.turns
+        ]
+        speeds[contestant.name] = {
+            "tokens_per_second": [c / turn.wall_seconds for c, turn in zip(counts, contestant.turns, strict=True)],
+            "tokens_per_cpu_second": [c / turn.cpu_seconds for c, turn in zip(counts, contestant.turns, strict=True)],
+        }
+    kept = sum(len(row) for row in rows)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peak, source_of_peak = peak_flops(device, torch.bfloat16)
+    flops = preset(model).flops_per_token(length)
+    return {
+        "speeds": speeds,
+        "padding_share": 1 - kept / (len(rows) * length),
+        "peak_bf16_flops": peak,
+        "peak_source": source_of_peak,
+        "mfu": {name: [v * flops / peak for v in speeds[name]["tokens_per_second"]] for name in OURS if "bf16" in name},
+    }
+
+
+def judge(length: int, rows: dict) -> list[Claim]:
+    """The lines of the table for one length."""
+    speeds = {name: values["tokens_per_second"] for name, values in rows["speeds"].items()}
+    claims = [
+        Claim(f"training at {length}: {name}", tuple(values), unit="real tokens/s") for name, values in speeds.items()
+    ]
+    best = max((name for name in speeds if "bf16" in name), key=lambda name: sum(speeds[name]))
+    for other, target in (("minimind", TARGETS.get(length)), ("Qwen3", None)):
+        name = f"training at {length}: {best} over {other}"
+        claims.append(Claim(name, ratios(speeds[best], speeds[other]), target, unit="x"))
+    claims.append(Claim(f"training at {length}: MFU of {best}", tuple(rows["mfu"][best]), note="of the measured peak"))
+    return claims
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
