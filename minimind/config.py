@@ -56,6 +56,9 @@ class TrainConfig:
     """The run's folder: configuration, metrics, TensorBoard, checkpoints."""
     ds_config: Annotated[str | None, _default("ZeRO stage 1")] = None
     """DeepSpeed JSON file."""
+    init_from: Annotated[str | None, _default("fresh weights")] = None
+    """Begin with the weights (and, without --model, the shape) of a folder that minimind.export --format minimind made;
+    a resumed run has its own."""
     steps: Annotated[int | None, _default("as many as --epochs asks for")] = None
     """Optimizer steps."""
     epochs: float = 1.0
@@ -215,6 +218,13 @@ class _Selection:
 
 
 @dataclass(frozen=True)
+class _Start:
+    """As `_Selection`; a field of `TrainConfig` that also chooses the defaults of the model's."""
+
+    init_from: str | None = None
+
+
+@dataclass(frozen=True)
 class _Flags:
     """Train a MiniMind language model under DeepSpeed."""
 
@@ -240,13 +250,28 @@ def parse_command_line(args: Sequence[str]) -> CommandLine:
         if isinstance(content, dict):
             content.pop(SHARD_FINGERPRINT, None)
         base = RunConfig.from_dict(content, where=selection.config)
+    start = parse_known_flags(_Start, args, default=_Start(), prog=PROGRAM).init_from
     if selection.model is not None:
         base = dataclasses.replace(base, model=preset(selection.model))
+    elif start is not None:
+        base = dataclasses.replace(base, model=_model_of(start))
     default = _Flags(selection=selection, data=base.data, train=base.train, fields=base.model)
     flags = parse_flags(_Flags, args, default=default, prog=PROGRAM)
     run = RunConfig(model=flags.fields, data=flags.data, train=flags.train)
     check_run(run)
     return CommandLine(run=run, dry_run=flags.dry_run)
+
+
+def _model_of(folder: str) -> ModelConfig:
+    """The config of a model's folder in this project's own form."""
+    path = Path(folder) / "config.json"
+    values = read_json(path, "init_from:")
+    if not isinstance(values, dict) or values.pop("model_type", None) != "minimind":
+        raise UserError(
+            f"init_from: {folder} is not in this project's own form; make such a folder with python -m minimind.export "
+            f"--checkpoint {folder} --output DIR --format minimind"
+        )
+    return ModelConfig.from_dict(values)
 
 
 def check_run(run: RunConfig) -> None:
@@ -290,7 +315,7 @@ def check_run(run: RunConfig) -> None:
             raise UserError(f"{name}: {getattr(train, name)} is not between 0 and 1")
     if train.seed >= 2**63:
         raise UserError(f"seed: {train.seed} does not fit 63 bits; give a smaller one")
-    for name in ("run_dir", "ds_config", "resume"):
+    for name in ("run_dir", "ds_config", "resume", "init_from"):
         if getattr(train, name) == "":
             raise UserError(f"{name}: empty; give a value, or leave the flag out")
     if data.shards == "":

@@ -38,6 +38,7 @@ from minimind.peak_flops import peak_flops
 from minimind.run_folder import check_run_folder, identify, open_run_folder
 from minimind.run_lock import RunLock, hold_run_folder
 from minimind.signals import listen
+from minimind.starting_weights import check_starting_weights, set_starting_weights
 from minimind.trainer import Trainer, resolved_steps
 
 T = TypeVar("T")
@@ -102,6 +103,8 @@ def prepare(
             f"--vocab-size {vocab}"
         )
     check_run_folder(resolved, identify(train_reader))
+    if run.train.init_from is not None:
+        check_starting_weights(run.model, Path(run.train.init_from))
     return resolved, train_reader, eval_reader
 
 
@@ -132,7 +135,11 @@ def run_rank(
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train.precision or "", torch.float32)
         peak, source = peak_flops(device, dtype)
         log(f"peak of one device: {peak / 1e12:.3g} TFLOP/s in {train.precision} ({source})")
-        engine = build_engine(resolved, build_model(resolved, device))
+        model = build_model(resolved, device)
+        if train.init_from is not None and resume is None:
+            set_starting_weights(model, Path(train.init_from))
+            log(f"weights of {train.init_from}")
+        engine = build_engine(resolved, model)
         stack.callback(engine.destroy)
         state = TrainState()
         if resume is not None:

@@ -178,7 +178,13 @@ def test_an_excerpt_is_contiguous_source_and_a_changed_one_is_noticed():
 
 
 def test_every_configuration_field_is_described_in_chinese_and_only_those():
-    words = {"none, must be given", "ZeRO stage 1", "as many as --epochs asks for", "2% of the run, at least 1"}
+    words = {
+        "none, must be given",
+        "ZeRO stage 1",
+        "fresh weights",
+        "as many as --epochs asks for",
+        "2% of the run, at least 1",
+    }
     words |= {"micro batch x accumulation x ranks", "bf16 on a GPU that has it, otherwise fp32"}
     fields = set()
     for cls, file in ((ModelConfig, "model/config.py"), (DataConfig, "config.py"), (TrainConfig, "config.py")):

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from minimind import errors
+from minimind.data.dataset import TokenDataset
+from minimind.data.loader import BatchLoader
+from minimind.data.shards import open_split
 from minimind.decoding import Decoding
 from minimind.errors import UserError
 from minimind.export import main, parse_size
@@ -15,6 +18,7 @@ from minimind.model import PRESETS, MiniMindForCausalLM, ModelConfig
 from minimind.pretrained import load_model
 from minimind.safetensors_folder import plan_shards
 from minimind.sampling import SamplingOptions
+from tests import training_runs
 from tests.tokenizers_for_tests import save_byte_level, save_sentencepiece
 from tests.training_runs import flags_for, rank_pool, train, weights
 
@@ -205,3 +209,27 @@ def test_a_wrong_flag_is_one_line(flags, said, tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == "" and said in err and err.startswith("error: ") and err.count("\n") == 1
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_run_begins_with_the_weights_of_another_model(stage, tiny_corpus, tmp_path):
+    """Also a foreign one: its first loss is that of the model itself, and its shape needs no flag."""
+    config = dataclasses.replace(MOE if stage == 1 else PRESETS["tiny"], vocab_size=256, num_hidden_layers=1)
+    config = dataclasses.replace(config, n_shared_experts=0) if config.use_moe else config
+    model = save_random(tmp_path / "own", config)
+    run_export("--checkpoint", tmp_path / "own", "--output", tmp_path / "hf")
+    run_export("--checkpoint", tmp_path / "hf", "--output", tmp_path / "start", "--format", "minimind")
+    flags = [flag for flag in flags_for(tiny_corpus, tmp_path / "run", stage=stage, steps=2) if flag]
+    for name in training_runs.MODEL:
+        place = flags.index("--" + name.replace("_", "-"))
+        del flags[place : place + 2]
+    train([*flags, "--init-from", str(tmp_path / "start"), "--lr", "1e-9"])
+    batch = BatchLoader(TokenDataset(open_split(tiny_corpus, "train"), 16), 42, 4, 4).step_batches(0)[0]
+    with torch.no_grad():
+        expected = float(model(batch.input_ids, batch.labels).loss)
+    assert training_runs.losses(tmp_path / "run")[1] == pytest.approx(expected, rel=1e-5)
+    elsewhere = ["--run-dir", str(tmp_path / "other"), "--dry-run"]
+    with pytest.raises(UserError, match="leave out --model and the flags of its shape"):
+        train([*flags, "--init-from", str(tmp_path / "start"), "--num-hidden-layers", "2", *elsewhere])
+    with pytest.raises(UserError, match=r"hf is not in this project's own form; .* --format minimind"):
+        train([*flags, "--init-from", str(tmp_path / "hf"), *elsewhere])
