@@ -114,12 +114,14 @@ def changes_topology(manifest: CheckpointManifest, resolved: Resolved) -> list[s
     there = {
         "world_size": manifest.world_size,
         "zero_stage": manifest.zero_stage,
+        "ep_size": manifest.ep_size,
         "precision": manifest.precision,
         **manifest.layout,
     }
     here = {
         "world_size": torch.distributed.get_world_size(),
         "zero_stage": resolved.zero_stage,
+        "ep_size": resolved.run.train.ep_size or 1,
         "precision": resolved.run.train.precision,
         **describe_layout(resolved),
     }

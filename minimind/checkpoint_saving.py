@@ -87,6 +87,7 @@ def describe_layout(resolved: Resolved) -> dict[str, Any]:
         "offload_optimizer": offload_device(resolved.ds, "optimizer"),
         "autocast": bool(resolved.ds.get("torch_autocast", {}).get("enabled")),
         "grad_accum_dtype": resolved.ds.get("data_types", {}).get("grad_accum_dtype"),
+        "moe_backend": train.moe_backend,
         **{key: zero.get(key) for key in ("sub_group_size", "round_robin_gradients", "zero_hpz_partition_size")},
     }
 
@@ -146,6 +147,7 @@ class CheckpointSaver:
             **dataclasses.asdict(state),
             world_size=torch.distributed.get_world_size(),
             zero_stage=self._resolved.zero_stage,
+            ep_size=run.train.ep_size or 1,
             precision=run.train.precision or "fp32",
             layout=describe_layout(self._resolved),
             shard_fingerprint=self._corpus.fingerprint,

@@ -24,6 +24,8 @@ from minimind.schema import check_fields, nearest
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "linear", "constant", "wsd", "step", "exponential", "deepspeed"]
 OptimizerName = Literal["adamw", "muon", "deepspeed"]
+MoeBackend = Literal["autoep", "deepspeed"]
+GateNoise = Literal["none", "jitter", "rsample"]
 
 PROGRAM = "python -m minimind.train"
 
@@ -101,6 +103,26 @@ class TrainConfig:
     """Keep only each block's input for the backward and recompute the rest: less memory, about a third more time."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    moe_backend: Annotated[MoeBackend | None, _default("autoep, for a model with experts")] = None
+    """What runs the experts: autoep (DeepSpeed's AutoEP) drops no token and knows every ZeRO stage; deepspeed
+    (deepspeed.moe) can limit what an expert takes, and knows ZeRO 0 to 2."""
+    ep_size: Annotated[int | None, _default("1")] = None
+    """Ranks that share one set of experts; divides the experts and the ranks. 1: every rank holds all experts."""
+    moe_drop_tokens: bool = False
+    """moe_backend deepspeed: an expert passes over what exceeds its capacity, also in evaluation."""
+    moe_capacity_factor: float = 1.0
+    """With moe_drop_tokens: tokens that an expert takes in training, as a multiple of its even share."""
+    moe_eval_capacity_factor: float = 1.0
+    """The same in evaluation."""
+    moe_min_capacity: int = 4
+    """With moe_drop_tokens: what an expert takes at least; not above seq_len."""
+    moe_random_selection: bool = False
+    """With moe_drop_tokens and one expert a token: choose at random what is dropped, not the last of the batch."""
+    moe_gate_noise: GateNoise = "none"
+    """moe_backend deepspeed, in training: jitter multiplies the router's input by 0.99 to 1.01, rsample (one expert a
+    token) adds Gumbel noise to its logits. Noise moves the choice, not the weights."""
+    moe_sample_second: bool = False
+    """moe_backend deepspeed, two experts a token, in training: draw the second instead of taking the next best."""
     skip_bad_steps: int = 0
     """Skip up to this many steps whose loss or gradient is NaN or infinite; 0: stop at the first."""
     log_every: int = 1
@@ -302,11 +324,13 @@ def check_run(run: RunConfig) -> None:
         (train, "keep_every", 0),
         (train, "keep_best", 0),
         (train, "num_workers", 0),
+        (train, "ep_size", 1),
+        (train, "moe_min_capacity", 1),
     ):
         value = getattr(section, name)
         if value is not None and not low <= value < math.inf:
             raise UserError(f"{name}: {value} is not a finite number of {low} or more")
-    for name in ("lr", "epochs"):
+    for name in ("lr", "epochs", "moe_capacity_factor", "moe_eval_capacity_factor"):
         value = getattr(train, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{name}: {value} is not a finite number above 0")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minimind.config import RunConfig, TrainConfig, check_run, read_json
+from minimind.ds_experts import check_experts, take_experts, write_experts
 from minimind.ds_overlaps import Overlaps, resolve_batch, take_optimizer, take_precision, take_schedule
 from minimind.ds_sections import AUTO, check_sections, zero_stage
 from minimind.errors import UserError
@@ -111,6 +112,7 @@ def resolve(
         "max_grad_norm": overlaps.take("max_grad_norm", train.max_grad_norm, ds, "gradient_clipping"),
         **take_optimizer(overlaps, run, ds),
         "schedule": take_schedule(overlaps, run, ds),
+        **take_experts(overlaps, run, ds),
     }
     precision = take_precision(overlaps, run, ds)
     overlaps.finish()
@@ -125,7 +127,9 @@ def resolve(
     _resolve_hpz(ds, world_size, local_world_size)
     notes = [f'{where}: "auto" left to DeepSpeed\'s default' for where in _drop_autos(ds)]
     _write_back(ds, resolved)
+    write_experts(ds, resolved)
     _check_combinations(resolved, ds, device_type)
+    check_experts(resolved, ds, world_size)
     notes += _advice(resolved, ds)
     return Resolved(run=resolved, ds=ds, notes=tuple(notes))
 

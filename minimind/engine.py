@@ -24,6 +24,7 @@ from torch import nn
 from minimind.ds_config import Resolved
 from minimind.ds_sections import offload_device
 from minimind.errors import UserError
+from minimind.experts import global_norm, split_groups, watch_experts
 from minimind.model import MiniMindForCausalLM
 from minimind.schema import nearest
 
@@ -116,7 +117,8 @@ def build_model(resolved: Resolved, device: torch.device) -> MiniMindForCausalLM
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices (two dimensions and more) decay; norms and biases do not.
+    """Two groups: matrices (two dimensions and more, fused experts among them) decay; norms and biases do not. Experts
+    that not every rank holds come in groups of their own.
 
     Under ZeRO-3 a parameter is flat; its real shape is `ds_shape`.
     """
@@ -127,37 +129,43 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             shape = getattr(parameter, "ds_shape", parameter.shape)
             (decayed if len(shape) >= 2 else plain).append(parameter)
     groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"name": "matrices", "params": decayed, "weight_decay": weight_decay},
+        {"name": "vectors", "params": plain, "weight_decay": 0.0},
     ]
-    return [group for group in groups if group["params"]]
+    return split_groups([group for group in groups if group["params"]])
 
 
-def build_engine(resolved: Resolved, model: nn.Module) -> deepspeed.DeepSpeedEngine:
+def build_engine(resolved: Resolved, model: MiniMindForCausalLM) -> deepspeed.DeepSpeedEngine:
     """Hand the model to DeepSpeed. Every rank calls this.
 
     Raises:
         UserError: an op that the configuration needs (CPU Adam under offload) does not build here.
     """
     train, ds = resolved.run.train, copy.deepcopy(resolved.ds)
-    groups = parameter_groups(model, train.weight_decay or 0.0)
-    optimizer: torch.optim.Optimizer | None = None
+    weight_decay = train.weight_decay or 0.0
+    build_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None
     if train.optimizer == "adamw" and offload_device(ds, "optimizer") is None:
         # With a client optimizer DeepSpeed would only keep the section for its own bookkeeping.
         del ds["optimizer"]
-        optimizer = torch.optim.AdamW(
-            groups, lr=train.lr or 0.0, betas=train.betas or (0.9, 0.95), eps=train.eps or 0.0, fused=True
-        )
+
+        def build_optimizer(_given: Any) -> torch.optim.Optimizer:
+            # Called when the experts have been taken over: the parameters are others than before.
+            groups = parameter_groups(model, weight_decay)
+            return torch.optim.AdamW(
+                groups, lr=train.lr or 0.0, betas=train.betas or (0.9, 0.95), eps=train.eps or 0.0, fused=True
+            )
+
     if clips_here(resolved):
         ds["gradient_clipping"] = 0.0
     with _build_errors():
         engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=optimizer,
-            model_parameters=None if optimizer is not None else groups,
+            optimizer=build_optimizer,
+            model_parameters=None if build_optimizer is not None else parameter_groups(model, weight_decay),
             config=ds,
             dist_init_required=False,
         )
+    watch_experts(resolved, model)
     if train.compile:
         engine.compile()
     return engine
@@ -190,13 +198,9 @@ def optimizer_step(engine: deepspeed.DeepSpeedEngine, resolved: Resolved) -> tor
 
 def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
     """Scale the gradients in place to a global 2-norm of at most `max_norm`; the norm before that, () on the device.
-
-    On CPU the squares are summed in float64: in float32 the sum over a large matrix is off by 1e-4.
-    """
+    Every rank calls this."""
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    dtype = torch.float64 if parameters[0].device.type == "cpu" else torch.float32
-    norms = [torch.linalg.vector_norm(parameter.grad, dtype=dtype) for parameter in parameters]
-    norm = torch.linalg.vector_norm(torch.stack(norms)).float()
+    norm = global_norm(parameters)
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 

@@ -16,9 +16,10 @@ DEFAULT_LAYER = 5
 LAYERS = {
     0: "errors atomic schema flags tokenizer data.manifest data.array_file data.shard_writer data.shards "
     "model.config model.arithmetic model.limits",
-    1: "config distributed ds_sections ds_overlaps",
-    2: "ds_config schedule data.order data.dataset data.loader model model.attention model.cache model.grouped "
-    "model.layers model.loss model.moe model.pretrained model.rope model.routing model.transformer model.visibility",
+    1: "config distributed ds_sections ds_overlaps ds_experts",
+    2: "ds_config expert_names schedule data.order data.dataset data.loader model model.attention model.cache "
+    "model.grouped model.layers model.loss model.moe model.pretrained model.rope model.routing model.transformer "
+    "model.visibility",
     3: "experts",
     4: "engine",
     6: "trainer",

@@ -1,0 +1,75 @@
+"""Expert parallelism, applied to a plain model from outside: what has to be done before, at and after
+`deepspeed.initialize`, whichever backend runs the experts. Knows nothing of batches, steps or checkpoints.
+
+DeepSpeed replaces each `layers.N.mlp` by a layer of its own (AutoEP inside `initialize`, from the block that
+`ds_experts` writes), so whatever was taken from the old layers must be taken again: the routers that the auxiliary loss
+listens to, the parameters of the optimizer. Ranks r, r+1 ... of one group of `ep_size` neighbours hold one set of
+experts; ranks that hold the same experts average their gradients.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
+from deepspeed.utils import groups
+from torch import nn
+
+from minimind.ds_config import Resolved
+from minimind.model import MiniMindForCausalLM
+from minimind.model.routing import BIAS_NAME, Router
+
+
+def watch_experts(resolved: Resolved, model: MiniMindForCausalLM) -> None:
+    """Let the model's balance be taken from the layers that DeepSpeed has put in place of its own.
+
+    The selection bias keeps float32 whatever the model was cast to: in bfloat16 its small steps would be lost.
+    """
+    if resolved.run.train.moe_backend is None:
+        return
+    routers = []
+    for layer in model.model.layers:
+        if isinstance(layer.mlp, AutoEPMoELayer):
+            router = layer.mlp.router
+            if getattr(router, BIAS_NAME, None) is not None:
+                setattr(router, BIAS_NAME, getattr(router, BIAS_NAME).float())
+            routers.append(Router(router.gate, router))
+    expected = sum(resolved.run.model.has_experts(layer) for layer in range(resolved.run.model.num_hidden_layers))
+    if len(routers) != expected:
+        raise RuntimeError(f"{expected} layers have experts, and DeepSpeed has taken over {len(routers)}")
+    model.router_record.watch(routers)
+
+
+def split_groups(parameter_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The optimizer's groups, each with a `name`, with the experts that not every rank holds apart: DeepSpeed knows
+    them by that. A dense model's groups stay as they are."""
+    if any(is_moe_param(parameter) for group in parameter_groups for parameter in group["params"]):
+        return split_params_into_different_moe_groups_for_optimizer(parameter_groups)
+    return parameter_groups
+
+
+def global_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    """2-norm of the reduced gradients of all parameters of all ranks, float32 () on the device. Every rank calls this.
+
+    A shared parameter has the same gradient on every rank, an expert's on those that hold it.
+    """
+    shared: list[torch.Tensor] = []
+    experts: dict[str, list[torch.Tensor]] = {}
+    for parameter in parameters:
+        kind = experts.setdefault(parameter.group_name, []) if is_moe_param(parameter) else shared  # type: ignore
+        # On CPU the squares are summed in float64: in float32 the sum over a large matrix is off by 1e-4.
+        dtype = torch.float64 if parameter.device.type == "cpu" else torch.float32
+        kind.append(torch.linalg.vector_norm(parameter.grad, dtype=dtype))
+    norms = [_combine(shared)] if shared else []
+    for name in sorted(experts):
+        square = _combine(experts[name]).square()
+        group = groups._get_expert_parallel_group(name)
+        if torch.distributed.get_world_size(group) > 1:
+            torch.distributed.all_reduce(square, group=group)  # over the ranks that hold the other experts
+        norms.append(square.sqrt())
+    return _combine(norms).float()
+
+
+def _combine(norms: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.linalg.vector_norm(torch.stack(list(norms)))
