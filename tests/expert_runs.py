@@ -19,7 +19,7 @@ DENSE = {
     "max_position_embeddings": 64,
 }  # fmt: skip
 # tiny-moe, smaller: a dense layer below two with experts, and a router loss that can be seen in the gradient norm. Its
-# weights start large: where the best experts of a token are equal but for rounding, another order of sums takes another.
+# weights start large: where a token has two best experts but for rounding, another order of sums takes the other one.
 EXPERTS = {
     **DENSE, "num_hidden_layers": 3, "first_k_dense_replace": 1, "use_moe": True, "num_experts": 8,
     "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 32, "router_aux_loss_coef": 0.1,
