@@ -149,6 +149,10 @@ class TrainConfig:
     """Write TensorBoard events into run_dir/tensorboard."""
     num_workers: int = 1
     """Threads that read batches ahead of the step; 0: read in the step itself."""
+    timeout_minutes: float = 30.0
+    """A collective that hangs this long ends the run, saying where each rank stands."""
+    preflight: bool = True
+    """With several ranks, compare hosts, versions, code and folders before training."""
 
 
 @dataclass(frozen=True)
@@ -330,7 +334,7 @@ def check_run(run: RunConfig) -> None:
         value = getattr(section, name)
         if value is not None and not low <= value < math.inf:
             raise UserError(f"{name}: {value} is not a finite number of {low} or more")
-    for name in ("lr", "epochs", "moe_capacity_factor", "moe_eval_capacity_factor"):
+    for name in ("lr", "epochs", "timeout_minutes", "moe_capacity_factor", "moe_eval_capacity_factor"):
         value = getattr(train, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{name}: {value} is not a finite number above 0")

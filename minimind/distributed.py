@@ -8,7 +8,6 @@ import contextlib
 import datetime
 import os
 import re
-import socket
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,8 @@ import deepspeed.ops
 import torch
 import torch.distributed
 
-from minimind.errors import UserError
+from minimind.errors import OneRankError, UserError
+from minimind.rendezvous import connect_store, node_name
 
 # On CPU, DeepSpeed compiles a shared-memory all-reduce at start. It serves inference alone, needs a compiler, and
 # leaves 66 MiB a rank in /dev/shm when a process is killed. Declared incompatible, it is neither built nor used.
@@ -45,12 +45,18 @@ class RankEnvironment:
     """None: nobody said it (a single process, or MPI before the ranks have talked)."""
     master_port: int | None = None
     launcher: str = "none"
+    num_nodes: int | None = None
+    """Hosts of the run; None: the launcher does not say."""
 
     @property
     def is_first(self) -> bool:
         """Whether this is rank 0, the one that prints and writes."""
         return self.rank == 0
 
+
+# What launchers call the number of hosts: deepspeed, torchrun, a step of srun, a SLURM job.
+_NUM_NODES = ("CROSS_SIZE", "GROUP_WORLD_SIZE")
+_SLURM_NUM_NODES = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES")
 
 # launcher, and its names of rank, world size, local rank, local world size
 _LAUNCHERS = (
@@ -102,6 +108,7 @@ def read_environment(environment: Mapping[str, str] | None = None) -> RankEnviro
             master_addr=environment.get("MASTER_ADDR"),
             master_port=_number(environment, "MASTER_PORT", DEFAULT_MASTER_PORT),
             launcher=launcher,
+            num_nodes=_num_nodes(environment, launcher),
         )
     return RankEnvironment()
 
@@ -122,6 +129,11 @@ def _slurm_tasks_here(environment: Mapping[str, str]) -> int | None:
         counts += [int(tasks)] * int(nodes or 1)
     node = _number(environment, "SLURM_NODEID", 0)
     return counts[node] if node < len(counts) else None
+
+
+def _num_nodes(environment: Mapping[str, str], launcher: str) -> int | None:
+    names = {"torch": _NUM_NODES, "slurm": _SLURM_NUM_NODES}.get(launcher, ())
+    return next((_number(environment, name) for name in names if name in environment), None)
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -147,21 +159,40 @@ def find_device(env: RankEnvironment) -> torch.device:
     # A launcher that shows each rank one device only (srun --gpus-per-task=1) makes that device number 0.
     index = env.local_rank if count > 1 else 0
     if env.local_rank >= count > 1 or (count == 1 and env.local_world_size > 1 and "SLURM_STEP_GPUS" not in os.environ):
-        raise UserError(f"local rank {env.local_rank} of {env.local_world_size}: this host has {count} CUDA devices")
+        raise OneRankError(
+            f"local rank {env.local_rank} of {env.local_world_size}: this host has {count} CUDA devices ({node_name()})"
+        )
     return torch.device("cuda", index)
 
 
+def open_store(env: RankEnvironment, timeout_minutes: float) -> torch.distributed.Store:
+    """Connect to the key-value store that rank 0 opens at MASTER_ADDR and MASTER_PORT. Every rank calls this.
+
+    Raises:
+        OneRankError: the port is taken, or nobody answers there in time.
+    """
+    address, port = env.master_addr or "127.0.0.1", env.master_port or DEFAULT_MASTER_PORT
+    return connect_store(env.rank, env.world_size, address, port, timeout_minutes)
+
+
 @contextlib.contextmanager
-def process_group(env: RankEnvironment, device: torch.device, timeout_minutes: float = 30.0) -> Iterator[None]:
+def process_group(
+    env: RankEnvironment,
+    device: torch.device,
+    timeout_minutes: float = 30.0,
+    store: torch.distributed.Store | None = None,
+) -> Iterator[None]:
     """Join the process group of the run, and leave it whatever happens. Every rank calls this.
 
     A single process needs no port and no address. On CUDA, device tensors go through NCCL, host tensors through gloo.
+
+    Args:
+        store: where the ranks have met already; otherwise they meet now.
 
     Raises:
         UserError: the master cannot be reached, or its port is taken.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = datetime.timedelta(minutes=timeout_minutes)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -169,25 +200,20 @@ def process_group(env: RankEnvironment, device: torch.device, timeout_minutes: f
     # DeepSpeed and torch read these again, whatever launcher brought them.
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(env.rank), str(env.world_size)
     os.environ["LOCAL_RANK"] = str(env.local_rank)
-    if env.world_size == 1 and env.master_addr is None:
-        store: Any = torch.distributed.HashStore()
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    else:
-        address, port = env.master_addr or "127.0.0.1", env.master_port or DEFAULT_MASTER_PORT
-        try:
-            torch.distributed.init_process_group(
-                backend,
-                init_method=f"tcp://{address}:{port}",
-                rank=env.rank,
-                world_size=env.world_size,
-                timeout=timeout,
-            )
-        except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"rank {env.rank} on {socket.gethostname()}: no process group at MASTER_ADDR {address} "
-                f"MASTER_PORT {port}: {reason}"
-            ) from None
+    if store is None:
+        is_alone = env.world_size == 1 and env.master_addr is None
+        store = torch.distributed.HashStore() if is_alone else open_store(env, timeout_minutes)
+    try:
+        torch.distributed.init_process_group(
+            backend,
+            store=torch.distributed.PrefixStore("group", store),
+            rank=env.rank,
+            world_size=env.world_size,
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+        )
+    except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OneRankError(f"rank {env.rank} on {node_name()}: no process group: {reason}") from None
     try:
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         yield

@@ -13,6 +13,8 @@ from collections.abc import Callable
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
 """A run was asked to stop (signal or file), has saved, and continues when it is started again (EX_TEMPFAIL)."""
+EXIT_LOST = 76
+"""A run ended because another of its ranks was gone, or a collective hung; it continues from its last checkpoint."""
 
 QUIET_SECONDS = 5.0
 """How long a rank that does not speak leaves the one that does to say its line."""
@@ -20,6 +22,10 @@ QUIET_SECONDS = 5.0
 
 class UserError(Exception):
     """A mistake in what the user gave. The message is one line: the thing, its value, and the fix."""
+
+
+class OneRankError(UserError):
+    """A mistake that only the rank it happened on knows of: it says so itself, even where another speaks for all."""
 
 
 def run_main(main: Callable[[], int | None], *, quiet: bool = False) -> None:
@@ -34,7 +40,7 @@ def run_main(main: Callable[[], int | None], *, quiet: bool = False) -> None:
     except UserError as error:
         if os.environ.get("MINIMIND_TRACEBACK") == "1":
             raise
-        if quiet:
+        if quiet and not isinstance(error, OneRankError):
             time.sleep(QUIET_SECONDS)
         else:
             print(f"error: {error}", file=sys.stderr, flush=True)

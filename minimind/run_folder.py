@@ -29,7 +29,12 @@ DS_CONFIG_NAME = "ds_config.json"
 # The model and the shards are compared by the checkpoint's manifest too.
 FIXED_FIELDS = frozenset(("seq_len", "document_mask", "seed", "global_batch_size", "optimizer"))
 # Changes that nobody needs to be told of.
-UNIMPORTANT_FIELDS = frozenset(("run_dir", "resume", "log_every", "tensorboard", "num_workers", "shards", "ds_config"))
+UNIMPORTANT_FIELDS = frozenset(
+    (
+        "run_dir", "resume", "log_every", "tensorboard", "num_workers", "shards", "ds_config", "timeout_minutes",
+        "preflight",
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

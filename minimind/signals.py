@@ -39,6 +39,11 @@ class Outside:
         self._run_dir = run_dir
         self._signal = 0
         self._since = 0.0
+        self._is_abandoned = False
+
+    def abandon(self) -> None:
+        """Ask to stop because nobody waits for this run any more; no signal, so the first one is still a request."""
+        self._is_abandoned = True
 
     def agree(self, values: tuple[int, ...] = ()) -> tuple[Requests, tuple[int, ...]]:
         """What any rank was asked, and the element-wise largest of `values`. Every rank calls this: one collective.
@@ -46,12 +51,16 @@ class Outside:
         Only host memory is touched, so the device goes on with what it was given.
         """
         files = self._look()
-        # (highest signal, SAVE there, STOP there, the caller's values)
-        tensor = torch.tensor([self._signal, *files, *values], dtype=torch.int64)
+        # (highest signal, launcher gone, SAVE there, STOP there, the caller's values)
+        tensor = torch.tensor([self._signal, int(self._is_abandoned), *files, *values], dtype=torch.int64)
         torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
-        number, save, stop, *largest = tensor.tolist()
-        reason = signal.Signals(number).name if number else "a file named STOP" if stop else "a file named SAVE"
-        return Requests(bool(save or stop or number), bool(stop or number), reason), tuple(largest)
+        number, abandoned, save, stop, *largest = tensor.tolist()
+        if number or abandoned:
+            reason = signal.Signals(number).name if number else "the end of its launcher"
+        else:
+            reason = "a file named STOP" if stop else "a file named SAVE"
+        must_stop = bool(stop or number or abandoned)
+        return Requests(bool(save) or must_stop, must_stop, reason), tuple(largest)
 
     def done(self) -> None:
         """The requests of the files were carried out: remove them. A rank without a run folder does nothing."""

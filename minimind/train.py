@@ -32,8 +32,13 @@ from minimind.distributed import (
 from minimind.ds_config import Resolved
 from minimind.engine import build_engine, build_model, check_ds_config
 from minimind.errors import EXIT_STOPPED, UserError, run_main
+from minimind.launcher_watch import LauncherWatch
+from minimind.lifeline import Lifeline
+from minimind.meeting import meet, report_absence
 from minimind.memory import estimate_memory
 from minimind.metrics import MetricsLog
+from minimind.mpi_address import find_master
+from minimind.node_caches import use_own_caches
 from minimind.peak_flops import peak_flops
 from minimind.run_folder import check_run_folder, identify, open_run_folder
 from minimind.run_lock import RunLock, hold_run_folder
@@ -49,10 +54,17 @@ def main(args: Sequence[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else args
     # The deepspeed launcher adds --local_rank=N to what the user typed; the environment says the same.
     args = [arg for arg in args if not arg.startswith(("--local_rank=", "--local-rank="))]
+    launcher = LauncherWatch()
     env = read_environment()
     command = parse_command_line(args)
     device = find_device(env)
-    resolved, train_reader, eval_reader = prepare(command, env, device)
+    env = find_master(env)
+    use_own_caches(env)
+    try:
+        resolved, train_reader, eval_reader = prepare(command, env, device)
+    except UserError as error:
+        report_absence(env, error)
+        raise
     dataset = TokenDataset(train_reader, resolved.run.data.seq_len, resolved.run.data.document_mask)
     eval_dataset = None
     if eval_reader is not None:
@@ -65,8 +77,13 @@ def main(args: Sequence[str] | None = None) -> int:
         if env.is_first:
             print(json.dumps({"run": resolved.run.to_dict(), "deepspeed": resolved.ds}, indent=2))
         return 0
-    with process_group(env, device):
-        finished = run_rank(resolved, env, device, dataset, eval_dataset)
+    timeout_minutes = resolved.run.train.timeout_minutes
+    with (
+        meet(resolved, env, device, train_reader.fingerprint) as (store, lifeline),
+        process_group(env, device, timeout_minutes, store),
+        lifeline.reporting(),
+    ):
+        finished = run_rank(resolved, env, device, dataset, eval_dataset, lifeline, launcher)
     return 0 if finished else EXIT_STOPPED
 
 
@@ -114,11 +131,15 @@ def run_rank(
     device: torch.device,
     dataset: TokenDataset,
     eval_dataset: TokenDataset | None,
+    lifeline: Lifeline,
+    launcher: LauncherWatch,
 ) -> bool:
     """Build and train inside the process group; whether the run reached its last step. Every rank calls this."""
     train, run_dir = resolved.run.train, Path(resolved.run.train.run_dir)
     with contextlib.ExitStack() as stack:
         outside = stack.enter_context(listen(run_dir if env.is_first else None))
+        launcher.start(outside.abandon)
+        stack.callback(launcher.close)
         locks: list[RunLock] = []  # of rank 0
         on_first_rank(lambda: locks.append(stack.enter_context(hold_run_folder(run_dir))))
         notes = check_run_folder(resolved, identify(dataset.reader))
@@ -160,6 +181,7 @@ def run_rank(
             metrics=metrics,
             saver=saver,
             outside=outside,
+            lifeline=lifeline,
             lock=locks[0] if locks else None,
             state=state,
             flops_per_token=resolved.run.model.flops_per_token(resolved.run.data.seq_len),

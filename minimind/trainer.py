@@ -24,6 +24,7 @@ from minimind.distributed import all_reduce_sum, gather_objects
 from minimind.ds_config import Resolved
 from minimind.engine import loss_scale, optimizer_step, set_learning_rate
 from minimind.errors import UserError
+from minimind.lifeline import Lifeline
 from minimind.metrics import MetricsLog, peak_memory_bytes
 from minimind.run_lock import RunLock, RunLockError
 from minimind.schedule import learning_rate
@@ -66,6 +67,7 @@ class Trainer:
     metrics: MetricsLog | None
     saver: CheckpointSaver
     outside: Outside
+    lifeline: Lifeline
     lock: RunLock | None
     state: TrainState
     flops_per_token: float
@@ -90,8 +92,10 @@ class Trainer:
         self._window_began = time.perf_counter()
         with contextlib.closing(self._batches()) as steps:
             while self.state.step < total:
+                self.lifeline.at(self.state.step + 1, "reading the batch")
                 self.train_step(next(steps))
                 step = self.state.step
+                self.lifeline.at(step, "end of the step")
                 requests = self._agree()
                 is_last = step == total or requests.stop
                 evaluate_now = step == total or bool(train.eval_every and step % train.eval_every == 0)
@@ -122,6 +126,7 @@ class Trainer:
         scale = len(batches) * self.loader.world_size / num_targets
         loss, aux_loss = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for batch in batches:
+            self.lifeline.at(step + 1, "forward and backward")
             moved = batch.to(self.device, non_blocking=True)
             output = self.engine(
                 moved.input_ids,
@@ -138,6 +143,7 @@ class Trainer:
             self.engine.backward(total)
             if batch is not batches[-1]:
                 self.engine.step()  # not at an accumulation boundary: counts the micro-batch
+        self.lifeline.at(step + 1, "optimizer step")
         grad_norm = optimizer_step(self.engine, self.resolved)
         scale_now = loss_scale(self.engine) if train.precision == "fp16" else None
         self._pending.append(_PendingStep(step + 1, loss, aux_loss, grad_norm, lr, scale_now))
@@ -161,6 +167,7 @@ class Trainer:
             self.loader.world_size,
             max_samples=train.eval_samples or None,
         ):
+            self.lifeline.at(self.state.step, "evaluating")
             moved = batch.to(self.device, non_blocking=True)
             output = self.engine(
                 moved.input_ids,
@@ -288,6 +295,7 @@ class Trainer:
 
     def _save(self, eval_loss: float | None, *, wait: bool) -> None:
         """Write a checkpoint. Every rank calls this; the pending steps are flushed and finite."""
+        self.lifeline.at(self.state.step, "saving")
         if self.metrics is not None:
             self.metrics.flush()
         self._note_saved(self.saver.wait())  # one at a time
