@@ -28,8 +28,8 @@ LAYERS = {
 LAYER_OF = {f"minimind.{name}": layer for layer, names in LAYERS.items() for name in names.split()}
 
 MAY_IMPORT_DEEPSPEED = {
-    "minimind.distributed", "minimind.experts", "minimind.engine", "minimind.export", "minimind.neutral_loading",
-    "minimind.starting_weights", "minimind.state_files",
+    "minimind.deepspeed_launcher", "minimind.distributed", "minimind.experts", "minimind.engine", "minimind.export",
+    "minimind.neutral_loading", "minimind.starting_weights", "minimind.state_files",
 }  # fmt: skip
 WITHOUT_TORCH = [name for name, layer in LAYER_OF.items() if layer == 0]
 
