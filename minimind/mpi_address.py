@@ -14,8 +14,8 @@ from minimind.distributed import RankEnvironment
 from minimind.errors import OneRankError
 from minimind.rendezvous import node_name
 
-# Debian calls MPICH's library libmpich; a wheel lies in the environment's own folder.
-_LIBRARIES = {"openmpi": ("libmpi.so.40",), "mpich": ("libmpi.so.12", "libmpich.so.12")}
+# By launcher; mpi4py is linked against these names.
+_LIBRARIES = {"openmpi": "libmpi.so.40", "mpich": "libmpi.so.12"}
 
 
 def find_master(env: RankEnvironment) -> RankEnvironment:
@@ -29,10 +29,9 @@ def find_master(env: RankEnvironment) -> RankEnvironment:
     if env.launcher not in _LIBRARIES or env.master_addr is not None or env.world_size == 1:
         return env
     if "MPI4PY_LIBMPI" not in os.environ:
-        # A host may have both; the one that mpirun belongs to is known from its variables.
-        names = _LIBRARIES[env.launcher]
-        folders = [os.path.join(sys.prefix, "lib", name) for name in names]
-        os.environ["MPI4PY_LIBMPI"] = os.pathsep.join([*folders, *names])
+        # A host may have both; the variables say which mpirun this is. The library of a wheel lies beside Python.
+        name = _LIBRARIES[env.launcher]
+        os.environ["MPI4PY_LIBMPI"] = os.pathsep.join([os.path.join(sys.prefix, "lib", name), name])
     mpi4py.rc.initialize = False
     mpi4py.rc.finalize = False
     try:
