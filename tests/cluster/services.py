@@ -1,0 +1,273 @@
+"""What a cluster has, started on this machine: SLURM with two nodes, hosts with their own network and sshd, mpirun.
+
+Everything is started in the foreground, keeps its state in a folder of the test, and is ended by its own process id.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def need(*programs: str) -> None:
+    """Skip unless this is root on a Linux machine with these programs and namespaces."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    missing = [name for name in programs if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    result = subprocess.run(["unshare", "--mount", "--uts", "true"], capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        pytest.skip(f"no namespaces here: {result.stderr.strip()}")
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """This process's environment without what launchers set, and with every program findable."""
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    return {**kept, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin", **more}
+
+
+def wait_until(condition: Callable[[], object], seconds: float, what: Callable[[], object]) -> None:
+    """Wait for `condition`; `what` says what is known when it does not come."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what()}"
+        time.sleep(0.1)
+
+
+class Services:
+    """Processes that run until `close`, each with its output in a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._running: list[subprocess.Popen] = []
+
+    def start(self, command: Sequence[object], **environment: str) -> subprocess.Popen:
+        words = [str(word) for word in command]
+        number = len(self._running)
+        with open(self.folder / f"service-{number}.log", "w") as log:
+            process = subprocess.Popen(
+                words,
+                env=clean_environment(**environment),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self._running.append(process)
+        return process
+
+    def logs(self) -> str:
+        return "\n".join(path.read_text(errors="replace")[-1500:] for path in sorted(self.folder.glob("service-*.log")))
+
+    def close(self) -> None:
+        for process in reversed(self._running):
+            process.terminate()
+        for process in reversed(self._running):
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(15)
+
+
+def with_hosts_file(hosts: Path, command: Sequence[object]) -> list[object]:
+    """`command` in a mount namespace whose /etc/hosts is `hosts`; the process id is the command's own."""
+    script = 'mount --bind "$1" /etc/hosts && shift && exec "$@"'
+    return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", hosts, *command]
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+
+
+# SLURM ---------------------------------------------------------------------------------------------------------------
+
+_SLURM_CONF = """
+ClusterName=tests
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller}
+AuthInfo=socket={folder}/munge-socket/socket,cred_expire=5
+SlurmUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldPidFile={folder}/slurmctld.pid
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+SelectType=select/cons_tres
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+ReturnToService=2
+MailProg=/bin/true
+NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=1
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+class Slurm:
+    """A cluster of the nodes n1 and n2, one processor each."""
+
+    def __init__(self, folder: Path) -> None:
+        need("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "setpriv", "unshare")
+        self.folder = folder
+        self._services = Services(folder)
+        host = socket.gethostname().split(".")[0]
+        first = free_ports(1)[0] % 10000 + 20000
+        text = _SLURM_CONF.format(folder=folder, host=host, controller=first + 2, first=first, last=first + 1)
+        (folder / "slurm.conf").write_text(text)
+        (folder / "state").mkdir()
+        hosts = folder / "hosts"
+        hosts.write_text(f"127.0.0.1 localhost {socket.gethostname()} n1 n2\n")
+        self.environment = clean_environment(SLURM_CONF=str(folder / "slurm.conf"))
+        self._start_munge()
+        conf = {"SLURM_CONF": str(folder / "slurm.conf")}
+        self._services.start(with_hosts_file(hosts, ["slurmctld", "-D"]), **conf)
+        for node in ("n1", "n2"):
+            (folder / f"spool-{node}").mkdir()
+            self._services.start(with_hosts_file(hosts, ["slurmd", "-D", "-N", node]), **conf)
+
+    def _start_munge(self) -> None:
+        """As its own user, with a key of its own, and a socket that everybody reaches."""
+        private, public = self.folder / "munge", self.folder / "munge-socket"
+        private.mkdir(mode=0o700)
+        public.mkdir(mode=0o755)
+        (private / "key").write_bytes(os.urandom(128))
+        (private / "key").chmod(0o400)
+        for path in (private, private / "key", public):
+            shutil.chown(path, "munge", "munge")
+        files = {"socket": public / "socket", "key-file": private / "key", "pid-file": private / "pid"}
+        files |= {"log-file": private / "log", "seed-file": private / "seed"}
+        flags = [f"--{name}={path}" for name, path in files.items()]
+        user = ["setpriv", "--reuid=munge", "--regid=munge", "--init-groups"]
+        self._services.start([*user, "munged", "--foreground", *flags])
+        wait_until((public / "socket").exists, 20, self._services.logs)
+
+    def run(self, *command: object) -> str:
+        """A client of SLURM; what it printed."""
+        words = [str(word) for word in command]
+        result = subprocess.run(words, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, f"{words}: {result.stdout}{result.stderr}\n{self._services.logs()}"
+        return result.stdout
+
+    def is_ready(self) -> bool:
+        words = ["sinfo", "-h", "-N", "-o", "%t"]
+        result = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
+        return result.stdout.split() == ["idle", "idle"]
+
+    def submit(self, sbatch_flags: Sequence[str], flags: Sequence[str], output: Path, **environment: str) -> str:
+        """`sbatch ... launch/pretrain.sbatch FLAGS` on both nodes; the job's id."""
+        where = ["--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={output}"]
+        words = ["sbatch", *where, *sbatch_flags, "launch/pretrain.sbatch", *flags]
+        environment = {**self.environment, **environment}
+        result = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
+
+    def job(self, job: str) -> dict[str, str]:
+        """What `scontrol show job` says."""
+        return dict(re.findall(r"(\w[\w:/]*)=(\S*)", self.run("scontrol", "show", "job", job)))
+
+    def wait_for(self, job: str, states: Sequence[str], seconds: float = 180) -> dict[str, str]:
+        found: dict[str, str] = {}
+
+        def reached() -> bool:
+            found.update(self.job(job))
+            return found["JobState"] in states
+
+        wait_until(reached, seconds, lambda: f"{found}\n{self._services.logs()}")
+        return found
+
+    def close(self) -> None:
+        """End what jobs have left, then the cluster."""
+        mark = f"SLURM_CONF={self.folder / 'slurm.conf'}\0SLURM_JOB_ID=".encode().split(b"\0")
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                variables = path.read_bytes().split(b"\0")
+                if mark[0] in variables and any(variable.startswith(mark[1]) for variable in variables):
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+        # What SLURM runs beside a job ends when the job has.
+        deadline = time.monotonic() + 20
+        while self._has_steps() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        self._services.close()
+
+    def _has_steps(self) -> bool:
+        words = ["squeue", "--noheader", "--steps"]
+        result = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
+        return bool(result.stdout.split())
+
+
+# Processes -----------------------------------------------------------------------------------------------------------
+
+
+def ranks_of(run_dir: Path) -> dict[int, int]:
+    """Rank -> process id of the running processes that train into `run_dir`, whatever launcher started them."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            variables = dict(
+                line.split(b"=", 1) for line in (path / "environ").read_bytes().split(b"\0") if b"=" in line
+            )
+        except OSError:
+            continue
+        if b"python" not in words[0] or not any(word.endswith(b"launch/pretrain.sh") for word in words[:3]):
+            continue
+        if str(run_dir).encode() not in words and not any(word.startswith(b"--words=") for word in words):
+            continue
+        for name in (b"RANK", b"OMPI_COMM_WORLD_RANK", b"PMI_RANK", b"SLURM_PROCID"):
+            if name in variables and (name != b"SLURM_PROCID" or b"SLURM_STEP_ID" in variables):
+                found[int(variables[name])] = int(path.name)
+                break
+    return found
+
+
+def are_gone(pids: Sequence[int]) -> bool:
+    """Whether none of these processes runs; one that nobody has collected does not run."""
+
+    def runs(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+
+    return not any(runs(pid) for pid in pids)
+
+
+@contextlib.contextmanager
+def launched(command: Sequence[object], output: Path, **environment: str) -> Iterator[subprocess.Popen]:
+    """A launcher with its output in a file; whatever it left of its own session is ended at the end."""
+    with open(output, "w") as log:
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=ROOT,
+            env=clean_environment(**environment),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
