@@ -30,6 +30,8 @@ CLOCK_SECONDS = 60.0
 """Clocks further apart than this stop the run: builds and file systems go by them."""
 SIGHT_SECONDS = 15.0
 """How long a new file may take to be seen from another host."""
+HEARING_SECONDS = 5.0
+"""How long rank 0 stays to let the others hear why the run stops."""
 LONGEST_TABLE = 64
 
 _SAME_EVERYWHERE = {
@@ -113,6 +115,10 @@ def run_preflight(
     store.set("preflight/go", json.dumps({"problem": problem}))
     store.set("preflight/verdict", json.dumps(problem))
     if problem is not None:
+        # The store ends with this process; the others have to read it first.
+        deadline = time.monotonic() + HEARING_SECONDS
+        while store.add("preflight/heard", 0) < env.world_size - 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
         raise UserError(problem)
 
 
@@ -216,6 +222,7 @@ def _follow(env: RankEnvironment, store: Any, run_dir: Path, join_minutes: float
             time.sleep(0.2)
         store.set(f"preflight/sight/{env.rank}", json.dumps(dataclasses.asdict(Sight(sees, offset))))
     verdict = json.loads(_get(store, "preflight/verdict", SIGHT_SECONDS * 4))
+    store.add("preflight/heard", 1)
     if verdict is not None:
         raise UserError(verdict)
 
