@@ -27,7 +27,7 @@ from minimind.checkpoint_retention import partial_folder, publish
 from minimind.config import preset
 from minimind.errors import UserError, run_main
 from minimind.flags import parse_flags
-from minimind.generate import GenerationOptions
+from minimind.generate import GenerationOptions, end_tokens
 from minimind.huggingface_config import choose_architecture, to_huggingface
 from minimind.model.config import ModelConfig
 from minimind.model.pretrained import CONFIG_FILE, MODEL_TYPE
@@ -36,7 +36,7 @@ from minimind.model_source import ModelSource, find_tokenizer, open_source
 from minimind.pth_file import choose_form, file_name, write_pth
 from minimind.safetensors_folder import write_shards
 from minimind.tensor_layout import Layout, cut_part, keep_last, lay_out
-from minimind.tokenizer import CONFIG_NAME, SPECIAL_TOKENS, load_tokenizer
+from minimind.tokenizer import CONFIG_NAME, load_tokenizer
 from minimind.tokenizer_export import tokenizer_files
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -155,11 +155,11 @@ def write_huggingface(source: ModelSource, flags: ExportFlags, folder: Path) -> 
 
 def generation_config(config: ModelConfig, tokenizer_file: Path) -> dict[str, Any]:
     """What `minimind.generate` does by default, in transformers' words."""
-    defaults, special_ids = GenerationOptions(), load_tokenizer(tokenizer_file).special_ids
+    defaults, tokenizer = GenerationOptions(), load_tokenizer(tokenizer_file)
     return {
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": [special_ids[end] for end in (SPECIAL_TOKENS[0], SPECIAL_TOKENS[2]) if end in special_ids],
-        "pad_token_id": special_ids[SPECIAL_TOKENS[0]],
+        "eos_token_id": list(end_tokens(tokenizer)),
+        "pad_token_id": tokenizer.eos_token_id,
         "do_sample": True,
         "temperature": defaults.temperature,
         "top_p": defaults.top_p,

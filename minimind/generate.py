@@ -85,8 +85,7 @@ class _Batch:
         rows = [_encode_prompt(tokenizer, prompt) for prompt in prompts]
         stop_token_ids = options.stop_token_ids
         if stop_token_ids is None:
-            ends = (SPECIAL_TOKENS[0], SPECIAL_TOKENS[2])
-            stop_token_ids = tuple(tokenizer.special_ids[end] for end in ends if end in tokenizer.special_ids)
+            stop_token_ids = end_tokens(tokenizer)
         seeds = [None if options.seed is None else options.seed + row for row in range(len(rows))]
         self._model = model
         self._decoding = Decoding(
@@ -130,6 +129,12 @@ class _Batch:
             )
             for text, token_ids in zip(self._streams, self._token_ids, strict=True)
         ]
+
+
+def end_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end a document and a turn, as far as the tokenizer has them."""
+    ends = (SPECIAL_TOKENS[0], SPECIAL_TOKENS[2])
+    return tuple(tokenizer.special_ids[end] for end in ends if end in tokenizer.special_ids)
 
 
 def _encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:

@@ -1,0 +1,127 @@
+"""A trained model behind OpenAI's HTTP interface, with a chat page: the command.
+
+    python -m minimind.serve --checkpoint RUN_OR_STEP_OR_EXPORT [--port 8000]
+
+Needs the packages of requirements-serve.txt. Loads and listens; knows nothing of requests.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from minimind.batching import Batcher
+from minimind.errors import UserError, run_main
+from minimind.flags import parse_flags
+from minimind.generate import GenerationOptions
+from minimind.pretrained import choose_device, load_model
+from minimind.tokenizer import load_tokenizer
+
+try:
+    import uvicorn
+
+    from minimind.http_api import build_app
+except ModuleNotFoundError as error:
+    _missing: str | None = error.name
+else:
+    _missing = None
+
+KEY_VARIABLE = "MINIMIND_API_KEY"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeFlags(GenerationOptions):
+    """Serve a trained model: /v1/models, /v1/completions, /v1/chat/completions, and a chat page at /.
+
+    The sampling flags hold for requests that say nothing else.
+    """
+
+    checkpoint: Path
+    """A run's folder, one of its checkpoints, an exported folder, or a .pth."""
+    tokenizer: Path | None = None
+    """Tokenizer file or folder, where none lies beside the weights."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0: every one of this machine."""
+    port: int = 8000
+    """Port to listen on; 0: any free one."""
+    name: str | None = None
+    """The model's name [default: that of its folder]."""
+    api_key_file: Path | None = None
+    """File with a key that every request must bring; so does the variable MINIMIND_API_KEY."""
+    max_batch_size: int = 8
+    """Requests decoded together."""
+    max_waiting: int = 64
+    """Requests that may wait for their turn; more are refused (429)."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Arithmetic [default: bf16 on a GPU that has it, otherwise fp32]."""
+    device: str | None = None
+    """cpu, cuda, cuda:1 ... [default: a GPU where there is one]."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("max_batch_size", "max_waiting", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.port < 1 << 16:
+            raise UserError(f"port is {self.port}; it must be from 0 to 65535")
+        if self.stop_token_ids is not None:
+            raise UserError("stop_token_ids has no effect on a server: clients send stop texts")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the server until it is interrupted."""
+    args = sys.argv[1:] if args is None else args
+    flags = parse_flags(ServeFlags, args, default=tyro.MISSING_NONPROP, prog="python -m minimind.serve")
+    if _missing is not None:
+        raise UserError(f"the package {_missing} is missing: pip install -r requirements-serve.txt")
+    api_key = read_key(flags.api_key_file)
+    device, dtype = choose_device(flags.device, flags.precision)
+    listener = listen(flags.host, flags.port)
+    model, tokenizer_file = load_model(flags.checkpoint, dtype=dtype, device=device, tokenizer=flags.tokenizer)
+    tokenizer = load_tokenizer(tokenizer_file)
+    batcher = Batcher(model, tokenizer, max_batch_size=flags.max_batch_size, max_waiting=flags.max_waiting)
+    name = flags.name or flags.checkpoint.resolve().name
+    app = build_app(batcher, tokenizer, model_name=name, defaults=flags, api_key=api_key)
+    host, port = listener.getsockname()[:2]
+    print(f"serving {name} at http://{host}:{port}/ (Ctrl-C ends it)", flush=True)
+    try:
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)).run([listener])
+    finally:
+        batcher.close()
+
+
+def read_key(file: Path | None) -> str | None:
+    """The key of the file, or of the environment. Raises `UserError` for a file that cannot be read or is empty."""
+    if file is None:
+        return os.environ.get(KEY_VARIABLE) or None
+    try:
+        key = file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise UserError(f"api_key_file: {file} cannot be read: {error}") from None
+    if not key:
+        raise UserError(f"api_key_file: {file} is empty")
+    return key
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens, taken before the model is loaded. Raises `UserError` where that is impossible."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise UserError(
+            f"host {host} port {port}: {error.strerror or error}; choose another --port or --host"
+        ) from None
+    return listener
+
+
+if __name__ == "__main__":
+    run_main(main)
