@@ -33,6 +33,7 @@ from minimind.consolidate import TrainingCheckpoint
 from minimind.errors import UserError, run_main
 from minimind.flags import parse_flags
 from minimind.neutral_form import make_neutral
+from minimind.partitions import WEIGHT
 from minimind.run_lock import hold_run_folder
 
 
@@ -230,7 +231,6 @@ def manifest_differences(a: CheckpointManifest, b: CheckpointManifest) -> Iterat
 
 def tensor_differences(a: TrainingCheckpoint, b: TrainingCheckpoint, optimizer: bool) -> Iterator[str]:
     """Tensors that are not the same, with the largest absolute difference."""
-    keys = [key for key in a.keys if key in b.keys] if optimizer else a.keys[:1]
     names = list(dict.fromkeys([*a.shapes, *b.shapes]))
     for name in tqdm(names, unit="tensor", disable=None, leave=False):
         if name not in a.shapes or name not in b.shapes:
@@ -238,7 +238,10 @@ def tensor_differences(a: TrainingCheckpoint, b: TrainingCheckpoint, optimizer: 
         elif tuple(a.shapes[name]) != tuple(b.shapes[name]):
             yield f"{name}: shape {tuple(a.shapes[name])} | {tuple(b.shapes[name])}"
         else:
-            for key in keys:
+            for key in a.keys_of(name) if optimizer else (WEIGHT,):
+                if key not in b.keys_of(name):
+                    yield f"{name} {key}: only in the first"
+                    continue
                 first, second = a.read(name, key), b.read(name, key)
                 if not torch.equal(first, second):
                     yield f"{name} {key}: differs by up to {float((first - second).abs().max()):.3g}"

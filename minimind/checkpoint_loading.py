@@ -27,7 +27,7 @@ from minimind.checkpoint_saving import Corpus, TrainState, describe_layout, desc
 from minimind.consolidate import TrainingCheckpoint
 from minimind.distributed import log
 from minimind.ds_config import Resolved
-from minimind.neutral_loading import load_neutral
+from minimind.neutral_loading import load_neutral, part_of
 from minimind.probe import agrees, probe_loss
 from minimind.state_files import use_state_files
 
@@ -149,7 +149,7 @@ def load(
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed could not load it")
     else:
-        load_neutral(engine, neutral, resolved.zero_stage)
+        load_neutral(engine, neutral, resolved)
     prove(engine, resolved, folder, manifest)
     return TrainState(manifest.step, manifest.consumed_samples, manifest.tokens_seen)
 
@@ -187,20 +187,23 @@ def prove(engine: deepspeed.DeepSpeedEngine, resolved: Resolved, folder: Path, m
     low_precision = not manifest.precision == resolved.run.train.precision == "fp32"
     if agrees(manifest.probe_loss, loss, low_precision=low_precision):
         return
-    differing = find_differences(engine, TrainingCheckpoint(folder, manifest))
+    differing = find_differences(engine, resolved, TrainingCheckpoint(folder, manifest))
     raise CheckpointError(
         f"{folder}: loaded, but the probe batch has loss {loss:.6f} instead of {manifest.probe_loss:.6f}; tensors that "
         f"differ: {', '.join(differing) or 'none: the model computes something else'}"
     )
 
 
-def find_differences(engine: deepspeed.DeepSpeedEngine, checkpoint: TrainingCheckpoint) -> list[str]:
-    """Names of the engine's parameters that are not as in the files: in what forward uses, or in the float32 copies
+def find_differences(
+    engine: deepspeed.DeepSpeedEngine, resolved: Resolved, checkpoint: TrainingCheckpoint
+) -> list[str]:
+    """Names of this rank's parameters that are not as in the files: in what forward uses, or in the float32 copies
     that stages 1 to 3 keep. Every rank calls this: they gather the tensors.
     """
     differing = []
     for name, parameter in engine.module.named_parameters():
-        theirs = checkpoint.read(name)
+        part = part_of(name, resolved)
+        theirs = checkpoint.read(part.name)[part.place]
         with deepspeed.zero.GatheredParameters([parameter]):
             same = torch.equal(parameter.data.cpu(), theirs.to(parameter.dtype))
         copy = safe_get_full_fp32_param(parameter)  # None at stage 0

@@ -1,69 +1,51 @@
-"""Whole tensors, by MiniMind's names, out of the files that DeepSpeed wrote: ZeRO 0 to 3, on any number of ranks.
+"""Whole tensors, by MiniMind's names, out of the files that DeepSpeed wrote: ZeRO 0 to 3, on any number of ranks, dense
+models and experts of either backend.
 
-Files are mapped, not read: a tensor costs memory while it is looked at. They are read with `weights_only`, so nothing
-in them runs, and without DeepSpeed, whose few small state classes are stood in for. Knows nothing of engines.
+Files are mapped, not read: a tensor costs memory while it is looked at. Needs no DeepSpeed. Knows nothing of engines.
 """
 
-import itertools
-import math
-import pickle
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from minimind.checkpoint_files import CLIENT_STATE_KEY, CheckpointError, CheckpointManifest, read_manifest
+from minimind.expert_names import Part, find_part
+from minimind.model.config import ModelConfig
+from minimind.partitions import WEIGHT, EngineTensors, FlatTensors, SplitTensors, WholeTensors
+from minimind.safe_states import read_states
 
-WEIGHT = "fp32"
-"""The key of the float32 weights, beside those of the optimizer's state (`exp_avg`, `exp_avg_sq`)."""
-
-# Classes of DeepSpeed in its files: a loss scale, an enumeration, two numbers.
-_DEEPSPEED_CLASSES = (
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-)
-
-_RANK = re.compile(r"zero_pp_rank_(\d+)_")
+Index = tuple[int | slice, ...]
+_EXPERT_NUMBER = re.compile(r"(\.deepspeed_experts\.)\d+\.")
+_RANK = re.compile(r"(?:zero_pp_rank|expp_rank)_(\d+)_")
 
 
-class StateValue:
-    """What a class of DeepSpeed held: `args` it was made with, and its attributes."""
+@dataclass
+class _Tensor:
+    """One tensor of the model: the parameters of engines that it is made of."""
 
-    def __init__(self, *args: Any) -> None:
-        self.args = args
+    parts: list[tuple[Part, EngineTensors, str]] = field(default_factory=list)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return _whole_shape([(part.place, tensors.shapes[name]) for part, tensors, name in self.parts])
 
-def read_states(path: Path) -> dict[str, Any]:
-    """The content of one of DeepSpeed's files, its tensors mapped from the disk, without importing DeepSpeed.
+    @property
+    def state_keys(self) -> tuple[str, ...]:
+        _, tensors, name = self.parts[0]
+        return tensors.state_keys(name)
 
-    Raises:
-        CheckpointError: as `load_states`.
-    """
-    return load_states(path, [(StateValue, name) for name in _DEEPSPEED_CLASSES], mmap=True)
-
-
-def load_states(path: Path, classes: Sequence[Any], *, mmap: bool) -> dict[str, Any]:
-    """The content of one of DeepSpeed's files in host memory. No code in the file is run.
-
-    Args:
-        classes: what it may hold beside tensors and plain values: classes, or (stand-in, name of a class).
-
-    Raises:
-        CheckpointError: it cannot be read, or refers to anything else.
-    """
-    try:
-        with torch.serialization.safe_globals(list(classes)):
-            return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it refers to {reason[1]}" if reason else str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: not loaded, because only tensors and plain values are safe: {what}") from None
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+    def read(self, key: str) -> torch.Tensor:
+        part, tensors, name = self.parts[0]
+        if not part.place:
+            return tensors.read(name, key)
+        whole = torch.empty(self.shape)
+        for part, tensors, name in self.parts:
+            whole[part.place] = tensors.read(name, key)
+        return whole
 
 
 class TrainingCheckpoint:
@@ -76,41 +58,40 @@ class TrainingCheckpoint:
     def __init__(self, folder: Path, manifest: CheckpointManifest | None = None) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder) if manifest is None else manifest
-        by_rank = sorted(self._files("*_model_states.pt"), key=_rank_of)
-        self.model_states = read_states(by_rank[0])
+        # Of single experts there are files of their own; this is the first of those with everything else.
+        self.model_states = read_states(self._files("*mp_rank_00_model_states.pt", without="layer_")[0])
+        self._config = ModelConfig.from_dict(self.manifest.model)
+        self._tensors: dict[str, _Tensor] = {}
         try:
-            self._tensors = self._open()
-        except (KeyError, IndexError, TypeError) as error:
+            ranks = self._open()
+            for part, tensors, name in self._find_parts(ranks):
+                self._tensors.setdefault(part.name, _Tensor()).parts.append((part, tensors, name))
+            self.shapes: Mapping[str, Sequence[int]] = {name: item.shape for name, item in self._tensors.items()}
+            """Shape of every parameter that the optimizer trains, by name."""
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise CheckpointError(f"{folder}: not laid out as expected: {error!r}") from None
-
-    @property
-    def shapes(self) -> Mapping[str, Sequence[int]]:
-        """Shape of every parameter that the optimizer trains, by name."""
-        return self._tensors.shapes
+        self.optimizer_step = ranks[0].optimizer_step
+        """Updates that the optimizer has made, as it counts them."""
+        self.loss_scaler = ranks[0].loss_scaler
+        """Attributes of fp16's dynamic loss scale, or None where there is none."""
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """What there is of each parameter: `fp32`, then the tensors of the optimizer's state."""
-        return (WEIGHT, *self._tensors.state_keys)
+        """What there is of parameters: `fp32`, then the tensors of the optimizer's state; see `keys_of`."""
+        return tuple(dict.fromkeys(key for name in self.shapes for key in self.keys_of(name)))
 
-    @property
-    def optimizer_step(self) -> float:
-        """Updates that the optimizer has made, as it counts them."""
-        return self._tensors.optimizer_step
-
-    @property
-    def loss_scaler(self) -> dict[str, Any] | None:
-        """Attributes of fp16's dynamic loss scale, or None where there is none."""
-        return self._tensors.loss_scaler
+    def keys_of(self, name: str) -> tuple[str, ...]:
+        """What there is of one parameter."""
+        return (WEIGHT, *self._tensors[name].state_keys)
 
     def read(self, name: str, key: str = WEIGHT) -> torch.Tensor:
         """One parameter's weight, or a tensor of its optimizer state, whole: float32, of the parameter's shape."""
-        return self._tensors.read(name, key)
+        return self._tensors[name].read(key)
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """What the model carries beside its parameters, by name."""
         module = self.model_states["module"]
-        return {name: module[name] for name in self.model_states["buffer_names"]}
+        return {find_part(name, self._config).name: module[name] for name in self.model_states["buffer_names"]}
 
     def state_dict(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and float32 weights of the whole model, one at a time; a tied matrix comes once."""
@@ -118,133 +99,98 @@ class TrainingCheckpoint:
             yield name, self.read(name)
         yield from self.buffers().items()
 
-    def _open(self) -> "_WholeTensors | _FlatTensors | _SplitTensors":
-        if "num_experts" in self.model_states:
-            raise CheckpointError(f"{self.folder}: checkpoints of expert models are not read here")
-        stage = self.manifest.zero_stage
-        if stage == 0:
-            return _WholeTensors(self.model_states)
+    def _open(self) -> list[EngineTensors]:
+        """The tensors as the engines have them: a list by the places in a group of `ep_size` neighbours. What is not an
+        expert is the same in all, but cut over more ranks."""
+        if self.manifest.zero_stage == 0:
+            return self._open_whole()
         if (self.folder / "offloaded_tensors").exists():
             raise CheckpointError(
                 f"{self.folder}: its optimizer state lies in NVMe swap files, which are not read here"
             )
-        files = sorted(self._files("*_optim_states.pt"), key=_rank_of)
-        ranks = [read_states(path)["optimizer_state_dict"] for path in files]
-        if len(ranks) != self.manifest.world_size:
-            raise CheckpointError(f"{self.folder}: {len(ranks)} optimizer files of {self.manifest.world_size} ranks")
-        layout = _SplitTensors if stage == 3 else _FlatTensors
-        return layout(self.model_states["param_shapes"], ranks)
+        states = [read_states(path)["optimizer_state_dict"] for path in self._files("*_optim_states.pt")]
+        world_size, ep_size = self.manifest.world_size, self.manifest.ep_size
+        if len(states) != world_size:
+            raise CheckpointError(f"{self.folder}: {len(states)} optimizer files of {world_size} ranks")
+        groups = self.model_states["param_shapes"]
+        shared: EngineTensors
+        if self.manifest.zero_stage == 3:
 
-    def _files(self, pattern: str) -> list[Path]:
-        found = list(self.folder.glob(pattern))
+            def count_ranks(name: str) -> int:
+                return world_size // ep_size if self._is_expert(name) else world_size
+
+            shared = SplitTensors(groups, states, count_ranks)
+            return [shared, *(SplitTensors(groups, states[place::ep_size], count_ranks) for place in range(ep_size))]
+        shared = FlatTensors(groups, states)
+        return [shared, *(FlatTensors(groups, states[place::ep_size]) for place in range(ep_size))]
+
+    def _open_whole(self) -> list[EngineTensors]:
+        module, names = self.model_states["module"], self.model_states[CLIENT_STATE_KEY]["parameter_names"]
+        names = [name for group in names for name in group]
+        if "num_experts" not in self.model_states:
+            tensors = WholeTensors(names, self.model_states["optimizer"], module.__getitem__)
+            return [tensors, tensors]
+        saved: dict[str, torch.Tensor] = {}
+        for path in self._files("layer_*_expert_*_model_states.pt"):
+            saved |= read_states(path)
+
+        def read_weight(ep_rank: int, name: str) -> torch.Tensor:
+            place = self._find_part(name, ep_rank).place
+            return _read_saved(saved, name, place[0]) if place else module[name]
+
+        optimizers = [read_states(path)["optimizer"] for path in self._files("expp_rank_*_optim_states.pt")]
+        if len(optimizers) != self.manifest.ep_size:
+            raise CheckpointError(f"{self.folder}: {len(optimizers)} optimizer files, ep size {self.manifest.ep_size}")
+        ranks: list[EngineTensors] = [
+            WholeTensors(names, optimizer, functools.partial(read_weight, place))
+            for place, optimizer in enumerate(optimizers)
+        ]
+        return [ranks[0], *ranks]
+
+    def _find_parts(self, ranks: Sequence[EngineTensors]) -> Iterator[tuple[Part, EngineTensors, str]]:
+        shared, *by_place = ranks
+        for name in shared.shapes:
+            if self._is_expert(name):
+                for ep_rank, tensors in enumerate(by_place):
+                    yield self._find_part(name, ep_rank), tensors, name
+            else:
+                yield self._find_part(name), shared, name
+
+    def _find_part(self, name: str, ep_rank: int = 0) -> Part:
+        return find_part(name, self._config, self.manifest.ep_size, ep_rank)
+
+    def _is_expert(self, name: str) -> bool:
+        return bool(self._find_part(name).place)
+
+    def _files(self, pattern: str, *, without: str | None = None) -> list[Path]:
+        """The files that match, by the number of their rank."""
+        found = [path for path in self.folder.glob(pattern) if without is None or not path.name.startswith(without)]
         if not found:
             raise CheckpointError(f"{self.folder}: no {pattern} in it")
-        return found
+        return sorted(found, key=_rank_of)
+
+
+def _read_saved(saved: Mapping[str, torch.Tensor], name: str, experts: int | slice) -> torch.Tensor:
+    """An engine's parameter of experts, as the engine has it, out of DeepSpeed's files of single experts."""
+    if isinstance(experts, int):
+        return saved[_EXPERT_NUMBER.sub(rf"\g<1>{experts}.", name)]
+    return torch.stack([saved[f"{name}.{expert}"] for expert in range(experts.start, experts.stop)])
+
+
+def _whole_shape(parts: Sequence[tuple[Index, Sequence[int]]]) -> tuple[int, ...]:
+    """Shape of what these parts, each at its place and with its own shape, make up."""
+    ends: list[int] = []
+    for place, shape in parts:
+        reached = list(shape)
+        for position, item in enumerate(place):
+            if isinstance(item, int):
+                reached.insert(position, item + 1)
+            else:
+                reached[position] = item.stop
+        ends = [max(pair) for pair in zip(ends, reached, strict=True)] if ends else reached
+    return tuple(ends)
 
 
 def _rank_of(path: Path) -> int:
     match = _RANK.search(path.name)
     return int(match[1]) if match else 0
-
-
-class _WholeTensors:
-    """Stage 0: every rank has everything, and the optimizer numbers the parameters group by group."""
-
-    def __init__(self, states: Mapping[str, Any]) -> None:
-        self._module, optimizer = states["module"], states["optimizer"]
-        groups = states[CLIENT_STATE_KEY]["parameter_names"]
-        names = list(itertools.chain.from_iterable(groups))
-        numbers = itertools.chain.from_iterable(group["params"] for group in optimizer["param_groups"])
-        state = optimizer["state"]
-        self._state = {name: state.get(number, {}) for name, number in zip(names, numbers, strict=True)}
-        self.shapes = {name: tuple(self._module[name].shape) for name in names}
-        self.state_keys = _state_keys(self._state[names[0]])
-        self.optimizer_step = float(self._state[names[0]].get("step", 0))
-        self.loss_scaler = None
-
-    def read(self, name: str, key: str) -> torch.Tensor:
-        return (self._module[name] if key == WEIGHT else self._state[name][key]).float()
-
-
-class _FlatTensors:
-    """Stages 1 and 2: each group of parameters is one flat vector, cut into equal pieces over the ranks."""
-
-    def __init__(self, param_shapes: Sequence[Mapping[str, Sequence[int]]], ranks: Sequence[Mapping[str, Any]]) -> None:
-        self.shapes = {name: tuple(shape) for group in param_shapes for name, shape in group.items()}
-        self._places: dict[str, tuple[int, int]] = {}
-        paddings = ranks[0].get("param_alignment_paddings")
-        for number, group in enumerate(param_shapes):
-            start = 0
-            for place, (name, shape) in enumerate(group.items()):
-                self._places[name] = (number, start)
-                # Padding between parameters is part of the vector; the padding at its end no parameter reaches.
-                start += math.prod(shape) + (paddings[number][place] if paddings else 0)
-        self._weights = [rank["single_partition_of_fp32_groups"] for rank in ranks]
-        self._states = [rank["base_optimizer_state"]["state"] for rank in ranks]
-        self.state_keys = _state_keys(self._states[0].get(0, {}))
-        self.optimizer_step = float(self._states[0].get(0, {}).get("step", 0))
-        self.loss_scaler = _scaler_of(ranks[0])
-
-    def read(self, name: str, key: str) -> torch.Tensor:
-        group, start = self._places[name]
-        shape = self.shapes[name]
-        if key == WEIGHT:
-            pieces = [weights[group] for weights in self._weights]
-        else:
-            pieces = [states[group][key] for states in self._states]
-        return _cut(pieces, start, math.prod(shape)).view(shape).float()
-
-
-class _SplitTensors:
-    """Stage 3: each parameter is cut into equal pieces over the ranks; a rank's pieces follow each other."""
-
-    def __init__(self, param_shapes: Sequence[Mapping[str, Sequence[int]]], ranks: Sequence[Mapping[str, Any]]) -> None:
-        self.shapes = {name: tuple(shape) for group in param_shapes for name, shape in group.items()}
-        self._places: dict[str, tuple[int, int]] = {}
-        start = 0
-        for name, shape in self.shapes.items():
-            length = -(-math.prod(shape) // len(ranks))
-            self._places[name] = (start, length)
-            start += length
-        self._weights = [rank["fp32_flat_groups"] for rank in ranks]
-        self._states = [rank["optimizer_state_dict"]["state"] for rank in ranks]
-        self.state_keys = _state_keys(self._states[0].get(0, {}))
-        self.optimizer_step = float(self._states[0].get(0, {}).get("step", 0))
-        self.loss_scaler = _scaler_of(ranks[0])
-
-    def read(self, name: str, key: str) -> torch.Tensor:
-        start, length = self._places[name]
-        shape = self.shapes[name]
-        if key == WEIGHT:
-            flat = self._weights
-        else:
-            flat = [[state[group][key] for group in sorted(state)] for state in self._states]
-        whole = torch.cat([_cut(pieces, start, length) for pieces in flat])
-        return whole[: math.prod(shape)].view(shape).float()
-
-
-def _state_keys(state: Mapping[str, Any]) -> tuple[str, ...]:
-    """The entries of one optimizer state that are as large as its parameter (a step count is not)."""
-    return tuple(key for key, value in state.items() if isinstance(value, torch.Tensor) and value.dim() > 0)
-
-
-def _scaler_of(state: Mapping[str, Any]) -> dict[str, Any] | None:
-    scaler = state.get("loss_scaler")
-    return dict(vars(scaler)) if scaler is not None and state.get("dynamic_loss_scale") else None
-
-
-def _cut(pieces: Sequence[torch.Tensor], start: int, length: int) -> torch.Tensor:
-    """`length` elements from `start` on of the pieces laid end to end; a copy only where they cross a border."""
-    found = []
-    for piece in pieces:
-        size = piece.numel()
-        if start < size and length:
-            taken = min(length, size - start)
-            found.append(piece.view(-1)[start : start + taken])
-            length -= taken
-            start = 0
-        else:
-            start = max(0, start - size)
-    if length:
-        raise IndexError(f"the pieces end {length} elements too early")
-    return found[0] if len(found) == 1 else torch.cat(found)

@@ -7,7 +7,7 @@ weights and one for each kind of optimizer state. Knows nothing of engines, and 
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,9 +25,13 @@ from minimind.checkpoint_files import (
     verify_files,
 )
 from minimind.checkpoint_retention import partial_folder, publish
-from minimind.consolidate import WEIGHT, TrainingCheckpoint
+from minimind.consolidate import TrainingCheckpoint
+from minimind.expert_names import Part
+from minimind.partitions import WEIGHT
 from minimind.safetensors_stream import write_safetensors
 
+# The file of what a model carries beside its parameters.
+_BUFFERS = "buffers"
 # What DeepSpeed's own load sets on the engine beside tensors.
 ENGINE_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
@@ -59,15 +63,18 @@ def make_neutral(folder: Path) -> Path:
 
 
 def _write(checkpoint: TrainingCheckpoint, partial: Path, source: str) -> None:
-    files = [f"{key}.safetensors" for key in checkpoint.keys]
-    with tqdm(total=len(files) * len(checkpoint.shapes), unit="tensor", desc="converting", disable=None) as bar:
+    names = {key: [name for name in checkpoint.shapes if key in checkpoint.keys_of(name)] for key in checkpoint.keys}
+    with tqdm(total=sum(map(len, names.values())), unit="tensor", desc="converting", disable=None) as bar:
 
         def read(key: str, name: str) -> torch.Tensor:
             bar.update()
             return checkpoint.read(name, key)
 
-        for key, file in zip(checkpoint.keys, files, strict=True):
-            write_safetensors(partial / file, checkpoint.shapes, functools.partial(read, key))
+        for key in checkpoint.keys:
+            shapes = {name: checkpoint.shapes[name] for name in names[key]}
+            write_safetensors(partial / _file_name(key), shapes, functools.partial(read, key))
+    buffers = checkpoint.buffers()
+    write_safetensors(partial / _file_name(_BUFFERS), _shapes_of(buffers), buffers.__getitem__)
     states = checkpoint.model_states
     conversion = {
         "source_sha256": source,
@@ -77,10 +84,19 @@ def _write(checkpoint: TrainingCheckpoint, partial: Path, source: str) -> None:
         "lr_scheduler": states.get("lr_scheduler"),
         **{name: states[name] for name in ENGINE_COUNTERS},
     }
+    files = [_file_name(key) for key in (*checkpoint.keys, _BUFFERS)]
     records = tuple(FileRecord(name, (partial / name).stat().st_size, hash_file(partial / name)) for name in files)
     fields = {**vars(checkpoint.manifest), "files": records, "conversion": conversion}
     replace_file(partial / MANIFEST_NAME, CheckpointManifest(**fields).to_json())
     fsync_folder(partial)
+
+
+def _file_name(key: str) -> str:
+    return f"{key}.safetensors"
+
+
+def _shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Sequence[int]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 class NeutralCheckpoint:
@@ -92,18 +108,34 @@ class NeutralCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.manifest = read_manifest(folder)
-        self.keys: Sequence[str] = self.manifest.conversion["keys"]
+        keys = [*self.manifest.conversion["keys"], _BUFFERS]
         try:
-            self._files = {
-                key: safe_open(os.fspath(folder / f"{key}.safetensors"), framework="pt") for key in self.keys
-            }
+            self._files = {key: safe_open(os.fspath(folder / _file_name(key)), framework="pt") for key in keys}
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{folder}: cannot be read: {error}") from None
+        self._names = {key: frozenset(file.keys()) for key, file in self._files.items()}
 
-    def names(self) -> Iterator[str]:
+    @property
+    def names(self) -> frozenset[str]:
         """The parameters that are there."""
-        yield from self._files[WEIGHT].keys()
+        return self._names[WEIGHT]
 
-    def read(self, name: str, key: str) -> torch.Tensor:
-        """One tensor, float32, in host memory."""
-        return self._files[key].get_tensor(name)
+    @property
+    def buffer_names(self) -> frozenset[str]:
+        """What the model carries beside its parameters."""
+        return self._names[_BUFFERS]
+
+    def keys_of(self, name: str) -> tuple[str, ...]:
+        """What there is of a parameter: `fp32`, and the tensors of its optimizer state."""
+        return tuple(key for key in self.manifest.conversion["keys"] if name in self._names[key])
+
+    def read(self, part: Part, key: str) -> torch.Tensor:
+        """A part of one tensor, float32, in host memory; no more than the part is read."""
+        if not part.place:
+            return self._files[key].get_tensor(part.name)
+        # Contiguous, as parameters are: torch's fused optimizers take a state of other strides for what it is not.
+        return self._files[key].get_slice(part.name)[part.place].contiguous()
+
+    def read_buffer(self, part: Part) -> torch.Tensor:
+        """A buffer of the model, float32."""
+        return self.read(part, _BUFFERS)

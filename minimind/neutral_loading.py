@@ -18,65 +18,96 @@ from deepspeed.utils import (
 )
 
 from minimind.checkpoint_files import CheckpointError
-from minimind.consolidate import WEIGHT
+from minimind.ds_config import Resolved
+from minimind.expert_names import Part, find_part
 from minimind.neutral_form import ENGINE_COUNTERS, NeutralCheckpoint
+from minimind.partitions import MUON_KEY, WEIGHT
 
 
-def load_neutral(engine: deepspeed.DeepSpeedEngine, folder: Path, zero_stage: int) -> None:
-    """Set an engine's weights, optimizer state and counters. Every rank calls this, and each reads every tensor.
+def load_neutral(engine: deepspeed.DeepSpeedEngine, folder: Path, resolved: Resolved) -> None:
+    """Set an engine's weights, buffers, optimizer state and counters. Every rank calls this, and each reads what it
+    holds.
 
     Raises:
         CheckpointError: the parameters or the optimizer are not those of the checkpoint.
     """
     source = NeutralCheckpoint(folder)
     parameters = dict(engine.module.named_parameters())
-    missing = set(parameters) ^ set(source.names())
-    if missing:
-        raise CheckpointError(f"{folder}: {sorted(missing)[0]} is not in both the checkpoint and the model")
+    parts = {name: part_of(name, resolved) for name in (*parameters, *dict(engine.module.named_buffers()))}
+    differing = {parts[name].name for name in parameters} ^ source.names
+    if differing:
+        raise CheckpointError(f"{folder}: {min(differing)} is not in both the checkpoint and the model")
+    _set_buffers(engine, source, parts)
     conversion = source.manifest.conversion
-    state_keys = [key for key in source.keys if key != WEIGHT]
-    step = conversion["optimizer_step"]
-    if zero_stage == 0:
-        _set_whole(engine, source, parameters, state_keys, step)
-    else:
-        _make_states(engine.optimizer, state_keys, step)
-        for name, parameter in parameters.items():
-            tensors = {key: source.read(name, key) for key in source.keys}
-            (_set_split if zero_stage == 3 else _set_flat)(parameter, tensors)
-        if zero_stage < 3:
-            engine.optimizer.update_lp_params()
+    stage = resolved.zero_stage
+    if stage:
+        _make_states(engine, source, parts)
+    for name, parameter in parameters.items():
+        tensors = {key: source.read(parts[name], key) for key in source.keys_of(parts[name].name)}
+        if stage == 0:
+            _set_whole(engine, parameter, tensors, conversion["optimizer_step"])
+        elif stage == 3:
+            _set_split(parameter, tensors)
+        else:
+            _set_flat(parameter, tensors)
+    if stage in (1, 2):
+        engine.optimizer.update_lp_params()
     for counter in ENGINE_COUNTERS:
         setattr(engine, counter, conversion[counter])
     if engine.lr_scheduler is not None and conversion["lr_scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(conversion["lr_scheduler"])
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
-    if conversion["loss_scaler"] and scaler is not None and getattr(scaler, "dynamic", False):
-        vars(scaler).update(conversion["loss_scaler"])
+    set_loss_scale(getattr(engine.optimizer, "loss_scaler", None), conversion["loss_scaler"])
+
+
+def part_of(name: str, resolved: Resolved) -> Part:
+    """Which part of which of the model's tensors this rank's engine calls `name`."""
+    ep_size = resolved.run.train.ep_size or 1
+    return find_part(name, resolved.run.model, ep_size, torch.distributed.get_rank() % ep_size)
+
+
+def set_loss_scale(scaler: Any, saved: Mapping[str, Any] | None) -> None:
+    """Continue fp16's dynamic loss scale where it was, if there was one and there is one here."""
+    if saved and getattr(scaler, "dynamic", False):
+        vars(scaler).update(saved)
+
+
+def _set_buffers(engine: deepspeed.DeepSpeedEngine, source: NeutralCheckpoint, parts: Mapping[str, Part]) -> None:
+    missing = set(source.buffer_names)
+    for name, buffer in engine.module.named_buffers():
+        if parts[name].name in source.buffer_names:
+            buffer.copy_(source.read_buffer(parts[name]))
+            missing.discard(parts[name].name)
+    if missing:
+        raise CheckpointError(f"buffer {min(missing)} of the checkpoint is not in the model")
 
 
 def _set_whole(
-    engine: deepspeed.DeepSpeedEngine,
-    source: NeutralCheckpoint,
-    parameters: dict[str, torch.nn.Parameter],
-    state_keys: Sequence[str],
-    step: float,
+    engine: deepspeed.DeepSpeedEngine, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor], step: float
 ) -> None:
     """Stage 0: the optimizer holds the parameters themselves."""
-    for name, parameter in parameters.items():
-        parameter.data.copy_(source.read(name, WEIGHT))
-        state = {key: source.read(name, key).to(parameter.device) for key in state_keys}
-        engine.optimizer.state[parameter] = {"step": torch.tensor(step, device=parameter.device), **state}
+    parameter.data.copy_(tensors.pop(WEIGHT))
+    state = {key: tensor.to(parameter.device) for key, tensor in tensors.items()}
+    engine.optimizer.state[parameter] = {"step": torch.tensor(step, device=parameter.device), **state}
 
 
-def _make_states(optimizer: Any, state_keys: Sequence[str], step: float) -> None:
+def _make_states(engine: deepspeed.DeepSpeedEngine, source: NeutralCheckpoint, parts: Mapping[str, Part]) -> None:
     """Stages 1 to 3: give each flat partition the state that its optimizer would only make in its first step."""
-    for partition in flat_partitions(optimizer):
+    optimizer, step = engine.optimizer, source.manifest.conversion["optimizer_step"]
+    # DeepSpeed's CPU Adam counts in an int, torch's optimizers in a tensor beside the weights.
+    counts_in_int = type(optimizer.optimizer).__module__.startswith("deepspeed.ops.adam")
+    groups = getattr(optimizer, "bit16_groups", None) or optimizer.fp16_groups
+    for number, (group, partition) in enumerate(zip(groups, flat_partitions(optimizer), strict=True)):
+        keys = source.keys_of(parts[engine.param_names[group[0]]].name)
         state = optimizer.optimizer.state[partition]
-        # DeepSpeed's CPU Adam counts in an int, torch's optimizers in a tensor beside the weights.
-        counts_in_int = type(optimizer.optimizer).__module__.startswith("deepspeed.")
+        if MUON_KEY in keys:
+            whole = [parts[engine.param_names[parameter]] for parameter in optimizer.params_in_partition[number]]
+            read = [source.read(part, MUON_KEY).reshape(-1) for part in whole]
+            state[MUON_KEY] = torch.cat(read).to(partition.device)
+            continue
         state["step"] = int(step) if counts_in_int else torch.tensor(step, device=partition.device)
-        for key in state_keys:
-            state[key] = torch.zeros_like(partition)
+        for key in keys:
+            if key != WEIGHT:
+                state[key] = torch.zeros_like(partition)
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
@@ -95,7 +126,7 @@ def _set_flat(parameter: torch.nn.Parameter, tensors: Mapping[str, torch.Tensor]
     for key, tensor in tensors.items():
         if key == WEIGHT:
             safe_set_full_fp32_param(parameter, tensor)
-        else:
+        elif key != MUON_KEY:
             safe_set_full_optimizer_state(parameter, tensor, key)
 
 
@@ -105,8 +136,9 @@ def _set_split(parameter: torch.nn.Parameter, tensors: Mapping[str, torch.Tensor
     DeepSpeed's functions for whole tensors fail where the parts do not divide a parameter evenly, so the parts are cut
     here.
     """
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-        if torch.distributed.get_rank() == 0:
+    group = parameter.ds_process_group  # type: ignore[attr-defined]
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):  # its group's first rank
+        if torch.distributed.get_rank(group) == 0:
             parameter.data.copy_(tensors[WEIGHT])
     length = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
     start = length * parameter._z3_optimizer._get_param_partition_rank(parameter)  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from minimind.checkpoint_files import FileRecord
-from minimind.consolidate import load_states
+from minimind.safe_states import load_states
 
 # All that DeepSpeed has in its files beside tensors and plain values.
 _CLASSES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)

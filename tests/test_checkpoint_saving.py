@@ -25,6 +25,7 @@ from minimind.checkpoint_files import (
     verify,
 )
 from minimind.errors import UserError
+from minimind.expert_names import Part
 from minimind.neutral_form import NeutralCheckpoint, make_neutral
 from minimind.pretrained import load_model
 from minimind.run_lock import hold_run_folder
@@ -176,10 +177,10 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_whole(run, tmp_path
     assert make_neutral(folder) == made and made.stat().st_mtime_ns == before  # once
     source = NeutralCheckpoint(made)
     for name, tensor in weights(tmp_path).items():
-        assert torch.equal(source.read(name, "fp32"), tensor)
+        assert torch.equal(source.read(Part(name, ()), "fp32"), tensor)
     (made / "exp_avg.safetensors").write_bytes(b"")
     verify_again = make_neutral(folder)
-    assert NeutralCheckpoint(verify_again).read("model.norm.weight", "exp_avg").shape == (16,)
+    assert NeutralCheckpoint(verify_again).read(Part("model.norm.weight", ()), "exp_avg").shape == (16,)
 
 
 def test_a_probe_that_differs_names_the_tensors(tiny_corpus, run, tmp_path):

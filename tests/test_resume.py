@@ -16,9 +16,10 @@ from training_runs import RankPool, flags_for, losses, rank_pool, read_metrics, 
 
 from minimind.atomic import hash_file
 from minimind.checkpoint_files import CheckpointError, FileRecord, list_checkpoints, read_manifest, verify
-from minimind.consolidate import TrainingCheckpoint, read_states
+from minimind.consolidate import TrainingCheckpoint
 from minimind.errors import EXIT_STOPPED, UserError
 from minimind.pretrained import load_model
+from minimind.safe_states import read_states
 
 
 @pytest.fixture(scope="module")
