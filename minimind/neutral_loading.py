@@ -95,8 +95,8 @@ def _make_states(engine: deepspeed.DeepSpeedEngine, source: NeutralCheckpoint, p
     optimizer, step = engine.optimizer, source.manifest.conversion["optimizer_step"]
     # DeepSpeed's CPU Adam counts in an int, torch's optimizers in a tensor beside the weights.
     counts_in_int = type(optimizer.optimizer).__module__.startswith("deepspeed.ops.adam")
-    groups = getattr(optimizer, "bit16_groups", None) or optimizer.fp16_groups
-    for number, (group, partition) in enumerate(zip(groups, flat_partitions(optimizer), strict=True)):
+    partitions = zip(parameter_groups(optimizer), flat_partitions(optimizer), strict=True)
+    for number, (group, partition) in enumerate(partitions):
         keys = source.keys_of(parts[engine.param_names[group[0]]].name)
         state = optimizer.optimizer.state[partition]
         if MUON_KEY in keys:
@@ -113,9 +113,19 @@ def _make_states(engine: deepspeed.DeepSpeedEngine, source: NeutralCheckpoint, p
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
+def parameter_groups(optimizer: Any) -> Sequence[Sequence[torch.nn.Parameter]]:
+    """The model's parameters of each of `flat_partitions`."""
+    return _first_attribute(optimizer, ("bit16_groups", "bf16_groups", "fp16_groups"))
+
+
 def flat_partitions(optimizer: Any) -> Sequence[torch.Tensor]:
     """This rank's float32 partitions, by whatever name this ZeRO stage has for them."""
-    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    return _first_attribute(optimizer, names)
+
+
+def _first_attribute(optimizer: Any, names: Sequence[str]) -> Any:
+    for name in names:
         if hasattr(optimizer, name):
             return getattr(optimizer, name)
     raise CheckpointError(f"{type(optimizer).__name__}: not an optimizer whose state can be set from a neutral form")

@@ -1,19 +1,22 @@
 """Kill and corrupt runs at random, and see that none is lost.
 
-    python tests/faults.py --kills 200 --corruptions 200          the whole proof, some minutes
+    python tests/faults.py --kills 200 --corruptions 200          the whole proof, about a quarter of an hour
     python tests/faults.py --kills 8 --corruptions 12             what CI runs
 
-A tiny run on one and on two ranks is killed with SIGKILL (one rank or all) at random moments of training and saving and
-started again, until it ends; its losses must be, bit for bit, those of a run that nobody killed. Then random files of
-checkpoints are flipped, cut, emptied, deleted and swapped: each time the run must name the damage and continue from the
-older checkpoint, bit for bit again. Exit code 1 when anything was lost.
+Tiny runs, dense and with experts under AutoEP (ep size 2 on two ranks), on one and on two ranks, are killed with SIGKILL
+(one rank or all) at random moments of training and saving and started again, until they end; their losses must be, bit
+for bit, those of a run that nobody killed. Then random files of checkpoints are flipped, cut, emptied, deleted and
+swapped: each time the run must name the damage and continue from the older checkpoint, bit for bit again. Exit code 1
+when anything was lost.
 """
 
+import collections
 import contextlib
 import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -27,12 +30,13 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import tyro  # noqa: E402
 from conftest import write_corpus  # noqa: E402
-from training_runs import PRELOAD, flags_for, free_port, losses, train  # noqa: E402
+from training_runs import EXPERTS, PRELOAD, RankPool, flags_for, free_port, losses, train  # noqa: E402
 
 from minimind.checkpoint_files import checkpoints_folder, list_checkpoints, verify  # noqa: E402
 
 STEPS = 30
 SECONDS_TO_WAIT = 120.0
+KINDS: dict[str, dict[str, Any]] = {"dense": {}, "experts": EXPERTS}
 
 
 @dataclass
@@ -40,13 +44,13 @@ class Flags:
     """How much is done to the runs."""
 
     kills: int = 200
-    """Kills, over runs on one and on two ranks."""
+    """Kills, over runs of both kinds on one and on two ranks."""
     corruptions: int = 200
     """Random corruptions."""
     seed: int = 0
     """Of the random moments and places."""
     stage: int = 1
-    """ZeRO stage."""
+    """ZeRO stage of the runs that are killed."""
 
 
 @dataclass
@@ -60,6 +64,7 @@ class Report:
     corruptions: int = 0
     found: int = 0
     continued: int = 0
+    harms: collections.Counter[str] = field(default_factory=collections.Counter)
 
 
 def train_rank(flags: list[str], rank: int, world_size: int, port: int, printed: Path) -> None:
@@ -141,43 +146,52 @@ def run_to_end(context: Any, flags: list[str], world_size: int, folder: Path) ->
 
 def kill_runs(context: Any, corpus: Path, folder: Path, flags: Flags, rng: random.Random, report: Report) -> None:
     """Kill runs until there were enough kills; every run is then taken to its end and compared."""
-    references: dict[int, dict[int, float]] = {}
-    for world_size in (1, 2):
-        path = folder / f"reference{world_size}"
+    settings = [("experts", 2), ("dense", 1), ("dense", 2), ("experts", 1)]
+    references: dict[tuple[str, int], dict[int, float]] = {}
+    for kind, world_size in settings:
+        path = folder / f"reference_{kind}{world_size}"
         path.mkdir()
-        wrong = run_to_end(context, command(corpus, path, flags), world_size, path)
+        wrong = run_to_end(context, command(corpus, path, kind, world_size, flags), world_size, path)
         assert wrong is None, wrong
-        references[world_size] = losses(path)
+        references[kind, world_size] = losses(path)
     while report.kills < flags.kills:
-        world_size = rng.choice([1, 2])
+        kind, world_size = settings[report.runs % len(settings)]
         path = folder / f"run{report.runs}"
         path.mkdir()
         report.runs += 1
-        for _ in range(rng.randint(1, 8)):
-            ranks = start(context, command(corpus, path, flags), world_size, path)
+        line = command(corpus, path, kind, world_size, flags)
+        for _ in range(min(rng.randint(1, 10), flags.kills - report.kills)):
+            ranks = start(context, line, world_size, path)
             if not alive_at_random_moment(ranks, path, rng):
                 break
             kill_some(ranks, rng)
             report.kills += 1
             report.in_saves += any(checkpoints_folder(path).glob("step_*.partial"))
-        wrong = run_to_end(context, command(corpus, path, flags), world_size, path)
-        if wrong is None and losses(path) != references[world_size]:
+        wrong = run_to_end(context, line, world_size, path)
+        if wrong is None and losses(path) != references[kind, world_size]:
             wrong = "other losses than the run that nobody killed"
         if wrong is not None:
-            report.lost.append(f"{path.name} on {world_size} ranks: {wrong}")
+            report.lost.append(f"{path.name}, {kind} on {world_size} ranks: {wrong}")
             print(report.lost[-1], flush=True)
         else:
             shutil.rmtree(path)
-        print(f"kills {report.kills}/{flags.kills}, in a save {report.in_saves}, lost {len(report.lost)}", flush=True)
+        print(
+            f"{kind}, {world_size} ranks: kills {report.kills}/{flags.kills}, in a save {report.in_saves}, lost "
+            f"{len(report.lost)}",
+            flush=True,
+        )
 
 
-def command(corpus: Path, run_dir: Path, flags: Flags) -> list[str]:
-    """A run that saves at nearly every step."""
-    return flags_for(corpus, run_dir, stage=flags.stage, steps=STEPS, save_every=2, keep_last=2, dropout=0.1)
+def command(corpus: Path, run_dir: Path, kind: str, world_size: int, flags: Flags) -> list[str]:
+    """A run that saves at every second step."""
+    settings = {**KINDS[kind], **({"ep_size": world_size} if kind == "experts" else {})}
+    return flags_for(
+        corpus, run_dir, stage=flags.stage, steps=STEPS, save_every=2, keep_last=2, dropout=0.1, **settings
+    )
 
 
-def corrupt(folder: Path, rng: random.Random) -> str:
-    """Do one random harm to a checkpoint; gives what it was."""
+def corrupt(folder: Path, rng: random.Random) -> tuple[str, str]:
+    """Do one random harm to a checkpoint; gives what it was, and the file."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     path = rng.choice(files)
     content = bytearray(path.read_bytes())
@@ -198,37 +212,58 @@ def corrupt(folder: Path, rng: random.Random) -> str:
         data = other.read_bytes()
         other.write_bytes(bytes(content))
         path.write_bytes(data)
-    return f"{kind} {path.name}"
+    return kind, path.name
 
 
-def corrupt_runs(context: Any, corpus: Path, folder: Path, flags: Flags, rng: random.Random, report: Report) -> None:
+# What is corrupted: (kind, ZeRO stage, ranks). Between them they have every kind of file.
+CORRUPTED = (("dense", 1, 1), ("dense", 0, 2), ("dense", 3, 2), ("experts", 0, 2), ("experts", 1, 2), ("experts", 3, 2))
+
+
+def corrupt_runs(corpus: Path, folder: Path, flags: Flags, rng: random.Random, report: Report) -> None:
     """Damage the newest of two checkpoints, again and again; the run must say so and go on from the older one."""
-    whole, cut = folder / "whole", folder / "cut"
-    for path, steps in ((whole, 6), (cut, 4)):
-        path.mkdir()
-        settings = {"stage": flags.stage, "save_every": 2, "keep_last": 0, "warmup_steps": 1, "schedule": "constant"}
-        line = flags_for(corpus, path, steps=steps, **settings)
-        wrong = run_to_end(context, line, 1, path)
-        assert wrong is None, wrong
-    line = flags_for(corpus, folder / "again", steps=6, **settings)
-    for number in range(flags.corruptions):
-        again = folder / "again"
-        shutil.rmtree(again, ignore_errors=True)
-        shutil.copytree(cut, again)
-        harm = corrupt(list_checkpoints(again)[-1], rng)
-        report.corruptions += 1
-        wrong = run_to_end(context, line, 1, again)
-        printed = (again / "rank0.log").read_text()
-        report.found += "passed over" in printed and "step_00000004" in printed
-        same = wrong is None and losses(again) == losses(whole) and "at step 2" in printed
-        report.continued += same
-        if not same:
-            report.lost.append(f"{harm}: {wrong or 'other losses'}")
-            print(report.lost[-1], flush=True)
-        if number % 20 == 19:
-            print(f"corruptions {report.corruptions}/{flags.corruptions}, found {report.found}", flush=True)
-    if flags.corruptions:
-        verify(list_checkpoints(folder / "again")[-1])
+    pools = {size: RankPool(size) for size in (1, 2)}
+    try:
+        for number, (kind, stage, size) in enumerate(CORRUPTED):
+            path = folder / f"corrupted{number}"
+            settings = {**KINDS[kind], **({"ep_size": size} if kind == "experts" else {})}
+            settings |= {"stage": stage, "save_every": 2, "keep_last": 0, "warmup_steps": 1, "schedule": "constant"}
+            for name, steps in (("whole", 6), ("cut", 4)):
+                pools[size].run(train, flags_for(corpus, path / name, steps=steps, **settings))
+            line = flags_for(corpus, path / "again", steps=6, **settings)
+            for _ in range(number, flags.corruptions, len(CORRUPTED)):
+                corrupt_once(pools[size], line, path, rng, report)
+            print(
+                f"{kind}, stage {stage}, {size} ranks: corruptions {report.corruptions}, found {report.found}",
+                flush=True,
+            )
+    finally:
+        for pool in pools.values():
+            pool.close()
+
+
+def corrupt_once(pool: RankPool, line: list[str], path: Path, rng: random.Random, report: Report) -> None:
+    """One random harm, and the run after it."""
+    again = path / "again"
+    shutil.rmtree(again, ignore_errors=True)
+    shutil.copytree(path / "cut", again)
+    harm, file = corrupt(list_checkpoints(again)[-1], rng)
+    report.corruptions += 1
+    report.harms[harm] += 1
+    report.harms[re.sub(r"\d+", "N", file)] += 1
+    wrong, printed = None, ""
+    try:
+        printed = pool.run(train, line)[0][1]
+    except Exception as error:
+        wrong = repr(error)
+    report.found += "passed over" in printed and "step_00000004" in printed
+    if wrong is None and (losses(again) != losses(path / "whole") or "at step 2" not in printed):
+        wrong = "other losses"
+    if wrong is None:
+        verify(list_checkpoints(again)[-1])
+        report.continued += 1
+    else:
+        report.lost.append(f"{path.name}: {harm} {file}: {wrong}")
+        print(report.lost[-1], flush=True)
 
 
 def main() -> int:
@@ -245,7 +280,8 @@ def main() -> int:
         if flags.kills:
             kill_runs(context, corpus, folder, flags, rng, report)
         if flags.corruptions:
-            corrupt_runs(context, corpus, folder, flags, rng, report)
+            corrupt_runs(corpus, folder, flags, rng, report)
+    print(", ".join(f"{name} {count}" for name, count in sorted(report.harms.items())))
     print(
         f"{report.kills} kills ({report.in_saves} of them in a save) over {report.runs} runs; "
         f"{report.corruptions} corruptions, {report.found} found, {report.continued} continued from the older "

@@ -26,6 +26,20 @@ MODEL = {
     "max_position_embeddings": 64,
 }
 
+# Beside MODEL: two layers of experts, with a selection bias, which is a buffer. The weights start large: where the best
+# experts of a token are equal but for rounding, another order of sums takes another.
+EXPERTS = {
+    "use_moe": True,
+    "num_hidden_layers": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 24,
+    "router_aux_loss_coef": 0.01,
+    "router_bias_update_rate": 0.001,
+    "initializer_range": 0.1,
+}
+
 
 def flags_for(corpus: Path, run_dir: Path, *, stage: int = 1, precision: str = "fp32", **others: Any) -> list[str]:
     """A command line of `minimind.train`: 4 samples of 16 tokens a step, a checkpoint every second step."""
