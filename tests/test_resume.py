@@ -1,24 +1,29 @@
 """A run that continues is the run that was never interrupted: bit for bit on the same ranks, whatever the topology
 within rounding."""
 
+import collections
 import dataclasses
 import json
 import os
 import shutil
 import signal
 import time
+import unittest.mock
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import write_corpus
-from training_runs import RankPool, flags_for, losses, rank_pool, read_metrics, train, weights
+from training_runs import EXPERTS, MODEL, RankPool, flags_for, losses, rank_pool, read_metrics, train, weights
 
 from minimind.atomic import hash_file
 from minimind.checkpoint_files import CheckpointError, FileRecord, list_checkpoints, read_manifest, verify
+from minimind.checkpoint_loading import engine_probe_loss
 from minimind.consolidate import TrainingCheckpoint
+from minimind.data.loader import Batch, BatchLoader, hash_stream
 from minimind.errors import EXIT_STOPPED, UserError
 from minimind.pretrained import load_model
+from minimind.probe import probe_batch
 from minimind.safe_states import read_states
 
 
@@ -60,9 +65,20 @@ def test_one_rank_continues_bit_for_bit(tiny_corpus, tmp_path, stage, precision)
     assert evaluated == [2, 4, 6]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_continue_bit_for_bit(tiny_corpus, tmp_path, pool: RankPool, stage):
-    flags = {name: flags_for(tiny_corpus, tmp_path / name, stage=stage, dropout=0.1) for name in ("whole", "cut")}
+EP_2 = {**EXPERTS, "ep_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        *((stage, settings) for settings in ({}, EP_2) for stage in range(4)),
+        (1, {**EP_2, "precision": "bf16"}),
+        (3, {**EXPERTS, "precision": "bf16"}),
+    ],
+)
+def test_two_ranks_continue_bit_for_bit(tiny_corpus, tmp_path, pool: RankPool, stage, settings):
+    settings = {"stage": stage, "dropout": 0.1, **settings}
+    flags = {name: flags_for(tiny_corpus, tmp_path / name, **settings) for name in ("whole", "cut")}
     for name in flags:
         pool.run(train, flags[name])
     cut_back(tmp_path / "cut", 4)
@@ -70,23 +86,77 @@ def test_two_ranks_continue_bit_for_bit(tiny_corpus, tmp_path, pool: RankPool, s
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_any_world_size_and_stage_continue_one_run(tiny_corpus, tmp_path, pool: RankPool, pool_of_three: RankPool):
-    common = {"steps": 8, "global_batch_size": 6, "save_every": 100}
-    train(flags_for(tiny_corpus, tmp_path / "whole", **common))
-    run = tmp_path / "run"
+def train_hashing(flags: list[str], folder: Path) -> tuple[int, str]:
+    """Train, and write down for every step what this rank took of it."""
+    take = BatchLoader.step_batches
+
+    def step_batches(loader: BatchLoader, step: int) -> list[Batch]:
+        batches = take(loader, step)
+        (folder / f"step{step}_rank{loader.rank}").write_text(str(hash_stream(batches)))
+        return batches
+
+    with unittest.mock.patch.object(BatchLoader, "step_batches", step_batches):
+        return train(flags)
+
+
+def batch_hashes(folder: Path) -> dict[int, int]:
+    """The hash of each step's samples; it does not depend on how the ranks shared them."""
+    sums: collections.Counter[int] = collections.Counter()
+    for path in folder.iterdir():
+        sums[int(path.name.partition("_")[0].removeprefix("step"))] += int(path.read_text())
+    return {step: value % 2**64 for step, value in sums.items()}
+
+
+def walk(corpus, folder, starts, run_ranks, **common):
+    """One run that is stopped after each step and continued as `starts` says; another that is not, on one rank."""
+    for name in ("whole", "run"):
+        (folder / f"{name}-hashes").mkdir(parents=True)
+    whole, run = folder / "whole", folder / "run"
     run.mkdir()
-    for world_size, stage in ((1, 1), (2, 3), (3, 2), (2, 0), (3, 3), (1, 0), (2, 1), (1, 3)):
+    common |= {"steps": len(starts), "save_every": 100}
+    train_hashing(flags_for(corpus, whole, **common), folder / "whole-hashes")
+    for number, (world_size, settings) in enumerate(starts):
         (run / "STOP").touch()  # stops each of them after one step
-        flags = flags_for(tiny_corpus, run, stage=stage, **common)
-        start = {1: lambda work, flags: [work(flags)], 2: pool.run, 3: pool_of_three.run}[world_size]
-        for code, _ in start(train, flags):
-            assert code == (EXIT_STOPPED if losses(run).keys() != set(range(1, 9)) else 0)
-    expected, found = losses(tmp_path / "whole"), losses(run)
+        flags = flags_for(corpus, run, **common, **settings)
+        for code, _ in run_ranks[world_size](train_hashing, flags, folder / "run-hashes"):
+            assert code == (0 if number == len(starts) - 1 else EXIT_STOPPED)
+    assert batch_hashes(folder / "run-hashes") == batch_hashes(folder / "whole-hashes")
+    expected, found = losses(whole), losses(run)
     assert found.keys() == expected.keys()
     for step, loss in expected.items():
         assert found[step] == pytest.approx(loss, rel=1e-5)
-    for name, tensor in weights(tmp_path / "whole").items():
-        torch.testing.assert_close(weights(run)[name], tensor, rtol=0, atol=2e-5)
+    for (name, key), tensor in optimizer_state(whole).items():
+        torch.testing.assert_close(optimizer_state(run)[name, key], tensor, rtol=1e-3, atol=2e-5)
+
+
+def optimizer_state(run_dir: Path) -> dict[tuple[str, str], torch.Tensor]:
+    """Weights and moments of the newest checkpoint, and its buffers."""
+    source = TrainingCheckpoint(list_checkpoints(run_dir)[-1])
+    state = {(name, key): source.read(name, key).clone() for name in source.shapes for key in source.keys_of(name)}
+    return state | {(name, "buffer"): tensor for name, tensor in source.buffers().items()}
+
+
+@pytest.fixture(scope="module")
+def run_ranks(pool, pool_of_three):
+    return {1: lambda work, *args: [work(*args)], 2: pool.run, 3: pool_of_three.run}
+
+
+def test_any_world_size_and_stage_continue_one_run(tiny_corpus, tmp_path, run_ranks):
+    # Every change of stage once, and the ranks 1 -> 2 -> 3 -> 1.
+    stages = (1, 3, 2, 0, 3, 0, 1, 2, 3, 1, 0, 2, 1)
+    ranks = (1, 2, 3, 1, 3, 2, 3, 1, 2, 3, 1, 2, 1)
+    starts = [(world_size, {"stage": stage}) for world_size, stage in zip(ranks, stages, strict=True)]
+    walk(tiny_corpus, tmp_path, starts, run_ranks, global_batch_size=6)
+
+
+def test_any_ep_size_continues_one_run(tiny_corpus, tmp_path, run_ranks):
+    # (ranks, ep size, stage): the ep sizes 1 -> 2 -> 1 under every stage, and every way into ep size 2.
+    cells = (
+        (1, 1, 1), (2, 2, 1), (1, 1, 3), (2, 2, 3), (2, 1, 3), (2, 2, 2), (1, 1, 2), (2, 2, 0), (1, 1, 0), (2, 2, 3),
+        (2, 1, 1),
+    )  # fmt: skip
+    starts = [(world_size, {"ep_size": ep_size, "stage": stage}) for world_size, ep_size, stage in cells]
+    walk(tiny_corpus, tmp_path, starts, run_ranks, **EXPERTS)
 
 
 def test_another_precision_continues_through_float32(tiny_corpus, tmp_path):
@@ -100,13 +170,36 @@ def test_another_precision_continues_through_float32(tiny_corpus, tmp_path):
     assert all(found[step] == pytest.approx(expected[step], rel=2e-2) for step in expected)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_checkpoint_of_two_ranks_is_one_model(tiny_corpus, tmp_path, pool: RankPool, stage):
-    pool.run(train, flags_for(tiny_corpus, tmp_path, stage=stage, eval_every=6))
+def train_and_see_logits(flags: list[str]) -> torch.Tensor:
+    """The logits (B, T, vocab_size) of the probe batch, from the engine at the end of a run."""
+    seen = []
+
+    def probe(engine, resolved):
+        engine.eval()
+        inputs, _ = probe_batch(MODEL["vocab_size"], MODEL["max_position_embeddings"])
+        with torch.no_grad():
+            seen.append(engine(inputs).logits)
+        return engine_probe_loss(engine, resolved)
+
+    with unittest.mock.patch("minimind.trainer.engine_probe_loss", probe):
+        train(flags)
+    return seen[-1]
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [(stage, settings) for settings in ({}, {**EXPERTS, "ep_size": 1}, EP_2) for stage in range(4)],
+)
+def test_a_checkpoint_of_two_ranks_is_one_model(tiny_corpus, tmp_path, pool: RankPool, stage, settings):
+    flags = flags_for(tiny_corpus, tmp_path, stage=stage, eval_every=6, **settings)
+    logits = pool.run(train_and_see_logits, flags)[0]
     model, tokenizer_file = load_model(tmp_path)  # proves itself by the probe
     assert tokenizer_file.parent == tmp_path
+    inputs, _ = probe_batch(MODEL["vocab_size"], MODEL["max_position_embeddings"])
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs).logits, logits, rtol=0, atol=1e-6)
     manifest = read_manifest(list_checkpoints(tmp_path)[-1])
-    assert manifest.world_size == 2 and manifest.probe_loss is not None
+    assert manifest.world_size == 2 and manifest.ep_size == settings.get("ep_size", 1)
     assert manifest.eval_loss == [r["eval_loss"] for r in read_metrics(tmp_path) if "eval_loss" in r][-1]
     source = TrainingCheckpoint(list_checkpoints(tmp_path)[-1])
     assert source.keys == ("fp32", "exp_avg", "exp_avg_sq") and source.optimizer_step == 6
