@@ -4,10 +4,10 @@
     python tests/faults.py --kills 8 --corruptions 12             what CI runs
 
 Tiny runs, dense and with experts under AutoEP (ep size 2 on two ranks), on one and on two ranks, are killed with
-SIGKILL (one rank or all) at random moments of training and saving and started again, until they end. Their losses must
-be, bit for bit, those of a run that nobody killed. Then random files of checkpoints are flipped, cut, emptied, deleted and
-swapped: each time the run must name the damage and continue from the older checkpoint, bit for bit again. Exit code 1
-when anything was lost.
+SIGKILL (one rank or all) at random moments of training and saving and started again, until they end. Their losses
+must be, bit for bit, those of a run that nobody killed. Then random files of checkpoints are flipped, cut, emptied,
+deleted and swapped: each time the run must name the damage and continue from the older checkpoint, bit for bit again.
+Exit code 1 when anything was lost.
 """
 
 import collections
