@@ -31,9 +31,13 @@ from minimind.checkpoint_files import (
 from minimind.checkpoint_retention import choose_doomed, prune, remove_checkpoint
 from minimind.consolidate import TrainingCheckpoint
 from minimind.errors import UserError, run_main
+from minimind.expert_names import Part
 from minimind.flags import parse_flags
-from minimind.neutral_form import make_neutral
+from minimind.model.config import ModelConfig
+from minimind.model_source import ModelSource
+from minimind.neutral_form import NeutralCheckpoint, make_neutral
 from minimind.partitions import WEIGHT
+from minimind.pretrained import build_model, prove
 from minimind.run_lock import hold_run_folder
 
 
@@ -73,7 +77,7 @@ class Prune:
 
 @dataclass(frozen=True)
 class Diff:
-    """Compare two checkpoints of any ZeRO stage and world size, tensor by tensor; exit code 1 when they differ."""
+    """Compare two checkpoints, whatever they were saved by, tensor by tensor; exit code 1 when they differ."""
 
     a: tyro.conf.Positional[Path]
     """A checkpoint, or a run's folder for its newest."""
@@ -85,8 +89,8 @@ class Diff:
 
 @dataclass(frozen=True)
 class Convert:
-    """Make the topology-free form of a checkpoint, which a resume on other ranks or another ZeRO stage makes by
-    itself."""
+    """Make the topology-free form of a checkpoint, which a resume on other ranks, another ZeRO stage or ep size makes
+    by itself."""
 
     path: tyro.conf.Positional[Path]
     """A checkpoint, or a run's folder for its newest."""
@@ -125,7 +129,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if isinstance(command, Diff):
         return diff(sound_checkpoint(command.a), sound_checkpoint(command.b), optimizer=command.optimizer)
     if isinstance(command, Convert):
-        print(make_neutral(sound_checkpoint(command.path)))
+        print(convert(sound_checkpoint(command.path)))
         return 0
     write_average([sound_checkpoint(path) for path in command.paths], command.output)
     print(f"wrote {command.output}")
@@ -245,6 +249,22 @@ def tensor_differences(a: TrainingCheckpoint, b: TrainingCheckpoint, optimizer: 
                 first, second = a.read(name, key), b.read(name, key)
                 if not torch.equal(first, second):
                     yield f"{name} {key}: differs by up to {float((first - second).abs().max()):.3g}"
+
+
+def convert(folder: Path) -> Path:
+    """Make a checkpoint's topology-free form and prove it: a model of it computes what the engine computed."""
+    made, checkpoint = make_neutral(folder), TrainingCheckpoint(folder)
+    neutral = NeutralCheckpoint(made)
+    buffers = checkpoint.buffers()
+
+    def read(name: str) -> torch.Tensor:
+        part = Part(name, ())
+        return neutral.read_buffer(part) if name in buffers else neutral.read(part, WEIGHT)
+
+    shapes = {**checkpoint.shapes, **{name: tuple(buffer.shape) for name, buffer in buffers.items()}}
+    config = ModelConfig.from_dict(checkpoint.manifest.model)
+    prove(build_model(ModelSource(made, config, shapes, read, None)), checkpoint)
+    return made
 
 
 def run_checkpoints(run: Path) -> list[Path]:

@@ -14,6 +14,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
 from minimind.checkpoint_files import (
+    CLIENT_STATE_KEY,
     CheckpointError,
     CheckpointManifest,
     check_latest,
@@ -27,6 +28,7 @@ from minimind.checkpoint_saving import Corpus, TrainState, describe_layout, desc
 from minimind.consolidate import TrainingCheckpoint
 from minimind.distributed import log
 from minimind.ds_config import Resolved
+from minimind.loss_scale import set_grad_scaler
 from minimind.neutral_loading import load_neutral, part_of
 from minimind.probe import agrees, probe_loss
 from minimind.state_files import use_state_files
@@ -145,9 +147,10 @@ def load(
     """
     if neutral is None:
         with use_state_files(engine), keep_settings(engine.optimizer):
-            path, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+            path, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed could not load it")
+        set_grad_scaler(engine, client_state[CLIENT_STATE_KEY].get("grad_scaler"))
     else:
         load_neutral(engine, neutral, resolved)
     prove(engine, resolved, folder, manifest)

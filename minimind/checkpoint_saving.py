@@ -40,6 +40,7 @@ from minimind.distributed import broadcast_object, gather_objects
 from minimind.ds_config import Resolved
 from minimind.ds_sections import offload_device
 from minimind.errors import UserError
+from minimind.loss_scale import read_grad_scaler
 from minimind.state_files import HostCopies, States, count_bytes, record_written, use_state_files, write_states
 
 OFFLOADED_FOLDER = "offloaded_tensors"
@@ -224,6 +225,7 @@ class CheckpointSaver:
         """What DeepSpeed would write on this rank. Its collectives run here, and nothing that may fail on one rank."""
         engine = self._engine
         content: dict[str, Any] = {**dataclasses.asdict(state), "shard_fingerprint": self._corpus.fingerprint}
+        content["grad_scaler"] = read_grad_scaler(engine)
         if self._resolved.zero_stage == 0:
             # The optimizer's own state only numbers the parameters.
             groups = engine.optimizer.param_groups

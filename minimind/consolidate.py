@@ -66,6 +66,7 @@ class TrainingCheckpoint:
             ranks = self._open()
             for part, tensors, name in self._find_parts(ranks):
                 self._tensors.setdefault(part.name, _Tensor()).parts.append((part, tensors, name))
+            self._by_place = ranks[1:]
             self.shapes: Mapping[str, Sequence[int]] = {name: item.shape for name, item in self._tensors.items()}
             """Shape of every parameter that the optimizer trains, by name."""
         except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -99,6 +100,20 @@ class TrainingCheckpoint:
             yield name, self.read(name)
         yield from self.buffers().items()
 
+    def find_contradictions(self) -> list[str]:
+        """Parameters whose float32 weights are not, rounded, the ones that forward used, of which DeepSpeed saves a
+        copy. Under stage 3 there is none, and nothing is found."""
+        if self.manifest.zero_stage == 3:
+            return []
+        found = []
+        for ep_rank, tensors in enumerate(self._by_place):
+            for name in tensors.shapes:
+                used = self._read_module(ep_rank, name)
+                part = self._find_part(name, ep_rank)
+                if not torch.equal(self.read(part.name)[part.place].to(used.dtype), used):
+                    found.append(part.name)
+        return sorted(set(found))
+
     def _open(self) -> list[EngineTensors]:
         """The tensors as the engines have them: a list by the places in a group of `ep_size` neighbours. What is not an
         expert is the same in all, but cut over more ranks."""
@@ -125,27 +140,31 @@ class TrainingCheckpoint:
         return [shared, *(FlatTensors(groups, states[place::ep_size]) for place in range(ep_size))]
 
     def _open_whole(self) -> list[EngineTensors]:
-        module, names = self.model_states["module"], self.model_states[CLIENT_STATE_KEY]["parameter_names"]
-        names = [name for group in names for name in group]
-        if "num_experts" not in self.model_states:
-            tensors = WholeTensors(names, self.model_states["optimizer"], module.__getitem__)
-            return [tensors, tensors]
-        saved: dict[str, torch.Tensor] = {}
-        for path in self._files("layer_*_expert_*_model_states.pt"):
-            saved |= read_states(path)
-
-        def read_weight(ep_rank: int, name: str) -> torch.Tensor:
-            place = self._find_part(name, ep_rank).place
-            return _read_saved(saved, name, place[0]) if place else module[name]
-
-        optimizers = [read_states(path)["optimizer"] for path in self._files("expp_rank_*_optim_states.pt")]
+        groups = self.model_states[CLIENT_STATE_KEY]["parameter_names"]
+        names = [name for group in groups for name in group]
+        if "num_experts" in self.model_states:
+            optimizers = [read_states(path)["optimizer"] for path in self._files("expp_rank_*_optim_states.pt")]
+        else:
+            optimizers = [self.model_states["optimizer"]]
         if len(optimizers) != self.manifest.ep_size:
             raise CheckpointError(f"{self.folder}: {len(optimizers)} optimizer files, ep size {self.manifest.ep_size}")
         ranks: list[EngineTensors] = [
-            WholeTensors(names, optimizer, functools.partial(read_weight, place))
+            WholeTensors(names, optimizer, functools.partial(self._read_module, place))
             for place, optimizer in enumerate(optimizers)
         ]
         return [ranks[0], *ranks]
+
+    def _read_module(self, ep_rank: int, name: str) -> torch.Tensor:
+        """What the forward of an engine used; not under stage 3."""
+        place = self._find_part(name, ep_rank).place
+        return _read_saved(self._saved_experts, name, place[0]) if place else self.model_states["module"][name]
+
+    @functools.cached_property
+    def _saved_experts(self) -> dict[str, torch.Tensor]:
+        saved: dict[str, torch.Tensor] = {}
+        for path in self._files("layer_*_expert_*_model_states.pt"):
+            saved |= read_states(path)
+        return saved
 
     def _find_parts(self, ranks: Sequence[EngineTensors]) -> Iterator[tuple[Part, EngineTensors, str]]:
         shared, *by_place = ranks

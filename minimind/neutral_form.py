@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from minimind.atomic import fsync_folder, hash_file, replace_file
 from minimind.checkpoint_files import (
+    CLIENT_STATE_KEY,
     MANIFEST_NAME,
     CheckpointError,
     CheckpointManifest,
@@ -81,6 +82,7 @@ def _write(checkpoint: TrainingCheckpoint, partial: Path, source: str) -> None:
         "keys": list(checkpoint.keys),
         "optimizer_step": checkpoint.optimizer_step,
         "loss_scaler": checkpoint.loss_scaler,
+        "grad_scaler": states[CLIENT_STATE_KEY].get("grad_scaler"),
         "lr_scheduler": states.get("lr_scheduler"),
         **{name: states[name] for name in ENGINE_COUNTERS},
     }

@@ -20,6 +20,7 @@ from deepspeed.utils import (
 from minimind.checkpoint_files import CheckpointError
 from minimind.ds_config import Resolved
 from minimind.expert_names import Part, find_part
+from minimind.loss_scale import set_grad_scaler, set_loss_scaler
 from minimind.neutral_form import ENGINE_COUNTERS, NeutralCheckpoint
 from minimind.partitions import MUON_KEY, WEIGHT
 
@@ -56,19 +57,14 @@ def load_neutral(engine: deepspeed.DeepSpeedEngine, folder: Path, resolved: Reso
         setattr(engine, counter, conversion[counter])
     if engine.lr_scheduler is not None and conversion["lr_scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(conversion["lr_scheduler"])
-    set_loss_scale(getattr(engine.optimizer, "loss_scaler", None), conversion["loss_scaler"])
+    set_loss_scaler(engine, conversion["loss_scaler"])
+    set_grad_scaler(engine, conversion["grad_scaler"])
 
 
 def part_of(name: str, resolved: Resolved) -> Part:
     """Which part of which of the model's tensors this rank's engine calls `name`."""
     ep_size = resolved.run.train.ep_size or 1
     return find_part(name, resolved.run.model, ep_size, torch.distributed.get_rank() % ep_size)
-
-
-def set_loss_scale(scaler: Any, saved: Mapping[str, Any] | None) -> None:
-    """Continue fp16's dynamic loss scale where it was, if there was one and there is one here."""
-    if saved and getattr(scaler, "dynamic", False):
-        vars(scaler).update(saved)
 
 
 def _set_buffers(engine: deepspeed.DeepSpeedEngine, source: NeutralCheckpoint, parts: Mapping[str, Part]) -> None:

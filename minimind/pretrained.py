@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from minimind.checkpoint_files import CheckpointError, CheckpointManifest
+from minimind.checkpoint_files import CheckpointError
+from minimind.consolidate import TrainingCheckpoint
 from minimind.errors import UserError
 from minimind.model import MiniMindForCausalLM
 from minimind.model.routing import BIAS_NAME
@@ -43,7 +44,7 @@ def load_model(
     tokenizer_file = find_tokenizer_file(tokenizer or source.tokenizer_file or source.folder)
     model = build_model(source, dtype=dtype, device=device)
     if source.checkpoint is not None:
-        prove(model, source.where, source.checkpoint.manifest)
+        prove(model, source.checkpoint)
     return model, tokenizer_file
 
 
@@ -65,12 +66,13 @@ def build_model(
     return model.eval()
 
 
-def prove(model: MiniMindForCausalLM, folder: Path, manifest: CheckpointManifest) -> None:
+def prove(model: MiniMindForCausalLM, checkpoint: TrainingCheckpoint) -> None:
     """Compare a model's loss on the probe batch with the one that was saved in its checkpoint.
 
     Raises:
-        CheckpointError: they differ: the weights were not read as they were trained.
+        CheckpointError: they differ: the weights were not read as they were trained. It names the tensors.
     """
+    manifest = checkpoint.manifest
     if manifest.probe_loss is None:
         return
     weight = model.lm_head.weight
@@ -78,9 +80,15 @@ def prove(model: MiniMindForCausalLM, folder: Path, manifest: CheckpointManifest
     if not agrees(
         manifest.probe_loss, loss, low_precision=manifest.precision != "fp32" or weight.dtype != torch.float32
     ):
+        state = model.state_dict()
+        names = [
+            name
+            for name in checkpoint.shapes
+            if not torch.equal(state[name].cpu(), checkpoint.read(name).to(state[name].dtype))
+        ]
         raise CheckpointError(
-            f"{folder}: the probe batch has loss {loss:.6f} instead of {manifest.probe_loss:.6f}; its tensors were not "
-            "read as they were saved"
+            f"{checkpoint.folder}: the probe batch has loss {loss:.6f} instead of {manifest.probe_loss:.6f}; tensors "
+            f"that differ: {', '.join(names or checkpoint.find_contradictions()) or 'none is known'}"
         )
 
 

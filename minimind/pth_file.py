@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from minimind.atomic import temporary_name
-from minimind.consolidate import load_states
 from minimind.errors import UserError
 from minimind.model import arithmetic
 from minimind.model.config import PRESETS, ModelConfig
+from minimind.safe_states import load_states
 from minimind.tensor_layout import Layout, lay_out
 
 SUFFIXES = (".pth", ".pt")
