@@ -30,7 +30,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import tyro  # noqa: E402
 from conftest import write_corpus  # noqa: E402
-from training_runs import EXPERTS, PRELOAD, RankPool, flags_for, free_port, losses, train  # noqa: E402
+from training_runs import EXPERTS, PRELOAD, RankPool, flags_for, free_port, losses, train, train_rank  # noqa: E402
 
 from minimind.checkpoint_files import checkpoints_folder, list_checkpoints, verify  # noqa: E402
 
@@ -65,20 +65,6 @@ class Report:
     found: int = 0
     continued: int = 0
     harms: collections.Counter[str] = field(default_factory=collections.Counter)
-
-
-def train_rank(flags: list[str], rank: int, world_size: int, port: int, printed: Path) -> None:
-    """One rank, in its own process; its output goes into a file."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
-    with open(printed, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    from minimind.errors import run_main
-
-    run_main(lambda: train(flags, sys.stdout)[0])
 
 
 def start(context: Any, flags: list[str], world_size: int, folder: Path) -> list[Any]:

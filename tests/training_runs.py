@@ -7,6 +7,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import socket
+import sys
 import traceback
 import unittest.mock
 from collections.abc import Callable, Iterator
@@ -90,6 +91,20 @@ def train(flags: list[str], output: TextIO | None = None) -> tuple[int, str]:
     finally:
         torch.set_num_threads(threads)
     return code, printed.getvalue()
+
+
+def train_rank(flags: list[str], rank: int, world_size: int, port: int, printed: Path, work: Callable = train) -> None:
+    """One rank, in its own process; its output goes into a file."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    with open(printed, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from minimind.errors import run_main
+
+    run_main(lambda: work(flags, sys.stdout)[0])
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
