@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from minimind.atomic import fsync_folder, temporary_name
 from minimind.errors import UserError
+from minimind.event_files import put_in_the_past
 
 METRICS_NAME = "metrics.jsonl"
 SECONDS_BETWEEN_LINES = 10.0
@@ -56,6 +57,7 @@ class MetricsLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         keep_until(self._path, start_step)
         self._file: TextIO = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (open for the life of the run)
+        put_in_the_past(run_dir / "tensorboard", time.time())
         self._tensorboard = (
             SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1, flush_secs=30)
             if tensorboard
