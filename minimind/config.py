@@ -235,7 +235,7 @@ _MODEL_HELP = f"Model preset, one of {', '.join(PRESETS)}; any field of the mode
 
 
 @dataclass(frozen=True)
-class _Selection:
+class Selection:
     """Flags that choose the defaults of all others, read in a first pass."""
 
     config: Annotated[str | None, _default("none")] = None
@@ -254,7 +254,7 @@ class _Start:
 class _Flags:
     """Train a MiniMind language model under DeepSpeed."""
 
-    selection: Annotated[_Selection, tyro.conf.arg(name="")]
+    selection: Annotated[Selection, tyro.conf.arg(name="")]
     data: Annotated[DataConfig, tyro.conf.arg(name="")]
     train: Annotated[TrainConfig, tyro.conf.arg(name="")]
     fields: Annotated[ModelConfig, tyro.conf.arg(name="")]
@@ -269,23 +269,33 @@ def parse_command_line(args: Sequence[str]) -> CommandLine:
         UserError: unknown flag, field or preset, a wrong type, or a file that is no JSON.
         SystemExit: code 0 after `--help`.
     """
-    selection = parse_known_flags(_Selection, args, default=_Selection(), prog=PROGRAM)
+    selection, base = read_selection(args, PROGRAM)
+    default = _Flags(selection=selection, data=base.data, train=base.train, fields=base.model)
+    flags = parse_flags(_Flags, args, default=default, prog=PROGRAM)
+    run = RunConfig(model=flags.fields, data=flags.data, train=flags.train)
+    check_run(run)
+    return CommandLine(run=run, dry_run=flags.dry_run)
+
+
+def read_selection(args: Sequence[str], program: str) -> tuple[Selection, RunConfig]:
+    """The flags `--config` and `--model`, and the run that they name: the defaults of every other flag.
+
+    Raises:
+        UserError: no such preset, or a file that is no run configuration.
+    """
+    selection = parse_known_flags(Selection, args, default=Selection(), prog=program)
     base = RunConfig()
     if selection.config is not None:
         content = read_json(selection.config, "--config")
         if isinstance(content, dict):
             content.pop(SHARD_FINGERPRINT, None)
         base = RunConfig.from_dict(content, where=selection.config)
-    start = parse_known_flags(_Start, args, default=_Start(), prog=PROGRAM).init_from
+    start = parse_known_flags(_Start, args, default=_Start(), prog=program).init_from
     if selection.model is not None:
         base = dataclasses.replace(base, model=preset(selection.model))
     elif start is not None:
         base = dataclasses.replace(base, model=_model_of(start))
-    default = _Flags(selection=selection, data=base.data, train=base.train, fields=base.model)
-    flags = parse_flags(_Flags, args, default=default, prog=PROGRAM)
-    run = RunConfig(model=flags.fields, data=flags.data, train=flags.train)
-    check_run(run)
-    return CommandLine(run=run, dry_run=flags.dry_run)
+    return selection, base
 
 
 def _model_of(folder: str) -> ModelConfig:

@@ -42,12 +42,28 @@ _DATA_SHEETS = (
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Peak of one device in FLOP/s for matrix products in `dtype`, and where the figure comes from."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, half, single in _DATA_SHEETS:
-            # A laptop's chip of the same name is another one, and a MIG slice is a part of one.
-            if re.search(rf"\b{known}\b", name) and not re.search(r"\b(Laptop|MIG|D)\b", name):
-                return (single if dtype == torch.float32 else half), f"data sheet of {known}"
+        found = data_sheet_peak(torch.cuda.get_device_name(device), half=dtype != torch.float32)
+        if found is not None:
+            return found[0], f"data sheet of {found[1]}"
     return measure_peak(device, dtype), "measured by a matrix product"
+
+
+def data_sheet_peak(name: str, *, half: bool) -> tuple[float, str] | None:
+    """Dense peak in FLOP/s of the accelerator called `name`, and what its data sheet calls it; None: not in the table.
+
+    Args:
+        half: bf16 and fp16, else fp32.
+    """
+    for known, half_peak, single_peak in _DATA_SHEETS:
+        # A laptop's chip of the same name is another one, and a MIG slice is a part of one.
+        if re.search(rf"\b{known}\b", name) and not re.search(r"\b(Laptop|MIG|D)\b", name):
+            return (half_peak if half else single_peak), known
+    return None
+
+
+def known_accelerators() -> list[str]:
+    """Names of the accelerators in the table."""
+    return [name for name, _, _ in _DATA_SHEETS]
 
 
 @functools.cache

@@ -221,7 +221,7 @@ def describe(
     assert train.global_batch_size is not None and train.micro_batch_size is not None and train.steps is not None
     tokens_per_step = train.global_batch_size * run.data.seq_len
     per_epoch = len(dataset) / train.global_batch_size
-    memory = estimate_memory(resolved, env.world_size)
+    memory = estimate_memory(resolved, env.world_size, device.type)
     lines = [
         f"run       {train.run_dir}",
         f"model     {config.num_params():,} parameters ({config.num_active_params():,} active a token)",

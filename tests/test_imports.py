@@ -23,7 +23,7 @@ LAYERS = {
     3: "experts",
     4: "engine",
     6: "trainer",
-    7: "train generate evaluate export serve http_api batching checkpoint plan doctor status report",
+    7: "train generate evaluate export serve http_api batching checkpoint plan doctor status report trial micro_batch",
 }
 LAYER_OF = {f"minimind.{name}": layer for layer, names in LAYERS.items() for name in names.split()}
 
