@@ -104,7 +104,7 @@ def _estimate(run: RunConfig, stage: int, world_size: int, device_type: str) -> 
     ds = load(ROOT / "ds_configs" / f"zero{stage}.json")
     on_gpu = device_type == "cuda"
     resolved = resolve(run, ds, world_size=world_size, device_type=device_type, bf16_supported=on_gpu)
-    return estimate_memory(resolved, world_size)
+    return estimate_memory(resolved, world_size, device_type)
 
 
 def zero_memory(language: str) -> str:
@@ -117,7 +117,7 @@ def zero_memory(language: str) -> str:
     for name in ("minimind3", "medium", "large"):
         for stage in range(4):
             memory = estimate(name, stage, 8)
-            parts = (memory.parameters, memory.gradients, memory.optimizer, memory.buffers)
+            parts = (memory.parameters, memory.gradients, memory.optimizer, memory.gathered)
             rows.append((f"`{name}`", stage, *map(format_bytes, parts), format_bytes(sum(parts))))
     return format_table(head, rows)
 

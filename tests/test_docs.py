@@ -28,12 +28,12 @@ from docs_pages import (
     without_blocks,
 )
 
+from minimind.activations import layer_activations_per_token
 from minimind.checkpoint_files import CheckpointManifest
 from minimind.config import DataConfig, TrainConfig
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import BatchLoader
 from minimind.data.shards import Manifest, ShardInfo, TokenizerInfo, open_split
-from minimind.memory import layer_activations_per_token
 from minimind.metrics import _TENSORBOARD_NAMES
 from minimind.model import PRESETS, ModelConfig
 from minimind.model.layers import FeedForward, RMSNorm
