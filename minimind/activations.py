@@ -9,6 +9,8 @@ from minimind.model.config import ModelConfig
 
 CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**25}
 """Logits that stand in memory at once in the loss."""
+LONGEST_BY_PRODUCTS = 1024
+"""Tokens of a sequence up to which attention on a CPU in 16 bit writes its scores out."""
 
 
 def precision_of(resolved: Resolved) -> tuple[int, int]:
@@ -101,8 +103,11 @@ def _block_bytes(resolved: Resolved, device_type: str, has_experts: bool) -> int
     else:
         total += 2 * hidden * residual + ((query + key) * compute if model.qk_norm else 0)
     total += 2 * (query + key) * compute + 4 * model.num_attention_heads
+    seq_len = resolved.run.data.seq_len
+    if device_type == "cpu" and compute == 2 and model.flash_attn and seq_len <= LONGEST_BY_PRODUCTS:
+        total += model.num_attention_heads * seq_len * compute
     if not model.flash_attn:
-        total += model.num_attention_heads * resolved.run.data.seq_len * (4 + 2 * compute)
+        total += model.num_attention_heads * seq_len * (4 + 2 * compute)
     total += 4 * _feed_forward_width(model, has_experts) * compute
     if has_experts:
         # Tokens as dispatched and combined, and what the router keeps: logits, scores, choices.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minimind import ds_config
-from minimind.activations import CHUNK_LOGITS, activation_bytes, layer_activations_per_token
+from minimind.activations import CHUNK_LOGITS, LONGEST_BY_PRODUCTS, activation_bytes, layer_activations_per_token
 from minimind.config import DataConfig, RunConfig, TrainConfig
 from minimind.memory import (
     MemoryEstimate,
@@ -17,7 +17,7 @@ from minimind.memory import (
     largest_micro_batch,
     largest_tensor,
 )
-from minimind.model import MiniMindForCausalLM
+from minimind.model import MiniMindForCausalLM, attention, loss
 from minimind.model.config import PRESETS, ModelConfig
 
 MODEL = PRESETS["minimind3"]
@@ -125,10 +125,9 @@ def test_logits_are_bounded_by_the_chunk():
     assert estimate(1, model=huge, precision="fp32").logits == (8 + 4) * chunk + 4 * 10**6 * 768
 
 
-def test_the_chunk_is_the_losses_own():
-    from minimind.model import loss
-
+def test_the_limits_are_the_models_own():
     assert {"cpu": loss._CHUNK_LOGITS_CPU, "cuda": loss._CHUNK_LOGITS} == CHUNK_LOGITS
+    assert attention._LONGEST_BY_PRODUCTS == LONGEST_BY_PRODUCTS
 
 
 def test_figures_for_people():
@@ -171,8 +170,8 @@ def test_the_activations_are_those_that_autograd_keeps(preset, bf16, activation_
 
     tokens = torch.randint(3, 256, (2, 128))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = model(tokens, tokens).loss
-    assert loss is not None
+        output = model(tokens, tokens)
+    assert output.loss is not None
     resolved = resolve(
         1, precision="bf16" if bf16 else "fp32", model=config, activation_checkpointing=activation_checkpointing
     )
