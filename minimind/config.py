@@ -245,7 +245,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class _Start:
-    """As `_Selection`; a field of `TrainConfig` that also chooses the defaults of the model's."""
+    """As `Selection`; a field of `TrainConfig` that also chooses the defaults of the model's."""
 
     init_from: str | None = None
 

@@ -11,7 +11,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,9 +19,11 @@ import torch
 from torch.utils.tensorboard.writer import SummaryWriter
 from tqdm import tqdm
 
+from minimind.alarms import AlarmWatch
 from minimind.atomic import fsync_folder, temporary_name
 from minimind.errors import UserError
 from minimind.event_files import put_in_the_past
+from minimind.events import EventLog
 
 METRICS_NAME = "metrics.jsonl"
 SECONDS_BETWEEN_LINES = 10.0
@@ -50,9 +52,18 @@ class MetricsLog:
         start_step: steps already taken; what the files hold beyond them (a run that went on after its last checkpoint)
             is taken out, because those steps are about to happen again.
         total_steps: for the progress display.
+        hosts: name of the host of each rank, for alarms.
     """
 
-    def __init__(self, run_dir: Path, start_step: int, total_steps: int, *, tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        start_step: int,
+        total_steps: int,
+        *,
+        tensorboard: bool = True,
+        hosts: Sequence[str] = (),
+    ) -> None:
         self._path = run_dir / METRICS_NAME
         run_dir.mkdir(parents=True, exist_ok=True)
         keep_until(self._path, start_step)
@@ -64,11 +75,16 @@ class MetricsLog:
             else None
         )
         self._progress = Progress(start_step, total_steps)
+        self._events = EventLog(run_dir)
+        self._alarms = AlarmWatch(hosts=hosts)
+        for record in read_records(self._path):  # a resumed run is judged by what came before, too
+            self._alarms.observe(record)
 
     def log_step(self, record: Mapping[str, Any]) -> None:
         """Write the record of one optimizer step; `record["step"]` counts from 1."""
         self._write(record)
         self._progress.show(record)
+        self._raise_alarms(record)
 
     def log_evaluation(self, record: Mapping[str, Any]) -> None:
         """Write the record of an evaluation after `record["step"]` steps, and show it."""
@@ -77,6 +93,16 @@ class MetricsLog:
             f"step {record['step']}  eval loss {record['eval_loss']:.4f}  "
             f"bits/byte {record['eval_bits_per_byte']:.4f}  perplexity {record['eval_perplexity']:.2f}"
         )
+        self._raise_alarms(record)
+
+    def log_event(self, event: str, step: int, message: str) -> None:
+        """Write what happened after `step` steps into events.jsonl."""
+        self._events.write(event, step, message)
+
+    def _raise_alarms(self, record: Mapping[str, Any]) -> None:
+        for alarm in self._alarms.observe(record):
+            self._progress.say(f"alarm: step {alarm.step}: {alarm.message}")
+            self._events.write("alarm", alarm.step, alarm.message, alarm.kind)
 
     def log_histogram(self, name: str, values: torch.Tensor, step: int) -> None:
         """Add a histogram to TensorBoard, where it is on."""
@@ -124,6 +150,21 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl that may be written at this moment: a line that is not whole is passed over."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
 
 
 def keep_until(path: Path, step: int) -> None:

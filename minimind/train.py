@@ -6,6 +6,7 @@ the process group is made, as far as it can be known then. Holds no logic of its
 
 import contextlib
 import json
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from minimind.distributed import (
     RankEnvironment,
     broadcast_object,
     find_device,
+    gather_objects,
     is_first_rank,
     log,
     process_group,
@@ -169,9 +171,13 @@ def run_rank(
         saver = CheckpointSaver(engine, resolved, identify(dataset.reader), asynchronous=train.async_save)
         stack.callback(saver.close)
         metrics = None
+        hosts = gather_objects(socket.gethostname())
         if env.is_first:
-            metrics = MetricsLog(run_dir, state.step, train.steps or 0, tensorboard=train.tensorboard)
+            steps = train.steps or 0
+            metrics = MetricsLog(run_dir, state.step, steps, tensorboard=train.tensorboard, hosts=hosts)
             stack.callback(metrics.close)
+            began = f"resumed from {resume.folder.name}" if resume is not None else "started"
+            metrics.log_event("resume" if resume is not None else "start", state.step, began)
         return Trainer(
             resolved=resolved,
             engine=engine,

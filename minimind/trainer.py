@@ -8,6 +8,7 @@ Knows nothing of flags, files' formats or how the engine was built.
 import contextlib
 import dataclasses
 import math
+import statistics
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from minimind.checkpoint_files import step_of
 from minimind.checkpoint_loading import engine_probe_loss
 from minimind.checkpoint_saving import CheckpointSaver, TrainState
 from minimind.data.dataset import TokenDataset
@@ -29,6 +31,7 @@ from minimind.metrics import MetricsLog, peak_memory_bytes
 from minimind.run_lock import RunLock, RunLockError
 from minimind.schedule import learning_rate
 from minimind.signals import Outside, Requests
+from minimind.step_clock import StepClock
 
 if TYPE_CHECKING:
     import deepspeed
@@ -78,6 +81,9 @@ class Trainer:
     _window_began: float = 0.0
     _skipped: int = 0
 
+    def __post_init__(self) -> None:
+        self._clock = StepClock(self.device)
+
     def fit(self) -> bool:
         """Train to the last step, or until somebody asks to stop; evaluate and save on the way and at the end. Returns
         whether the last step was reached. Every rank calls this.
@@ -93,7 +99,9 @@ class Trainer:
         with contextlib.closing(self._batches()) as steps:
             while self.state.step < total:
                 self.lifeline.at(self.state.step + 1, "reading the batch")
-                self.train_step(next(steps))
+                with self._clock.waiting_for_data():
+                    batches = next(steps)
+                self.train_step(batches)
                 step = self.state.step
                 self.lifeline.at(step, "end of the step")
                 requests = self._agree()
@@ -128,13 +136,14 @@ class Trainer:
         for batch in batches:
             self.lifeline.at(step + 1, "forward and backward")
             moved = batch.to(self.device, non_blocking=True)
-            output = self.engine(
-                moved.input_ids,
-                moved.labels,
-                position_ids=moved.position_ids,
-                cu_seqlens=moved.cu_seqlens,
-                loss_reduction="sum",
-            )
+            with self._clock.forward():
+                output = self.engine(
+                    moved.input_ids,
+                    moved.labels,
+                    position_ids=moved.position_ids,
+                    cu_seqlens=moved.cu_seqlens,
+                    loss_reduction="sum",
+                )
             loss += output.loss.detach() / num_targets
             total = output.loss * scale
             if output.aux_loss is not None:  # a mean over this micro-batch: DeepSpeed's own averaging is right for it
@@ -223,7 +232,11 @@ class Trainer:
         losses = torch.stack([item.loss for item in pending])
         local_bad = int((~torch.isfinite(losses)).nonzero()[0]) if not bool(torch.isfinite(losses).all()) else None
         auxiliary = torch.stack([item.aux_loss for item in pending])
-        means, aux_means = all_reduce_sum(torch.stack([losses, auxiliary])).tolist()
+        # Every rank's own times ride along, each in its place.
+        times = torch.zeros(self.loader.world_size, 2)
+        times[self.loader.rank] = torch.tensor(self._clock.read()) / len(pending)
+        summed = all_reduce_sum(torch.cat([losses, auxiliary, times.flatten().to(losses)])).tolist()
+        means, aux_means = summed[: len(pending)], summed[len(pending) : 2 * len(pending)]
         now = time.perf_counter()
         seconds = (now - self._window_began) / len(pending)
         self._window_began = now
@@ -232,6 +245,8 @@ class Trainer:
             self._check_step(item, loss, norm, local_bad is not None)
             if self.metrics is not None:
                 record = self._record(item, loss, norm, seconds)
+                if item is pending[-1]:
+                    record |= describe_ranks(summed[2 * len(pending) :])
                 if self.resolved.run.model.use_moe:
                     record["aux_loss"] = aux_loss
                 self.metrics.log_step(record)
@@ -309,10 +324,26 @@ class Trainer:
         if folder is not None:
             self.last_checkpoint = folder
             self._say(f"saved {folder}")
+            if self.metrics is not None:
+                self.metrics.log_event("save", step_of(folder), folder.name)
 
     def _say(self, message: str) -> None:
         if self.metrics is not None:
             self.metrics.say(message)
+
+
+def describe_ranks(times: list[float]) -> dict[str, Any]:
+    """What a record says of the ranks' own time, from (seconds of waiting for data, of forward) of each in turn."""
+    waits, forwards = times[::2], times[1::2]
+    record: dict[str, Any] = {"data_seconds": max(waits)}
+    own = [wait + forward for wait, forward in zip(waits, forwards, strict=True)]
+    if len(own) > 1:
+        slowest = own.index(max(own))
+        record["slowest_rank"] = slowest
+        record["slowest_rank_seconds"] = own[slowest]
+        # Of the others: with two ranks, a median over both would hide half of the difference.
+        record["median_rank_seconds"] = statistics.median(own[:slowest] + own[slowest + 1 :])
+    return record
 
 
 def resolved_steps(resolved: Resolved, num_samples: int) -> Resolved:
