@@ -117,7 +117,7 @@ class AlarmWatch:
         spread = 1.4826 * statistics.median(abs(value - middle) for value in window)
         if loss - middle <= max(self._limits.spike_deviations * spread, self._limits.spike_least):
             return None
-        return f"loss {loss:.3f} jumped above {middle:.3f}, the median of {len(window)} steps: look at the data, lower --lr"
+        return f"loss jumped to {loss:.3f} from {middle:.3f}, the median of {len(window)} steps: look at the data, lower --lr"
 
     def _gradient_drift(self, record: Mapping[str, Any]) -> str | None:
         window = self._window("grad_norm")
@@ -128,8 +128,8 @@ class AlarmWatch:
         if middle < self._limits.drift_factor * self._lowest_norm:
             return None
         return (
-            f"gradient norm has drifted to {middle:.3g} from {self._lowest_norm:.3g}: it is about to diverge; lower --lr, "
-            "or clip lower with --max-grad-norm"
+            f"gradient norm has drifted to {middle:.3g} from {self._lowest_norm:.3g}: about to diverge; lower --lr or "
+            "--max-grad-norm"
         )
 
     def _scale_collapse(self, record: Mapping[str, Any]) -> str | None:
@@ -152,9 +152,8 @@ class AlarmWatch:
             totals = [sum(load[layer][expert] for load in loads) for expert in range(len(loads[0][layer]))]
             even = sum(totals) / len(totals)
             if even >= self._limits.expert_tokens:
-                dying += [
-                    (layer, expert) for expert, count in enumerate(totals) if count < self._limits.expert_share * even
-                ]
+                least = self._limits.expert_share * even
+                dying += [(layer, expert) for expert, count in enumerate(totals) if count < least]
         if not dying:
             return None
         names = ", ".join(f"{expert} of expert layer {layer}" for layer, expert in dying[:5])
@@ -169,7 +168,7 @@ class AlarmWatch:
         self._best_speed = max(self._best_speed, middle)
         if middle > (1 - self._limits.speed_loss) * self._best_speed:
             return None
-        return f"throughput fell to {middle:,.0f} tokens/s from {self._best_speed:,.0f}: look at clocks, neighbours, network"
+        return f"throughput fell to {middle:,.0f} tokens/s from {self._best_speed:,.0f}: look at clocks and network"
 
     def _slow_rank(self, record: Mapping[str, Any]) -> str | None:
         if not self._timed_window("tokens_per_second"):
@@ -185,18 +184,16 @@ class AlarmWatch:
         rank = statistics.mode(slow)
         if 2 * slow.count(rank) <= len(seen):  # now this one, now that: noise
             return None
-        ratios = [
-            item["slowest_rank_seconds"] / item["median_rank_seconds"] for item in seen if item["slowest_rank"] == rank
-        ]
+        of_it = [item for item in seen if item["slowest_rank"] == rank]
+        ratio = statistics.median(item["slowest_rank_seconds"] / item["median_rank_seconds"] for item in of_it)
         where = f" on {self._hosts[rank]}" if rank < len(self._hosts) else ""
-        return f"rank {rank}{where} takes {statistics.median(ratios):.1f} times as long as the others: all wait for it"
+        return f"rank {rank}{where} takes {ratio:.1f} times as long as the others: all wait for it"
 
     def _data_wait(self, record: Mapping[str, Any]) -> str | None:
-        if not self._timed_window("data_seconds"):
+        recent = list(self._recent)[-self._limits.window :]
+        seen = [item for item in recent if _number(item, "data_seconds") is not None]
+        if not seen or not self._timed_window("step_seconds"):
             return None
-        seen = [
-            item for item in list(self._recent)[-self._limits.window :] if _number(item, "data_seconds") is not None
-        ]
         share = statistics.median(item["data_seconds"] / item["step_seconds"] for item in seen)
         if share < self._limits.data_share:
             return None
@@ -220,8 +217,8 @@ class AlarmWatch:
             return None
         first = self._evaluations[0]
         return (
-            f"evaluation rises ({first[0]:.3f} to {loss:.3f}) while training falls: it learns the shards by heart; stop, "
-            "or give it more data"
+            f"evaluation rises ({first[0]:.3f} to {loss:.3f}) while training falls: it learns the shards by "
+            "heart; stop, or give it more data"
         )
 
 

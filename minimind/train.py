@@ -178,7 +178,7 @@ def run_rank(
             stack.callback(metrics.close)
             began = f"resumed from {resume.folder.name}" if resume is not None else "started"
             metrics.log_event("resume" if resume is not None else "start", state.step, began)
-        return Trainer(
+        trainer = Trainer(
             resolved=resolved,
             engine=engine,
             loader=loader,
@@ -194,7 +194,13 @@ def run_rank(
             peak_flops=peak,
             tokens_per_byte=tokens_per_byte(eval_dataset),
             last_checkpoint=resume.folder if resume is not None else None,
-        ).fit()
+        )
+        try:
+            return trainer.fit()
+        except UserError as error:
+            if metrics is not None:
+                metrics.log_event("fail", trainer.state.step, str(error))
+            raise
 
 
 def tokens_per_byte(eval_dataset: TokenDataset | None) -> float:

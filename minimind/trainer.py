@@ -119,7 +119,9 @@ class Trainer:
                     self.outside.done()
                 if requests.stop:
                     self._say(f"step {step}  stopped by {requests.reason}; start the same command again to continue")
+                    self._log_event("stop", f"stopped by {requests.reason}")
                     return step == total
+        self._log_event("finish", "reached its last step")
         return True
 
     def train_step(self, batches: list[Batch]) -> None:
@@ -324,8 +326,11 @@ class Trainer:
         if folder is not None:
             self.last_checkpoint = folder
             self._say(f"saved {folder}")
-            if self.metrics is not None:
-                self.metrics.log_event("save", step_of(folder), folder.name)
+            self._log_event("save", folder.name, step_of(folder))
+
+    def _log_event(self, event: str, message: str, step: int | None = None) -> None:
+        if self.metrics is not None:
+            self.metrics.log_event(event, self.state.step if step is None else step, message)
 
     def _say(self, message: str) -> None:
         if self.metrics is not None:
