@@ -117,7 +117,9 @@ class AlarmWatch:
         spread = 1.4826 * statistics.median(abs(value - middle) for value in window)
         if loss - middle <= max(self._limits.spike_deviations * spread, self._limits.spike_least):
             return None
-        return f"loss jumped to {loss:.3f} from {middle:.3f}, the median of {len(window)} steps: look at the data, lower --lr"
+        return (
+            f"loss jumped to {loss:.3f} from {middle:.3f}, the median of {len(window)} steps; see the data, lower --lr"
+        )
 
     def _gradient_drift(self, record: Mapping[str, Any]) -> str | None:
         window = self._window("grad_norm")

@@ -154,10 +154,13 @@ def _finite(value: Any) -> Any:
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl that may be written at this moment: a line that is not whole is passed over."""
-    if not path.exists():
-        return []
+    return parse_records(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else []
+
+
+def parse_records(text: str) -> list[dict[str, Any]]:
+    """The records in the text of a metrics.jsonl; what is no whole record is passed over."""
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in text.splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
@@ -213,7 +216,7 @@ class Progress:
         now = time.monotonic()
         if self._first or step == self._total or now - self._last_line >= SECONDS_BETWEEN_LINES:
             left = (self._total - step) * (now - self._began) / max(1, step - self._start)
-            eta = f"  ETA {_duration(left)}" if not self._first and step < self._total else ""
+            eta = f"  ETA {format_duration(left)}" if not self._first and step < self._total else ""
             print(f"step {step}/{self._total}  {text}{eta}", flush=True)
             self._last_line, self._first = now, False
 
@@ -230,7 +233,8 @@ class Progress:
             self._bar.close()
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """65 -> 1:05, 4000 -> 1:06:40."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
