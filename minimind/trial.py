@@ -31,6 +31,7 @@ from minimind.distributed import RankEnvironment, find_device, is_first_rank, pr
 from minimind.ds_config import Resolved
 from minimind.engine import build_engine, build_model
 from minimind.errors import run_main
+from minimind.lifeline import Lifeline
 from minimind.signals import Outside
 from minimind.trainer import Trainer, resolved_steps
 
@@ -127,6 +128,7 @@ def make_trainer(resolved: Resolved, env: RankEnvironment, device: torch.device,
         metrics=None,
         saver=CheckpointSaver(engine, resolved, Corpus("", ""), asynchronous=False),
         outside=Outside(None),
+        lifeline=Lifeline(),
         lock=None,
         state=TrainState(),
         flops_per_token=0.0,
