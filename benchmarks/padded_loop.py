@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from measure import ROOT  # noqa: F401 - puts the repository on the path
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from minimind.config import preset
@@ -44,12 +45,12 @@ def main(tokens: Path, length: int, batch: int, accumulation: int, model: str = 
         print(f"micro-batch {number + 1} loss {loss.item() * accumulation:.4f}", flush=True)
 
 
-def build_qwen3(name: str) -> Qwen3ForCausalLM:
-    """Qwen3 with the shape of one of our presets."""
+def build_qwen3(name: str, vocab_size: int | None = None) -> Qwen3ForCausalLM:
+    """Qwen3 with the shape of one of our presets, and its vocabulary or another."""
     config = preset(name)
     return Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=config.vocab_size,
+            vocab_size=vocab_size or config.vocab_size,
             hidden_size=config.hidden_size,
             intermediate_size=config.feed_forward_size,
             num_hidden_layers=config.num_hidden_layers,

@@ -103,12 +103,9 @@ def measure_length(
     command = reference.command(part, length=length, batch=batch, accumulation=accumulation)
     qwen3 = [sys.executable, str(ROOT / "benchmarks" / "padded_loop.py"), "--tokens", str(folder / "tokens.json")]
     qwen3 += ["--length", str(length), "--batch", str(batch), "--accumulation", str(accumulation), "--model", model]
-    path = {"PYTHONPATH": str(ROOT)}
     contestants = [
         Contestant("minimind", command, cwd=reference.folder / "trainer", **padded),
-        Contestant(
-            "Qwen3", qwen3, **{**padded, "pattern": r"micro-batch (?P<step>\d+) ", "env": {**padded["env"], **path}}
-        ),
+        Contestant("Qwen3", qwen3, **{**padded, "pattern": r"micro-batch (?P<step>\d+) "}),
     ]
     accumulated = -(-accumulation // 2)
     for name, flags in OURS.items():

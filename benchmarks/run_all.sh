@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Every benchmark that this machine can run, then one table: bash benchmarks/run_all.sh [--peer DIR] [--text FILE.jsonl]
+# Under 40 minutes on two quiet cores. A benchmark that fails is named at the end; the others go on.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+# shellcheck source=launch/env.sh
+. launch/env.sh
+python="${PYTHON_FOR_BENCHMARKS:-.venv/bin/python}"
+peer="" text=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --peer) peer="$2" ;;
+    --text) text=(--text "$2") ;;
+    *)
+      echo "error: unknown argument $1; give --peer DIR or --text FILE.jsonl" >&2
+      exit 2
+      ;;
+  esac
+  shift 2
+done
+# The benchmarks use all cores; each says where it uses one.
+unset OMP_NUM_THREADS
+export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+failed=()
+mkdir -p benchmarks/out
+rm -f benchmarks/out/*.json
+
+# run NAME MINUTES ARGUMENTS: one benchmark, ended when it takes longer than it may.
+run() {
+  local name="$1" minutes="$2"
+  shift 2
+  printf '\n== %s  (%s)\n' "$name" "$(date +%H:%M:%S)"
+  timeout --kill-after=60 "${minutes}m" "$python" "benchmarks/$name" "$@" || failed+=("$name $*")
+}
+
+run start.py 3
+run data.py 3
+run experts.py 5
+run deepspeed_overhead.py 5 --precision bf16
+run deepspeed_overhead.py 8 --precision fp32
+if [ -n "$peer" ]; then
+  run train.py 9 --peer "$peer" "${text[@]}"
+  run memory.py 5 --peer "$peer"
+  run learning.py 8 --peer "$peer" "${text[@]}"
+else
+  failed+=("train.py, memory.py, learning.py: not run, they need --peer DIR")
+fi
+run weak_scaling.py 5 "${text[@]}"
+run scaling.py 1
+run tokenize_corpus.py 8 --repeats 3
+[ -f benchmarks/generate.py ] && run generate.py 5
+run checkpoint.py 3
+
+printf '\n'
+"$python" benchmarks/summary.py
+if [ ${#failed[@]} -gt 0 ]; then
+  printf 'failed or not run: %s\n' "${failed[@]}"
+  exit 1
+fi
