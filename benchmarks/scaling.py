@@ -152,8 +152,8 @@ def limits(cluster: Cluster) -> list[str]:
     lines += [
         "",
         "What helps, in this order: more accumulation (stages 0 and 1 talk once a step whatever it is), a larger",
-        "micro-batch, `zero3_hpz.json` (the all-gathers of stage 3 stay inside a node), and for experts an ep_size that",
-        "stays inside a node.",
+        "micro-batch, `zero3_hpz.json` (the all-gathers of stage 3 stay inside a node), and for experts an ep_size",
+        "that stays inside a node.",
     ]
     return lines
 

@@ -47,9 +47,10 @@ def read_descriptions() -> list[str]:
     return list(texts)
 
 
-def make_shards(source: Path, tokenizer: Path, folder: Path) -> Path:
+def make_shards(source: Path, tokenizer: Path, folder: Path, val_fraction: float = 0.01) -> Path:
     """Shards of `source` by `tokenizer` in `folder`."""
-    run_module("data_prep.tokenize_corpus", "--input", source, "--tokenizer", tokenizer, "--output", folder)
+    flags = ("--input", source, "--tokenizer", tokenizer, "--output", folder, "--val-fraction", val_fraction)
+    run_module("data_prep.tokenize_corpus", *flags)
     return folder
 
 
