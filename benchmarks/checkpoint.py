@@ -2,30 +2,26 @@
 
     python benchmarks/checkpoint.py --model minimind3 --output DIR
 
-Prints one JSON object: seconds that the loop waits for each kind of save and until the checkpoint has its name, its
-size, and the seconds of a step alone and beside a save. Starts under any launcher; rank 0 prints.
+Seconds that the loop waits for each kind of save and until the checkpoint has its name, its size, and the seconds of a
+step alone and beside a save. Starts under any launcher; rank 0 prints the table and writes the JSON.
 """
 
-import dataclasses
-import json
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 import tyro
+from engines import build
+from measure import Claim, environment, report
 
-from minimind import ds_config
 from minimind.checkpoint_saving import CheckpointSaver, Corpus, TrainState
-from minimind.config import DataConfig, RunConfig, TrainConfig, preset
+from minimind.config import preset
 from minimind.distributed import find_device, process_group, read_environment
 from minimind.ds_config import Resolved
-from minimind.engine import build_engine, build_model, optimizer_step
+from minimind.engine import optimizer_step
 
 
 @dataclass
@@ -42,6 +38,8 @@ class Flags:
     """Tokens of a step's one sequence a rank."""
     repeats: int = 3
     """Saves of each kind."""
+    report_file: Path | None = None
+    """Where the JSON goes."""
 
 
 def step(engine, resolved: Resolved, seq_len: int) -> float:
@@ -82,36 +80,38 @@ def measure(engine, resolved: Resolved, flags: Flags, *, asynchronous: bool) -> 
 def main() -> None:
     """Measure both kinds and print."""
     flags = tyro.cli(Flags)
+    where = environment()
     env = read_environment()
     device = find_device(env)
     with tempfile.TemporaryDirectory(dir=flags.output) as name, process_group(env, device):
-        train = TrainConfig(run_dir=name, micro_batch_size=1, keep_last=1, seed=0)
-        run = RunConfig(model=preset(flags.model), data=DataConfig(seq_len=flags.seq_len), train=train)
-        resolved = ds_config.resolve(
-            dataclasses.replace(run),
-            ds_config.load(flags.ds_config),
-            world_size=env.world_size,
-            local_world_size=env.local_world_size,
-            device_type=device.type,
-            bf16_supported=device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        engine, resolved = build(
+            preset(flags.model),
+            env,
+            device,
+            ds_config=flags.ds_config,
+            seq_len=flags.seq_len,
+            run_dir=name,
+            micro_batch_size=1,
+            keep_last=1,
+            seed=0,
         )
-        engine = build_engine(resolved, build_model(resolved, device))
         alone = statistics.median([step(engine, resolved, flags.seq_len) for _ in range(4)][1:])
-        report = {
-            "model": flags.model,
-            "parameters": run.model.num_params(),
-            "ranks": env.world_size,
-            "zero_stage": resolved.zero_stage,
-            "precision": resolved.run.train.precision,
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "step_seconds_alone": alone,
-            "synchronous": measure(engine, resolved, flags, asynchronous=False),
-            "asynchronous": measure(engine, resolved, flags, asynchronous=True),
+        kinds = {
+            "at once": measure(engine, resolved, flags, asynchronous=False),
+            "beside training": measure(engine, resolved, flags, asynchronous=True),
         }
         folder = next((Path(name) / "checkpoints").glob("step_*"))
-        report["checkpoint_bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         if env.is_first:
-            print(json.dumps(report, indent=2))
+            setting = f"{flags.model}, {env.world_size} ranks, ZeRO {resolved.zero_stage}"
+            claims = [
+                Claim(f"step alone, {setting}", (alone,), unit="s"),
+                Claim("checkpoint", (size / 1e6,), unit="MB"),
+            ]
+            for kind, figures in kinds.items():
+                for figure, value in figures.items():
+                    claims.append(Claim(f"checkpoint {kind}: {figure.replace('_', ' ')}", (value,), unit="s"))
+            report(__file__, where, claims, {"precision": resolved.run.train.precision}, flags.report_file)
         engine.destroy()
 
 

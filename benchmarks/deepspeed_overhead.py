@@ -13,13 +13,13 @@ from typing import Literal
 
 import torch
 import tyro
+from engines import build
 from measure import ROOT, Claim, core_threads, environment, ratios, report
 from turns import Contestant, started, take_turns
 
-from minimind.config import DataConfig, RunConfig, TrainConfig, preset
+from minimind.config import preset
 from minimind.distributed import find_device, process_group, read_environment
-from minimind.ds_config import load, resolve
-from minimind.engine import build_engine, build_model, optimizer_step, parameter_groups
+from minimind.engine import optimizer_step, parameter_groups
 from minimind.model import MiniMindForCausalLM
 
 TARGETS = {0: None, 1: 0.95, 2: 0.95, 3: 0.85}
@@ -134,21 +134,17 @@ def train_engine(batches: torch.Tensor, precision: str, model: str, stage: int) 
     env = read_environment()
     device = find_device(env)
     with tempfile.TemporaryDirectory() as folder, process_group(env, device):
-        settings = TrainConfig(
+        engine, resolved = build(
+            preset(model),
+            env,
+            device,
+            stage=stage,
+            seq_len=batches.shape[2],
             run_dir=folder,
             micro_batch_size=batches.shape[1],
             gradient_accumulation_steps=len(batches),
-            precision=precision,  # type: ignore[arg-type]
+            precision=precision,
         )
-        resolved = resolve(
-            RunConfig(model=preset(model), data=DataConfig(seq_len=batches.shape[2]), train=settings),
-            load(str(ROOT / "ds_configs" / f"zero{stage}.json")),
-            world_size=env.world_size,
-            local_world_size=env.local_world_size,
-            device_type=device.type,
-            bf16_supported=device.type == "cuda" and torch.cuda.is_bf16_supported(),
-        )
-        engine = build_engine(resolved, build_model(resolved, device))
         batches = batches.to(device)
         step = 0
         while True:

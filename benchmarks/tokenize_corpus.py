@@ -10,16 +10,19 @@ import json
 import multiprocessing
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import sentencepiece
 import tyro
+from measure import Claim, environment, ratios
+from measure import report as write_report
+from texts import run_module
 
 BATCH = 1000
 
@@ -28,7 +31,7 @@ def main(
     megabytes: int = 50,
     repeats: int = 5,
     memory_megabytes: tuple[int, ...] = (50, 500),
-    output: Path = Path("benchmarks/out/tokenize_corpus.json"),
+    output: Path | None = None,
 ) -> None:
     """Measure throughput and peak memory.
 
@@ -38,8 +41,8 @@ def main(
         memory_megabytes: sizes of the JSONL for the peak memory, one run each.
         output: where the JSON goes.
     """
+    where = environment()
     cores = len(os.sched_getaffinity(0))
-    load = os.getloadavg()[0]
     folder = Path(tempfile.mkdtemp(prefix="tokenize-corpus-"))
     try:
         base, tokenizer = prepare_inputs(folder)
@@ -58,20 +61,15 @@ def main(
             peaks[size] = run_tool(source, tokenizer, folder / "out", measure_memory=True)[1]
     finally:
         shutil.rmtree(folder)
-    report(rows, peaks, cores, load, output)
+    report(rows, peaks, cores, where, output)
 
 
 def prepare_inputs(folder: Path) -> tuple[Path, Path]:
     """The default corpus, and a tokenizer trained on it."""
     base = folder / "default.jsonl"
-    run("data_prep.default_corpus", "--output", base)
-    run("data_prep.train_tokenizer", "--input", base, "--output", folder / "tokenizer")
+    run_module("data_prep.default_corpus", "--output", base)
+    run_module("data_prep.train_tokenizer", "--input", base, "--output", folder / "tokenizer")
     return base, folder / "tokenizer" / "tokenizer.model"
-
-
-def run(module: str, *flags: object) -> None:
-    command = [sys.executable, "-m", module, *map(str, flags)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def repeat_corpus(base: Path, target: Path, num_bytes: int) -> int:
@@ -150,28 +148,29 @@ def read_memory(pid: int) -> dict[str, float]:
 
 
 def report(
-    rows: dict[str, list[float]], peaks: dict[int, dict[str, float]], cores: int, load: float, output: Path
+    rows: dict[str, list[float]],
+    peaks: dict[int, dict[str, float]],
+    cores: int,
+    where: dict[str, Any],
+    output: Path | None,
 ) -> None:
-    medians = {name: statistics.median(values) for name, values in rows.items()}
-    ideal, honest = medians["library, one core"] * cores, medians["library, all cores at once"]
-    print(f"{cores} cores, load {load:.2f} at the start{' (NOT QUIET)' if load > 0.5 else ''}; MB of text a second")
-    for name, values in rows.items():
-        print(f"{name:28s} median {medians[name]:6.2f}   all {' '.join(f'{value:.2f}' for value in values)}")
-    print(f"tool / (library, one core, times {cores} cores) = {medians['tool'] / ideal:.1%}")
-    print(f"tool / (library, all cores at once)        = {medians['tool'] / honest:.1%}")
+    """Speeds in MB of text a second, their ratios, and the memory."""
+    ideal = [cores * speed for speed in rows["library, one core"]]
+    claims = [Claim(f"tokenizing: {name}", tuple(values), unit="MB/s") for name, values in rows.items()]
+    claims += [
+        Claim(
+            f"tokenizing: tool over the bare library times {cores} cores", ratios(rows["tool"], ideal), 0.85, unit="x"
+        ),
+        Claim(
+            "tokenizing: tool over the bare library on all cores at once",
+            ratios(rows["tool"], rows["library, all cores at once"]),
+            unit="x",
+        ),
+    ]
     for size, peak in peaks.items():
-        print(f"peak memory with {size} MB of input: {peak['pss']:.0f} MB (rss summed: {peak['rss']:.0f} MB)")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    result = {
-        "cores": cores,
-        "load_at_start": load,
-        "megabytes_per_second": rows,
-        "medians": medians,
-        "tool_to_one_core_times_cores": medians["tool"] / ideal,
-        "tool_to_all_cores_at_once": medians["tool"] / honest,
-        "peak_memory_megabytes": peaks,
-    }
-    output.write_text(json.dumps(result, indent=1) + "\n")
+        name = f"tokenizing {size} MB: peak memory of all processes, shared pages once"
+        claims.append(Claim(name, (peak["pss"],), 500.0, at_least=False, unit="MB"))
+    write_report(__file__, where, claims, {"megabytes_per_second": rows, "peak_memory_megabytes": peaks}, output)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,38 @@
+"""An engine as `minimind.train` builds it, for benchmarks that make their own steps on it. Measures nothing."""
+
+from typing import Any
+
+import deepspeed
+import torch
+from measure import ROOT
+
+from minimind.config import DataConfig, RunConfig, TrainConfig
+from minimind.distributed import RankEnvironment
+from minimind.ds_config import Resolved, load, resolve
+from minimind.engine import build_engine, build_model
+from minimind.model.config import ModelConfig
+
+
+def build(
+    model: ModelConfig,
+    env: RankEnvironment,
+    device: torch.device,
+    *,
+    ds_config: str | None = None,
+    stage: int = 1,
+    seq_len: int,
+    **train: Any,
+) -> tuple[deepspeed.DeepSpeedEngine, Resolved]:
+    """The engine and its resolved run, under our JSON of `stage` or another `ds_config`.
+
+    `train`: fields of TrainConfig. Every rank calls this, inside a process group.
+    """
+    resolved = resolve(
+        RunConfig(model=model, data=DataConfig(seq_len=seq_len), train=TrainConfig(**train)),
+        load(ds_config or str(ROOT / "ds_configs" / f"zero{stage}.json")),
+        world_size=env.world_size,
+        local_world_size=env.local_world_size,
+        device_type=device.type,
+        bf16_supported=device.type == "cuda" and torch.cuda.is_bf16_supported(),
+    )
+    return build_engine(resolved, build_model(resolved, device)), resolved
