@@ -1,0 +1,114 @@
+"""What the benchmarks stand on: verdicts, turns, the arithmetic of larger worlds. Their figures are no tests."""
+
+import dataclasses
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from measure import Claim, format_table, ratios, report  # noqa: E402
+from peer import micro_batches  # noqa: E402
+from scaling import STAGES, Cluster, Job, step_seconds, wire_bytes, write_page  # noqa: E402
+from turns import Contestant, started, take_turns  # noqa: E402
+
+from minimind.config import preset  # noqa: E402
+
+COUNTING = "import time\nfor n in range(1, 10**6):\n    print(f'step {n}', flush=True)\n    time.sleep({pause})\n"
+
+
+@pytest.mark.parametrize(
+    ("values", "target", "at_least", "passed"),
+    [
+        ((1.0, 3.0, 9.0), 3.0, True, True),
+        ((1.0, 2.9, 9.0), 3.0, True, False),
+        ((5.0, 0.2, 0.1), 0.2, False, True),
+        ((5.0, 0.3, 0.1), 0.2, False, False),
+        ((1.0,), None, True, None),
+    ],
+)
+def test_the_median_decides(values, target, at_least, passed):
+    claim = Claim("c", values, target, at_least)
+    assert claim.passed is passed
+    table = format_table([claim.to_dict()])
+    assert ("NOT REACHED" in table) == (passed is False) and ("pass" in table) == (passed is True)
+
+
+def test_a_report_is_written_with_its_environment(tmp_path, capsys):
+    where = {"cores": 2, "cpu": "a processor", "device": "cpu", "load_at_start": 0.1}
+    report(
+        "benchmarks/x.py", where, [Claim("c", ratios((4.0, 9.0), (2.0, 3.0)), 2.0)], {"raw": [1]}, tmp_path / "x.json"
+    )
+    content = json.loads((tmp_path / "x.json").read_text())
+    assert content["environment"] == where and content["measured"] == {"raw": [1]}
+    assert content["claims"][0]["median"] == 2.5 and content["claims"][0]["passed"]
+    assert "a processor" in capsys.readouterr().out
+
+
+def test_programs_take_turns_and_none_is_left():
+    programs = [
+        Contestant(name, [sys.executable, "-c", COUNTING.replace("{pause}", "0.02")], r"step (?P<step>\d+)", 3)
+        for name in ("a", "b")
+    ]
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with started(programs, warm_steps=1):
+            take_turns(programs, 2)
+            pids = [program._process.pid for program in programs]
+            while any(psutil.Process(pid).status() != psutil.STATUS_STOPPED for pid in pids):
+                time.sleep(0.01)  # a signal is not there at once; the test's own time-out ends a wait in vain
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    for program in programs:
+        first, second = program.turns
+        assert second.first >= first.first + first.steps  # numbers of steps go on: nothing was made twice
+        assert all(turn.wall_seconds > 0.05 and turn.steps == 3 for turn in program.turns)
+
+
+def test_a_program_that_ends_early_is_named_with_its_last_words():
+    program = Contestant("broken", [sys.executable, "-c", "print('step 1'); print('no more')"], r"step \d+", 1)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match=r"broken ended.*\n(.*\n)*no more"), started([program], warm_steps=2):
+            pass
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def test_micro_batches_take_every_text_once():
+    batches = micro_batches(11, 4)
+    assert [len(batch) for batch in batches] == [4, 4, 3]
+    assert sorted(index for batch in batches for index in batch) == list(range(11)) and batches == micro_batches(11, 4)
+
+
+def test_bytes_on_the_wire_follow_the_stages():
+    job = Job(preset("minimind3"))
+    sent = [sum(wire_bytes(job, stage, 8).values()) for stage in STAGES]
+    ring = 2 * preset("minimind3").num_params() * 7 / 8
+    # Stage 2 reduces at each of 4 micro-batches, stage 3 also gathers twice at each.
+    assert sent == pytest.approx([2 * ring, 2 * ring, 5 * ring, 12 * ring])
+    assert sum(wire_bytes(dataclasses.replace(job, accumulation=8), 1, 8).values()) == pytest.approx(2 * ring)
+    assert wire_bytes(job, 3, 1) == {"gradients": 0, "weights": 0, "tokens": 0}
+
+
+def test_experts_that_are_spread_reduce_less_and_exchange_tokens():
+    job = Job(preset("moe-64e"))
+    alone, spread = wire_bytes(job, 1, 16, 1), wire_bytes(job, 1, 16, 8)
+    assert spread["gradients"] < alone["gradients"] and alone["tokens"] == 0
+    layers, top_k, hidden_size = 8, 4, 512
+    assert spread["tokens"] == 4 * layers * top_k * job.tokens * job.accumulation * hidden_size * 2 * 7 / 8
+
+
+def test_the_page_of_larger_worlds_has_every_world_and_says_what_it_is():
+    computing, small = step_seconds(Job(preset("large")), Cluster(), 3, 8)
+    assert step_seconds(Job(preset("large")), Cluster(), 3, 1024) == (computing, pytest.approx(small, rel=20))
+    page = write_page(Cluster())
+    assert "nothing on this page was measured on a cluster" in page
+    assert page.count("\n| 1024 |") == 4 and "ZeRO 3: communication outlasts computing" in page
