@@ -7,6 +7,9 @@ experts, transformers' grouped path, and DeepSpeed's two backends as `minimind.e
 random and nearly balanced. A ratio is the dense block's seconds over the experts' in the same round.
 """
 
+import functools
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +18,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import tyro
+from engines import build
 from measure import Claim, environment, ratios, report
 from torch import Tensor, nn
 
+from minimind.distributed import RankEnvironment, find_device, process_group, read_environment
+from minimind.errors import UserError
+from minimind.model import MiniMindForCausalLM
 from minimind.model.config import ModelConfig
 from minimind.model.layers import FeedForward
 from minimind.model.moe import MoEFeedForward
@@ -27,6 +34,8 @@ from minimind.model.routing import route
 # the dense block.
 SHAPES = ((4, 1, 0.85), (16, 2, 0.8), (64, 4, 0.6))
 DENSE_SIZE = 2432
+BACKENDS = {"autoep": "DeepSpeed AutoEP", "deepspeed": "deepspeed.moe, nothing dropped"}
+SEED = 42  # the engine draws the same experts from it as the plain model
 
 
 def main(
@@ -56,6 +65,7 @@ def main(
                 num_experts=num_experts,
                 num_experts_per_tok=top_k,
                 moe_intermediate_size=DENSE_SIZE // top_k,
+                num_hidden_layers=1,
             )
             seconds = measure_shape(config, dtype, tokens, rounds)
             measured[f"{name}, {num_experts} experts, top {top_k}"] = seconds
@@ -69,29 +79,68 @@ def main(
 
 def measure_shape(config: ModelConfig, dtype: torch.dtype, tokens: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of forward and backward of each way, round by round."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
-    block = MoEFeedForward(config).to(device, dtype)
-    dense = FeedForward(config, DENSE_SIZE).to(device, dtype)
-    states = torch.randn(1, tokens, config.hidden_size, device=device, dtype=dtype).requires_grad_()
-    ways: dict[str, Callable[[], Tensor]] = {
-        "dense": lambda: dense(states),
-        "ours": lambda: block(states),
-        "loop over experts": lambda: loop_over_experts(block, states),
-    }
-    ways.update(transformers_way(block, states))
-    check_equal(ways, states)
+    env = read_environment()
+    device = find_device(env)
+    with tempfile.TemporaryDirectory() as folder, process_group(env, device):
+        with device:
+            torch.manual_seed(SEED)
+            block = MiniMindForCausalLM(config).model.layers[0].mlp.to(dtype)
+        assert isinstance(block, MoEFeedForward)
+        dense = FeedForward(config, DENSE_SIZE).to(device, dtype)
+        states = torch.randn(1, tokens, config.hidden_size, device=device, dtype=dtype).requires_grad_()
+        ways: dict[str, Callable[[], Tensor]] = {
+            "dense": lambda: dense(states),
+            "ours": lambda: block(states),
+            "loop over experts": lambda: loop_over_experts(block, states),
+        }
+        ways.update(transformers_way(block, states))
+        modules: list[nn.Module] = [block, dense]
+        for backend, title in BACKENDS.items():
+            try:
+                layer = build_backend(backend, config, env, device, tokens, folder).to(dtype)
+            except UserError as error:  # such as a combination that this backend refuses
+                print(f"{title}: not measured: {error}", file=sys.stderr)
+                continue
+            ways[title] = functools.partial(layer, states)
+            modules.append(layer)
+        check_equal(ways, states)
+        return time_ways(ways, [*modules], states, rounds)
+
+
+def build_backend(
+    backend: str, config: ModelConfig, env: RankEnvironment, device: torch.device, tokens: int, folder: str
+) -> nn.Module:
+    """The layer that a backend of DeepSpeed puts in place of ours, with the same weights."""
+    engine, _ = build(
+        config,
+        env,
+        device,
+        stage=0,
+        seq_len=tokens,
+        run_dir=folder,
+        micro_batch_size=1,
+        precision="fp32",
+        seed=SEED,
+        moe_backend=backend,
+    )
+    return engine.module.model.layers[0].mlp
+
+
+def time_ways(
+    ways: dict[str, Callable[[], Tensor]], modules: list[nn.Module], states: Tensor, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of forward and backward of each way, in turn; the first round only warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, run in ways.items():
             began = time.perf_counter()
             run().sum().backward()
-            if device.type == "cuda":
+            if states.is_cuda:
                 torch.cuda.synchronize()
-            if number:  # the first only warms up
+            if number:
                 seconds[name].append(time.perf_counter() - began)
-            block.zero_grad()
-            dense.zero_grad()
+            for module in modules:
+                module.zero_grad()
             states.grad = None
     return seconds
 
