@@ -2,15 +2,17 @@
 # Every benchmark that this machine can run, then one table: bash benchmarks/run_all.sh [--peer DIR] [--text FILE.jsonl]
 # Under 40 minutes on two quiet cores. A benchmark that fails is named at the end; the others go on.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+invoked="$PWD"
+cd "$root" || exit 1
 # shellcheck source=launch/env.sh
 . launch/env.sh
-python="${PYTHON_FOR_BENCHMARKS:-.venv/bin/python}"
+python=.venv/bin/python
 peer="" text=()
 while [ $# -gt 0 ]; do
   case "$1" in
-    --peer) peer="$2" ;;
-    --text) text=(--text "$2") ;;
+    --peer) peer="$(cd "$invoked" && realpath "$2")" ;;
+    --text) text=(--text "$(cd "$invoked" && realpath "$2")") ;;
     *)
       echo "error: unknown argument $1; give --peer DIR or --text FILE.jsonl" >&2
       exit 2
@@ -33,21 +35,21 @@ run() {
   timeout --kill-after=60 "${minutes}m" "$python" "benchmarks/$name" "$@" || failed+=("$name $*")
 }
 
-run start.py 3
-run data.py 3
-run experts.py 5
-run deepspeed_overhead.py 5 --precision bf16
-run deepspeed_overhead.py 8 --precision fp32
+run start.py 4
+run data.py 4
+run experts.py 7
+run deepspeed_overhead.py 6 --precision bf16
+run deepspeed_overhead.py 9 --precision fp32 --rounds 2
 if [ -n "$peer" ]; then
-  run train.py 9 --peer "$peer" "${text[@]}"
-  run memory.py 5 --peer "$peer"
+  run train.py 14 --peer "$peer" --rounds 2 "${text[@]}"
+  run memory.py 7 --peer "$peer" --repeats 1
   run learning.py 8 --peer "$peer" "${text[@]}"
 else
   failed+=("train.py, memory.py, learning.py: not run, they need --peer DIR")
 fi
 run weak_scaling.py 5 "${text[@]}"
 run scaling.py 1
-run tokenize_corpus.py 8 --repeats 3
+run tokenize_corpus.py 8 --repeats 2
 [ -f benchmarks/generate.py ] && run generate.py 5
 run checkpoint.py 3
 

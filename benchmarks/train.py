@@ -39,7 +39,7 @@ def main(
     rounds: int = 3,
     batch: int = 8,
     accumulation: int = 2,
-    steps: int = 4,
+    steps: int = 2,
     model: str = "minimind3",
     output: Path | None = None,
 ) -> None:

@@ -39,7 +39,7 @@ class Contestant:
 
     Args:
         log: follow this file instead of the program's own output.
-        steps: its steps in a turn, after the one that was under way when it was last stopped.
+        steps: its steps in a turn.
     """
 
     name: str
@@ -84,15 +84,19 @@ class Contestant:
         return seen
 
     def take_turn(self) -> Turn:
-        """Continue it, let the step under way end, time `steps` more, and stop it."""
-        while not self._seen.empty():  # a step may have ended while it was being stopped
+        """Continue it, time `steps` steps, and stop it.
+
+        It was stopped as soon as a step was seen to end, so the next one is whole but for some milliseconds.
+        """
+        while not self._seen.empty():  # a short step may have ended while it was being stopped
             self._seen.get()
+        cpu_began, began = self._cpu_seconds(), time.perf_counter()
         self.send(signal.SIGCONT)
-        began, before = self.wait_steps(1)
-        cpu_began = self._cpu_seconds()
-        ended, _ = self.wait_steps(self.steps)
-        turn = Turn(before + 1, self.steps, ended - began, self._cpu_seconds() - cpu_began)
+        ended, first = self.wait_steps(1)
+        if self.steps > 1:
+            ended, _ = self.wait_steps(self.steps - 1)
         self.send(signal.SIGSTOP)
+        turn = Turn(first, self.steps, ended - began, self._cpu_seconds() - cpu_began)
         self.turns.append(turn)
         return turn
 

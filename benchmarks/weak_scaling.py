@@ -5,6 +5,7 @@
 Every rank has the same batch in both. The ratio is the tokens a second of two ranks over twice those of one.
 """
 
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Literal
 
 import tyro
 from measure import ROOT, Claim, environment, ratios, report
+from peer import read_texts
 from texts import find_text, make_shards, run_module
 from train import STEP_IN_LOG
 from turns import Contestant, started, take_turns
@@ -46,7 +48,9 @@ def main(
     where = environment()
     with tempfile.TemporaryDirectory(prefix="weak-scaling-") as name:
         folder = Path(name)
-        source = find_text(text, folder)
+        texts = read_texts(find_text(text, folder), 20_000)
+        source = folder / "part.jsonl"
+        source.write_text("".join(json.dumps({"text": item}) + "\n" for item in texts))
         run_module("data_prep.train_tokenizer", "--input", source, "--output", folder / "tokenizer")
         shards = make_shards(source, folder / "tokenizer", folder / "shards")
         contestants = []
