@@ -34,7 +34,7 @@ FRESH_SECONDS = 60.0
 class _Flags:
     """Show how runs are going, a line each; reads only their folders."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Run folders, or folders of them."""
 
 
@@ -60,7 +60,9 @@ class RunStatus:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Print a line for each run; exit code 1 where one failed or crashed."""
-    flags = parse_flags(_Flags, sys.argv[1:] if args is None else args, prog="python -m minimind.status")
+    flags = parse_flags(
+        _Flags, sys.argv[1:] if args is None else args, default=_Flags(), prog="python -m minimind.status"
+    )
     if not flags.runs:
         raise UserError("no run given; pass run folders, such as runs/mine")
     found = [read_status(folder) for run in flags.runs for folder in find_runs(run)]
