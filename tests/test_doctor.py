@@ -1,6 +1,5 @@
 """The doctor: a verdict and a cure for each thing, on this machine and on machines that are made ill."""
 
-import importlib
 import os
 import resource
 import time
@@ -35,9 +34,7 @@ def test_a_bad_finding_is_the_exit_code(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     assert doctor.main(["--run-dir", str(tmp_path)]) == 1
     printed = capsys.readouterr().out
-    assert (
-        f"left by a killed build: rm {lock}" in printed and printed.splitlines()[-1].endswith("warnings")
-    ) or "will not" in printed
+    assert f"left by a killed build: rm {lock}" in printed and "will not work" in printed.splitlines()[-1]
 
 
 def test_a_young_lock_may_be_a_build_that_is_going_on(tmp_path):
@@ -89,7 +86,7 @@ def test_a_broken_deepspeed_is_a_finding(monkeypatch):
     def refuse(name: str):
         raise ImportError("libcuda.so: not found")
 
-    monkeypatch.setattr(importlib, "import_module", refuse)
+    monkeypatch.setattr(health_software.importlib, "import_module", refuse)
     assert health_software.check_ops(())[-1] == Finding(
         "deepspeed", "bad", "cannot be imported: libcuda.so: not found", "pip install it anew"
     )

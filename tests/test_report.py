@@ -81,9 +81,9 @@ def browse(page: Path, profile: Path, width: int = 1280) -> tuple[str, list[str]
     assert CHROMIUM is not None
     result = subprocess.run(
         [
-            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr",
-            f"--user-data-dir={profile}", f"--window-size={width},2000", "--virtual-time-budget=2000", "--dump-dom",
-            page.as_uri(),
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+            "--enable-logging=stderr", f"--user-data-dir={profile}", f"--window-size={width},2000",
+            "--virtual-time-budget=2000", "--dump-dom", page.as_uri(),
         ],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
