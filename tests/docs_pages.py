@@ -16,6 +16,7 @@ PAGES = (
     "configuration.md",
     "data_format.md",
     "run_folder.md",
+    "watching.md",
     "ds_configs.md",
 )
 STEPS = {
