@@ -1,6 +1,6 @@
 """Peak memory of a training step beside the reference's: same batch, vocabulary 32000, AdamW.
 
-    python benchmarks/memory.py --peer DIR [--batch 16] [--length 340] [--vocab-size 32000]
+    python benchmarks/memory.py --peer DIR [--batch 32] [--length 340] [--vocab-size 32000]
 
 Each step runs in a process of its own, which first imports everything and then counts what it needs on top: the
 growth of its peak resident memory on a CPU, the allocator's peak on a GPU. The reference and Qwen3 compute in float32,
@@ -28,10 +28,10 @@ KINDS = ("minimind", "Qwen3", "ours fp32", "ours bf16", "ours bf16 compiled")
 
 def main(
     peer: Path,
-    batch: int = 16,
+    batch: int = 32,
     length: int = 340,
     vocab_size: int = 32000,
-    repeats: int = 2,
+    repeats: int = 1,
     only: str | None = None,
     output: Path | None = None,
 ) -> None:
@@ -39,7 +39,7 @@ def main(
 
     Args:
         peer: checkout of jingyaogong/minimind.
-        batch: sequences in the step (the reference's own default is 32).
+        batch: sequences in the step; 32 is the reference's own default.
         length: their length.
         vocab_size: of all models.
         repeats: processes of each kind.
@@ -62,7 +62,8 @@ def main(
                 done = subprocess.run(command, env={**os.environ, **core_threads()}, capture_output=True, text=True)
                 if done.returncode:
                     raise SystemExit(f"{kind} failed:\n{done.stderr.strip()[-800:]}")
-                result = json.loads(done.stdout.strip().splitlines()[-1])
+                (line,) = [line for line in done.stdout.splitlines() if line.startswith('{"bytes"')]
+                result = json.loads(line)
                 found[kind].append(result["bytes"] / 2**20)
                 losses += [result["loss_error"]] if "loss_error" in result else []
     finally:

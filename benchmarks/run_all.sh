@@ -42,7 +42,7 @@ run deepspeed_overhead.py 6 --precision bf16
 run deepspeed_overhead.py 9 --precision fp32 --rounds 2
 if [ -n "$peer" ]; then
   run train.py 14 --peer "$peer" --rounds 2 "${text[@]}"
-  run memory.py 7 --peer "$peer" --repeats 1
+  run memory.py 8 --peer "$peer"
   run learning.py 8 --peer "$peer" "${text[@]}"
 else
   failed+=("train.py, memory.py, learning.py: not run, they need --peer DIR")
