@@ -104,6 +104,11 @@ def write_experts(ds: dict[str, Any], run: RunConfig) -> None:
         ds[BLOCK] = {**autoep_block(run.model, run.train.ep_size or 1), **_free(block)}
 
 
+def draws_experts(train: TrainConfig) -> bool:
+    """Whether the choice of experts has a random part in training."""
+    return train.moe_random_selection or train.moe_sample_second or train.moe_gate_noise != "none"
+
+
 def check_experts(run: RunConfig, ds: dict[str, Any], world_size: int) -> None:
     """Refuse, before anything is started, what the backend cannot do.
 
@@ -112,8 +117,6 @@ def check_experts(run: RunConfig, ds: dict[str, Any], world_size: int) -> None:
     """
     if run.train.moe_backend is None:
         return
-    if run.train.moe_backend == "deepspeed":
-        raise UserError("moe_backend: deepspeed is not there yet; use autoep")
     _check_ep_size(run, world_size)
     _check_gating(run)
     _check_zero(run, ds)

@@ -24,7 +24,7 @@ from torch import nn
 from minimind.ds_config import Resolved
 from minimind.ds_sections import offload_device
 from minimind.errors import UserError
-from minimind.experts import global_norm, split_groups, watch_experts
+from minimind.experts import global_norm, split_groups, take_over_experts, watch_experts
 from minimind.model import MiniMindForCausalLM
 from minimind.schema import nearest
 
@@ -157,6 +157,7 @@ def build_engine(resolved: Resolved, model: MiniMindForCausalLM) -> deepspeed.De
 
     if clips_here(resolved):
         ds["gradient_clipping"] = 0.0
+    take_over_experts(resolved, model)
     with _build_errors():
         engine, *_ = deepspeed.initialize(
             model=model,

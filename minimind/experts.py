@@ -1,10 +1,10 @@
 """Expert parallelism, applied to a plain model from outside: what has to be done before, at and after
 `deepspeed.initialize`, whichever backend runs the experts. Knows nothing of batches, steps or checkpoints.
 
-DeepSpeed replaces each `layers.N.mlp` by a layer of its own (AutoEP inside `initialize`, from the block that
-`ds_experts` writes), so whatever was taken from the old layers must be taken again: the routers that the auxiliary loss
-listens to, the parameters of the optimizer. Ranks r, r+1 ... of one group of `ep_size` neighbours hold one set of
-experts; ranks that hold the same experts average their gradients.
+Each `layers.N.mlp` gets a layer of DeepSpeed's in its place (AutoEP inside `initialize`, from the block that
+`ds_experts` writes; `deepspeed.moe` before it), so whatever was taken from the old layers must be taken again: the
+routers that the auxiliary loss listens to, the parameters of the optimizer. A group of `ep_size` neighbouring ranks
+holds one set of experts; ranks that hold the same experts average their gradients.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,40 @@ from deepspeed.utils import groups
 from torch import nn
 
 from minimind.ds_config import Resolved
+from minimind.ds_experts import draws_experts
+from minimind.expert_names import find_part
 from minimind.model import MiniMindForCausalLM
+from minimind.model.moe import MoEFeedForward
 from minimind.model.routing import BIAS_NAME, Router
+from minimind.native_experts import GateRecord, NativeExperts
+
+
+def take_over_experts(resolved: Resolved, model: MiniMindForCausalLM) -> None:
+    """Put `deepspeed.moe` in place of the model's experts, where that is to run them: each rank keeps its own share.
+
+    Before `deepspeed.initialize`; AutoEP takes them over inside it. Every rank calls this.
+    """
+    train, config = resolved.run.train, resolved.run.model
+    if train.moe_backend != "deepspeed":
+        return
+    ep_size = train.ep_size or 1
+    name = f"ep_size_{ep_size}"
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(ep_size)
+    ep_rank = groups._get_expert_parallel_rank(name)
+    for number, layer in enumerate(model.model.layers):
+        if not isinstance(layer.mlp, MoEFeedForward):
+            continue
+        source, native = layer.mlp, NativeExperts(layer.mlp, train)
+        with torch.no_grad():
+            for own_name, parameter in native.named_parameters():
+                part = find_part(f"model.layers.{number}.mlp.{own_name}", config, ep_size, ep_rank)
+                whole = source.get_parameter(part.name.removeprefix(f"model.layers.{number}.mlp."))
+                if whole is not parameter:  # the shared experts have moved
+                    parameter.copy_(whole[part.place])
+        layer.mlp = native
+    model.model.draws_random |= draws_experts(train)
+    model.router_record = GateRecord()
 
 
 def watch_experts(resolved: Resolved, model: MiniMindForCausalLM) -> None:
@@ -35,7 +67,10 @@ def watch_experts(resolved: Resolved, model: MiniMindForCausalLM) -> None:
             if getattr(router, BIAS_NAME, None) is not None:
                 setattr(router, BIAS_NAME, getattr(router, BIAS_NAME).float())
             routers.append(Router(router.gate, router))
-    expected = sum(resolved.run.model.has_experts(layer) for layer in range(resolved.run.model.num_hidden_layers))
+        elif isinstance(layer.mlp, NativeExperts):
+            routers.append(layer.mlp.router)
+    config = resolved.run.model
+    expected = sum(config.has_experts(layer) for layer in range(config.num_hidden_layers))
     if len(routers) != expected:
         raise RuntimeError(f"{expected} layers have experts, and DeepSpeed has taken over {len(routers)}")
     model.router_record.watch(routers)

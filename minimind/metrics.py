@@ -31,6 +31,8 @@ SECONDS_BETWEEN_LINES = 10.0
 _TENSORBOARD_NAMES = {
     "loss": "train/loss",
     "aux_loss": "train/aux_loss",
+    "load_entropy": "experts/load_entropy",
+    "dropped_share": "experts/dropped_share",
     "lr": "train/lr",
     "grad_norm": "train/grad_norm",
     "loss_scale": "train/loss_scale",

@@ -24,8 +24,10 @@ from minimind.data.dataset import TokenDataset
 from minimind.data.loader import Batch, BatchLoader, eval_batches
 from minimind.distributed import all_reduce_sum, gather_objects
 from minimind.ds_config import Resolved
+from minimind.ds_experts import draws_experts
 from minimind.engine import loss_scale, optimizer_step, set_learning_rate
 from minimind.errors import UserError
+from minimind.expert_load import count_choices, load_of, summarize_load
 from minimind.lifeline import Lifeline
 from minimind.metrics import MetricsLog, peak_memory_bytes
 from minimind.run_lock import RunLock, RunLockError
@@ -51,6 +53,7 @@ class _PendingStep:
     grad_norm: torch.Tensor | float | None  # global, before clipping
     lr: float
     loss_scale: float | None
+    choices: torch.Tensor | None  # (num_moe_layers, num_experts + 1) this rank's `count_choices`, or None when dense
 
 
 @dataclass
@@ -135,6 +138,7 @@ class Trainer:
         # DeepSpeed divides by the accumulation and averages over ranks; this undoes both and divides by the targets.
         scale = len(batches) * self.loader.world_size / num_targets
         loss, aux_loss = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        choices: torch.Tensor | None = None
         for batch in batches:
             self.lifeline.at(step + 1, "forward and backward")
             moved = batch.to(self.device, non_blocking=True)
@@ -151,13 +155,15 @@ class Trainer:
             if output.aux_loss is not None:  # a mean over this micro-batch: DeepSpeed's own averaging is right for it
                 total = total + output.aux_loss
                 aux_loss = aux_loss + output.aux_loss.detach() / (len(batches) * self.loader.world_size)
+                choices = count_choices(output, choices)
             self.engine.backward(total)
             if batch is not batches[-1]:
                 self.engine.step()  # not at an accumulation boundary: counts the micro-batch
         self.lifeline.at(step + 1, "optimizer step")
         grad_norm = optimizer_step(self.engine, self.resolved)
         scale_now = loss_scale(self.engine) if train.precision == "fp16" else None
-        self._pending.append(_PendingStep(step + 1, loss, aux_loss, grad_norm, lr, scale_now))
+        self._step_router_biases(choices, grad_norm)
+        self._pending.append(_PendingStep(step + 1, loss, aux_loss, grad_norm, lr, scale_now, choices))
         self.state = TrainState(
             step=step + 1,
             consumed_samples=self.state.consumed_samples + self.loader.global_batch_size,
@@ -219,12 +225,21 @@ class Trainer:
         return count * self.loader.world_size  # without a mask every position of every window has a target
 
     def _seed_dropout(self, step: int) -> None:
-        """Dropout is a function of (seed, step, rank), so that a resume needs no saved random state."""
+        """Dropout and a router's noise are functions of (seed, step, rank): a resume needs no saved random state."""
         model = self.resolved.run.model
-        if model.dropout or model.attention_dropout:
+        if model.dropout or model.attention_dropout or draws_experts(self.resolved.run.train):
             # Distinct for every (step, rank) of a run below 2**20 ranks; torch mixes the bits.
             seed = (self.resolved.run.train.seed << 52 ^ step << 20 ^ self.loader.rank) % 2**63
             torch.manual_seed(seed)
+
+    def _step_router_biases(self, choices: torch.Tensor | None, grad_norm: torch.Tensor | float | None) -> None:
+        """Move the routers' selection biases, where the model has them, by the load of the whole step; a step whose
+        gradient was not finite moves nothing. Every rank calls this."""
+        if choices is None or not self.resolved.run.model.router_bias_update_rate:
+            return
+        load = all_reduce_sum(load_of(choices).clone())
+        finite = torch.isfinite(torch.as_tensor(0.0 if grad_norm is None else grad_norm, device=self.device))
+        self.engine.module.step_router_biases(load * finite)
 
     def _flush(self) -> None:
         """Bring the pending steps to the host, check and log them. Every rank calls this: it holds a collective."""
@@ -239,19 +254,24 @@ class Trainer:
         times[self.loader.rank] = torch.tensor(self._clock.read()) / len(pending)
         summed = all_reduce_sum(torch.cat([losses, auxiliary, times.flatten().to(losses)])).tolist()
         means, aux_means = summed[: len(pending)], summed[len(pending) : 2 * len(pending)]
+        counted = [item.choices for item in pending if item.choices is not None]
+        loads = all_reduce_sum(torch.stack(counted)).cpu() if counted else None
         now = time.perf_counter()
         seconds = (now - self._window_began) / len(pending)
         self._window_began = now
         norms = [None if item.grad_norm is None else float(item.grad_norm) for item in pending]
-        for item, loss, aux_loss, norm in zip(pending, means, aux_means, norms, strict=True):
+        for i, (item, loss, aux_loss, norm) in enumerate(zip(pending, means, aux_means, norms, strict=True)):
             self._check_step(item, loss, norm, local_bad is not None)
             if self.metrics is not None:
                 record = self._record(item, loss, norm, seconds)
                 if item is pending[-1]:
                     record |= describe_ranks(summed[2 * len(pending) :])
-                if self.resolved.run.model.use_moe:
-                    record["aux_loss"] = aux_loss
+                if loads is not None:
+                    record |= {"aux_loss": aux_loss, **summarize_load(loads[i])}
                 self.metrics.log_step(record)
+        if self.metrics is not None and loads is not None:
+            for layer, load in enumerate(load_of(loads[-1])):
+                self.metrics.log_histogram(f"experts/load_{layer}", load, pending[-1].step)
 
     def _record(self, item: _PendingStep, loss: float, norm: float | None, seconds: float) -> dict[str, Any]:
         samples = self.loader.global_batch_size

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import deepspeed
 import torch
 from torch import nn
 
@@ -40,10 +41,12 @@ def make_steps(count: int) -> list[tuple[torch.Tensor, ...]]:
     return [step.split(ROWS // PARTS) for step in tokens]
 
 
-def train_plainly(model: dict[str, Any], count: int) -> Curve:
+def train_plainly(model: dict[str, Any], count: int, *, collapsed: bool = False) -> Curve:
     """AdamW in torch on the model as it is; nothing of this project but the model."""
     torch.manual_seed(SETTINGS["seed"])
     module = MiniMindForCausalLM(ModelConfig(**model))
+    if collapsed:
+        collapse_routers(module)
     groups = [
         {"params": [p for p in module.parameters() if p.dim() > 1], "weight_decay": SETTINGS["weight_decay"]},
         {"params": [p for p in module.parameters() if p.dim() == 1], "weight_decay": 0.0},
@@ -101,7 +104,46 @@ def take_step(engine: Any, resolved: Resolved, step: tuple[torch.Tensor, ...]) -
     return float(loss), norm
 
 
-def walk(cells: list[tuple[int, dict[str, Any], dict[str, Any]]], count: int) -> list[Curve | str]:
+def gathered_weights(engine: Any) -> list[torch.Tensor]:
+    """What this rank's weights are now: its own experts, and everything that all ranks share."""
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        return [parameter.detach().clone() for parameter in engine.module.parameters()]
+
+
+def spoil(stage: int, model: dict[str, Any], train: dict[str, Any]) -> tuple[float, bool, float, float]:
+    """A step with a NaN in the last rank's loss alone, between two good ones: its norm, whether it left this rank's
+    weights alone, and the losses of the first and the last step."""
+    env = read_environment()
+    torch.set_num_threads(1)
+    with process_group(env, CPU):
+        resolved = resolve(stage, env.world_size, model, **train)
+        engine = build_engine(resolved, build_model(resolved, CPU))
+        steps = make_steps(2)
+        first, _ = take_step(engine, resolved, steps[0])
+        before = gathered_weights(engine)
+        output = engine(steps[1][env.rank][:, :-1], steps[1][env.rank][:, 1:])
+        engine.backward(output.loss * (float("nan") if env.rank == env.world_size - 1 else 1.0))
+        norm = float(optimizer_step(engine, resolved))
+        same = all(torch.equal(*pair) for pair in zip(before, gathered_weights(engine), strict=True))
+        last, _ = take_step(engine, resolved, steps[1])
+        engine.destroy()
+    return norm, same, first, last
+
+
+@torch.no_grad()
+def collapse_routers(model: MiniMindForCausalLM, strength: float = 3.0) -> None:
+    """Let every router send every token to the first experts: all tokens share a large feature that these ask for."""
+    gates = [layer.mlp.gate.weight for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    targets = [model.model.embed_tokens.weight, *gates]
+    with deepspeed.zero.GatheredParameters(targets, modifier_rank=0):
+        targets[0][:, 0] = strength
+        for gate in gates:
+            gate[:, 0] = torch.arange(len(gate), 0, -1.0) / len(gate)
+
+
+def walk(
+    cells: list[tuple[int, dict[str, Any], dict[str, Any]]], count: int, collapsed: bool = False
+) -> list[Curve | str]:
     """Train each cell (stage, model, settings) in one process group; its curve, or why it was refused."""
     env = read_environment()
     torch.set_num_threads(1)
@@ -113,7 +155,10 @@ def walk(cells: list[tuple[int, dict[str, Any], dict[str, Any]]], count: int) ->
             except UserError as error:
                 found.append(str(error))
                 continue
-            engine = build_engine(resolved, build_model(resolved, CPU))
+            module = build_model(resolved, CPU)
+            if collapsed:
+                collapse_routers(module)
+            engine = build_engine(resolved, module)
             curve = [take_step(engine, resolved, step) for step in make_steps(count)]
             engine.destroy()
             found.append(([loss for loss, _ in curve], [norm for _, norm in curve]))

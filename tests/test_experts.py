@@ -1,12 +1,19 @@
 """Experts under DeepSpeed against the plain model on one process: every backend, ZeRO stage and ep size."""
 
+import math
+import shutil
+
 import pytest
-from expert_runs import DENSE, EXPERTS, train_plainly, walk
+import torch
+from expert_runs import DENSE, EXPERTS, collapse_routers, spoil, train_plainly, walk
 from pytest import approx
-from training_runs import RankPool, rank_pool
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_runs import MODEL, RankPool, flags_for, losses, rank_pool, read_metrics, train
+
+from minimind.model import MiniMindForCausalLM, ModelConfig
 
 STEPS = 20
-MODELS = {None: DENSE, "autoep": EXPERTS}
+MODELS = {None: DENSE, "autoep": EXPERTS, "deepspeed": EXPERTS}
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +43,142 @@ def assert_same(found, expected):
     assert max(norms) > 1.0, "nothing was clipped"
 
 
-@pytest.mark.parametrize("backend", [None, "autoep"])
+def stages(backend):
+    return (0, 1, 2) if backend == "deepspeed" else (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("backend", MODELS)
 def test_two_ranks_are_the_plain_loop(pool: RankPool, plain, backend):
     cells = table(backend, (None,) if backend is None else (1, 2))
     for ranks in pool.run(walk, cells, STEPS):
-        for found in ranks:
-            assert_same(found, plain[backend])
+        for (stage, _, _), found in zip(cells, ranks, strict=True):
+            if stage in stages(backend):
+                assert_same(found, plain[backend])
+            else:
+                assert "does not run under ZeRO stage 3; use --moe-backend autoep" in found
 
 
-def test_one_rank_is_the_plain_loop(one_rank: RankPool, plain):
-    (found,) = one_rank.run(walk, table("autoep", (1,)), STEPS)
-    for curve in found:
-        assert_same(curve, plain["autoep"])
+@pytest.mark.parametrize("backend", ["autoep", "deepspeed"])
+def test_one_rank_is_the_plain_loop_also_when_it_recomputes(one_rank: RankPool, plain, backend):
+    """On one rank two micro-batches accumulate, and the recomputation must add nothing to the balance."""
+    settings = {"moe_backend": backend, "activation_checkpointing": True}
+    for curve in one_rank.run(walk, [(stage, EXPERTS, settings) for stage in stages(backend)], STEPS)[0]:
+        assert_same(curve, plain[backend])
+
+
+def test_ranks_and_groups_of_experts_are_equal_step_for_step(pool: RankPool, one_rank: RankPool):
+    """AutoEP on one rank, on two that both hold all experts, and on two that hold half of them each."""
+    cells = [(1, EXPERTS, {"ep_size": ep}) for ep in (1, 2)]
+    alone, together = one_rank.run(walk, cells[:1], STEPS)[0], pool.run(walk, cells, STEPS)[0]
+    for losses, norms in together:
+        assert losses == approx(alone[0][0], rel=1e-6)
+        assert norms == approx(alone[0][1], rel=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["autoep", "deepspeed"])
+def test_bf16_follows_fp32(pool: RankPool, plain, backend):
+    settings = {"moe_backend": backend, "ep_size": 2, "precision": "bf16"}
+    cells = [(stage, EXPERTS, settings) for stage in stages(backend)]
+    for losses, norms in pool.run(walk, cells, 5)[0]:
+        assert losses == approx(plain[backend][0][:5], rel=2e-2) and losses != plain[backend][0][:5]
+        assert norms == approx(plain[backend][1][:5], rel=1e-1)
+
+
+@pytest.mark.parametrize("backend", ["autoep", "deepspeed"])
+def test_a_nan_on_one_rank_moves_no_weight_on_any(pool: RankPool, backend):
+    for stage in stages(backend):
+        for norm, same, first, last in pool.run(spoil, stage, EXPERTS, {"moe_backend": backend, "ep_size": 2}):
+            assert not math.isfinite(norm) and same, (stage, norm)
+            assert math.isfinite(first) and math.isfinite(last)
+
+
+@pytest.mark.parametrize("backend", ["autoep", "deepspeed"])
+def test_a_rank_whose_experts_get_no_token_keeps_step(pool: RankPool, backend):
+    """Every token goes to the first rank's experts; the pool ends what hangs."""
+    expected = train_plainly(EXPERTS, 4, collapsed=True)
+    cells = [(stage, EXPERTS, {"moe_backend": backend, "ep_size": 2}) for stage in stages(backend)]
+    for ranks in pool.run(walk, cells, 4, True):
+        for losses, norms in ranks:
+            assert losses == approx(expected[0], rel=1e-4)
+            assert norms == approx(expected[1], rel=1e-3)
+
+
+# Whole runs, through the command.
+
+RUN = {
+    "hidden_size": 32, "use_moe": True, "num_experts": 8, "num_experts_per_tok": 1, "moe_intermediate_size": 32,
+    "save_every": 0, "micro_batch_size": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("coefficient", [0.01, 0.0])
+def test_collapsed_routers_recover_by_the_auxiliary_loss_alone(one_rank: RankPool, tiny_corpus, tmp_path, coefficient):
+    shape = {**MODEL, **RUN, "n_shared_experts": 1, "router_aux_loss_coef": coefficient}
+    names = ModelConfig.__dataclass_fields__
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(ModelConfig(**{name: value for name, value in shape.items() if name in names}))
+    collapse_routers(model, strength=1.0)
+    model.save_pretrained(tmp_path / "collapsed")
+    settings = {**RUN, "n_shared_experts": 1, "router_aux_loss_coef": coefficient, "init_from": tmp_path / "collapsed"}
+    one_rank.run(train, flags_for(tiny_corpus, tmp_path / "run", steps=200, lr=3e-3, **settings))
+    entropy = [record["load_entropy"] for record in read_metrics(tmp_path / "run") if "loss" in record]
+    assert entropy[0] < 0.1
+    assert (sum(entropy[-20:]) / 20 > 0.9) == (coefficient > 0), entropy[-20:]
+
+
+@pytest.mark.parametrize("backend", ["autoep", "deepspeed"])
+def test_metrics_count_every_choice_once(pool: RankPool, one_rank: RankPool, tiny_corpus, tmp_path, backend):
+    """Two ranks, one that accumulates, and one that recomputes say the same; TensorBoard has a histogram a layer."""
+    others = {"two": {"ep_size": 2}, "one": {"micro_batch_size": 2}, "again": {"activation_checkpointing": True}}
+    found = []
+    for name, settings in others.items():
+        flags = flags_for(
+            tiny_corpus, tmp_path / name, steps=2, moe_backend=backend, eval_every=1,
+            **{**RUN, "num_hidden_layers": 2, "num_experts_per_tok": 2, "micro_batch_size": 2, "tensorboard": name == "one",
+               **settings},
+        )  # fmt: skip
+        (pool if name == "two" else one_rank).run(train, flags)
+        found.append([record for record in read_metrics(tmp_path / name)])
+    for records in found:
+        steps = [record for record in records if "loss" in record]
+        assert len(steps) == 2 and len([record for record in records if "eval_loss" in record]) >= 2
+        for step, other in zip(steps, (record for record in found[0] if "loss" in record), strict=True):
+            load = step["expert_load"]
+            assert load == other["expert_load"] and load["dropped"] == [0.0, 0.0]
+            assert all(low <= 16 <= high for low, high in zip(load["min"], load["max"], strict=True))
+            assert 0 < step["load_entropy"] <= 1 and step["aux_loss"] == approx(other["aux_loss"], rel=1e-5)
+            assert step["loss"] == approx(other["loss"], rel=1e-4)
+    events = EventAccumulator(str(tmp_path / "one" / "tensorboard")).Reload()
+    assert sorted(events.Tags()["histograms"]) == ["experts/load_0", "experts/load_1"]
+    assert "experts/load_entropy" in events.Tags()["scalars"]
+
+
+def test_selection_biases_step_alike_on_every_rank_and_resume(
+    pool: RankPool, one_rank: RankPool, tiny_corpus, tmp_path
+):
+    settings = {**RUN, "scoring_func": "sigmoid", "router_bias_update_rate": 0.05, "router_aux_loss_coef": 0.0}
+    settings |= {"save_every": 2, "keep_last": 0, "micro_batch_size": 2}
+    for name, runner, ep_size in (("one", one_rank, 1), ("two", pool, 2)):
+        runner.run(train, flags_for(tiny_corpus, tmp_path / name, ep_size=ep_size, **settings))
+    assert list(losses(tmp_path / "two").values()) == approx(list(losses(tmp_path / "one").values()), rel=1e-4)
+    without = {**settings, "router_bias_update_rate": 0.0}
+    one_rank.run(train, flags_for(tiny_corpus, tmp_path / "without", **without))
+    assert losses(tmp_path / "without") != losses(tmp_path / "one"), "the biases choose nobody"
+    before = losses(tmp_path / "two")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "two" / "checkpoints" / f"step_{step:08d}")
+    pool.run(train, flags_for(tiny_corpus, tmp_path / "two", ep_size=2, **settings))
+    assert losses(tmp_path / "two") == before
+
+
+@pytest.mark.parametrize(("backend", "stage"), [("autoep", 0), ("autoep", 2), ("autoep", 3), ("deepspeed", 1)])
+def test_a_resume_on_the_same_ranks_is_the_uninterrupted_run(pool: RankPool, tiny_corpus, tmp_path, backend, stage):
+    noise = {"moe_gate_noise": "jitter"} if backend == "deepspeed" else {}
+    settings = {**RUN, "micro_batch_size": 2, "save_every": 2, "keep_last": 0, "moe_backend": backend, "ep_size": 2}
+    flags = flags_for(tiny_corpus, tmp_path, stage=stage, **{**settings, **noise})
+    pool.run(train, flags)
+    before = losses(tmp_path)
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "checkpoints" / f"step_{step:08d}")
+    pool.run(train, flags)
+    assert losses(tmp_path) == before

@@ -20,7 +20,7 @@ LAYERS = {
     2: "ds_config expert_names schedule data.order data.dataset data.loader model model.attention model.cache "
     "model.grouped model.layers model.loss model.moe model.pretrained model.rope model.routing model.transformer "
     "model.visibility",
-    3: "experts",
+    3: "experts native_experts",
     4: "engine",
     6: "trainer",
     7: "train generate evaluate export serve http_api batching checkpoint plan doctor status report trial micro_batch",
@@ -28,7 +28,8 @@ LAYERS = {
 LAYER_OF = {f"minimind.{name}": layer for layer, names in LAYERS.items() for name in names.split()}
 
 MAY_IMPORT_DEEPSPEED = {
-    "minimind.deepspeed_launcher", "minimind.distributed", "minimind.experts", "minimind.engine", "minimind.export",
+    "minimind.deepspeed_launcher", "minimind.distributed", "minimind.engine", "minimind.experts", "minimind.export",
+    "minimind.native_experts",
     "minimind.neutral_loading", "minimind.starting_weights", "minimind.state_files",
 }  # fmt: skip
 WITHOUT_TORCH = [name for name, layer in LAYER_OF.items() if layer == 0]

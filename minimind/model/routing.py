@@ -35,10 +35,19 @@ def route(router_logits: Tensor, config: ModelConfig, bias: Tensor | None = None
     """
     scores = score_experts(router_logits, config)
     experts = choose_experts(scores, config, bias)
-    weights = scores.gather(-1, experts)
+    return expert_weights(scores, experts, config), experts
+
+
+def expert_weights(scores: Tensor, experts: Tensor, config: ModelConfig) -> Tensor:
+    """The weight of each token's experts, (N, K) float32, from its scores (N, num_experts).
+
+    `experts` (N, K) int64; -1 is an expert that does not take the token: it weighs 0 and does not count in the sum that
+    `norm_topk_prob` divides by.
+    """
+    weights = scores.gather(-1, experts.clamp(min=0)).masked_fill(experts < 0, 0.0)
     if config.norm_topk_prob:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-    return weights * config.routed_scaling_factor, experts
+    return weights * config.routed_scaling_factor
 
 
 class RouterBalance(NamedTuple):
@@ -48,6 +57,8 @@ class RouterBalance(NamedTuple):
     """Float32 scalar, summed over the layers, coefficients included."""
     expert_load: Tensor
     """(num_moe_layers, num_experts) int64: tokens sent to each expert; a token counts once for each of its experts."""
+    dropped: Tensor | None = None
+    """(num_moe_layers,) int64: those of them that found no room; None where nothing is ever dropped."""
 
 
 def router_aux_loss(

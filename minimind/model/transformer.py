@@ -36,6 +36,8 @@ class CausalLMOutput(NamedTuple):
     """Float32 scalar, with labels and experts only: the routers' losses of this batch, coefficients included."""
     expert_load: Tensor | None = None
     """(num_moe_layers, num_experts) int64, with labels and experts only: tokens sent to each expert."""
+    dropped: Tensor | None = None
+    """(num_moe_layers,) int64: those of them that found no room, where experts have a capacity."""
 
 
 class Block(nn.Module):
@@ -76,6 +78,8 @@ class MiniMindModel(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
+        # Whether a block draws random numbers in training, which a recomputation must then repeat.
+        self.draws_random = max(config.dropout, config.attention_dropout) > 0
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, config.initializer_range)
         self.layers = nn.ModuleList([Block(config, layer) for layer in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -105,10 +109,8 @@ class MiniMindModel(nn.Module):
             visibility = causal(num_new, num_read, attention_mask, input_ids.device)
         for layer in self.layers:
             if self.activation_checkpointing and self.training and cache is None:
-                # The random state is kept only where there is dropout to repeat.
-                random = max(self.config.dropout, self.config.attention_dropout) > 0
                 arguments = (hidden_states, rotary, visibility)
-                hidden_states = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=random)
+                hidden_states = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=self.draws_random)
             else:
                 hidden_states = layer(hidden_states, rotary, visibility, cache)
         if cache is not None:
@@ -198,7 +200,9 @@ class MiniMindForCausalLM(nn.Module):
         hidden_states = self.model(*inputs)
         balance = self.router_record.finish(self.config, (input_ids.shape[0], input_ids.shape[1]))
         loss = self.lm_head(hidden_states, labels, loss_reduction)
-        return CausalLMOutput(loss=loss, aux_loss=balance.aux_loss, expert_load=balance.expert_load)
+        return CausalLMOutput(
+            loss=loss, aux_loss=balance.aux_loss, expert_load=balance.expert_load, dropped=balance.dropped
+        )
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute each block in the backward pass instead of keeping its activations (non-reentrant)."""
