@@ -29,8 +29,7 @@ LAYER_OF = {f"minimind.{name}": layer for layer, names in LAYERS.items() for nam
 
 MAY_IMPORT_DEEPSPEED = {
     "minimind.deepspeed_launcher", "minimind.distributed", "minimind.engine", "minimind.experts", "minimind.export",
-    "minimind.native_experts",
-    "minimind.neutral_loading", "minimind.starting_weights", "minimind.state_files",
+    "minimind.native_experts", "minimind.neutral_loading", "minimind.starting_weights", "minimind.state_files",
 }  # fmt: skip
 WITHOUT_TORCH = [name for name, layer in LAYER_OF.items() if layer == 0]
 
