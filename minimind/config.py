@@ -117,7 +117,7 @@ class TrainConfig:
     moe_min_capacity: int = 4
     """With moe_drop_tokens: what an expert takes at least; not above seq_len."""
     moe_random_selection: bool = False
-    """With moe_drop_tokens and one expert a token: choose at random what is dropped, not the last of the batch."""
+    """With moe_drop_tokens and one expert a token, in training: draw at random what is dropped."""
     moe_gate_noise: GateNoise = "none"
     """moe_backend deepspeed, in training: jitter multiplies the router's input by 0.99 to 1.01, rsample (one expert a
     token) adds Gumbel noise to its logits. Noise moves the choice, not the weights."""

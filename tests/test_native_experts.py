@@ -82,8 +82,8 @@ def test_a_dropped_token_gets_nothing_from_its_expert():
     mixed = layer(hidden_states)[0]
     chosen = layer.router.gate(hidden_states[0]).argmax(dim=-1)
     for expert in range(8):
-        rows = mixed[chosen == expert]
-        assert (rows[:4].abs().sum(dim=1) > 0).all() and (rows[4:] == 0).all(), "not the last ones"
+        taken = mixed[chosen == expert].abs().sum(dim=1) > 0
+        assert taken.sum() == min(4, len(taken))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_noise_is_of_training_and_repeated_by_a_recomputation(top_k, train):
 def test_an_optimizer_of_the_json_gets_the_experts_too():
     """Every parameter in exactly one group, the experts apart, and they move."""
     for backend in ("autoep", "deepspeed"):
-        ds = {"optimizer": {"type": "Adagrad", "params": {}}, "zero_allow_untested_optimizer": True}
+        ds = {"optimizer": {"type": "RAdam", "params": {}}, "zero_allow_untested_optimizer": True}
         settings = {"moe_backend": backend, "optimizer": None, "betas": None, "eps": None}
         resolved = resolve(1, 1, EXPERTS, ds, **settings)
         engine = build_engine(resolved, build_model(resolved, CPU))
