@@ -30,9 +30,9 @@ def load_of(counts: torch.Tensor) -> torch.Tensor:
 def summarize_load(counts: torch.Tensor) -> dict[str, Any]:
     """Figures of one step, from `count_choices` summed over its micro-batches and ranks.
 
-    `expert_load`: for each MoE layer the fewest and the most tokens that an expert was chosen by, the entropy of the
-    load as a share of its maximum (1: all alike, 0: one expert has all), and the share of the choices that found no
-    room. `load_entropy` and `dropped_share`: the means of the last two over the layers.
+    `expert_load`: for each MoE layer, how many tokens chose each expert. `expert_balance`: for each layer the least and
+    the most of these, the entropy of the load as a share of its maximum (1: all alike, 0: one expert has all), and the
+    share of the choices that found no room. `load_entropy` and `dropped_share`: the means of the last two.
     """
     load, dropped = load_of(counts).double().cpu(), counts[:, -1].double().cpu()
     total = load.sum(dim=1)  # (num_moe_layers,)
@@ -43,7 +43,8 @@ def summarize_load(counts: torch.Tensor) -> dict[str, Any]:
     return {
         "load_entropy": float(entropy.mean()),
         "dropped_share": float(lost.mean()),
-        "expert_load": {
+        "expert_load": load.long().tolist(),
+        "expert_balance": {
             "min": load.amin(dim=1).long().tolist(),
             "max": load.amax(dim=1).long().tolist(),
             "entropy": entropy.tolist(),

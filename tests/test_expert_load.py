@@ -19,7 +19,8 @@ def test_counts_add_up_over_micro_batches():
 
 def test_figures_of_a_load():
     found = summarize_load(torch.tensor([[5, 5, 5, 5, 2], [20, 0, 0, 0, 10], [10, 10, 0, 0, 0]]))
-    layers = found["expert_load"]
+    assert found["expert_load"] == [[5, 5, 5, 5], [20, 0, 0, 0], [10, 10, 0, 0]]
+    layers = found["expert_balance"]
     assert layers["min"] == [5, 0, 0] and layers["max"] == [5, 20, 10]
     assert layers["entropy"] == approx([1.0, 0.0, 0.5])
     assert layers["dropped"] == approx([0.1, 0.5, 0.0])
