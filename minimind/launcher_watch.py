@@ -1,17 +1,20 @@
-"""End with the launcher: notice that a process which started this rank is gone.
+"""End with the launcher: notice that a process which started this rank, or whoever read its output, is gone.
 
 DeepSpeed's launcher is up to four processes between the command that a user typed and a rank, and ending one of them
 leaves the others, and the ranks, running. Knows nothing of what stopping means.
 """
 
+import contextlib
 import os
+import select
+import stat
 import sys
 import threading
 from collections.abc import Callable, Sequence
 
 import psutil
 
-POLL_SECONDS = 1.0
+POLL_SECONDS = 0.5
 
 
 def find_launcher(ancestors: Sequence[psutil.Process]) -> list[psutil.Process]:
@@ -45,7 +48,10 @@ class LauncherWatch:
         self._ended = threading.Event()
 
     def start(self, on_end: Callable[[], None]) -> None:
-        """Call `on_end` once, from a thread, when a process of the launcher has ended."""
+        """Call `on_end` once, from a thread, when a process of the launcher or the reader of the output has ended.
+
+        Output that nobody reads then goes nowhere, so that writing it is no error.
+        """
         threading.Thread(target=self._watch, args=(on_end,), name="launcher-watch", daemon=True).start()
 
     def close(self) -> None:
@@ -53,11 +59,23 @@ class LauncherWatch:
         self._ended.set()
 
     def _watch(self, on_end: Callable[[], None]) -> None:
-        while not self._ended.wait(POLL_SECONDS):
-            if os.getppid() != self._parent or any(_has_ended(process) for process in self._launcher):
-                print("the launcher has ended: finishing the step, then saving", file=sys.stderr, flush=True)
+        pipes = select.poll()
+        for descriptor in (1, 2):
+            mode = os.fstat(descriptor).st_mode
+            if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+                pipes.register(descriptor, select.POLLERR)
+        is_told = False
+        while not self._ended.is_set():
+            broken = [descriptor for descriptor, _ in pipes.poll(POLL_SECONDS * 1000)]
+            for descriptor in broken:
+                pipes.unregister(descriptor)
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            is_gone = os.getppid() != self._parent or any(_has_ended(process) for process in self._launcher)
+            if not is_told and (broken or is_gone):
+                is_told = True
                 on_end()
-                return
+                with contextlib.suppress(OSError):
+                    print("the launcher has ended: finishing the step, then saving", file=sys.stderr, flush=True)
 
 
 def _has_ended(process: psutil.Process) -> bool:

@@ -79,7 +79,8 @@ class Outside:
         if not self._signal:
             self._signal, self._since = number, now
             message = f"{signal.Signals(number).name}: finishing the step, then saving; a second signal ends at once\n"
-            os.write(2, message.encode())
+            with contextlib.suppress(OSError):  # nobody may be left to read it
+                os.write(2, message.encode())
         elif now - self._since > SAME_REQUEST_SECONDS:
             os._exit(128 + number)
 

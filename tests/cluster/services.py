@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from minimind.shell_words import unpack_words
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -137,6 +139,14 @@ class Slurm:
         hosts = folder / "hosts"
         hosts.write_text(f"127.0.0.1 localhost {socket.gethostname()} n1 n2\n")
         self.environment = clean_environment(SLURM_CONF=str(folder / "slurm.conf"))
+        try:
+            self._start_daemons(hosts)
+        except BaseException:
+            self._services.close()
+            raise
+
+    def _start_daemons(self, hosts: Path) -> None:
+        folder = self.folder
         self._start_munge()
         conf = {"SLURM_CONF": str(folder / "slurm.conf")}
         self._services.start(with_hosts_file(hosts, ["slurmctld", "-D"]), **conf)
@@ -195,6 +205,9 @@ class Slurm:
         wait_until(reached, seconds, lambda: f"{found}\n{self._services.logs()}")
         return found
 
+    def logs(self) -> str:
+        return self._services.logs()
+
     def close(self) -> None:
         """End what jobs have left, then the cluster."""
         mark = f"SLURM_CONF={self.folder / 'slurm.conf'}\0SLURM_JOB_ID=".encode().split(b"\0")
@@ -215,6 +228,77 @@ class Slurm:
         return bool(result.stdout.split())
 
 
+# Hosts ---------------------------------------------------------------------------------------------------------------
+
+_SSHD_CONF = """
+HostKey {folder}/host_key
+AuthorizedKeysFile {folder}/key.pub
+PidFile none
+PermitRootLogin yes
+PasswordAuthentication no
+StrictModes no
+UsePAM no
+"""
+
+
+class Hosts:
+    """h1 and h2: network, name, /etc/hosts and sshd of their own, a cable between them, and root's key for both."""
+
+    ADDRESSES = ("10.77.0.1", "10.77.0.2")
+
+    def __init__(self, folder: Path) -> None:
+        need("sshd", "ssh", "ssh-keygen", "pdsh", "ip", "nsenter", "unshare")
+        self.folder = folder
+        self._services = Services(folder)
+        for name in ("host_key", "key"):
+            command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)]
+            subprocess.run(command, check=True, timeout=60)
+        (folder / "sshd.conf").write_text(_SSHD_CONF.format(folder=folder))
+        (folder / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 h1\n10.77.0.2 h2\n")
+        (folder / "ssh").mkdir()
+        (folder / "ssh" / "config").write_text(
+            f"IdentityFile {folder}/key\nStrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n"
+        )
+        for path in (Path("/run/sshd"), Path("/root/.ssh")):
+            path.mkdir(exist_ok=True)
+        script = (
+            'hostname "$1" && mount --bind "$2/hosts" /etc/hosts && mount --bind "$2/ssh" /root/.ssh && '
+            'ip link set lo up && exec /usr/sbin/sshd -D -e -f "$2/sshd.conf"'
+        )
+        spaces = ["unshare", "--net", "--uts", "--mount", "--propagation", "private"]
+        self._hosts = [self._services.start([*spaces, "sh", "-c", script, "sh", name, folder]) for name in ("h1", "h2")]
+        try:
+            wait_until(lambda: all(self._listens(host.pid) for host in self._hosts), 20, self._services.logs)
+            pids = [str(host.pid) for host in self._hosts]
+            cable = ["ip", "link", "add", "eth0", "netns", pids[0], "type", "veth", "peer", "name", "eth0"]
+            subprocess.run([*cable, "netns", pids[1]], check=True, timeout=60)
+            for pid, address in zip(pids, self.ADDRESSES, strict=True):
+                enter = ["nsenter", "--target", pid, "--net", "ip"]
+                subprocess.run([*enter, "address", "add", f"{address}/24", "dev", "eth0"], check=True, timeout=60)
+                subprocess.run([*enter, "link", "set", "eth0", "up"], check=True, timeout=60)
+        except BaseException:
+            self.close()
+            raise
+
+    def _listens(self, pid: int) -> bool:
+        return ":0016 " in Path(f"/proc/{pid}/net/tcp").read_text()
+
+    def on_first(self, *command: object) -> list[object]:
+        """`command` as it is typed on h1."""
+        return ["nsenter", "--target", self._hosts[0].pid, "--net", "--uts", "--mount", f"--wd={ROOT}", *command]
+
+    def cut(self, *, again: bool = False) -> None:
+        """Pull the cable, or plug it in again."""
+        enter = ["nsenter", "--target", str(self._hosts[1].pid), "--net"]
+        subprocess.run([*enter, "ip", "link", "set", "eth0", "up" if again else "down"], check=True, timeout=60)
+
+    def logs(self) -> str:
+        return self._services.logs()
+
+    def close(self) -> None:
+        self._services.close()
+
+
 # Processes -----------------------------------------------------------------------------------------------------------
 
 
@@ -231,7 +315,7 @@ def ranks_of(run_dir: Path) -> dict[int, int]:
             continue
         if b"python" not in words[0] or not any(word.endswith(b"launch/pretrain.sh") for word in words[:3]):
             continue
-        if str(run_dir).encode() not in words and not any(word.startswith(b"--words=") for word in words):
+        if str(run_dir) not in unpack_words([word.decode(errors="replace") for word in words]):
             continue
         for name in (b"RANK", b"OMPI_COMM_WORLD_RANK", b"PMI_RANK", b"SLURM_PROCID"):
             if name in variables and (name != b"SLURM_PROCID" or b"SLURM_STEP_ID" in variables):
