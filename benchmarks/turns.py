@@ -101,20 +101,31 @@ class Contestant:
         return turn
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal to it and all its children."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, number)
+        """Send a signal to it and to everything below it: a launcher gives its ranks sessions of their own."""
+        for process in self._family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
 
     def end(self) -> None:
         """End it and its children."""
-        self.send(signal.SIGTERM)
-        self.send(signal.SIGCONT)
+        family = self._family()
+        for number in (signal.SIGTERM, signal.SIGCONT):
+            self.send(number)
+        _, left = psutil.wait_procs(family, timeout=20)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         if self._process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(20)
-            self.send(signal.SIGKILL)
             self._process.wait()
+
+    def _family(self) -> list[psutil.Process]:
+        if self._process is None:
+            return []
+        try:
+            root = psutil.Process(self._process.pid)
+            return [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
 
     def tail(self) -> str:
         """Its last lines."""
@@ -148,14 +159,11 @@ class Contestant:
             self._seen.put((time.perf_counter(), int(found.groupdict().get("step") or 0)))
 
     def _cpu_seconds(self) -> float:
-        assert self._process is not None
         total = 0.0
-        with contextlib.suppress(psutil.NoSuchProcess):
-            root = psutil.Process(self._process.pid)
-            for process in (root, *root.children(recursive=True)):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    times = process.cpu_times()
-                    total += times.user + times.system
+        for process in self._family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                total += times.user + times.system
         return total
 
 

@@ -72,6 +72,22 @@ def test_programs_take_turns_and_none_is_left():
         assert all(turn.wall_seconds > 0 and turn.steps == 3 for turn in program.turns)
 
 
+def test_ranks_in_sessions_of_their_own_stand_still_too():
+    """As torchrun starts them."""
+    code = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {COUNTING!r}], start_new_session=True)"
+    program = Contestant("launcher", [sys.executable, "-c", code.replace("{pause}", "0.02")], r"step (?P<step>\d+)", 2)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with started([program], warm_steps=1):
+            take_turns([program], 1)
+            (rank,) = psutil.Process(program._process.pid).children()
+            while rank.status() != psutil.STATUS_STOPPED:
+                time.sleep(0.01)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert not rank.is_running()
+
+
 def test_a_program_that_ends_early_is_named_with_its_last_words():
     program = Contestant("broken", [sys.executable, "-c", "print('step 1'); print('no more')"], r"step \d+", 1)
     handler = signal.getsignal(signal.SIGTERM)
