@@ -147,6 +147,8 @@ class TrainConfig:
     """Continue a run on other shards than it began with (the tokenizer must stay)."""
     tensorboard: bool = True
     """Write TensorBoard events into run_dir/tensorboard."""
+    wandb_project: Annotated[str | None, _default("none")] = None
+    """Send the figures to this project of Weights & Biases too (needs the package wandb)."""
     num_workers: int = 1
     """Threads that read batches ahead of the step; 0: read in the step itself."""
     timeout_minutes: float = 30.0

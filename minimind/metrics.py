@@ -24,6 +24,7 @@ from minimind.atomic import fsync_folder, temporary_name
 from minimind.errors import UserError
 from minimind.event_files import put_in_the_past
 from minimind.events import EventLog
+from minimind.wandb_log import WandbLog
 
 METRICS_NAME = "metrics.jsonl"
 SECONDS_BETWEEN_LINES = 10.0
@@ -55,6 +56,7 @@ class MetricsLog:
             is taken out, because those steps are about to happen again.
         total_steps: for the progress display.
         hosts: name of the host of each rank, for alarms.
+        wandb: takes every record, too.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class MetricsLog:
         *,
         tensorboard: bool = True,
         hosts: Sequence[str] = (),
+        wandb: WandbLog | None = None,
     ) -> None:
         self._path = run_dir / METRICS_NAME
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -78,6 +81,7 @@ class MetricsLog:
         )
         self._progress = Progress(start_step, total_steps)
         self._events = EventLog(run_dir)
+        self._wandb = wandb
         self._alarms = AlarmWatch(hosts=hosts)
         for record in read_records(self._path):  # a resumed run is judged by what came before, too
             self._alarms.observe(record)
@@ -132,6 +136,8 @@ class MetricsLog:
         if self._tensorboard is not None:
             with contextlib.suppress(OSError):
                 self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
         self._progress.close()
 
     def _write(self, record: Mapping[str, Any]) -> None:
@@ -140,6 +146,8 @@ class MetricsLog:
             self._file.flush()
         except OSError as error:
             raise UserError(f"{self._path}: {error.strerror or error}; free disk space and resume the run") from None
+        if self._wandb is not None:
+            self._wandb.log(record)
         if self._tensorboard is not None:
             for key, name in _TENSORBOARD_NAMES.items():
                 value = record.get(key)

@@ -31,8 +31,8 @@ FIXED_FIELDS = frozenset(("seq_len", "document_mask", "seed", "global_batch_size
 # Changes that nobody needs to be told of.
 UNIMPORTANT_FIELDS = frozenset(
     (
-        "run_dir", "resume", "log_every", "tensorboard", "num_workers", "shards", "ds_config", "timeout_minutes",
-        "preflight",
+        "run_dir", "resume", "log_every", "tensorboard", "wandb_project", "num_workers", "shards", "ds_config",
+        "timeout_minutes", "preflight",
     )
 )  # fmt: skip
 

@@ -47,6 +47,7 @@ from minimind.run_lock import RunLock, hold_run_folder
 from minimind.signals import listen
 from minimind.starting_weights import check_starting_weights, set_starting_weights
 from minimind.trainer import Trainer, resolved_steps
+from minimind.wandb_log import WandbLog, check_wandb
 
 T = TypeVar("T")
 
@@ -108,6 +109,7 @@ def prepare(
     )
     check_ds_config(resolved.ds)
     check_checkpoint_section(resolved.ds)
+    check_wandb(run.train.wandb_project)
     if run.data.shards is None:
         raise UserError("shards: not given; pass --shards DIR, a folder made by python -m data_prep.tokenize_corpus")
     folder = Path(run.data.shards)
@@ -174,7 +176,10 @@ def run_rank(
         hosts = gather_objects(socket.gethostname())
         if env.is_first:
             steps = train.steps or 0
-            metrics = MetricsLog(run_dir, state.step, steps, tensorboard=train.tensorboard, hosts=hosts)
+            wandb = None
+            if train.wandb_project is not None:
+                wandb = WandbLog(train.wandb_project, run_dir, resolved.run.to_dict())
+            metrics = MetricsLog(run_dir, state.step, steps, tensorboard=train.tensorboard, hosts=hosts, wandb=wandb)
             stack.callback(metrics.close)
             began = f"resumed from {resume.folder.name}" if resume is not None else "started"
             metrics.log_event("resume" if resume is not None else "start", state.step, began)
