@@ -147,6 +147,8 @@ class TrainConfig:
     """Continue a run on other shards than it began with (the tokenizer must stay)."""
     tensorboard: bool = True
     """Write TensorBoard events into run_dir/tensorboard."""
+    profile_steps: int = 0
+    """Profile so many steps, after the first three, into run_dir/profile; 0: none."""
     wandb_project: Annotated[str | None, _default("none")] = None
     """Send the figures to this project of Weights & Biases too (needs the package wandb)."""
     num_workers: int = 1
@@ -340,6 +342,7 @@ def check_run(run: RunConfig) -> None:
         (train, "keep_every", 0),
         (train, "keep_best", 0),
         (train, "num_workers", 0),
+        (train, "profile_steps", 0),
         (train, "ep_size", 1),
         (train, "moe_min_capacity", 1),
     ):

@@ -32,7 +32,7 @@ FIXED_FIELDS = frozenset(("seq_len", "document_mask", "seed", "global_batch_size
 UNIMPORTANT_FIELDS = frozenset(
     (
         "run_dir", "resume", "log_every", "tensorboard", "wandb_project", "num_workers", "shards", "ds_config",
-        "timeout_minutes", "preflight",
+        "timeout_minutes", "preflight", "profile_steps",
     )
 )  # fmt: skip
 

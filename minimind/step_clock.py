@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 
 import torch
+from torch.profiler import record_function
 
 
 class StepClock:
@@ -24,8 +25,15 @@ class StepClock:
     def waiting_for_data(self) -> Iterator[None]:
         """Around taking the next batches."""
         began = time.perf_counter()
-        yield
+        with self.part("data"):
+            yield
         self._data += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Around a part of a step that only a profile asks for."""
+        with record_function(f"step.{name}"):
+            yield
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
@@ -33,12 +41,14 @@ class StepClock:
         if self._on_cuda:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
-            yield
+            with self.part("forward"):
+                yield
             end.record()
             self._events.append((begin, end))
             return
         began = time.perf_counter()
-        yield
+        with self.part("forward"):
+            yield
         self._forward += time.perf_counter() - began
 
     def read(self) -> tuple[float, float]:

@@ -42,6 +42,7 @@ from minimind.metrics import MetricsLog
 from minimind.mpi_address import find_master
 from minimind.node_caches import use_own_caches
 from minimind.peak_flops import peak_flops
+from minimind.profiling import StepProfiler
 from minimind.run_folder import check_run_folder, identify, open_run_folder
 from minimind.run_lock import RunLock, hold_run_folder
 from minimind.signals import listen
@@ -200,6 +201,9 @@ def run_rank(
             tokens_per_byte=tokens_per_byte(eval_dataset),
             last_checkpoint=resume.folder if resume is not None else None,
         )
+        if train.profile_steps:
+            trainer.profiler = StepProfiler(run_dir, env.rank, train.profile_steps, device)
+            stack.callback(trainer.profiler.close)
         try:
             return trainer.fit()
         except UserError as error:

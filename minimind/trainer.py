@@ -30,6 +30,7 @@ from minimind.errors import UserError
 from minimind.expert_load import count_choices, load_of, summarize_load
 from minimind.lifeline import Lifeline
 from minimind.metrics import MetricsLog, peak_memory_bytes
+from minimind.profiling import StepProfiler
 from minimind.run_lock import RunLock, RunLockError
 from minimind.schedule import learning_rate
 from minimind.signals import Outside, Requests
@@ -80,6 +81,7 @@ class Trainer:
     peak_flops: float | None
     tokens_per_byte: float = 1.0
     last_checkpoint: Path | None = None
+    profiler: StepProfiler | None = None
     _pending: list[_PendingStep] = field(default_factory=list)
     _window_began: float = 0.0
     _skipped: int = 0
@@ -105,6 +107,9 @@ class Trainer:
                 with self._clock.waiting_for_data():
                     batches = next(steps)
                 self.train_step(batches)
+                if self.profiler is not None:
+                    self.profiler.step()
+                    self._tell_profile()
                 step = self.state.step
                 self.lifeline.at(step, "end of the step")
                 requests = self._agree()
@@ -156,11 +161,13 @@ class Trainer:
                 total = total + output.aux_loss
                 aux_loss = aux_loss + output.aux_loss.detach() / (len(batches) * self.loader.world_size)
                 choices = count_choices(output, choices)
-            self.engine.backward(total)
+            with self._clock.part("backward"):
+                self.engine.backward(total)
             if batch is not batches[-1]:
                 self.engine.step()  # not at an accumulation boundary: counts the micro-batch
         self.lifeline.at(step + 1, "optimizer step")
-        grad_norm = optimizer_step(self.engine, self.resolved)
+        with self._clock.part("optimizer"):
+            grad_norm = optimizer_step(self.engine, self.resolved)
         scale_now = loss_scale(self.engine) if train.precision == "fp16" else None
         self._step_router_biases(choices, grad_norm)
         self._pending.append(_PendingStep(step + 1, loss, aux_loss, grad_norm, lr, scale_now, choices))
@@ -351,6 +358,13 @@ class Trainer:
     def _log_event(self, event: str, message: str, step: int | None = None) -> None:
         if self.metrics is not None:
             self.metrics.log_event(event, self.state.step if step is None else step, message)
+
+    def _tell_profile(self) -> None:
+        """Show this rank's profile once it is there, and be done with it."""
+        if self.profiler is not None and self.profiler.table is not None:
+            self._say(self.profiler.table)
+            self.profiler.close()
+            self.profiler = None
 
     def _say(self, message: str) -> None:
         if self.metrics is not None:
