@@ -90,7 +90,7 @@ def test_a_killed_rank_is_named_with_its_place_and_the_others_end(start, monkeyp
     ("what", "code", "words"), [("fail", 2, "failed: the disk is full"), ("crash", 1, "ZeroDivisionError: a bug")]
 )
 def test_a_rank_that_fails_says_why_and_its_code_is_everybody_s(start, what, code, words):
-    first, second = start(0, "collective", 0.3), start(1, what)
+    first, second = start(0, "collective", 0.15), start(1, what)
     assert end(second)[0] == 1
     found, said = end(first)
     assert found == code and f"rank 1 on n1 (process {second.pid}) " in said and words in said
