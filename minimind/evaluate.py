@@ -1,7 +1,7 @@
 """How well a trained model predicts text: loss, perplexity and bits per byte.
 
     python -m minimind.evaluate --checkpoint RUN_OR_STEP_OR_EXPORT --shards DIR
-    python -m minimind.evaluate --checkpoint RUN_OR_STEP_OR_EXPORT --text FILES
+    python -m minimind.evaluate --checkpoint RUN_OR_STEP_OR_EXPORT --text FILES | --multiple-choice FILE
 
 Every token of the data is predicted once, in windows of `seq_len` tokens. Knows nothing of how the model was trained.
 """
@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,8 +35,10 @@ from minimind.distributed import (
     read_environment,
 )
 from minimind.errors import UserError, run_main
+from minimind.fast_weights import quantize_int8
 from minimind.flags import parse_flags
 from minimind.model import MiniMindForCausalLM
+from minimind.multiple_choice import ChoiceScore, read_questions, score_choices
 from minimind.pretrained import choose_device, load_model
 from minimind.tokenizer import load_tokenizer
 
@@ -153,6 +155,8 @@ class EvaluateFlags:
     """Which split of the corpus."""
     text: tuple[Path, ...] = ()
     """Text files instead of shards, each one document."""
+    multiple_choice: Path | None = None
+    """Questions instead of shards: JSON lines with context, choices and answer (its number, from 0)."""
     seq_len: int = 512
     """Tokens of a window; the first tokens of a window are predicted from little."""
     document_mask: bool = False
@@ -163,14 +167,16 @@ class EvaluateFlags:
     """Measure this many windows only; None: all."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Arithmetic [default: bf16 on a GPU that has it, otherwise fp32]."""
+    int8: bool = False
+    """On a CPU: 8-bit weights with bf16 arithmetic, as minimind.generate --int8 has them."""
     device: str | None = None
     """cpu, cuda, cuda:1 ... [default: a GPU where there is one]."""
     output: Path | None = None
     """JSON file for the result [default: evaluation.json in the run's, or the exported model's, folder]."""
 
     def __post_init__(self) -> None:
-        if (self.shards is None) == (not self.text):
-            raise UserError("give either --shards DIR or --text FILES")
+        if [self.shards is not None, bool(self.text), self.multiple_choice is not None].count(True) != 1:
+            raise UserError("give either --shards DIR or --text FILES or --multiple-choice FILE")
         for name in ("seq_len", "micro_batch_size", "max_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -183,11 +189,22 @@ def main(args: Sequence[str] | None = None) -> None:
     args = [arg for arg in args if not arg.startswith(("--local_rank=", "--local-rank="))]  # from deepspeed's launcher
     env = read_environment()
     flags = parse_flags(EvaluateFlags, args, default=tyro.MISSING_NONPROP, prog="python -m minimind.evaluate")
-    device, dtype = choose_device(flags.device, flags.precision)
+    device, dtype = choose_device(flags.device, flags.precision, int8=flags.int8)
     if env.world_size > 1 and device.type == "cuda":
         device = find_device(env)
     model, tokenizer_file = load_model(flags.checkpoint, dtype=dtype, device=device, tokenizer=flags.tokenizer)
+    if flags.int8:
+        quantize_int8(model)
     with contextlib.ExitStack() as stack:
+        if flags.multiple_choice is not None:
+            questions = read_questions(flags.multiple_choice)
+            if env.world_size > 1:
+                stack.enter_context(process_group(env, device))
+            tokenizer = load_tokenizer(tokenizer_file)
+            score = score_choices(model, tokenizer, questions, rank=env.rank, world_size=env.world_size)
+            if env.is_first:
+                report_choices(score, flags)
+            return
         if flags.shards is None:
             reader = stack.enter_context(shards_of_texts(flags.text, tokenizer_file))
         else:
@@ -224,21 +241,35 @@ def check_vocabulary(model: MiniMindForCausalLM, reader: ShardReader) -> None:
         raise UserError(f"the data has a vocabulary of {there} tokens and the model one of {here}: another tokenizer")
 
 
+def report_choices(score: ChoiceScore, flags: EvaluateFlags) -> None:
+    """Print the shares, and write them with what they belong to."""
+    output = write_result(flags, asdict(score))
+    print(f"accuracy        {score.accuracy:.4f}")
+    print(f"length-normed   {score.accuracy_norm:.4f}")
+    print(f"questions       {score.num_questions:,}")
+    print(f"written to      {output}")
+
+
 def report(result: Evaluation, flags: EvaluateFlags, fingerprint: str) -> None:
     """Print the figures, and write them with what they belong to."""
-    values = asdict(result)
-    settings = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(flags).items() if name != "output"}
-    settings["text"] = [str(file) for file in flags.text]
-    output = flags.output or output_folder(flags.checkpoint) / OUTPUT_NAME
-    try:
-        replace_file(output, json.dumps({**values, "data_fingerprint": fingerprint, **settings}, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}; give another --output") from None
+    output = write_result(flags, {**asdict(result), "data_fingerprint": fingerprint})
     print(f"loss            {result.loss:.4f}")
     print(f"perplexity      {result.perplexity:.3f}")
     print(f"bits per byte   {result.bits_per_byte:.4f}")
     print(f"tokens          {result.num_targets:,} in {result.num_samples:,} windows of {flags.seq_len}")
     print(f"written to      {output}")
+
+
+def write_result(flags: EvaluateFlags, values: dict[str, Any]) -> Path:
+    """Write figures and the flags that they belong to as JSON; gives the file."""
+    settings = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(flags).items() if name != "output"}
+    settings["text"] = [str(file) for file in flags.text]
+    output = flags.output or output_folder(flags.checkpoint) / OUTPUT_NAME
+    try:
+        replace_file(output, json.dumps({**values, **settings}, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}; give another --output") from None
+    return output
 
 
 def output_folder(checkpoint: Path) -> Path:

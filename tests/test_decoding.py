@@ -66,6 +66,19 @@ def test_cached_decoding_equals_full_recomputation(options, changes):
     assert len(set(expected)) > 5  # not one token for ever, which anything would repeat
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_cached_decoding_equals_full_recomputation_on_every_preset(name):
+    """Two of its layers and a small vocabulary: everything else is the preset's. A ragged batch equals single runs."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(PRESETS[name], num_hidden_layers=2, vocab_size=300, initializer_range=0.1)
+    model = MiniMindForCausalLM(config).double().eval()
+    prompts = [random_prompt(length, length) for length in (1, 9, 4, 17, 2, 30, 6, 12)]
+    together = decode(model, prompts, [GREEDY] * 8, max_new_tokens=6)
+    for prompt, row in zip(prompts, together, strict=True):
+        assert row == recompute(model, prompt, GREEDY, 6) == decode(model, [prompt], [GREEDY], max_new_tokens=6)[0]
+    assert len({tuple(row) for row in together}) > 4
+
+
 @pytest.mark.parametrize("options", [GREEDY, SHARP])
 def test_eight_ragged_prompts_equal_eight_single_runs(model, options):
     lengths = [1, 5, 2, 17, 9, 33, 3, 12]

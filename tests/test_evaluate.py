@@ -204,8 +204,8 @@ def test_two_ranks_give_the_answer_of_one(exported, model, corpus, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ([], "either --shards DIR or --text FILES"),
-        (["--shards", "a", "--text", "b"], "either --shards DIR or --text FILES"),
+        ([], "either --shards DIR or --text FILES or --multiple-choice FILE"),
+        (["--shards", "a", "--text", "b"], "either --shards DIR or --text FILES or --multiple-choice FILE"),
         (["--shards", "a", "--seq-len", "0"], "seq_len is 0"),
         (["--shards", "/nowhere"], "/nowhere does not exist"),
         (["--split", "test"], "split"),

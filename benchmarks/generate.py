@@ -1,0 +1,149 @@
+"""Decoding speed beside transformers' `generate`, in one run, on the same weights.
+
+    python benchmarks/generate.py [--model minimind3] [--new-tokens 256] [--repeats 3] [--threads 1]
+
+Every row decodes greedily from the same prompt, alone, without an end; rows take turns, and medians count. With
+`--checkpoint` and `--text` it also says what each precision costs in bits per byte. Prints a table and writes JSON.
+"""
+
+import contextlib
+import io
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import tyro
+
+from minimind import export
+from minimind.data.dataset import TokenDataset
+from minimind.decoding import Decoding
+from minimind.evaluate import evaluate, shards_of_texts
+from minimind.fast_weights import lay_out_by_columns, quantize_int8
+from minimind.huggingface_config import to_huggingface
+from minimind.model import PRESETS, MiniMindForCausalLM
+from minimind.pretrained import load_model
+from minimind.safetensors_folder import write_shards
+from minimind.sampling import SamplingOptions
+
+PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
+GREEDY = SamplingOptions(temperature=0.0)
+
+
+def main(
+    model: str = "minimind3",
+    new_tokens: int = 256,
+    repeats: int = 3,
+    threads: int = 1,
+    checkpoint: Path | None = None,
+    text: tuple[Path, ...] = (),
+    output: Path = Path("benchmarks/out/generate.json"),
+) -> None:
+    """Measure.
+
+    Args:
+        model: preset, with random weights, whose speed is measured.
+        new_tokens: tokens a row decodes.
+        repeats: runs of each row; they take turns, and medians count.
+        threads: of torch.
+        checkpoint: a trained model, for the quality.
+        text: files that the quality is measured on.
+        output: where the JSON goes.
+    """
+    torch.set_num_threads(threads)
+    load = os.getloadavg()[0]
+    rows = build_rows(model)
+    speeds: dict[str, list[float]] = {name: [] for name in rows}
+    for run in rows.values():
+        run(8)
+    for _ in range(repeats):
+        for name, run in rows.items():
+            start = time.perf_counter()
+            run(new_tokens)
+            speeds[name].append(new_tokens / (time.perf_counter() - start))
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    print(
+        f"{model}, batch 1, {new_tokens} new tokens, {threads} threads, load {load:.2f} at the start; tokens a second"
+    )
+    for name, values in speeds.items():
+        against = {other: medians[name] / medians[other] for other in medians if other.startswith("transformers")}
+        ratios = "  ".join(f"{ratio:.2f}x {other}" for other, ratio in against.items() if other != name)
+        print(f"{name:20s} median {medians[name]:6.1f}  all {' '.join(f'{v:.1f}' for v in values)}  {ratios}")
+    quality = measure_quality(checkpoint, text) if checkpoint is not None else {}
+    for name, bits in quality.items():
+        print(f"{name:20s} {bits:.5f} bits per byte")
+    result = {"model": model, "threads": threads, "load_at_start": load, "speeds": speeds, "bits_per_byte": quality}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def build_rows(model: str) -> dict[str, Callable[[int], object]]:
+    """What is measured: a name, and a function that decodes so many tokens."""
+    torch.manual_seed(0)
+    base = MiniMindForCausalLM(PRESETS[model]).eval()
+    rows: dict[str, Callable[[int], object]] = {}
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        rows[f"transformers {name}"] = use_transformers(base, dtype)
+        rows[f"minimind {name}"] = use_ours(copy_of(base, dtype, columns=dtype == torch.float32))
+    int8 = copy_of(base, torch.bfloat16, columns=False)
+    quantize_int8(int8)
+    rows["minimind int8"] = use_ours(int8)
+    return rows
+
+
+def copy_of(base: MiniMindForCausalLM, dtype: torch.dtype, *, columns: bool) -> MiniMindForCausalLM:
+    """The same weights as another type, as the command loads them."""
+    copy = MiniMindForCausalLM(base.config)
+    copy.load_state_dict(base.state_dict())
+    copy = copy.to(dtype).eval()
+    if columns:
+        lay_out_by_columns(copy)
+    return copy
+
+
+def use_ours(model: MiniMindForCausalLM) -> Callable[[int], object]:
+    def run(count: int) -> None:
+        decoding = Decoding(model, [PROMPT], [GREEDY], max_new_tokens=count)
+        while not decoding.is_done:
+            decoding.step()
+
+    return run
+
+
+def use_transformers(base: MiniMindForCausalLM, dtype: torch.dtype) -> Callable[[int], object]:
+    """An export, loaded by transformers."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        source = export.ModelSource(Path(folder), base.config, {}, base.state_dict().__getitem__, None)
+        parts = {part.name: part.shape for part in export.lay_out(base.config, "per_expert")}
+        read = export.reader(source, "per_expert", torch.float32)
+        write_shards(Path(folder), parts, read, dtype=torch.float32, max_shard_bytes=1 << 40)
+        Path(folder, "config.json").write_text(json.dumps(to_huggingface(base.config)), encoding="utf-8")
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    theirs.generation_config.eos_token_id = None
+    input_ids = torch.tensor([PROMPT])
+    mask = torch.ones_like(input_ids)
+    return lambda count: theirs.generate(input_ids, attention_mask=mask, max_new_tokens=count, do_sample=False)
+
+
+def measure_quality(checkpoint: Path, files: tuple[Path, ...]) -> dict[str, float]:
+    """Bits per byte of a trained model in each precision."""
+    found = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("int8", torch.bfloat16)):
+        model, tokenizer_file = load_model(checkpoint, dtype=dtype)
+        if name == "int8":
+            quantize_int8(model)
+        with shards_of_texts(files, tokenizer_file) as reader:
+            found[name] = evaluate(model, TokenDataset(reader, 256, keep_tail=True)).bits_per_byte
+    return found
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
