@@ -24,13 +24,14 @@ from minimind.checkpoint_files import (
     step_of,
     verify,
 )
-from minimind.checkpoint_saving import Corpus, TrainState, describe_layout, describe_sampling
+from minimind.checkpoint_saving import TrainState
 from minimind.consolidate import TrainingCheckpoint
 from minimind.distributed import log
 from minimind.ds_config import Resolved
 from minimind.loss_scale import set_grad_scaler
 from minimind.neutral_loading import load_neutral, part_of
 from minimind.probe import agrees, probe_loss
+from minimind.run_identity import Corpus, describe_layout, describe_sampling
 from minimind.state_files import use_state_files
 
 

@@ -7,6 +7,7 @@ is. Knows nothing of engines or of the loop.
 import dataclasses
 import json
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,13 @@ from minimind.atomic import replace_file
 from minimind.checkpoint_files import CheckpointManifest, read_manifest
 from minimind.checkpoint_loading import RUNTIME_FIELDS, changes_topology, check_same_run, find_resume
 from minimind.checkpoint_retention import clear_partials
-from minimind.checkpoint_saving import Corpus
 from minimind.config import RunConfig, read_json
 from minimind.data.shards import ShardReader
 from minimind.distributed import log
 from minimind.ds_config import Resolved
 from minimind.errors import UserError
 from minimind.neutral_form import make_neutral
+from minimind.run_identity import Corpus
 
 RUN_CONFIG_NAME = "run_config.json"
 DS_CONFIG_NAME = "ds_config.json"
@@ -125,6 +126,11 @@ def open_run_folder(resolved: Resolved, reader: ShardReader, notes: list[str]) -
 def _plan_resume(folder: Path, resolved: Resolved, corpus: Corpus) -> Resume:
     manifest = read_manifest(folder)
     check_same_run(manifest, resolved, corpus, allow_data_change=resolved.run.train.allow_data_change)
+    others = [
+        f"{name} {there} -> {version(name)}" for name, there in manifest.versions.items() if there != version(name)
+    ]
+    if others:
+        log(f"{folder.name} was saved by other libraries ({'; '.join(others)}): losses may differ in their last digits")
     changes = changes_topology(manifest, resolved)
     if not changes:
         return Resume(folder, manifest, None)

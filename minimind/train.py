@@ -16,7 +16,7 @@ import torch
 
 from minimind import ds_config
 from minimind.checkpoint_loading import load
-from minimind.checkpoint_saving import CheckpointSaver, TrainState, check_checkpoint_section
+from minimind.checkpoint_saving import CheckpointSaver, TrainState
 from minimind.config import CommandLine, parse_command_line
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import BatchLoader
@@ -44,6 +44,7 @@ from minimind.node_caches import use_own_caches
 from minimind.peak_flops import peak_flops
 from minimind.profiling import StepProfiler
 from minimind.run_folder import check_run_folder, identify, open_run_folder
+from minimind.run_identity import check_checkpoint_section
 from minimind.run_lock import RunLock, hold_run_folder
 from minimind.signals import listen
 from minimind.starting_weights import check_starting_weights, set_starting_weights

@@ -342,7 +342,10 @@ class Trainer:
         self.lifeline.at(self.state.step, "saving")
         if self.metrics is not None:
             self.metrics.flush()
+        began = time.monotonic()
         self._note_saved(self.saver.wait())  # one at a time
+        if (waited := time.monotonic() - began) > 1:
+            self._say(f"step {self.state.step}  waited {waited:.1f} s for the checkpoint before to be on the disk")
         probe_loss = engine_probe_loss(self.engine, self.resolved)
         self.saver.start(self.state, eval_loss=eval_loss, probe_loss=probe_loss)
         if wait or not self.resolved.run.train.async_save:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minimind.checkpoint_saving import CheckpointSaver, Corpus, TrainState
+from minimind.checkpoint_saving import CheckpointSaver, TrainState
 from minimind.config import RunConfig
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import BatchLoader
@@ -32,6 +32,7 @@ from minimind.ds_config import Resolved
 from minimind.engine import build_engine, build_model
 from minimind.errors import run_main
 from minimind.lifeline import Lifeline
+from minimind.run_identity import Corpus
 from minimind.signals import Outside
 from minimind.trainer import Trainer, resolved_steps
 
