@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_corpus
-from training_runs import EXPERTS, MODEL, RankPool, flags_for, losses, rank_pool, read_metrics, train, weights
+from training_runs import EXPERTS, MODEL, ROOT, RankPool, flags_for, losses, rank_pool, read_metrics, train, weights
 
 from minimind.atomic import hash_file
 from minimind.checkpoint_files import CheckpointError, FileRecord, list_checkpoints, read_manifest, verify
@@ -204,6 +204,30 @@ def test_a_checkpoint_of_two_ranks_is_one_model(tiny_corpus, tmp_path, pool: Ran
     source = TrainingCheckpoint(list_checkpoints(tmp_path)[-1])
     assert source.keys == ("fp32", "exp_avg", "exp_avg_sq") and source.optimizer_step == 6
     assert dict(model.named_parameters()).keys() == source.shapes.keys()
+
+
+def train_uncompiled(flags: list[str]) -> tuple[int, str]:
+    with torch._dynamo.config.patch(disable=True):  # Muon's iteration is compiled otherwise: minutes here
+        return train(flags)
+
+
+def test_muon_continues_on_other_ranks_and_another_stage(tiny_corpus, tmp_path, pool: RankPool):
+    config = json.loads((ROOT / "ds_configs" / "zero2_muon.json").read_text())
+    config["zero_optimization"]["stage"] = 1
+    (tmp_path / "stage1.json").write_text(json.dumps(config))
+    settings = {"optimizer": "muon", "ds_config": ROOT / "ds_configs" / "zero2_muon.json"}
+    train_uncompiled(flags_for(tiny_corpus, tmp_path / "whole", **settings))
+    flags = flags_for(tiny_corpus, tmp_path / "run", **settings)
+    pool.run(train_uncompiled, flags)
+    cut_back(tmp_path / "run", 4)
+    code, printed = train_uncompiled(flags)
+    assert code == 0 and "world_size 2 -> 1" in printed
+    cut_back(tmp_path / "run", 4)
+    pool.run(
+        train_uncompiled,
+        flags_for(tiny_corpus, tmp_path / "run", **{**settings, "ds_config": tmp_path / "stage1.json"}),
+    )
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
 
 
 def test_the_folder_says_what_is_wrong_before_training(tiny_corpus, tmp_path):
