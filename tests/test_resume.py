@@ -14,7 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_corpus
-from training_runs import EXPERTS, MODEL, ROOT, RankPool, flags_for, losses, rank_pool, read_metrics, train, weights
+from training_runs import (
+    EXPERTS,
+    MODEL,
+    NATIVE,
+    ROOT,
+    RankPool,
+    flags_for,
+    losses,
+    rank_pool,
+    read_metrics,
+    train,
+    weights,
+)
 
 from minimind.atomic import hash_file
 from minimind.checkpoint_files import CheckpointError, FileRecord, list_checkpoints, read_manifest, verify
@@ -74,6 +86,8 @@ EP_2 = {**EXPERTS, "ep_size": 2}
         *((stage, settings) for settings in ({}, EP_2) for stage in range(4)),
         (1, {**EP_2, "precision": "bf16"}),
         (3, {**EXPERTS, "precision": "bf16"}),
+        # Noise and chance in the routing come again too.
+        *((stage, {**NATIVE, "ep_size": 2, "moe_gate_noise": "jitter"}) for stage in (0, 2)),
     ],
 )
 def test_two_ranks_continue_bit_for_bit(tiny_corpus, tmp_path, pool: RankPool, stage, settings):
@@ -117,7 +131,7 @@ def walk(corpus, folder, starts, run_ranks, **common):
     train_hashing(flags_for(corpus, whole, **common), folder / "whole-hashes")
     for number, (world_size, settings) in enumerate(starts):
         (run / "STOP").touch()  # stops each of them after one step
-        flags = flags_for(corpus, run, **common, **settings)
+        flags = flags_for(corpus, run, **{**common, **settings})
         for code, _ in run_ranks[world_size](train_hashing, flags, folder / "run-hashes"):
             assert code == (0 if number == len(starts) - 1 else EXIT_STOPPED)
     assert batch_hashes(folder / "run-hashes") == batch_hashes(folder / "whole-hashes")
@@ -159,6 +173,18 @@ def test_any_ep_size_continues_one_run(tiny_corpus, tmp_path, run_ranks):
     walk(tiny_corpus, tmp_path, starts, run_ranks, **EXPERTS)
 
 
+def test_any_backend_of_the_experts_continues_one_run(tiny_corpus, tmp_path, run_ranks):
+    cells = (
+        (1, 1, 1, "autoep"), (2, 2, 0, "deepspeed"), (2, 2, 3, "autoep"), (1, 1, 2, "deepspeed"),
+        (2, 2, 1, "deepspeed"), (2, 1, 0, "deepspeed"), (2, 2, 2, "deepspeed"), (1, 1, 1, "autoep"),
+    )  # fmt: skip
+    starts = [
+        (world_size, {"ep_size": ep_size, "stage": stage, "moe_backend": backend})
+        for world_size, ep_size, stage, backend in cells
+    ]
+    walk(tiny_corpus, tmp_path, starts, run_ranks, **{**NATIVE, "moe_backend": "autoep"})
+
+
 def test_another_precision_continues_through_float32(tiny_corpus, tmp_path):
     run = tmp_path / "run"
     train(flags_for(tiny_corpus, tmp_path / "whole"))
@@ -188,7 +214,8 @@ def train_and_see_logits(flags: list[str]) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("stage", "settings"),
-    [(stage, settings) for settings in ({}, {**EXPERTS, "ep_size": 1}, EP_2) for stage in range(4)],
+    [(stage, settings) for settings in ({}, {**EXPERTS, "ep_size": 1}, EP_2) for stage in range(4)]
+    + [(stage, {**NATIVE, "ep_size": ep_size}) for ep_size in (1, 2) for stage in range(3)],
 )
 def test_a_checkpoint_of_two_ranks_is_one_model(tiny_corpus, tmp_path, pool: RankPool, stage, settings):
     flags = flags_for(tiny_corpus, tmp_path, stage=stage, eval_every=6, **settings)

@@ -40,6 +40,8 @@ EXPERTS = {
     "router_bias_update_rate": 0.001,
     "initializer_range": 0.1,
 }
+# The same under deepspeed.moe, whose router has no selection bias.
+NATIVE = {**EXPERTS, "router_bias_update_rate": 0.0, "moe_backend": "deepspeed"}
 
 
 def flags_for(corpus: Path, run_dir: Path, *, stage: int = 1, precision: str = "fp32", **others: Any) -> list[str]:
