@@ -5,8 +5,10 @@ and does. On CUDA the device's own events are read, and only when the caller has
 """
 
 import contextlib
+import statistics
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.profiler import record_function
@@ -58,3 +60,17 @@ class StepClock:
         found = (self._data, self._forward)
         self._data = self._forward = 0.0
         return found
+
+
+def describe_times(times: list[float]) -> dict[str, Any]:
+    """What a record says of the ranks' own time, from (seconds of waiting for data, of forward) of each in turn."""
+    waits, forwards = times[::2], times[1::2]
+    record: dict[str, Any] = {"data_seconds": max(waits)}
+    own = [wait + forward for wait, forward in zip(waits, forwards, strict=True)]
+    if len(own) > 1:
+        slowest = own.index(max(own))
+        record["slowest_rank"] = slowest
+        record["slowest_rank_seconds"] = own[slowest]
+        # Of the others: with two ranks, a median over both would hide half of the difference.
+        record["median_rank_seconds"] = statistics.median(own[:slowest] + own[slowest + 1 :])
+    return record

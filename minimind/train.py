@@ -45,10 +45,11 @@ from minimind.peak_flops import peak_flops
 from minimind.profiling import StepProfiler
 from minimind.run_folder import check_run_folder, identify, open_run_folder
 from minimind.run_identity import check_checkpoint_section
+from minimind.run_length import resolved_steps
 from minimind.run_lock import RunLock, hold_run_folder
 from minimind.signals import listen
 from minimind.starting_weights import check_starting_weights, set_starting_weights
-from minimind.trainer import Trainer, resolved_steps
+from minimind.trainer import Trainer
 from minimind.wandb_log import WandbLog, check_wandb
 
 T = TypeVar("T")

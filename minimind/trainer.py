@@ -6,9 +6,7 @@ Knows nothing of flags, files' formats or how the engine was built.
 """
 
 import contextlib
-import dataclasses
 import math
-import statistics
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -29,12 +27,13 @@ from minimind.engine import loss_scale, optimizer_step, set_learning_rate
 from minimind.errors import UserError
 from minimind.expert_load import count_choices, load_of, summarize_load
 from minimind.lifeline import Lifeline
-from minimind.metrics import MetricsLog, peak_memory_bytes
+from minimind.metrics import MetricsLog
 from minimind.profiling import StepProfiler
 from minimind.run_lock import RunLock, RunLockError
 from minimind.schedule import learning_rate
 from minimind.signals import Outside, Requests
-from minimind.step_clock import StepClock
+from minimind.step_clock import StepClock, describe_times
+from minimind.step_record import PendingStep, make_record
 
 if TYPE_CHECKING:
     import deepspeed
@@ -42,19 +41,6 @@ if TYPE_CHECKING:
 
 class BadStepError(UserError):
     """A step's loss or gradient was NaN or infinite."""
-
-
-@dataclass
-class _PendingStep:
-    """A step whose figures still lie on the device."""
-
-    step: int
-    loss: torch.Tensor  # () this rank's share of the global mean loss
-    aux_loss: torch.Tensor  # () this rank's share of the mean auxiliary loss of the routers, 0 for a dense model
-    grad_norm: torch.Tensor | float | None  # global, before clipping
-    lr: float
-    loss_scale: float | None
-    choices: torch.Tensor | None  # (num_moe_layers, num_experts + 1) this rank's `count_choices`, or None when dense
 
 
 @dataclass
@@ -82,7 +68,7 @@ class Trainer:
     tokens_per_byte: float = 1.0
     last_checkpoint: Path | None = None
     profiler: StepProfiler | None = None
-    _pending: list[_PendingStep] = field(default_factory=list)
+    _pending: list[PendingStep] = field(default_factory=list)
     _window_began: float = 0.0
     _skipped: int = 0
 
@@ -170,7 +156,7 @@ class Trainer:
             grad_norm = optimizer_step(self.engine, self.resolved)
         scale_now = loss_scale(self.engine) if train.precision == "fp16" else None
         self._step_router_biases(choices, grad_norm)
-        self._pending.append(_PendingStep(step + 1, loss, aux_loss, grad_norm, lr, scale_now, choices))
+        self._pending.append(PendingStep(step + 1, loss, aux_loss, grad_norm, lr, scale_now, choices))
         self.state = TrainState(
             step=step + 1,
             consumed_samples=self.state.consumed_samples + self.loader.global_batch_size,
@@ -270,9 +256,9 @@ class Trainer:
         for i, (item, loss, aux_loss, norm) in enumerate(zip(pending, means, aux_means, norms, strict=True)):
             self._check_step(item, loss, norm, local_bad is not None)
             if self.metrics is not None:
-                record = self._record(item, loss, norm, seconds)
+                record = make_record(item, loss, norm, seconds, **self._scale_of_a_step())
                 if item is pending[-1]:
-                    record |= describe_ranks(summed[2 * len(pending) :])
+                    record |= describe_times(summed[2 * len(pending) :])
                 if loads is not None:
                     record |= {"aux_loss": aux_loss, **summarize_load(loads[i])}
                 self.metrics.log_step(record)
@@ -280,30 +266,17 @@ class Trainer:
             for layer, load in enumerate(load_of(loads[-1])):
                 self.metrics.log_histogram(f"experts/load_{layer}", load, pending[-1].step)
 
-    def _record(self, item: _PendingStep, loss: float, norm: float | None, seconds: float) -> dict[str, Any]:
+    def _scale_of_a_step(self) -> dict[str, Any]:
         samples = self.loader.global_batch_size
-        tokens = samples * self.resolved.run.data.seq_len
-        speed = tokens / seconds
-        mfu = None
-        if self.peak_flops:
-            mfu = speed * self.flops_per_token / (self.peak_flops * self.loader.world_size)
-        record = {
-            "step": item.step,
-            "loss": loss,
-            "lr": item.lr,
-            "grad_norm": norm,
-            "tokens_seen": item.step * tokens,
-            "consumed_samples": item.step * samples,
-            "step_seconds": seconds,
-            "tokens_per_second": speed,
-            "mfu": mfu,
-            "peak_memory_bytes": peak_memory_bytes(self.device),
+        return {
+            "samples": samples,
+            "tokens": samples * self.resolved.run.data.seq_len,
+            "flops_per_token": self.flops_per_token,
+            "peak_flops": self.peak_flops and self.peak_flops * self.loader.world_size,
+            "device": self.device,
         }
-        if item.loss_scale is not None:
-            record["loss_scale"] = item.loss_scale
-        return record
 
-    def _check_step(self, item: _PendingStep, loss: float, norm: float | None, local_bad: bool) -> None:
+    def _check_step(self, item: PendingStep, loss: float, norm: float | None, local_bad: bool) -> None:
         """Stop, or count a skipped step, when a figure is not finite. Every rank comes here with the same figures."""
         finite_norm = norm is None or math.isfinite(norm)
         if math.isfinite(loss) and (finite_norm or self.resolved.run.train.precision == "fp16"):
@@ -372,44 +345,3 @@ class Trainer:
     def _say(self, message: str) -> None:
         if self.metrics is not None:
             self.metrics.say(message)
-
-
-def describe_ranks(times: list[float]) -> dict[str, Any]:
-    """What a record says of the ranks' own time, from (seconds of waiting for data, of forward) of each in turn."""
-    waits, forwards = times[::2], times[1::2]
-    record: dict[str, Any] = {"data_seconds": max(waits)}
-    own = [wait + forward for wait, forward in zip(waits, forwards, strict=True)]
-    if len(own) > 1:
-        slowest = own.index(max(own))
-        record["slowest_rank"] = slowest
-        record["slowest_rank_seconds"] = own[slowest]
-        # Of the others: with two ranks, a median over both would hide half of the difference.
-        record["median_rank_seconds"] = statistics.median(own[:slowest] + own[slowest + 1 :])
-    return record
-
-
-def resolved_steps(resolved: Resolved, num_samples: int) -> Resolved:
-    """Fill in what depends on the data: `steps` from `epochs`, and the length of the warm-up.
-
-    Raises:
-        UserError: fewer samples than one optimizer step takes, or a warm-up longer than the run.
-    """
-    train = resolved.run.train
-    assert train.global_batch_size is not None
-    steps = train.steps
-    if steps is None:
-        steps = int(train.epochs * num_samples // train.global_batch_size)
-        if steps < 1:
-            raise UserError(
-                f"global_batch_size: {train.global_batch_size} samples a step, but {train.epochs:g} epochs of the"
-                f" shards hold {int(train.epochs * num_samples)}; lower it, shorten --seq-len, or give --steps"
-            )
-    warmup = train.warmup_steps
-    if warmup is None and train.schedule != "deepspeed":
-        warmup = max(1, steps // 50)
-    if warmup is not None and warmup > steps:
-        raise UserError(f"warmup_steps: {warmup} is longer than the run of {steps} steps; lower it")
-    run = dataclasses.replace(
-        resolved.run, train=dataclasses.replace(train, steps=steps, epochs=train.epochs, warmup_steps=warmup)
-    )
-    return dataclasses.replace(resolved, run=run)

@@ -33,8 +33,9 @@ from minimind.engine import build_engine, build_model
 from minimind.errors import run_main
 from minimind.lifeline import Lifeline
 from minimind.run_identity import Corpus
+from minimind.run_length import resolved_steps
 from minimind.signals import Outside
-from minimind.trainer import Trainer, resolved_steps
+from minimind.trainer import Trainer
 
 EXIT_TOO_LARGE = 3
 SECONDS_BETWEEN_LOOKS = 0.01
