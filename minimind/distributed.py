@@ -197,31 +197,46 @@ def process_group(
         torch.cuda.set_device(device)
     else:
         share_cores(env)
-    # DeepSpeed and torch read these again, whatever launcher brought them.
-    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(env.rank), str(env.world_size)
-    os.environ["LOCAL_RANK"] = str(env.local_rank)
     if store is None:
         is_alone = env.world_size == 1 and env.master_addr is None
         store = torch.distributed.HashStore() if is_alone else open_store(env, timeout_minutes)
+    with _told_by_environment(env):
+        try:
+            torch.distributed.init_process_group(
+                backend,
+                store=torch.distributed.PrefixStore("group", store),
+                rank=env.rank,
+                world_size=env.world_size,
+                timeout=datetime.timedelta(minutes=timeout_minutes),
+            )
+        except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise OneRankError(f"rank {env.rank} on {node_name()}: no process group: {reason}") from None
+        try:
+            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+            yield
+        finally:
+            # DeepSpeed's own call also forgets the groups that it keeps in globals: a second run in this process needs
+            # new ones.
+            deepspeed.comm.destroy_process_group()
+            deepspeed.comm.comm.cdb = None
+
+
+@contextlib.contextmanager
+def _told_by_environment(env: RankEnvironment) -> Iterator[None]:
+    """DeepSpeed and torch read the rank from these variables, whatever launcher brought it; afterwards they are as they
+    were, so that nothing in this process takes itself for a rank."""
+    told = {"RANK": str(env.rank), "WORLD_SIZE": str(env.world_size), "LOCAL_RANK": str(env.local_rank)}
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
     try:
-        torch.distributed.init_process_group(
-            backend,
-            store=torch.distributed.PrefixStore("group", store),
-            rank=env.rank,
-            world_size=env.world_size,
-            timeout=datetime.timedelta(minutes=timeout_minutes),
-        )
-    except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OneRankError(f"rank {env.rank} on {node_name()}: no process group: {reason}") from None
-    try:
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         yield
     finally:
-        # DeepSpeed's own call also forgets the groups that it keeps in globals: a second run in this process needs new
-        # ones.
-        deepspeed.comm.destroy_process_group()
-        deepspeed.comm.comm.cdb = None
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def share_cores(env: RankEnvironment) -> None:

@@ -29,7 +29,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 import tyro  # noqa: E402
-from conftest import write_corpus  # noqa: E402
+from structured_corpus import write_corpus  # noqa: E402
 from training_runs import EXPERTS, PRELOAD, RankPool, flags_for, free_port, losses, train, train_rank  # noqa: E402
 
 from minimind.checkpoint_files import checkpoints_folder, list_checkpoints, verify  # noqa: E402

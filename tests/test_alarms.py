@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from structured_corpus import write_corpus
 from training_runs import RankPool, flags_for, rank_pool, read_metrics, train
 
 from minimind import alarms, trainer
@@ -135,8 +136,6 @@ def test_a_slow_rank_is_named(tiny_corpus, tmp_path, two_ranks):
 
 
 def test_a_corpus_learnt_by_heart_is_said(tmp_path):
-    from conftest import write_corpus
-
     corpus = write_corpus(tmp_path / "corpus", tokens=1500, val_tokens=1500)
     flags = sick_flags(
         corpus, tmp_path / "run", steps=240, eval_every=30, lr=6e-3, hidden_size=96, global_batch_size=32,

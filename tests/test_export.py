@@ -49,10 +49,12 @@ def save_random(folder: Path, config: ModelConfig, save_tokenizer=save_sentencep
     """A model whose every tensor matters, in our own form with a tokenizer."""
     torch.manual_seed(0)
     model = MiniMindForCausalLM(config).eval()
+    # Without QK-norm ten times the queries and keys would make a softmax so sharp that float32 itself is off by 5e-4.
+    factor = 10 if config.qk_norm else 5
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(3 if parameter is model.model.embed_tokens.weight else 10)
+                parameter.mul_(3 if parameter is model.model.embed_tokens.weight else factor)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         for buffer in model.buffers():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_corpus
+from structured_corpus import write_corpus
 from training_runs import (
     EXPERTS,
     MODEL,

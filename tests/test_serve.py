@@ -1,7 +1,9 @@
 """The server, as clients see it: the official openai client against the real command, and the page in a browser."""
 
 import asyncio
+import contextlib
 import dataclasses
+import http.client
 import json
 import os
 import re
@@ -163,6 +165,14 @@ def test_fifty_at_once_are_all_answered_and_none_is_mixed_up(server, model):
     assert server.memory() - before < 8 << 20, "two more rounds of fifty should take no more memory than the first"
 
 
+def give_up(server: Server, question: str, **options) -> None:
+    """Send a question, and go before the answer."""
+    body = {"model": "tiny-model", "messages": [{"role": "user", "content": question}], "temperature": 0, **options}
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    with contextlib.closing(http.client.HTTPConnection(server.url.removeprefix("http://"))) as connection:
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+
+
 def test_a_client_that_goes_frees_its_place(server):
     client = server.client()
     for stream in (True, False):
@@ -171,8 +181,7 @@ def test_a_client_that_goes_frees_its_place(server):
             next(events)
             events.close()
         else:
-            with pytest.raises(openai.APITimeoutError):
-                ask(server.client(timeout=0.05), "the fox", max_tokens=450)
+            give_up(server, "the fox", max_tokens=450)
         start = time.monotonic()
         assert ask(client, "x", max_tokens=1).choices[0].finish_reason == "length"
         alone = time.monotonic() - start
@@ -340,6 +349,7 @@ def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(capsys):
 
 SERVER_OF_THE_PAGE = """
 import asyncio
+import contextlib
 from pathlib import Path
 from minimind import http_api, serve
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import write_corpus
 from pytest import approx
+from structured_corpus import write_corpus
 from training_runs import ROOT, flags_for, losses, read_metrics, train
 
 import minimind.train

@@ -50,6 +50,16 @@ def wait_until(condition: Callable[[], object], seconds: float, what: Callable[[
         time.sleep(0.1)
 
 
+def wait_for_steps(run_dir: Path, count: int, output: Path) -> None:
+    """Wait until a run has logged `count` steps; else say what its command printed into `output`."""
+    metrics = run_dir / "metrics.jsonl"
+
+    def said() -> str:
+        return output.read_text() if output.exists() else f"{output} is not there: it was never started"
+
+    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= count, 240, said)
+
+
 class Services:
     """Processes that run until `close`, each with its output in a file."""
 

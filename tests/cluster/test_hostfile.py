@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from services import BIN, ROOT, are_gone, launched, ranks_of, wait_until
+from services import BIN, ROOT, are_gone, launched, ranks_of, wait_for_steps, wait_until
 from training_runs import flags_for, losses, read_metrics
 
 pytestmark = pytest.mark.cluster
@@ -26,12 +26,6 @@ def environment(tmp_path) -> dict[str, str]:
     path = tmp_path / "deepspeed_env"
     path.write_text("# threads\n\nOMP_NUM_THREADS=1\n")
     return {"DS_ENV_FILE": str(path)}
-
-
-def wait_for_steps(run_dir: Path, count: int, output: Path) -> None:
-    wait_until(
-        lambda: (run_dir / "metrics.jsonl").exists() and len(read_metrics(run_dir)) >= count, 120, output.read_text
-    )
 
 
 def checked(hosts, hostfile: Path, *flags: str) -> list[object]:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from services import Slurm, are_gone, ranks_of, wait_until
+from services import Slurm, are_gone, ranks_of, wait_for_steps, wait_until
 from training_runs import flags_for, losses, read_metrics
 
 pytestmark = pytest.mark.cluster
@@ -21,11 +21,6 @@ STEPS = 150
 
 def flags(corpus: Path, run_dir: Path, **others) -> list[str]:
     return flags_for(corpus, run_dir, **{"steps": STEPS, "save_every": 1, "keep_last": 2, **others})
-
-
-def wait_for_steps(run_dir: Path, count: int) -> None:
-    metrics = run_dir / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= count, 120, lambda: run_dir)
 
 
 def is_pending(pid: int, number: int) -> bool:
@@ -44,7 +39,7 @@ def test_the_time_limit_requeues_the_job_which_continues_bit_for_bit(slurm, tiny
     """The ranks are held still until SLURM has signalled, so that the test does not depend on how fast they are."""
     run_dir, output = tmp_path / "run", tmp_path / "job.log"
     job = slurm.submit(["--time=1", "--signal=B:USR1@40"], flags(tiny_corpus, run_dir), output)
-    wait_for_steps(run_dir, 5)
+    wait_for_steps(run_dir, 5, output)
     ranks = ranks_of(run_dir)
     assert sorted(ranks) == [0, 1]
     for pid in ranks.values():
@@ -69,7 +64,7 @@ def test_the_time_limit_requeues_the_job_which_continues_bit_for_bit(slurm, tiny
 def test_a_node_that_goes_down_costs_no_more_than_a_step(slurm, tiny_corpus, tmp_path, reference):
     run_dir, output = tmp_path / "run", tmp_path / "job.log"
     job = slurm.submit([], flags(tiny_corpus, run_dir), output)
-    wait_for_steps(run_dir, 5)
+    wait_for_steps(run_dir, 5, output)
     assert re.search(r"^n1 .*\n^n2 ", output.read_text(), re.M), "the preflight's table does not show both nodes"
     slurm.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     wait_until(lambda: slurm.job(job)["Restarts"] == "1", 60, output.read_text)
@@ -84,7 +79,7 @@ def test_a_node_that_goes_down_costs_no_more_than_a_step(slurm, tiny_corpus, tmp
 def test_a_killed_rank_is_named_and_ends_the_job_within_a_minute(slurm, tiny_corpus, tmp_path):
     run_dir, output = tmp_path / "run", tmp_path / "job.log"
     job = slurm.submit([], flags(tiny_corpus, run_dir, steps=100_000), output, MAX_RESTARTS="0")
-    wait_for_steps(run_dir, 3)
+    wait_for_steps(run_dir, 3, output)
     ranks = ranks_of(run_dir)
     os.kill(ranks[1], signal.SIGKILL)
     began = time.monotonic()
@@ -100,7 +95,7 @@ def test_a_killed_rank_is_named_and_ends_the_job_within_a_minute(slurm, tiny_cor
 def test_a_cancelled_job_saves_and_stays_cancelled(slurm, tiny_corpus, tmp_path):
     run_dir, output = tmp_path / "run", tmp_path / "job.log"
     job = slurm.submit([], flags(tiny_corpus, run_dir, steps=100_000, save_every=0), output)
-    wait_for_steps(run_dir, 3)
+    wait_for_steps(run_dir, 3, output)
     slurm.run("scancel", job)
     found = slurm.wait_for(job, ["CANCELLED", "PENDING", "FAILED", "COMPLETED"])
     assert (found["JobState"], found["Restarts"]) == ("CANCELLED", "0"), output.read_text()
