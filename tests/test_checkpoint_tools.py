@@ -2,12 +2,10 @@
 
 import subprocess
 import sys
-import unittest.mock
 from pathlib import Path
 
 import pytest
 import torch
-from deepspeed.checkpoint import ds_to_universal
 from training_runs import EXPERTS, RankPool, flags_for, losses, rank_pool, train, weights
 
 from minimind.checkpoint_files import checkpoints_folder, list_checkpoints
@@ -17,6 +15,8 @@ from minimind.ds_config import Resolved, load, resolve
 from minimind.engine import build_engine, build_model, optimizer_step
 
 CPU = torch.device("cpu")
+# DeepSpeed's universal form carries parameters and no buffers, so the selection biases of the routers are lost in it.
+UNBIASED = {**EXPERTS, "router_bias_update_rate": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +87,14 @@ def test_a_plain_load_continues(tiny_corpus, tmp_path, pool: RankPool, stage):
 
 def convert(run_dir: Path, output: Path) -> str:
     """DeepSpeed's universal form of a run's newest checkpoint; the folder for `load_checkpoint`."""
-    arguments = ["--input_folder", str(list_checkpoints(run_dir)[-1]), "--output_folder", str(output / "universal")]
-    with unittest.mock.patch.object(sys, "argv", ["ds_to_universal", *arguments, "--num_extract_workers", "1"]):
-        ds_to_universal.main(ds_to_universal.parse_arguments())
+    folders = ["--input_folder", list_checkpoints(run_dir)[-1], "--output_folder", output / "universal"]
+    # In a process of its own: it forks, which in one that has run threads may wait for ever.
+    run_tool("checkpoint.ds_to_universal", *folders, "--num_extract_workers", 1)
     return str(output)
 
 
 @pytest.mark.parametrize(
-    ("stage", "kind"), [(1, {}), (3, {}), (1, EXPERTS), (2, EXPERTS), (3, EXPERTS)], ids=lambda value: str(value)[:9]
+    ("stage", "kind"), [(1, {}), (3, {}), (1, UNBIASED), (2, UNBIASED), (3, UNBIASED)], ids=lambda value: str(value)[:9]
 )
 def test_the_universal_conversion_goes_from_two_ranks_to_one_and_back(tiny_corpus, tmp_path, pool, stage, kind):
     ep_2 = {"ep_size": 2} if kind else {}
