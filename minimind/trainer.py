@@ -268,13 +268,13 @@ class Trainer:
 
     def _scale_of_a_step(self) -> dict[str, Any]:
         samples = self.loader.global_batch_size
-        return {
-            "samples": samples,
-            "tokens": samples * self.resolved.run.data.seq_len,
-            "flops_per_token": self.flops_per_token,
-            "peak_flops": self.peak_flops and self.peak_flops * self.loader.world_size,
-            "device": self.device,
-        }
+        return dict(
+            samples=samples,
+            tokens=samples * self.resolved.run.data.seq_len,
+            flops_per_token=self.flops_per_token,
+            peak_flops=self.peak_flops and self.peak_flops * self.loader.world_size,
+            device=self.device,
+        )
 
     def _check_step(self, item: PendingStep, loss: float, norm: float | None, local_bad: bool) -> None:
         """Stop, or count a skipped step, when a figure is not finite. Every rank comes here with the same figures."""

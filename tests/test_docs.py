@@ -216,8 +216,10 @@ def test_reference_pages_name_every_field_on_disk(language):
     for cls in (Manifest, ShardInfo, TokenizerInfo):
         for name in cls.__dataclass_fields__:
             assert f"`{name}`" in data, f"{language}/data_format.md: {name}"
-    trainer = (ROOT / "minimind" / "trainer.py").read_text(encoding="utf-8")
-    keys = set(re.findall(r'^            "([a-z_]+)": ', trainer, re.M)) | set(CheckpointManifest.__dataclass_fields__)
+    sources = [(ROOT / "minimind" / name).read_text(encoding="utf-8") for name in ("trainer.py", "step_record.py")]
+    keys = {key for source in sources for key in re.findall(r'^ {8,12}"([a-z_]+)": ', source, re.M)}
+    assert {"eval_loss", "tokens_per_second"} <= keys
+    keys |= set(CheckpointManifest.__dataclass_fields__)
     for name in (*keys, *_TENSORBOARD_NAMES.values()):
         assert f"`{name}`" in run, f"{language}/run_folder.md: {name}"
 

@@ -50,11 +50,11 @@ def save_random(folder: Path, config: ModelConfig, save_tokenizer=save_sentencep
     torch.manual_seed(0)
     model = MiniMindForCausalLM(config).eval()
     # Without QK-norm ten times the queries and keys would make a softmax so sharp that float32 itself is off by 5e-4.
-    factor = 10 if config.qk_norm else 5
+    gentle = ("embed_tokens", "lm_head") if config.qk_norm else ("embed_tokens", "lm_head", "q_proj", "k_proj")
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                parameter.mul_(3 if parameter is model.model.embed_tokens.weight else factor)
+                parameter.mul_(3 if name.split(".")[-2] in gentle else 10)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         for buffer in model.buffers():
