@@ -15,4 +15,4 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # A test file is one worker's, so what its tests share is made once; more than four workers would not end any sooner.
 workers="$(env -u OMP_NUM_THREADS nproc)" # which nproc would take for an answer
 [ "$workers" -le 4 ] || workers=4
-exec .venv/bin/python -m pytest --numprocesses "$workers" --dist loadgroup "$@"
+exec .venv/bin/python -m pytest --numprocesses "$workers" --dist loadfile "$@"

@@ -1,4 +1,4 @@
-"""What all tests share: one thread a process, a small corpus, and which worker runs what."""
+"""What all tests share: one thread a process, a small corpus."""
 
 import os
 from pathlib import Path
@@ -15,11 +15,3 @@ from structured_corpus import write_corpus
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 30,000 training and 3,000 validation tokens."""
     return write_corpus(tmp_path_factory.mktemp("corpus") / "tiny", tokens=30_000, val_tokens=3_000)
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker runs all tests of a file, and one all that start services: those have the ports to themselves."""
-    for item in items:
-        group = "cluster" if item.get_closest_marker("cluster") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
