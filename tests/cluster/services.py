@@ -57,7 +57,7 @@ def wait_for_steps(run_dir: Path, count: int, output: Path) -> None:
     def said() -> str:
         return output.read_text() if output.exists() else f"{output} is not there: it was never started"
 
-    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= count, 240, said)
+    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= count, 120, said)
 
 
 class Services:
