@@ -4,13 +4,15 @@ DeepSpeed's launcher is up to four processes between the command that a user typ
 leaves the others, and the ranks, running. Knows nothing of what stopping means.
 """
 
-import contextlib
+import errno
+import io
 import os
 import select
 import stat
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any, TextIO
 
 import psutil
 
@@ -46,17 +48,25 @@ class LauncherWatch:
         self._parent = os.getppid()
         self._launcher = find_launcher(psutil.Process().parents())
         self._ended = threading.Event()
+        self._unread = threading.Event()
+        self._streams: tuple[TextIO, TextIO] | None = None
 
     def start(self, on_end: Callable[[], None]) -> None:
         """Call `on_end` once, from a thread, when a process of the launcher or the reader of the output has ended.
 
-        Output that nobody reads then goes nowhere, so that writing it is no error.
+        Output that nobody reads goes nowhere, from the first line on: writing it is no error.
         """
+        self._streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = (outlive_reader(stream, self._unread.set) for stream in self._streams)
         threading.Thread(target=self._watch, args=(on_end,), name="launcher-watch", daemon=True).start()
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop watching; output that nobody reads is an error again, unless that has happened."""
         self._ended.set()
+        if self._streams is not None:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            (sys.stdout, sys.stderr), self._streams = self._streams, None
 
     def _watch(self, on_end: Callable[[], None]) -> None:
         pipes = select.poll()
@@ -69,13 +79,56 @@ class LauncherWatch:
             broken = [descriptor for descriptor, _ in pipes.poll(POLL_SECONDS * 1000)]
             for descriptor in broken:
                 pipes.unregister(descriptor)
-                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+                discard(descriptor)
             is_gone = os.getppid() != self._parent or any(_has_ended(process) for process in self._launcher)
-            if not is_told and (broken or is_gone):
+            if not is_told and (broken or is_gone or self._unread.is_set()):
                 is_told = True
                 on_end()
-                with contextlib.suppress(OSError):
-                    print("the launcher has ended: finishing the step, then saving", file=sys.stderr, flush=True)
+                print("the launcher has ended: finishing the step, then saving", file=sys.stderr, flush=True)
+
+
+class _Outliving(io.FileIO):
+    """A file that takes everything when nobody reads it any more."""
+
+    def __init__(self, descriptor: int, on_loss: Callable[[], None]) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self._on_loss = on_loss
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.EIO):
+                raise
+            discard(self.fileno())
+            self._on_loss()
+            return memoryview(data).nbytes
+
+
+def outlive_reader(stream: TextIO, on_loss: Callable[[], None]) -> TextIO:
+    """`stream`, but writing is no error after its pipe has no reader or its terminal is gone; a full disk still is.
+
+    `on_loss` is called when that is noticed. Closing the result leaves the descriptor open. A stream that is no file
+    is given back as it is.
+    """
+    try:
+        raw = _Outliving(stream.fileno(), on_loss)
+    except (OSError, ValueError):
+        return stream
+    stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=True,
+    )
+
+
+def discard(descriptor: int) -> None:
+    """What is written to `descriptor` goes nowhere from now on."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def _has_ended(process: psutil.Process) -> bool:

@@ -15,7 +15,7 @@ from types import FrameType
 
 import torch
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAVE_FILE = "SAVE"
 STOP_FILE = "STOP"
 # A terminal signals the whole process group, and the launcher passes the same on: those are one request.
@@ -89,6 +89,8 @@ class Outside:
 def listen(run_dir: Path | None) -> Iterator[Outside]:
     """Take the signals of `SIGNALS` as requests while the block runs; afterwards they mean what they meant before.
 
+    SIGHUP stays ignored where it was.
+
     Args:
         run_dir: where to look for SAVE and STOP; None on every rank but the first.
     """
@@ -96,6 +98,8 @@ def listen(run_dir: Path | None) -> Iterator[Outside]:
     before: dict[signal.Signals, Callable | int | None] = {}
     with contextlib.suppress(ValueError):  # not the main thread: no signals there, files still work
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # `nohup`: the end of the terminal is no end of the run
             before[number] = signal.signal(number, outside._handle)
     try:
         yield outside

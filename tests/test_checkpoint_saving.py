@@ -129,6 +129,15 @@ def test_a_second_signal_ends_at_once_and_the_same_one_again_does_not():
     assert process.exitcode == 128 + signal.SIGTERM
 
 
+def test_a_hangup_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with listen(None):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_the_hash_is_that_of_the_bytes_on_the_disk(tmp_path):
     with HashedFile(tmp_path / "x.pt") as file:
         torch.save({"a": torch.arange(100_000), "b": torch.ones(3)}, file)

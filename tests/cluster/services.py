@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from minimind.shell_words import unpack_words
@@ -306,7 +307,12 @@ class Hosts:
         return self._services.logs()
 
     def close(self) -> None:
+        """End both hosts; a session whose other side was cut off would stay, as only sshd's listener ends here."""
+        sessions = [found for host in self._hosts for found in psutil.Process(host.pid).children(recursive=True)]
         self._services.close()
+        for process in sessions:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 # Processes -----------------------------------------------------------------------------------------------------------
