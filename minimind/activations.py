@@ -85,6 +85,7 @@ def layer_activations_per_token(config: ModelConfig) -> int:
     mixed = 4 * _feed_forward_width(config, config.use_moe)
     if config.use_moe:
         mixed += 2 * config.hidden_size * config.num_experts_per_tok  # dispatched, and combined
+        mixed += 2 * config.hidden_size * config.moe_residual
     return 4 * config.hidden_size + before_norm + 2 * (query + key) + mixed
 
 
@@ -112,6 +113,8 @@ def _block_bytes(resolved: Resolved, device_type: str, has_experts: bool) -> int
     if has_experts:
         # Tokens as dispatched and combined, and what the router keeps: logits, scores, choices.
         total += 2 * model.num_experts_per_tok * (hidden * compute + 20) + 12 * model.num_experts
+        # What residual experts mix: both outputs, and a token's two weights.
+        total += model.moe_residual * (2 * hidden * compute + 16)
     if model.dropout:
         total += 2 * hidden
     return total
@@ -124,4 +127,5 @@ def _attention_widths(config: ModelConfig) -> tuple[int, int]:
 def _feed_forward_width(config: ModelConfig, has_experts: bool) -> int:
     if not has_experts:
         return config.feed_forward_size
-    return config.expert_feed_forward_size * (config.num_experts_per_tok + config.n_shared_experts)
+    visited = config.num_experts_per_tok + config.n_shared_experts + config.moe_residual
+    return config.expert_feed_forward_size * visited

@@ -71,5 +71,5 @@ def quantize_int8(model: MiniMindForCausalLM) -> None:
     """
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and name != "gate":
+            if isinstance(child, nn.Linear) and name not in ("gate", "coefficient"):
                 setattr(module, name, Int8Head(child) if name == "lm_head" else Int8Linear(child))

@@ -32,6 +32,8 @@ def choose_architecture(config: ModelConfig) -> str:
     """
     if not config.use_moe:
         return "qwen3" if config.qk_norm else "llama"
+    if config.moe_residual:
+        raise UserError("no architecture of transformers has residual experts (moe_residual); use --format minimind")
     plain_softmax = config.scoring_func == "softmax" and config.routed_scaling_factor == 1
     if plain_softmax and config.qk_norm and not config.n_shared_experts and not config.router_bias_update_rate:
         return "qwen3_moe"

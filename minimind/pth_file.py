@@ -65,6 +65,7 @@ def choose_form(config: ModelConfig) -> Layout:
         (config.scoring_func != "softmax", f"scoring_func={config.scoring_func!r}"),
         (config.router_bias_update_rate, "a selection bias (router_bias_update_rate)"),
         (config.routed_scaling_factor != 1, f"routed_scaling_factor={config.routed_scaling_factor}"),
+        (config.moe_residual, "residual experts (moe_residual)"),
         (config.first_k_dense_replace, f"first_k_dense_replace={config.first_k_dense_replace}"),
         (config.qk_norm and config.n_shared_experts, "shared experts together with qk_norm"),
         (not config.qk_norm and top_1_norm, "norm_topk_prob with one expert a token and without qk_norm"),

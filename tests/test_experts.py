@@ -69,6 +69,15 @@ def test_one_rank_is_the_plain_loop_also_when_it_recomputes(one_rank: RankPool, 
         assert_same(curve, plain[backend])
 
 
+@pytest.mark.parametrize("backend", ["autoep", "deepspeed"])
+def test_residual_experts_train_as_in_the_plain_loop(pool: RankPool, backend):
+    model = {**EXPERTS, "n_shared_experts": 0, "moe_residual": True}
+    expected = train_plainly(model, 5)
+    cells = [(stage, model, {"moe_backend": backend, "ep_size": 2}) for stage in stages(backend)]
+    for curve in pool.run(walk, cells, 5)[0]:
+        assert_same(curve, expected)
+
+
 def test_ranks_and_groups_of_experts_are_equal_step_for_step(pool: RankPool, one_rank: RankPool):
     """AutoEP on one rank, on two that both hold all experts, and on two that hold half of them each."""
     cells = [(1, EXPERTS, {"ep_size": ep}) for ep in (1, 2)]

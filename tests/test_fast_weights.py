@@ -18,6 +18,7 @@ SHAPES = {
     "tied": PRESETS["tiny"],
     "untied": dataclasses.replace(PRESETS["tiny"], tie_word_embeddings=False),
     "experts": PRESETS["tiny-moe"],
+    "residual experts": dataclasses.replace(PRESETS["tiny-moe"], moe_residual=True),
 }
 
 

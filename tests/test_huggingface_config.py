@@ -31,6 +31,7 @@ def test_every_published_model_has_an_architecture(name):
         ({}, "n_shared_experts=1 with a softmax router and qk_norm"),
         ({"n_shared_experts": 0, "router_bias_update_rate": 0.1}, "a selection bias"),
         ({"routed_scaling_factor": 2.0}, "routed_scaling_factor=2.0"),
+        ({"n_shared_experts": 0, "moe_residual": True}, "moe_residual"),
         ({"scoring_func": "sigmoid", "n_shared_experts": 0}, "a sigmoid router without shared experts"),
         ({"qk_norm": False, "norm_topk_prob": False, "n_shared_experts": 0}, "norm_topk_prob=false"),
         ({"qk_norm": False, "n_shared_experts": 0, "rope_scaling_factor": 2.0}, "YaRN"),

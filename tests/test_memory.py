@@ -152,11 +152,13 @@ def test_the_largest_micro_batch_is_the_last_that_fits():
     assert largest_micro_batch(resolved, 1, 2**20) == 0
 
 
-@pytest.mark.parametrize("preset", ["quickstart", "tiny-moe"])
+@pytest.mark.parametrize(
+    ("preset", "changes"), [("quickstart", {}), ("tiny-moe", {}), ("tiny-moe", {"moe_residual": True})], ids=str
+)
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
-def test_the_activations_are_those_that_autograd_keeps(preset, bf16, activation_checkpointing):
-    config = dataclasses.replace(PRESETS[preset], vocab_size=256, num_hidden_layers=12)
+def test_the_activations_are_those_that_autograd_keeps(preset, changes, bf16, activation_checkpointing):
+    config = dataclasses.replace(PRESETS[preset], vocab_size=256, num_hidden_layers=12, **changes)
     model = MiniMindForCausalLM(config).to(torch.bfloat16 if bf16 else torch.float32)
     model.set_activation_checkpointing(activation_checkpointing)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

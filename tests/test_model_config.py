@@ -53,6 +53,15 @@ def test_untied_and_unusual_shapes_are_counted(tied):
     assert sum(parameter.numel() for parameter in model.parameters()) == config.num_params()
 
 
+def test_residual_experts_are_counted():
+    config = dataclasses.replace(PRESETS["tiny-moe"], moe_residual=True, first_k_dense_replace=1)
+    model = MiniMindForCausalLM(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == config.num_params()
+    unused = config.num_experts - config.num_experts_per_tok
+    idle = 3 * unused * 3 * config.hidden_size * config.expert_feed_forward_size
+    assert config.num_active_params() == config.num_params() - idle
+
+
 def test_flops_are_those_of_the_real_products():
     # Without the fused kernel every product is a plain one and is counted; it works on all keys, causal or not.
     config = dataclasses.replace(PRESETS["tiny"], flash_attn=False)
@@ -105,6 +114,7 @@ def test_a_bad_mapping_names_the_field(values, words):
         {"eos_token_id": 6400},
         {"num_experts": 8},
         {"n_shared_experts": 1},
+        {"moe_residual": True},
         {"use_moe": True, "num_experts_per_tok": 5},
         {"use_moe": True, "scoring_func": "relu"},
         {"use_moe": True, "first_k_dense_replace": 8},

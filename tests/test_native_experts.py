@@ -6,12 +6,14 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from deepspeed.moe.layer import MoE
 from expert_runs import EXPERTS, resolve
 
 from minimind.distributed import RankEnvironment, process_group
 from minimind.engine import build_engine, build_model
 from minimind.experts import take_over_experts, watch_experts
 from minimind.model import MiniMindForCausalLM, ModelConfig
+from minimind.model.layers import FeedForward
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(3, 64, (4, 17), generator=torch.Generator().manual_seed(2))
@@ -44,6 +46,7 @@ def build(model: dict[str, Any], **train: Any) -> tuple[MiniMindForCausalLM, Min
     [
         {},
         {"num_experts_per_tok": 1, "n_shared_experts": 0},
+        {"n_shared_experts": 0, "moe_residual": True},
         {"num_experts_per_tok": 1, "norm_topk_prob": False},
         {"num_experts_per_tok": 3, "norm_topk_prob": False, "routed_scaling_factor": 1.5},
         {"num_experts_per_tok": 4, "scoring_func": "sigmoid", "seq_aux": True, "router_z_loss_coef": 0.1},
@@ -62,6 +65,32 @@ def test_without_dropping_it_is_the_reference(changes):
     gates = [[layer.mlp.router.gate.weight.grad for layer in model.model.layers[1:]] for model in (plain, native)]
     for ours, theirs in zip(*gates, strict=True):
         assert (ours - theirs).norm() <= 1e-4 * ours.norm()
+
+
+def test_residual_experts_are_those_of_deepspeed():
+    config = ModelConfig(**{**EXPERTS, "n_shared_experts": 0, "moe_residual": True})
+    torch.manual_seed(0)
+    block = MiniMindForCausalLM(config).model.layers[1]
+    with torch.no_grad():
+        block.residual.coefficient.bias.copy_(torch.tensor([0.5, -0.5]))
+    expert = FeedForward(config, config.expert_feed_forward_size)
+    options = {"drop_tokens": False, "min_capacity": 0, "top2_2nd_expert_sampling": False}
+    theirs = MoE(32, expert, 8, k=2, use_residual=True, **options)
+    theirs.set_deepspeed_parallelism()
+    theirs.mlp.load_state_dict(block.residual.mlp.state_dict())
+    theirs.coefficient.load_state_dict(block.residual.coefficient.state_dict())
+    experts = theirs.deepspeed_moe.experts.deepspeed_experts
+    with torch.no_grad():
+        theirs.deepspeed_moe.gate.wg.weight.copy_(block.mlp.gate.weight)
+        for number, one in enumerate(experts):
+            gate, up = block.mlp.experts.gate_up_proj[number].chunk(2)
+            one.gate_proj.weight.copy_(gate)
+            one.up_proj.weight.copy_(up)
+            one.down_proj.weight.copy_(block.mlp.experts.down_proj[number])
+        hidden_states = torch.randn(2, 16, 32)
+        ours = block.residual(hidden_states, block.mlp(hidden_states))
+        torch.testing.assert_close(ours, theirs(hidden_states)[0], rtol=1e-4, atol=1e-5)
+        assert (ours - block.mlp(hidden_states)).norm() > 0.1 * ours.norm()
 
 
 def test_tokens_beyond_the_capacity_are_passed_over_and_counted():

@@ -136,6 +136,7 @@ def test_a_preset_says_what_shapes_do_not(tmp_path):
         ({"n_shared_experts": 1}, "shared experts together with qk_norm"),
         ({"scoring_func": "sigmoid"}, "scoring_func='sigmoid'"),
         ({"first_k_dense_replace": 1}, "first_k_dense_replace=1"),
+        ({"moe_residual": True}, "moe_residual"),
         ({"rope_scaling_factor": 2.0}, "rope_scaling_factor=2.0"),
         ({"qk_norm": False}, "norm_topk_prob with one expert a token"),
         ({"qk_norm": False, "num_experts_per_tok": 2, "moe_intermediate_size": 32}, "moe_intermediate_size"),

@@ -29,7 +29,8 @@ def count_feed_forward_matrices(config: "ModelConfig", layer: int, *, active: bo
     experts = config.num_experts_per_tok if active else config.num_experts
     router = config.hidden_size * config.num_experts
     expert = 3 * config.hidden_size * config.expert_feed_forward_size
-    return router + (experts + config.n_shared_experts) * expert
+    residual = expert + 2 * config.hidden_size if config.moe_residual else 0
+    return router + (experts + config.n_shared_experts) * expert + residual
 
 
 def count_params(config: "ModelConfig", *, active: bool = False) -> int:
@@ -38,6 +39,7 @@ def count_params(config: "ModelConfig", *, active: bool = False) -> int:
     layers = range(config.num_hidden_layers)
     blocks = sum(count_feed_forward_matrices(config, layer, active=active) for layer in layers)
     blocks += config.num_hidden_layers * (count_attention_matrices(config) + norms)
+    blocks += sum(2 for layer in layers if config.moe_residual and config.has_experts(layer))  # biases
     embedding = config.vocab_size * config.hidden_size
     return blocks + config.hidden_size + embedding * (1 if config.tie_word_embeddings else 2)
 

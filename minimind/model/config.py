@@ -79,6 +79,8 @@ class ModelConfig:
     """Routed experts a token visits."""
     n_shared_experts: int = 0
     """Experts that every token visits, computed as one feed-forward of their joint width."""
+    moe_residual: bool = False
+    """A feed-forward of one expert's width beside the experts; each token weighs the two (arXiv 2201.05596)."""
     moe_intermediate_size: int | None = None
     """Width of one expert; None means the width of the dense feed-forward."""
     norm_topk_prob: bool = True

@@ -40,6 +40,19 @@ class Linear(nn.Linear):
         fill_normal(self.weight, self.std)
 
 
+class BiasedLinear(nn.Linear):
+    """A matrix that starts with standard deviation `std`, and a bias that starts at 0."""
+
+    def __init__(self, in_features: int, out_features: int, std: float) -> None:
+        self.std = std
+        super().__init__(in_features, out_features)
+
+    def reset_parameters(self) -> None:
+        """Draw a fresh weight."""
+        fill_normal(self.weight, self.std)
+        nn.init.zeros_(self.bias)
+
+
 class Embedding(nn.Embedding):
     """A table of token vectors that starts with standard deviation `std`."""
 

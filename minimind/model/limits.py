@@ -45,6 +45,7 @@ _EXPERT_FIELDS = (
     "num_experts",
     "num_experts_per_tok",
     "n_shared_experts",
+    "moe_residual",
     "moe_intermediate_size",
     "norm_topk_prob",
     "scoring_func",

@@ -1,4 +1,4 @@
-"""Mixture of experts in place of the feed-forward: a router, routed SwiGLU experts, shared experts.
+"""Mixture of experts in place of the feed-forward: a router, routed SwiGLU experts, shared and residual experts.
 
 The reference that every backend is measured by, and the source module that DeepSpeed's AutoEP takes over: `gate` is a
 linear child, `experts` holds fused 3-D weights, `shared_experts` is one module. Refuses to know of ranks and losses.
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minimind.model.config import ModelConfig
 from minimind.model.grouped import grouped_linear
-from minimind.model.layers import FeedForward, Linear, fill_normal, residual_std
+from minimind.model.layers import BiasedLinear, FeedForward, Linear, fill_normal, residual_std
 from minimind.model.routing import BIAS_NAME, Router, route
 
 
@@ -77,6 +77,21 @@ class MoEFeedForward(nn.Module):
             moved = getattr(self, BIAS_NAME)
             setattr(self, BIAS_NAME, moved.float() if exact.is_meta else exact.to(moved.device))
         return self
+
+
+class ResidualFeedForward(nn.Module):
+    """A feed-forward that every token visits, and the two weights, summing to 1, by which a token mixes the experts'
+    output with it: residual experts (DeepSpeed-MoE, arXiv 2201.05596). Whoever runs the experts, this stays here."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.mlp = FeedForward(config, config.expert_feed_forward_size)
+        self.coefficient = BiasedLinear(config.hidden_size, 2, config.initializer_range)
+
+    def forward(self, hidden_states: Tensor, mixed: Tensor) -> Tensor:
+        """(..., hidden_size) what the experts read, and what they gave -> the same shape."""
+        experts, own = self.coefficient(hidden_states).softmax(dim=-1, dtype=torch.float32).to(mixed.dtype).split(1, -1)
+        return mixed * experts + self.mlp(hidden_states) * own
 
 
 class _Dispatch(torch.autograd.Function):

@@ -18,7 +18,7 @@ from minimind.model.cache import KVCache
 from minimind.model.config import ModelConfig
 from minimind.model.layers import Embedding, FeedForward, RMSNorm
 from minimind.model.loss import LMHead
-from minimind.model.moe import MoEFeedForward
+from minimind.model.moe import MoEFeedForward, ResidualFeedForward
 from minimind.model.pretrained import check_fit, read_pretrained, write_pretrained
 from minimind.model.rope import rotary_tables
 from minimind.model.routing import RouterRecord, step_bias
@@ -54,6 +54,7 @@ class Block(nn.Module):
             self.mlp = MoEFeedForward(config)
         else:
             self.mlp = FeedForward(config, config.feed_forward_size)
+        self.residual = ResidualFeedForward(config) if config.moe_residual and config.has_experts(layer) else None
 
     def forward(
         self,
@@ -65,7 +66,11 @@ class Block(nn.Module):
         """(B, T, hidden_size) -> the same shape."""
         mixed = self.self_attn(self.input_layernorm(hidden_states), rotary, visibility, cache)
         hidden_states = hidden_states + self._drop(mixed)
-        return hidden_states + self._drop(self.mlp(self.post_attention_layernorm(hidden_states)))
+        normed = self.post_attention_layernorm(hidden_states)
+        mixed = self.mlp(normed)
+        if self.residual is not None:
+            mixed = self.residual(normed, mixed)
+        return hidden_states + self._drop(mixed)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
