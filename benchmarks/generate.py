@@ -23,7 +23,7 @@ from minimind import export
 from minimind.data.dataset import TokenDataset
 from minimind.decoding import Decoding
 from minimind.evaluate import evaluate, shards_of_texts
-from minimind.fast_weights import lay_out_by_columns, quantize_int8
+from minimind.fast_weights import prepare_decoding, quantize_int8
 from minimind.huggingface_config import to_huggingface
 from minimind.model import PRESETS, MiniMindForCausalLM
 from minimind.pretrained import load_model
@@ -88,20 +88,17 @@ def build_rows(model: str) -> dict[str, Callable[[int], object]]:
     rows: dict[str, Callable[[int], object]] = {}
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         rows[f"transformers {name}"] = use_transformers(base, dtype)
-        rows[f"minimind {name}"] = use_ours(copy_of(base, dtype, columns=dtype == torch.float32))
-    int8 = copy_of(base, torch.bfloat16, columns=False)
-    quantize_int8(int8)
-    rows["minimind int8"] = use_ours(int8)
+        rows[f"minimind {name}"] = use_ours(copy_of(base, dtype))
+    rows["minimind int8"] = use_ours(copy_of(base, torch.bfloat16, int8=True))
     return rows
 
 
-def copy_of(base: MiniMindForCausalLM, dtype: torch.dtype, *, columns: bool) -> MiniMindForCausalLM:
+def copy_of(base: MiniMindForCausalLM, dtype: torch.dtype, *, int8: bool = False) -> MiniMindForCausalLM:
     """The same weights as another type, as the command loads them."""
     copy = MiniMindForCausalLM(base.config)
     copy.load_state_dict(base.state_dict())
     copy = copy.to(dtype).eval()
-    if columns:
-        lay_out_by_columns(copy)
+    prepare_decoding(copy, int8=int8)
     return copy
 
 

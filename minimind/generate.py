@@ -189,7 +189,7 @@ def main(args: Sequence[str] | None = None) -> None:
     flags = parse_flags(GenerateFlags, args, default=tyro.MISSING_NONPROP, prog="python -m minimind.generate")
     device, dtype = choose_device(flags.device, flags.precision, int8=flags.int8)
     model, tokenizer_file = load_model(flags.checkpoint, dtype=dtype, device=device, tokenizer=flags.tokenizer)
-    prepare_decoding(model, int8=flags.int8)
+    prepare_decoding(model, int8=flags.int8, compiled=flags.compile)
     tokenizer = load_tokenizer(tokenizer_file)
     if flags.rope_scaling_factor is not None:
         stretch_context(model, flags.rope_scaling_factor, flags.rope_original_max_position_embeddings)

@@ -10,6 +10,8 @@ import time
 
 import torch
 
+from minimind.model.products import product
+
 # Dense peak of the data sheets in FLOP/s, without sparsity: (bf16 and fp16, fp32 as torch computes it by default).
 # The first name that stands in the device's own as whole words counts ("RTX A4000" is no A40), the longer ones first.
 _DATA_SHEETS = (
@@ -90,7 +92,7 @@ def _time_product(device: torch.device, dtype: torch.dtype, size: int) -> float:
     fastest = float("inf")
     for _ in range(3):
         begin = time.perf_counter()
-        torch.matmul(left, right)
+        product(left, right)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         fastest = min(fastest, time.perf_counter() - begin)

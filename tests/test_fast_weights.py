@@ -9,7 +9,15 @@ import torch.nn.functional as F
 
 from minimind.decoding import Decoding
 from minimind.errors import UserError
-from minimind.fast_weights import Int8Linear, lay_out_by_columns, quantize_int8
+from minimind.fast_weights import (
+    Int8Linear,
+    PackedHead,
+    PackedLinear,
+    can_pack,
+    lay_out_by_columns,
+    prepare_decoding,
+    quantize_int8,
+)
 from minimind.model import PRESETS, MiniMindForCausalLM
 from minimind.pretrained import choose_device
 from minimind.sampling import SamplingOptions
@@ -44,6 +52,37 @@ def test_by_columns_nothing_changes_but_the_layout(name):
         decoding = Decoding(one, input_ids.tolist(), [SamplingOptions(temperature=0.0)] * 2, max_new_tokens=20)
         rows.append([decoding.step() for _ in range(20)])
     assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_nothing_changes_but_the_layout(name, dtype):
+    model = build(name, dtype)
+    if not can_pack(model.lm_head.weight):
+        pytest.skip("no oneDNN for this type here")
+    input_ids = torch.randint(0, 320, (2, 30), generator=torch.Generator().manual_seed(1))
+    fast = copy.deepcopy(model)
+    prepare_decoding(fast, int8=False)
+    assert isinstance(fast.model.layers[0].self_attn.q_proj, PackedLinear) and isinstance(fast.lm_head, PackedHead)
+    for layer in fast.model.layers:
+        assert not hasattr(layer.mlp, "gate") or type(layer.mlp.gate) is type(model.model.layers[0].mlp.gate)
+    with torch.no_grad():
+        expected, found = (one(input_ids).logits.float() for one in (model, fast))
+        assert (found - expected).norm() < (1e-5 if dtype == torch.float32 else 0.02) * expected.norm()
+        losses = [one(input_ids[:, :-1], input_ids[:, 1:]).loss for one in (model, fast)]
+        torch.testing.assert_close(losses[1].float(), losses[0].float(), rtol=1e-2, atol=0)
+    if dtype == torch.float32:
+        rows = []
+        for one in (model, fast):
+            decoding = Decoding(one, input_ids.tolist(), [SamplingOptions(temperature=0.0)] * 2, max_new_tokens=20)
+            rows.append([decoding.step() for _ in range(20)])
+        assert rows[0] == rows[1]
+
+
+def test_a_model_that_is_to_be_compiled_is_laid_out_by_columns():
+    model = build("tied")
+    prepare_decoding(model, int8=False, compiled=True)
+    assert model.model.layers[0].self_attn.q_proj.weight.stride() == (1, 64)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64])

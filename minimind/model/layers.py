@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.model.config import ModelConfig
+from minimind.model.products import linear
 
 
 @torch.no_grad()
@@ -38,6 +39,10 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Draw a fresh weight."""
         fill_normal(self.weight, self.std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return linear(x, self.weight)
 
 
 class BiasedLinear(nn.Linear):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minimind.model.config import ModelConfig
 from minimind.model.layers import Linear
+from minimind.model.products import is_better_by_onednn, product
 
 IGNORE_INDEX = -100
 
@@ -71,10 +72,12 @@ class _TokenLoss(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         with torch.autocast(states.device.type, enabled=False):
             for rows, targets in zip(states.split(chunk), labels.split(chunk), strict=True):
-                loss, logits_grad = _chunk_loss(rows @ weight.t(), targets, z_loss_coef, need_states or need_weight)
+                loss, logits_grad = _chunk_loss(
+                    product(rows, weight.t()), targets, z_loss_coef, need_states or need_weight
+                )
                 total = total + loss
                 if logits_grad is not None and need_states:
-                    states_grads.append(logits_grad @ weight)
+                    states_grads.append(product(logits_grad, weight))
                 if logits_grad is not None and weight_grad is not None:
                     _add_product(weight_grad, logits_grad.t(), rows)
         ctx.save_for_backward(torch.cat(states_grads) if need_states else None, weight_grad)
@@ -119,7 +122,7 @@ def _chunk_loss(logits: Tensor, targets: Tensor, z_loss_coef: float, need_grad: 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left @ right to the float32 `total` in place."""
-    if left.dtype == torch.float32:
+    if left.dtype == torch.float32 and not is_better_by_onednn(left, right):
         total.addmm_(left, right)
     else:
-        total += left @ right
+        total += product(left, right)
