@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -72,10 +73,10 @@ def main(
     for name, values in speeds.items():
         against = {other: medians[name] / medians[other] for other in medians if other.startswith("transformers")}
         ratios = "  ".join(f"{ratio:.2f}x {other}" for other, ratio in against.items() if other != name)
-        print(f"{name:20s} median {medians[name]:6.1f}  all {' '.join(f'{v:.1f}' for v in values)}  {ratios}")
+        print(f"{name:24s} median {medians[name]:6.1f}  all {' '.join(f'{v:.1f}' for v in values)}  {ratios}")
     quality = measure_quality(checkpoint, text) if checkpoint is not None else {}
     for name, bits in quality.items():
-        print(f"{name:20s} {bits:.5f} bits per byte")
+        print(f"{name:24s} {bits:.5f} bits per byte")
     result = {"model": model, "threads": threads, "load_at_start": load, "speeds": speeds, "bits_per_byte": quality}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -90,6 +91,10 @@ def build_rows(model: str) -> dict[str, Callable[[int], object]]:
         rows[f"transformers {name}"] = use_transformers(base, dtype)
         rows[f"minimind {name}"] = use_ours(copy_of(base, dtype))
     rows["minimind int8"] = use_ours(copy_of(base, torch.bfloat16, int8=True))
+    if shutil.which("g++") is not None:  # without it torch.compile does not compile for a CPU
+        compiled = copy_of(base, torch.bfloat16, int8=True)
+        compiled.compile(dynamic=True)
+        rows["minimind int8, compiled"] = use_ours(compiled)
     return rows
 
 

@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.model import MiniMindForCausalLM
+from minimind.model.attention import Attention
+from minimind.model.layers import FeedForward
 from minimind.model.loss import IGNORE_INDEX
 from minimind.model.products import has_onednn, onednn_product, pack
+from minimind.model.rope import rotate
 
 # Matrices that stay as they are: a router must choose as it was trained to, and so small ones gain nothing.
 _KEPT = ("gate", "coefficient")
@@ -123,5 +126,62 @@ def quantize_int8(model: MiniMindForCausalLM) -> None:
 def _replace(model: nn.Module, form: type[nn.Module], head: type[nn.Module]) -> None:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
+            if isinstance(child, Attention):
+                setattr(module, name, JoinedAttention(child))
+            elif isinstance(child, FeedForward):
+                setattr(module, name, JoinedFeedForward(child))
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear) and name not in _KEPT:
                 setattr(module, name, head(child) if name == "lm_head" else form(child))
+
+
+class JoinedAttention(Attention):
+    """One matrix for queries, keys and values, one norm and one rotation for queries and keys: fewer calls a token."""
+
+    def __init__(self, source: Attention) -> None:
+        nn.Module.__init__(self)
+        self.layer, self.head_size = source.layer, source.head_size
+        self.flash_attn, self.dropout = source.flash_attn, source.dropout
+        self.num_heads = source.q_proj.out_features // self.head_size
+        self.num_kv_heads = source.k_proj.out_features // self.head_size
+        self.qkv_proj = _join(source.q_proj, source.k_proj, source.v_proj)
+        self.o_proj = source.o_proj
+        self.eps, scale = 0.0, None
+        if source.q_norm is not None and source.k_norm is not None:
+            self.eps = source.q_norm.eps
+            pairs = ((source.q_norm, self.num_heads), (source.k_norm, self.num_kv_heads))
+            scale = torch.cat([norm.weight.detach().float().expand(count, -1) for norm, count in pairs])
+        self.register_buffer("scale", scale, persistent=False)  # (num_heads + num_kv_heads, head_size) float32
+
+    def project(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """As in `Attention`; norm and rotation are computed in float32, with one rounding at the end."""
+        heads = self.qkv_proj(hidden_states).unflatten(-1, (-1, self.head_size))
+        turned, values = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=2)
+        if self.scale is not None:
+            turned = F.rms_norm(turned.float(), (self.head_size,), None, self.eps) * self.scale  # type: ignore
+        turned = rotate(turned, *rotary).to(values.dtype)
+        queries, keys = turned.split((self.num_heads, self.num_kv_heads), dim=2)
+        return queries, keys, values
+
+
+class JoinedFeedForward(nn.Module):
+    """SwiGLU with one matrix for gate and up."""
+
+    def __init__(self, source: FeedForward) -> None:
+        super().__init__()
+        self.gate_up_proj = _join(source.gate_proj, source.up_proj)
+        self.down_proj = source.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., hidden_size) -> the same shape."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+def _join(*matrices: nn.Linear) -> nn.Linear:
+    """One matrix that gives the outputs of all, side by side."""
+    weight = torch.cat([matrix.weight.detach() for matrix in matrices])
+    joined = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    joined.weight = nn.Parameter(weight, requires_grad=False)
+    return joined

@@ -26,6 +26,7 @@ SHAPES = {
     "tied": PRESETS["tiny"],
     "untied": dataclasses.replace(PRESETS["tiny"], tie_word_embeddings=False),
     "experts": PRESETS["tiny-moe"],
+    "no QK-norm": dataclasses.replace(PRESETS["tiny"], qk_norm=False, num_key_value_heads=4),
     "residual experts": dataclasses.replace(PRESETS["tiny-moe"], moe_residual=True),
 }
 
@@ -63,12 +64,16 @@ def test_packed_nothing_changes_but_the_layout(name, dtype):
     input_ids = torch.randint(0, 320, (2, 30), generator=torch.Generator().manual_seed(1))
     fast = copy.deepcopy(model)
     prepare_decoding(fast, int8=False)
-    assert isinstance(fast.model.layers[0].self_attn.q_proj, PackedLinear) and isinstance(fast.lm_head, PackedHead)
+    assert isinstance(fast.model.layers[0].self_attn.qkv_proj, PackedLinear) and isinstance(fast.lm_head, PackedHead)
     for layer in fast.model.layers:
         assert not hasattr(layer.mlp, "gate") or type(layer.mlp.gate) is type(model.model.layers[0].mlp.gate)
     with torch.no_grad():
         expected, found = (one(input_ids).logits.float() for one in (model, fast))
-        assert (found - expected).norm() < (1e-5 if dtype == torch.float32 else 0.02) * expected.norm()
+        if dtype == torch.float32:
+            assert (found - expected).norm() < 1e-5 * expected.norm()
+        else:  # rounded elsewhere, and no worse
+            exact = copy.deepcopy(model).float()(input_ids).logits
+            assert (found - exact).norm() < 1.2 * (expected - exact).norm() < 0.2 * exact.norm()
         losses = [one(input_ids[:, :-1], input_ids[:, 1:]).loss for one in (model, fast)]
         torch.testing.assert_close(losses[1].float(), losses[0].float(), rtol=1e-2, atol=0)
     if dtype == torch.float32:

@@ -57,12 +57,7 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """(B, T, hidden_size) -> the same shape. `rotary`: tables of the T new tokens, from `rope.rotary_tables`."""
-        queries = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_size))  # (B, T, num_heads, head_size)
-        keys = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_size))  # (B, T, num_kv_heads, head_size)
-        values = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_size))
-        if self.q_norm is not None and self.k_norm is not None:
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries, keys = rotate(queries, *rotary).to(values.dtype), rotate(keys, *rotary).to(values.dtype)
+        queries, keys, values = self.project(hidden_states, rotary)
         dropout = self.dropout if self.training else 0.0
         if visibility.cu_seqlens is not None:
             mixed = attend_varlen(queries, keys, values, visibility.cu_seqlens)
@@ -76,6 +71,15 @@ class Attention(nn.Module):
             attend = attend_fused if self.flash_attn else attend_plainly
             mixed = attend(queries, keys, values, visibility, dropout).transpose(1, 2)
         return self.o_proj(mixed.flatten(2))
+
+    def project(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, num_heads, head_size), keys and values (B, T, num_kv_heads, head_size), normed and rotated."""
+        queries = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_size))
+        keys = self.k_proj(hidden_states).unflatten(-1, (-1, self.head_size))
+        values = self.v_proj(hidden_states).unflatten(-1, (-1, self.head_size))
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        return rotate(queries, *rotary).to(values.dtype), rotate(keys, *rotary).to(values.dtype), values
 
 
 def attend_fused(queries: Tensor, keys: Tensor, values: Tensor, visibility: Visibility, dropout: float) -> Tensor:
