@@ -9,7 +9,6 @@ Every row decodes greedily from the same prompt, alone, without an end; rows tak
 import contextlib
 import io
 import json
-import os
 import shutil
 import statistics
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from measure import Claim, environment, ratios, report
 
 from minimind import export
 from minimind.data.dataset import TokenDataset
@@ -32,6 +32,7 @@ from minimind.safetensors_folder import write_shards
 from minimind.sampling import SamplingOptions
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GREEDY = SamplingOptions(temperature=0.0)
 
 
@@ -42,7 +43,7 @@ def main(
     threads: int = 1,
     checkpoint: Path | None = None,
     text: tuple[Path, ...] = (),
-    output: Path = Path("benchmarks/out/generate.json"),
+    output: Path | None = None,
 ) -> None:
     """Measure.
 
@@ -55,8 +56,8 @@ def main(
         text: files that the quality is measured on.
         output: where the JSON goes.
     """
+    where = environment()
     torch.set_num_threads(threads)
-    load = os.getloadavg()[0]
     rows = build_rows(model)
     speeds: dict[str, list[float]] = {name: [] for name in rows}
     for run in rows.values():
@@ -66,20 +67,20 @@ def main(
             start = time.perf_counter()
             run(new_tokens)
             speeds[name].append(new_tokens / (time.perf_counter() - start))
+    title = f"{model}, {new_tokens} new tokens, {threads} threads"
+    claims = [
+        Claim(f"decoding {title}: {name} over transformers", ratios(speeds[f"minimind {name}"], theirs), 1.3, unit="x")
+        for name, theirs in ((name, speeds[f"transformers {name}"]) for name in PRECISIONS)
+    ]
     medians = {name: statistics.median(values) for name, values in speeds.items()}
-    print(
-        f"{model}, batch 1, {new_tokens} new tokens, {threads} threads, load {load:.2f} at the start; tokens a second"
-    )
-    for name, values in speeds.items():
-        against = {other: medians[name] / medians[other] for other in medians if other.startswith("transformers")}
-        ratios = "  ".join(f"{ratio:.2f}x {other}" for other, ratio in against.items() if other != name)
-        print(f"{name:24s} median {medians[name]:6.1f}  all {' '.join(f'{v:.1f}' for v in values)}  {ratios}")
+    fastest = max((name for name in medians if name.startswith("minimind")), key=lambda name: medians[name])
+    for name in PRECISIONS:
+        goal = f"decoding {title}: {fastest} over transformers {name}"
+        claims.append(Claim(goal, ratios(speeds[fastest], speeds[f"transformers {name}"]), 2.0, unit="x"))
+    claims += [Claim(f"decoding {title}: {name}", tuple(values), unit="tokens/s") for name, values in speeds.items()]
     quality = measure_quality(checkpoint, text) if checkpoint is not None else {}
-    for name, bits in quality.items():
-        print(f"{name:24s} {bits:.5f} bits per byte")
-    result = {"model": model, "threads": threads, "load_at_start": load, "speeds": speeds, "bits_per_byte": quality}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    claims += [Claim(f"quality of {checkpoint}: {name}", (bits,), unit="bits a byte") for name, bits in quality.items()]
+    report(__file__, where, claims, {"tokens_per_second": speeds, "bits_per_byte": quality}, output)
 
 
 def build_rows(model: str) -> dict[str, Callable[[int], object]]:
@@ -87,7 +88,7 @@ def build_rows(model: str) -> dict[str, Callable[[int], object]]:
     torch.manual_seed(0)
     base = MiniMindForCausalLM(PRESETS[model]).eval()
     rows: dict[str, Callable[[int], object]] = {}
-    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+    for name, dtype in PRECISIONS.items():
         rows[f"transformers {name}"] = use_transformers(base, dtype)
         rows[f"minimind {name}"] = use_ours(copy_of(base, dtype))
     rows["minimind int8"] = use_ours(copy_of(base, torch.bfloat16, int8=True))
@@ -138,7 +139,7 @@ def use_transformers(base: MiniMindForCausalLM, dtype: torch.dtype) -> Callable[
 def measure_quality(checkpoint: Path, files: tuple[Path, ...]) -> dict[str, float]:
     """Bits per byte of a trained model in each precision."""
     found = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("int8", torch.bfloat16)):
+    for name, dtype in {**PRECISIONS, "int8": torch.bfloat16}.items():
         model, tokenizer_file = load_model(checkpoint, dtype=dtype)
         if name == "int8":
             quantize_int8(model)
