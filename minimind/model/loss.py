@@ -65,6 +65,7 @@ class _TokenLoss(torch.autograd.Function):
         ctx: Any, states: Tensor, weight: Tensor, labels: Tensor, z_loss_coef: float, need_grad: bool
     ) -> Tensor:
         need_states, need_weight = (need_grad and needed for needed in ctx.needs_input_grad[:2])
+        is_trained = need_states or need_weight
         limit = _CHUNK_LOGITS_CPU if states.device.type == "cpu" else _CHUNK_LOGITS
         chunk = max(1, limit // weight.shape[0])
         total = states.new_zeros((), dtype=torch.float32)
@@ -72,9 +73,7 @@ class _TokenLoss(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         with torch.autocast(states.device.type, enabled=False):
             for rows, targets in zip(states.split(chunk), labels.split(chunk), strict=True):
-                loss, logits_grad = _chunk_loss(
-                    product(rows, weight.t()), targets, z_loss_coef, need_states or need_weight
-                )
+                loss, logits_grad = _chunk_loss(product(rows, weight.t()), targets, z_loss_coef, is_trained)
                 total = total + loss
                 if logits_grad is not None and need_states:
                     states_grads.append(product(logits_grad, weight))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.model.config import ModelConfig
+from minimind.model.cpu_experts import cpu_experts, takes_cpu_experts
 from minimind.model.grouped import grouped_linear
 from minimind.model.layers import BiasedLinear, FeedForward, Linear, fill_normal, residual_std
 from minimind.model.routing import BIAS_NAME, Router, route
@@ -28,12 +29,17 @@ class Experts(nn.Module):
         fill_normal(self.gate_up_proj, config.initializer_range)
         fill_normal(self.down_proj, residual_std(config))
 
-    def forward(self, tokens: Tensor, ends: Tensor) -> Tensor:
-        """(M, hidden_size) tokens sorted by expert -> the same shape.
+    def forward(self, tokens: Tensor, order: Tensor, inverse: Tensor, ends: Tensor) -> Tensor:
+        """(N, hidden_size) tokens -> (N * K, hidden_size), one expert's rows behind the other's.
 
-        `ends` (E,) int32: where each expert's tokens end; an expert without tokens ends where the one before does.
+        `order` (N * K,): which choice (token by token, K each) each row is; `inverse`: which row each choice is; `ends`
+        (E,) int32: where each expert's rows end; an expert without rows ends where the one before does.
         """
-        gate, up = grouped_linear(tokens, self.gate_up_proj, ends).chunk(2, dim=-1)
+        if takes_cpu_experts(tokens):
+            sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+            return cpu_experts(tokens, order, inverse, sizes, self.gate_up_proj, self.down_proj)
+        rows = _Dispatch.apply(tokens, order, inverse, order.numel() // tokens.shape[0])
+        gate, up = grouped_linear(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
         return grouped_linear(F.silu(gate) * up, self.down_proj, ends)
 
 
@@ -58,8 +64,7 @@ class MoEFeedForward(nn.Module):
         every_expert = torch.arange(self.config.num_experts, device=experts.device)
         ends = torch.searchsorted(sorted_experts, every_expert, right=True, out_int32=True)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        top_k = experts.shape[1]
-        outputs = self.experts(_Dispatch.apply(tokens, order, inverse, top_k), ends)
+        outputs = self.experts(tokens, order, inverse, ends)
         outputs = _Combine.apply(outputs, order, inverse).unflatten(0, experts.shape)  # (N, K, hidden_size)
         mixed = (outputs * weights.unsqueeze(-1).to(outputs.dtype)).sum(dim=1).view_as(hidden_states)
         return mixed if self.shared_experts is None else mixed + self.shared_experts(hidden_states)

@@ -26,6 +26,14 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return onednn_product(left, right.t()) if is_better_by_onednn(left, right) else left @ right
 
 
+def write_product(target: Tensor, left: Tensor, right: Tensor) -> None:
+    """Put (m, k) times (k, n) into `target` (m, n). No gradient is kept."""
+    if is_better_by_onednn(left, right):
+        target.copy_(onednn_product(left, right.t()))
+    else:
+        torch.mm(left, right, out=target)
+
+
 def is_better_by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether `x` (..., in) times a matrix of `weight`'s size is to be computed by oneDNN."""
     return (
