@@ -192,8 +192,6 @@ def _check_zero(run: RunConfig, ds: dict[str, Any]) -> None:
     zero = ds.get("zero_optimization", {})
     if train.moe_backend == "deepspeed" and stage == 3:
         raise UserError("moe_backend: deepspeed does not run under ZeRO stage 3; use --moe-backend autoep, or stage 2")
-    if train.compile:
-        raise UserError("compile: models with experts are not compiled under DeepSpeed; leave out --compile")
     if train.precision == "fp16" and stage == 0:
         raise UserError("precision: fp16 at ZeRO stage 0 does not tell all ranks of an expert's overflow; use stage 1")
     if ds.get("use_data_before_expert_parallelism"):

@@ -24,7 +24,7 @@ from torch import nn
 from minimind.ds_config import Resolved
 from minimind.ds_sections import offload_device
 from minimind.errors import UserError
-from minimind.experts import global_norm, split_groups, take_over_experts, watch_experts
+from minimind.experts import global_norm, leave_out_of_compilation, split_groups, take_over_experts, watch_experts
 from minimind.model import MiniMindForCausalLM
 from minimind.schema import nearest
 
@@ -168,6 +168,7 @@ def build_engine(resolved: Resolved, model: MiniMindForCausalLM) -> deepspeed.De
         )
     watch_experts(resolved, model)
     if train.compile:
+        leave_out_of_compilation(model)
         engine.compile()
     return engine
 

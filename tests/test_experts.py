@@ -78,6 +78,17 @@ def test_residual_experts_train_as_in_the_plain_loop(pool: RankPool, backend):
         assert_same(curve, expected)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("backend", ["autoep", "deepspeed"])
+def test_compiled_around_the_experts_nothing_changes(pool: RankPool, backend):
+    model = {**EXPERTS, "num_hidden_layers": 2}
+    expected = train_plainly(model, 4)
+    cells = [(stage, model, {"moe_backend": backend, "ep_size": 2, "compile": True}) for stage in (0, 2)]
+    for curve in pool.run(walk, cells, 4)[0]:
+        assert_curve(curve, expected, 1e-4, 1e-3)
+
+
 def test_ranks_and_groups_of_experts_are_equal_step_for_step(pool: RankPool, one_rank: RankPool):
     """AutoEP on one rank, on two that both hold all experts, and on two that hold half of them each."""
     cells = [(1, EXPERTS, {"ep_size": ep}) for ep in (1, 2)]
