@@ -92,11 +92,25 @@ def test_a_model_is_the_same(monkeypatch, preset):
         assert off_by(ours.grad, theirs.grad.double()) < 1e-5, name
 
 
-def test_compiled_it_is_torch_s(always):
+def test_compiled_it_stays_onednn_s(always):
+    """Without a break of the graph, forward and backward."""
     torch._dynamo.reset()
-    x, weight = torch.randn(4, 8), torch.randn(8, 8)
+    x, weight = torch.randn(2, 4, 24, requires_grad=True), torch.randn(40, 24, requires_grad=True)
     compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x, weight), F.linear(x, weight))
+    found, probe = compiled(x, weight), torch.randn(2, 4, 40)
+    assert torch.equal(found, onednn_product(x, weight))
+    wanted = torch.autograd.grad(linear(x, weight), (x, weight), probe)
+    for left, right in zip(torch.autograd.grad(found, (x, weight), probe), wanted, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_a_compiled_model_is_the_same(always):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = MiniMindForCausalLM(dataclasses.replace(PRESETS["tiny"], vocab_size=300, num_hidden_layers=1))
+    tokens = torch.randint(3, 300, (2, 30))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert compiled(tokens, tokens).loss.item() == approx(model(tokens, tokens).loss.item(), rel=1e-6)
 
 
 @pytest.mark.skipif(not is_onednn_faster(), reason="torch's own products are taken on this processor")

@@ -41,11 +41,11 @@ def is_better_by_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.numel() * max(weight.shape) >= _SMALLEST
         and is_onednn_faster()
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
     )
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def is_onednn_faster() -> bool:
     """Whether this processor multiplies float32 matrices faster by oneDNN than by what torch takes."""
@@ -66,9 +66,22 @@ def has_onednn() -> bool:
 
 def onednn_product(left: Tensor, right: Tensor) -> Tensor:
     """(..., k) times the transpose of (n, k), which may be one of `pack`: (..., n). No gradient is kept."""
+    if torch.compiler.is_compiling():
+        return _traced_product(left, right)
     if left.numel() == 0:  # oneDNN has no product of nothing
         return left.new_zeros(*left.shape[:-1], right.shape[0])
     return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+
+
+@torch.library.custom_op("minimind::onednn_product", mutates_args=())
+def _traced_product(left: Tensor, right: Tensor) -> Tensor:
+    """As `onednn_product`, for torch.compile, which would compile oneDNN's own name into something else."""
+    return onednn_product(left, right)
+
+
+@_traced_product.register_fake
+def _(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(*left.shape[:-1], right.shape[0])
 
 
 def pack(weight: Tensor) -> Tensor:
