@@ -5,6 +5,7 @@ nothing of models beyond what the batcher says.
 """
 
 import asyncio
+import contextlib
 import hmac
 import json
 import time
@@ -28,7 +29,7 @@ from minimind.tokenizer import Tokenizer
 
 PAGE = Path(__file__).with_name("chat_page.html")
 MAX_BODY_BYTES = 1 << 20
-_DISCONNECT_CHECK_SECONDS = 0.25
+_DISCONNECT_CHECK_SECONDS = 0.05
 # Fields that change nothing in an answer.
 _HARMLESS = frozenset(("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"))
 # Fields that ask for nothing when they have one of these values.
@@ -221,8 +222,7 @@ class Answers:
             return StreamingResponse(self._stream(request, updates, frame, usage), media_type="text/event-stream")
         text, last = "", Update()
         try:
-            while last.reason is None:
-                last = await self._next(updates, http)
+            async for last in self._until_end(updates, http):
                 text += last.text
         finally:
             self._batcher.give_up(request)
@@ -231,14 +231,17 @@ class Answers:
         return JSONResponse(frame.whole(text, last))
 
     @staticmethod
-    async def _next(updates: "asyncio.Queue[Update]", http: HTTPRequest) -> Update:
-        """The next update, unless the client has gone."""
-        while True:
-            try:
-                return await asyncio.wait_for(updates.get(), _DISCONNECT_CHECK_SECONDS)
-            except asyncio.TimeoutError:
+    async def _until_end(updates: "asyncio.Queue[Update]", http: HTTPRequest) -> AsyncIterator[Update]:
+        """Every update, unless the client has gone."""
+        looked, update = time.monotonic(), Update()
+        while update.reason is None:
+            with contextlib.suppress(asyncio.TimeoutError):
+                update = await asyncio.wait_for(updates.get(), _DISCONNECT_CHECK_SECONDS)
+                yield update
+            if time.monotonic() - looked >= _DISCONNECT_CHECK_SECONDS:
+                looked = time.monotonic()
                 if await http.is_disconnected():
-                    raise RequestError(499, "the client has gone") from None
+                    raise RequestError(499, "the client has gone")
 
     async def _stream(
         self, request: Request, updates: "asyncio.Queue[Update]", frame: "Frame", usage: bool

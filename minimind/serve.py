@@ -83,6 +83,9 @@ def main(args: Sequence[str] | None = None) -> None:
     if _missing is not None:
         raise UserError(f"the package {_missing} is missing: pip install -r requirements-serve.txt")
     api_key = read_key(flags.api_key_file)
+    # For every length of a prompt oneDNN compiles anew, half a megabyte; it would keep a thousand of them.
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "16")
     device, dtype = choose_device(flags.device, flags.precision, int8=flags.int8)
     listener = listen(flags.host, flags.port)
     model, tokenizer_file = load_model(flags.checkpoint, dtype=dtype, device=device, tokenizer=flags.tokenizer)

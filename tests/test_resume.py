@@ -342,6 +342,8 @@ def wait_for_step(run_dir: Path, step: int) -> None:
     [(signal.SIGTERM, [0, 1]), (signal.SIGUSR1, [1]), (signal.SIGINT, [0]), (signal.SIGHUP, [1])],
 )
 def test_a_signal_at_any_rank_saves_and_stops_all(tiny_corpus, tmp_path, pool: RankPool, number, ranks):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        pytest.skip(f"{number.name} is ignored here, as under nohup")
     flags = flags_for(tiny_corpus, tmp_path, steps=100_000, save_every=0)
     pool.start(train, flags)
     wait_for_step(tmp_path, 3)

@@ -46,9 +46,13 @@ def is_better_by_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def is_onednn_faster() -> bool:
     """Whether this processor multiplies float32 matrices faster by oneDNN than by what torch takes."""
+    return _look_at_processor()
+
+
+@functools.cache
+def _look_at_processor() -> bool:
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available() or not has_onednn():
         return False
     try:
