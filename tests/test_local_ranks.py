@@ -19,6 +19,7 @@ def start(script: Path, ranks: int = 2) -> subprocess.Popen:
 
 
 def write_script(folder: Path, body: str) -> Path:
+    """The program of every rank. They share one pipe: a line is written in one piece, as `print` would not."""
     path = folder / "rank.py"
     path.write_text("import os, signal, sys, time\nrank = int(os.environ['RANK'])\n" + body)
     return path
@@ -55,7 +56,7 @@ def test_the_exit_code_is_the_first_failing_rank_s(tmp_path, body, code):
 
 
 def test_a_failed_rank_ends_the_others(tmp_path):
-    body = "print(os.getpid(), flush=True)\nif rank == 0:\n    sys.exit(3)\ntime.sleep(300)\n"
+    body = "os.write(1, b'%d\\n' % os.getpid())\nif rank == 0:\n    sys.exit(3)\ntime.sleep(300)\n"
     process = start(write_script(tmp_path, body))
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 3
@@ -64,7 +65,7 @@ def test_a_failed_rank_ends_the_others(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_no_rank_outlives_its_parent(tmp_path, number):
-    process = start(write_script(tmp_path, "print(os.getpid(), flush=True)\ntime.sleep(300)\n"))
+    process = start(write_script(tmp_path, "os.write(1, b'%d\\n' % os.getpid())\ntime.sleep(300)\n"))
     assert process.stdout is not None
     pids = [int(process.stdout.readline()) for _ in range(2)]
     process.send_signal(number)
