@@ -159,7 +159,7 @@ class JoinedAttention(Attention):
         heads = self.qkv_proj(hidden_states).unflatten(-1, (-1, self.head_size))
         turned, values = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=2)
         if self.scale is not None:
-            turned = F.rms_norm(turned.float(), (self.head_size,), None, self.eps) * self.scale  # type: ignore
+            turned = F.rms_norm(turned.float(), (self.head_size,), None, self.eps) * self.scale  # type: ignore[operator]
         turned = rotate(turned, *rotary).to(values.dtype)
         queries, keys = turned.split((self.num_heads, self.num_kv_heads), dim=2)
         return queries, keys, values

@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 
-from minimind.model import products
 from minimind.model.grouped import grouped_linear
 
 # (in, out): aligned to 16 bytes in every type, and not.
@@ -20,14 +19,6 @@ def make_case(shape, ends, dtype):
     return rows, weight, torch.tensor(ends, dtype=torch.int32)
 
 
-@pytest.fixture(params=[False, True], ids=["torch", "oneDNN"])
-def by_onednn(request, monkeypatch):
-    if request.param and not products.has_onednn():
-        pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(products, "is_onednn_faster", lambda: request.param)
-    monkeypatch.setattr(products, "_SMALLEST", 0)
-
-
 def loop(rows, weight, ends):
     starts = [0, *ends.tolist()]
     pieces = [rows[start:end] @ weight[i].t() for i, (start, end) in enumerate(itertools.pairwise(starts))]
@@ -37,7 +28,7 @@ def loop(rows, weight, ends):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_value_and_gradients_are_those_of_a_loop(by_onednn, shape, ends, dtype):
+def test_value_and_gradients_are_those_of_a_loop(shape, ends, dtype):
     rows, weight, ends = make_case(shape, ends, dtype)
     found, wanted = grouped_linear(rows, weight, ends), loop(rows, weight, ends)
     tolerance = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}

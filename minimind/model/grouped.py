@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.model.products import is_better_by_onednn, onednn_product
-
 
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Each group of `rows` (M, in) times the transpose of its own matrix of `weight` (E, out, in): (M, out).
@@ -23,19 +21,15 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
         rows, weight = rows.to(dtype), weight.to(dtype)
     # A trace knows torch's kernel in bfloat16 only, and cannot follow the loop that stands in for it.
-    is_traced = torch.compiler.is_compiling() and not (rows.dtype == torch.bfloat16 and _fits_kernel(rows, weight))
-    if is_traced or is_better_by_onednn(rows, weight[0]):
+    if torch.compiler.is_compiling() and not (rows.dtype == torch.bfloat16 and _fits_kernel(rows, weight)):
         return _traced_linear(rows, weight, ends)
     return _multiply(rows, weight, ends)
 
 
 def _multiply(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    by_onednn = is_better_by_onednn(rows, weight[0])
-    if _fits_kernel(rows, weight) and not by_onednn:
+    if _fits_kernel(rows, weight):
         return F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
     groups = zip(rows.split(_sizes(ends)), weight.unbind(), strict=True)
-    if by_onednn:
-        return torch.cat([onednn_product(group, matrix) for group, matrix in groups])
     return torch.cat([group @ matrix.t() for group, matrix in groups])
 
 
@@ -60,8 +54,6 @@ def _traced_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def _traced_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """The sum of left (M, out) times right (M, in) over each group's rows: (E, out, in)."""
     groups = zip(left.split(_sizes(ends)), right.split(_sizes(ends)), strict=True)
-    if is_better_by_onednn(left, right):
-        return torch.stack([onednn_product(a.t(), b.t().contiguous()) for a, b in groups])
     return torch.stack([a.t() @ b for a, b in groups])
 
 
