@@ -3,7 +3,8 @@
     python benchmarks/deepspeed_overhead.py [--precision fp32] [--micro-batches 8]
 
 The bare loop is torch alone: forward, backward, clipping, fused AdamW; in bf16 with float32 master weights and
-gradients, as ZeRO keeps them. A ratio is the bare loop's turn over the stage's in the same round.
+gradients, as ZeRO keeps them. All of them have what `minimind.train` gives a process on a CPU (`minimind.host_tuning`).
+A ratio is the bare loop's turn over the stage's in the same round.
 """
 
 import sys
@@ -20,6 +21,7 @@ from turns import Contestant, started, take_turns
 from minimind.config import preset
 from minimind.distributed import find_device, process_group, read_environment
 from minimind.engine import optimizer_step, parameter_groups
+from minimind.host_tuning import keep_freed_memory
 from minimind.model import MiniMindForCausalLM
 
 TARGETS = {0: None, 1: 0.95, 2: 0.95, 3: 0.85}
@@ -89,6 +91,7 @@ def main(
 
 def train(kind: str, precision: str, model: str, micro_batches: int, batch: int, seq_len: int) -> None:
     """Steps without end, on fixed random tokens."""
+    keep_freed_memory()
     generator = torch.Generator().manual_seed(0)
     batches = torch.randint(3, preset(model).vocab_size, (micro_batches, batch, seq_len), generator=generator)
     if kind == "bare":

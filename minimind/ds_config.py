@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minimind.config import RunConfig, TrainConfig, check_run, read_json
+from minimind.ds_communication import settle_communication
 from minimind.ds_experts import check_experts, take_experts, write_experts
 from minimind.ds_overlaps import Overlaps, resolve_batch, take_optimizer, take_precision, take_schedule
 from minimind.ds_sections import AUTO, check_sections, zero_stage
@@ -31,7 +32,7 @@ DEFAULTS: dict[str, Any] = {
 """What a setting is where neither the run nor the JSON says it."""
 
 DEFAULT_DS_CONFIG: dict[str, Any] = {
-    "zero_optimization": {"stage": 1},
+    "zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"},
     "data_types": {"grad_accum_dtype": "fp32"},
 }
 """The JSON of a run without `--ds-config`."""
@@ -125,6 +126,8 @@ def resolve(
     check_run(resolved)
     _check_schedule_fields(resolved.train)
     _resolve_hpz(ds, world_size, local_world_size)
+    has_experts = run.model.use_moe
+    settle_communication(ds, world_size=world_size, device_type=device_type, has_experts=has_experts)
     notes = [f'{where}: "auto" left to DeepSpeed\'s default' for where in _drop_autos(ds)]
     _write_back(ds, resolved)
     write_experts(ds, resolved)

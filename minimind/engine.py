@@ -19,13 +19,15 @@ from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES
 from deepspeed.runtime.precision_config import get_bfloat16_config, get_float16_config
 from deepspeed.runtime.zero.config import get_zero_config
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
 from minimind.ds_config import Resolved
-from minimind.ds_sections import offload_device
+from minimind.ds_sections import offload_device, zero_stage
 from minimind.errors import UserError
 from minimind.experts import global_norm, leave_out_of_compilation, split_groups, take_over_experts, watch_experts
 from minimind.model import MiniMindForCausalLM
+from minimind.model.layers import FeedForward
 from minimind.schema import nearest
 
 
@@ -158,6 +160,8 @@ def build_engine(resolved: Resolved, model: MiniMindForCausalLM) -> deepspeed.De
     if clips_here(resolved):
         ds["gradient_clipping"] = 0.0
     take_over_experts(resolved, model)
+    if gathers_by_block(ds):
+        _gather_by_block(model)
     with _build_errors():
         engine, *_ = deepspeed.initialize(
             model=model,
@@ -171,6 +175,24 @@ def build_engine(resolved: Resolved, model: MiniMindForCausalLM) -> deepspeed.De
         leave_out_of_compilation(model)
         engine.compile()
     return engine
+
+
+def gathers_by_block(ds: dict[str, Any]) -> bool:
+    """Whether ZeRO-3 gathers and releases the weights of a whole block, and not those of each small module in it.
+
+    A tenth of the hooks and collectives, for one block's weights at a time. Not where the JSON says itself what a unit
+    is, and not with weights on NVMe, whose buffers are counted by the parameter.
+    """
+    zero = ds.get("zero_optimization", {})
+    chosen = zero.get("stage3_module_granularity_threshold") or zero.get("leaf_module")
+    return zero_stage(ds) == 3 and not chosen and offload_device(ds, "param") != "nvme"
+
+
+def _gather_by_block(model: MiniMindForCausalLM) -> None:
+    """Blocks with experts stay as they are: DeepSpeed has its own layers in them."""
+    for block in model.model.layers:
+        if isinstance(block.mlp, FeedForward):
+            set_z3_leaf_module(block, True)
 
 
 def clips_here(resolved: Resolved) -> bool:

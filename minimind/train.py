@@ -34,6 +34,7 @@ from minimind.distributed import (
 from minimind.ds_config import Resolved
 from minimind.engine import build_engine, build_model, check_ds_config
 from minimind.errors import EXIT_STOPPED, UserError, run_main
+from minimind.host_tuning import keep_freed_memory
 from minimind.launcher_watch import LauncherWatch
 from minimind.lifeline import Lifeline
 from minimind.meeting import meet, report_absence
@@ -64,6 +65,8 @@ def main(args: Sequence[str] | None = None) -> int:
     env = read_environment()
     command = parse_command_line(args)
     device = find_device(env)
+    if device.type == "cpu" and not keep_freed_memory():
+        log("malloc is left as it is (another C library, or MALLOC_* is set): what is freed may have to be taken anew")
     env = find_master(env)
     use_own_caches(env)
     try:

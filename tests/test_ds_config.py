@@ -211,9 +211,10 @@ def test_the_optimizer_and_the_schedule_of_the_json_are_read_back():
 
 
 def test_other_autos_go_and_are_told():
-    resolved = resolve({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "aio": {"block_size": "auto"}})
-    assert "reduce_bucket_size" not in resolved.ds["zero_optimization"] and resolved.ds["aio"] == {}
-    assert len(resolved.notes) == 2 and "zero_optimization.reduce_bucket_size" in resolved.notes[0]
+    zero = {"stage": 2, "allgather_bucket_size": "auto"}
+    resolved = resolve({"zero_optimization": zero, "aio": {"block_size": "auto"}})
+    assert "allgather_bucket_size" not in resolved.ds["zero_optimization"] and resolved.ds["aio"] == {}
+    assert len(resolved.notes) == 2 and "zero_optimization.allgather_bucket_size" in resolved.notes[0]
     told = resolve({**STAGE_1, "bf16": {"enabled": True}}, gradient_accumulation_steps=2).notes
     assert "accumulate in bf16" in told[0]
 

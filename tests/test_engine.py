@@ -10,7 +10,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import get_z3_leaf_modules, safe_get_full_fp32_param
 from torch import nn
 
 from minimind import ds_config
@@ -21,6 +21,7 @@ from minimind.engine import (
     build_engine,
     build_model,
     clip_gradients,
+    gathers_by_block,
     loss_scale,
     optimizer_step,
     parameter_groups,
@@ -28,6 +29,7 @@ from minimind.engine import (
 )
 from minimind.errors import UserError
 from minimind.model import MiniMindForCausalLM, ModelConfig
+from minimind.model.transformer import Block
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(
@@ -163,6 +165,45 @@ def test_every_stage_is_the_plain_loop(stage, micro_batches, clips):
     assert norms == pytest.approx(plain_norms, rel=1e-4)
     assert not clips or max(norms) > clip > min(norms), "the clip is not tested"
     assert_close(found, plain)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_shipped_files_are_the_plain_loop(stage):
+    """With what "auto" becomes on one CPU rank, and with a NaN step that must leave no trace."""
+    steps = make_steps(5, micro_batches=3)
+    shipped = ds_config.load(f"ds_configs/zero{stage}.json")["zero_optimization"]
+    resolved = resolve(stage, gradient_accumulation_steps=3, ds={"zero_optimization": shipped})
+    zero = resolved.ds["zero_optimization"]
+    assert stage == 1 or (zero["reduce_scatter"], zero["overlap_comm"]) == (False, False)
+    losses, norms, found = train(resolved, steps)
+    plain_losses, plain_norms, plain = train_plainly(steps)
+    assert losses == pytest.approx(plain_losses, rel=1e-5)
+    assert norms == pytest.approx(plain_norms, rel=1e-4)
+    assert_close(found, plain)
+    assert_equal(train(resolved, steps, spoil_at=2)[2], found)
+
+
+@pytest.mark.parametrize(
+    ("zero", "expected"),
+    [
+        ({}, 2),
+        ({"stage3_module_granularity_threshold": 1}, 0),
+        ({"leaf_module": {"classes": ["minimind.model.attention.Attention"]}}, 0),
+    ],
+)
+def test_zero_3_gathers_block_by_block_unless_the_json_says_otherwise(zero, expected):
+    resolved = resolve(3, ds={"zero_optimization": {"stage": 3, **zero}})
+    engine = build_engine(resolved, build_model(resolved, CPU))
+    leaves = [module for module in get_z3_leaf_modules(engine.module) if isinstance(module, Block)]
+    engine.destroy()
+    assert len(leaves) == expected
+
+
+def test_weights_on_nvme_are_gathered_one_by_one():
+    nvme = {"device": "nvme", "nvme_path": "/tmp"}
+    assert not gathers_by_block({"zero_optimization": {"stage": 3, "offload_param": nvme}})
+    assert gathers_by_block({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}})
+    assert not gathers_by_block({"zero_optimization": {"stage": 2}})
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
