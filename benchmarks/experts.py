@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from minimind.distributed import RankEnvironment, find_device, process_group, read_environment
 from minimind.errors import UserError
+from minimind.host_tuning import keep_freed_memory
 from minimind.model import MiniMindForCausalLM
 from minimind.model.config import ModelConfig
 from minimind.model.layers import FeedForward
@@ -57,6 +58,7 @@ def main(
     """
     where = environment()
     claims, measured = [], {}
+    keep_freed_memory()  # as `minimind.train` does
     for name in precision:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
         for num_experts, top_k, target in SHAPES:

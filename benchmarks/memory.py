@@ -108,7 +108,10 @@ def measure_ours(kind: str, tokens: Any, vocab_size: int, device: Any) -> dict[s
     from minimind.config import preset
     from minimind.distributed import process_group, read_environment
     from minimind.engine import optimizer_step
+    from minimind.host_tuning import keep_freed_memory
 
+    if device.type == "cpu":
+        keep_freed_memory()  # as `minimind.train` does
     config, env = dataclasses.replace(preset("minimind3"), vocab_size=vocab_size), read_environment()
     with tempfile.TemporaryDirectory() as folder, process_group(env, device):
         before = resident_peak(device)

@@ -9,8 +9,8 @@ from typing import Any
 from minimind.ds_sections import AUTO, zero_stage
 
 _BUCKET = {1: 200_000_000, 2: 200_000_000, 3: 50_000_000}
-# What a processor reduces at once should fit its caches; a larger bucket only travels to memory and back.
-_BUCKET_ON_CPU = {1: 20_000_000, 2: 20_000_000, 3: 50_000_000}
+# Stage 2 fills its buckets in every micro-batch: what a processor reduces at once should be near its caches.
+_BUCKET_ON_CPU = {**_BUCKET, 2: 20_000_000}
 
 
 def settle_communication(ds: dict[str, Any], *, world_size: int, device_type: str, has_experts: bool) -> None:
@@ -20,7 +20,7 @@ def settle_communication(ds: dict[str, Any], *, world_size: int, device_type: st
     |---|---|---|
     | `overlap_comm` | true | false: there is no second stream, only a second buffer |
     | `reduce_scatter` | true | false on a single rank without experts, where it copies every gradient once more |
-    | `reduce_bucket_size` | 200,000,000 (stage 3: 50,000,000) | 20,000,000 (stage 3: 50,000,000) |
+    | `reduce_bucket_size` | 200,000,000 (stage 3: 50,000,000) | the same, but at stage 2 20,000,000 |
 
     No sum changes by any of them: with one rank there is nothing to sum, and the others only say when and how much.
 
