@@ -91,7 +91,8 @@ def main(
 
 def train(kind: str, precision: str, model: str, micro_batches: int, batch: int, seq_len: int) -> None:
     """Steps without end, on fixed random tokens."""
-    keep_freed_memory()
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     generator = torch.Generator().manual_seed(0)
     batches = torch.randint(3, preset(model).vocab_size, (micro_batches, batch, seq_len), generator=generator)
     if kind == "bare":

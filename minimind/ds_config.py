@@ -126,8 +126,7 @@ def resolve(
     check_run(resolved)
     _check_schedule_fields(resolved.train)
     _resolve_hpz(ds, world_size, local_world_size)
-    has_experts = run.model.use_moe
-    settle_communication(ds, world_size=world_size, device_type=device_type, has_experts=has_experts)
+    settle_communication(ds, world_size=world_size, device_type=device_type, has_experts=run.model.use_moe)
     notes = [f'{where}: "auto" left to DeepSpeed\'s default' for where in _drop_autos(ds)]
     _write_back(ds, resolved)
     write_experts(ds, resolved)

@@ -180,7 +180,7 @@ def build_engine(resolved: Resolved, model: MiniMindForCausalLM) -> deepspeed.De
 def gathers_by_block(ds: dict[str, Any]) -> bool:
     """Whether ZeRO-3 gathers and releases the weights of a whole block, and not those of each small module in it.
 
-    A tenth of the hooks and collectives, for one block's weights at a time. Not where the JSON says itself what a unit
+    Fewer hooks and collectives, for one block's weights at a time. Not where the JSON says itself what a unit
     is, and not with weights on NVMe, whose buffers are counted by the parameter.
     """
     zero = ds.get("zero_optimization", {})
