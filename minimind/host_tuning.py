@@ -33,7 +33,8 @@ def keep_freed_memory() -> bool:
 
     By default glibc gives every freed block of more than 32 MiB back to the system, and takes it again page by page,
     450,000 page faults in a ZeRO-2 step of minimind3: buffers of gradients are freed and wanted again in each
-    micro-batch. The process then keeps its peak until it ends, and some more between blocks in use. Someone's own settings (MALLOC_*, glibc.malloc in GLIBC_TUNABLES) stay.
+    micro-batch. The process then keeps its peak until it ends, and some more between blocks in use.
+    Someone's own settings (MALLOC_*, glibc.malloc in GLIBC_TUNABLES) stay.
     """
     chosen = any(name.startswith("MALLOC_") and name.endswith("_") for name in os.environ)
     if chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
