@@ -82,7 +82,13 @@ class Prepare:
 
     def start(self, output: Path, *inputs: object, **flags: object) -> "subprocess.Popen[str]":
         command = [sys.executable, "-m", "data_prep.tokenize_corpus", *self.flags(output, *inputs, **flags)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+        def hear_interrupts() -> None:  # a shell starts what it puts in the background with SIGINT ignored
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+        )
 
     def run(self, output: Path, *inputs: object, **flags: object) -> "subprocess.CompletedProcess[str]":
         process = self.start(output, *inputs, **flags)
