@@ -14,6 +14,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime import lr_schedules
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES
 from deepspeed.runtime.precision_config import get_bfloat16_config, get_float16_config
@@ -170,11 +171,24 @@ def build_engine(resolved: Resolved, model: MiniMindForCausalLM) -> deepspeed.De
             config=ds,
             dist_init_required=False,
         )
+    if nothing_to_reduce(resolved, engine.optimizer, torch.distributed.get_world_size()):
+        engine.enable_backward_allreduce = False
     watch_experts(resolved, model)
     if train.compile:
         leave_out_of_compilation(model)
         engine.compile()
     return engine
+
+
+def nothing_to_reduce(resolved: Resolved, optimizer: Any, world_size: int) -> bool:
+    """Whether DeepSpeed's averaging of gradients over the ranks is a copy there and back.
+
+    On one rank, where gradients are whole: at stage 0, and at stage 1 under the BF16 optimizer. Elsewhere the reduction
+    also moves gradients to where the update finds them; and at stage 0 it gives idle experts their zeros.
+    """
+    if world_size > 1:
+        return False
+    return isinstance(optimizer, BF16_Optimizer) or (resolved.zero_stage == 0 and not resolved.run.model.use_moe)
 
 
 def gathers_by_block(ds: dict[str, Any]) -> bool:

@@ -144,6 +144,11 @@ class _States:
     host: int
 
     @property
+    def reduces_whole(self) -> bool:
+        """Whether whole gradients are flattened and averaged: not on one rank (`engine.nothing_to_reduce`)."""
+        return self.world_size > 1 or (self.stage == 0 and self.experts > 0)
+
+    @property
     def kept_gradients(self) -> int:
         """Bytes of gradients that stay allocated from step to step."""
         if self.whole_gradients:
@@ -165,8 +170,10 @@ class _States:
         # ZeRO updates a float32 copy of its partition, also where the weights are float32 already.
         optimizer = share * (8 if stage == 0 else 12)
         parameters = (share if stage == 3 else here) * weight_bytes
-        # The BF16 optimizer's whole float32 sums stand beside the gradients that the backward gave.
-        gradients = here * (grad_bytes + weight_bytes) if whole else (here if stage == 0 else share) * grad_bytes
+        gradients = (here if stage == 0 or whole else share) * grad_bytes
+        if whole and not ds["bf16"].get("immediate_grad_update"):
+            # The BF16 optimizer's whole float32 sums stand beside the gradients that the backward gave.
+            gradients += here * weight_bytes
         hpz = zero.get("zero_hpz_partition_size", 1)
         if stage == 3 and hpz > 1:
             parameters += here // hpz * weight_bytes  # the second copy of the weights, inside the node
@@ -205,11 +212,12 @@ def _gradient_buffers(states: _States, resolved: Resolved, device_type: str) -> 
     here, weight = states.here, states.weight_bytes
     accumulated = states.gradients if (resolved.run.train.gradient_accumulation_steps or 1) > 1 else 0
     filled = min(here, states.bucket)
+    flattened = min(here, STAGE0_BUCKET) if states.reduces_whole else 0
     if states.stage == 0:
-        return states.gradients + min(here, STAGE0_BUCKET) * 4, 0
+        return states.gradients + flattened * 4, 0
     if states.whole_gradients:
         # The float32 sums flattened, and once more in the precision of the wire.
-        return states.gradients + min(here, STAGE0_BUCKET) * (4 + weight), 0
+        return states.gradients + flattened * (4 + weight), 0
     if states.stage == 3:
         whole = states.bucket * weight if device_type != "cpu" else filled * weight
         return states.gradients + filled * weight + filled * states.grad_bytes // states.world_size, whole

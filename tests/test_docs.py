@@ -387,7 +387,7 @@ def test_zero_memory_follows_the_formulas_of_the_guide(stage):
         expected = (4 * params, 4 * params, 8 * params)
     else:
         weights = 2 * params if stage < 3 else params // ranks * 2
-        gradients = (4 + 2) * params if stage == 1 else params // ranks * 4
+        gradients = 4 * params if stage == 1 else params // ranks * 4
         expected = (weights, gradients, params // ranks * 12)
     assert (memory.parameters, memory.gradients, memory.optimizer) == pytest.approx(expected, rel=1e-6)
 

@@ -250,6 +250,28 @@ def test_a_nan_gradient_leaves_no_trace(stage, precision):
     assert_equal(spoilt[2], clean[2])
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_on_one_rank_nothing_is_averaged_and_no_sum_changes(monkeypatch, stage):
+    steps = make_steps(4, micro_batches=2)
+    settings = {"precision": "bf16", "gradient_accumulation_steps": 2}
+    averaged: list[int] = []
+    real = deepspeed.DeepSpeedEngine.allreduce_bucket
+
+    def watch(engine, bucket, *args, **others):
+        averaged.append(len(bucket))
+        return real(engine, bucket, *args, **others)
+
+    monkeypatch.setattr(deepspeed.DeepSpeedEngine, "allreduce_bucket", watch)
+    shipped = ds_config.load(f"ds_configs/zero{stage}.json")
+    found = train(resolve(stage, ds={"bf16": shipped["bf16"]} if stage else None, **settings), steps, spoil_at=2)
+    assert not averaged
+    monkeypatch.setattr("minimind.engine.nothing_to_reduce", lambda *_: False)
+    plain = train(resolve(stage, ds={"communication_data_type": "fp32"}, **settings), steps, spoil_at=2)
+    assert averaged
+    assert found[:2] == plain[:2]
+    assert_equal(found[2], plain[2])
+
+
 def test_autocast_under_zero_holds_nan_back_too():
     resolved = resolve(1, precision="bf16", ds={"torch_autocast": {"enabled": "auto"}})
     steps = make_steps(3)

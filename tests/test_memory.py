@@ -24,8 +24,18 @@ MODEL = PRESETS["minimind3"]
 PARAMS = MODEL.num_params()
 
 
-def resolve(stage: int, *, world_size: int = 1, zero: dict | None = None, model: ModelConfig = MODEL, **train: Any):
+def resolve(
+    stage: int,
+    *,
+    world_size: int = 1,
+    zero: dict | None = None,
+    bf16: dict | None = None,
+    model: ModelConfig = MODEL,
+    **train: Any,
+):
     ds = {"zero_optimization": {"stage": stage, **(zero or {})}, "data_types": {"grad_accum_dtype": "fp32"}}
+    if bf16:
+        ds["bf16"] = {"enabled": "auto", **bf16}
     if stage == 0:
         del ds["data_types"]
     run = RunConfig(model=model, data=DataConfig(seq_len=128), train=TrainConfig(**{"micro_batch_size": 2, **train}))
@@ -62,6 +72,18 @@ def test_states_are_counted_as_the_stage_partitions_them(stage, precision, bytes
         < found.total
         < found.states + sum((found.activations, found.logits, found.buckets, 2 * found.gathered, found.update, 2**28))
     )
+
+
+def test_gradients_that_are_summed_at_once_are_not_kept_twice():
+    at_once = estimate(1, precision="bf16", bf16={"immediate_grad_update": True})
+    assert at_once.gradients == PARAMS * 4
+    assert estimate(1, precision="bf16").total > at_once.total
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16")])
+def test_one_rank_has_no_buffer_to_average_in(stage, precision):
+    assert estimate(stage, precision=precision).buckets == 0
+    assert estimate(stage, precision=precision, world_size=2).buckets >= PARAMS * 4
 
 
 def test_offload_moves_states_to_the_host():
