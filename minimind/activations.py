@@ -4,8 +4,13 @@ It follows the modules of `minimind.model` line by line: what autograd saves the
 compare the two. Knows nothing of ranks, ZeRO or optimizers.
 """
 
+import torch
+
 from minimind.ds_config import Resolved
+from minimind.model import products
 from minimind.model.config import ModelConfig
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**25}
 """Logits that stand in memory at once in the loss."""
@@ -91,7 +96,7 @@ def layer_activations_per_token(config: ModelConfig) -> int:
 
 def _block_bytes(resolved: Resolved, device_type: str, has_experts: bool) -> int:
     """Bytes that the backward of one block keeps for a token."""
-    model = resolved.run.model
+    model, train = resolved.run.model, resolved.run.train
     compute, residual = precision_of(resolved)
     hidden = model.hidden_size
     query, key = _attention_widths(model)
@@ -103,12 +108,16 @@ def _block_bytes(resolved: Resolved, device_type: str, has_experts: bool) -> int
         total += 2 * hidden * 8 + ((query + key) * 8 if model.qk_norm else 0)
     else:
         total += 2 * hidden * residual + ((query + key) * compute if model.qk_norm else 0)
-    total += 2 * (query + key) * compute + 4 * model.num_attention_heads
+    # A processor without 16-bit products computes attention in float32, and rounds the outcome.
+    is_widened = device_type == "cpu" and compute == 2 and not products.multiplies(_DTYPES[train.precision or "bf16"])
+    inside = 4 if is_widened else compute
+    total += 2 * (query + key) * inside + is_widened * query * compute + 4 * model.num_attention_heads
     seq_len = resolved.run.data.seq_len
-    if device_type == "cpu" and compute == 2 and model.flash_attn and seq_len <= LONGEST_BY_PRODUCTS:
+    by_products = device_type == "cpu" and compute == 2 and not is_widened and seq_len <= LONGEST_BY_PRODUCTS
+    if model.flash_attn and by_products:
         total += model.num_attention_heads * seq_len * compute
     if not model.flash_attn:
-        total += model.num_attention_heads * seq_len * (4 + 2 * compute)
+        total += model.num_attention_heads * seq_len * (4 + 2 * inside)
     total += 4 * _feed_forward_width(model, has_experts) * compute
     if has_experts:
         # Tokens as dispatched and combined, and what the router keeps: logits, scores, choices.

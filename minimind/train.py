@@ -40,6 +40,7 @@ from minimind.lifeline import Lifeline
 from minimind.meeting import meet, report_absence
 from minimind.memory import estimate_memory
 from minimind.metrics import MetricsLog
+from minimind.model.products import multiplies
 from minimind.mpi_address import find_master
 from minimind.node_caches import use_own_caches
 from minimind.peak_flops import peak_flops
@@ -166,6 +167,8 @@ def run_rank(
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train.precision or "", torch.float32)
         peak, source = peak_flops(device, dtype)
         log(f"peak of one device: {peak / 1e12:.3g} TFLOP/s in {train.precision} ({source})")
+        if device.type == "cpu" and dtype != torch.float32 and not multiplies(dtype):
+            log(f"this processor has no products in {train.precision}: computed in float32 and rounded, at its speed")
         model = build_model(resolved, device)
         if train.init_from is not None and resume is None:
             set_starting_weights(model, Path(train.init_from))

@@ -17,7 +17,7 @@ from minimind.memory import (
     largest_micro_batch,
     largest_tensor,
 )
-from minimind.model import MiniMindForCausalLM, attention, loss, moe
+from minimind.model import MiniMindForCausalLM, attention, loss, moe, products
 from minimind.model.config import PRESETS, ModelConfig
 
 MODEL = PRESETS["minimind3"]
@@ -178,8 +178,13 @@ def test_the_largest_micro_batch_is_the_last_that_fits():
     ("preset", "changes"), [("quickstart", {}), ("tiny-moe", {}), ("tiny-moe", {"moe_residual": True})], ids=str
 )
 @pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("has_products", [True, False], ids=["", "widened"])
 @pytest.mark.parametrize("activation_checkpointing", [False, True])
-def test_the_activations_are_those_that_autograd_keeps(monkeypatch, preset, changes, bf16, activation_checkpointing):
+def test_the_activations_are_those_that_autograd_keeps(
+    monkeypatch, preset, changes, bf16, has_products, activation_checkpointing
+):
+    # On a processor with 16-bit products and on one without, whichever this one is.
+    monkeypatch.setattr(products, "multiplies", lambda dtype: has_products)
     # The engines' layers of experts keep what grouped products keep; the plain model on a CPU keeps less.
     monkeypatch.setattr(moe, "takes_cpu_experts", lambda tokens: False)
     config = dataclasses.replace(PRESETS[preset], vocab_size=256, num_hidden_layers=12, **changes)

@@ -6,6 +6,7 @@ Refuses to decide who sees whom (`visibility`) and where a token stands (`rope`)
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.attention.varlen import varlen_attn
 from minimind.model.cache import KVCache
 from minimind.model.config import ModelConfig
 from minimind.model.layers import Linear, RMSNorm, residual_std
+from minimind.model.products import is_better_widened
 from minimind.model.rope import rotate
 from minimind.model.visibility import SegmentGroups, Visibility
 
@@ -84,6 +86,8 @@ class Attention(nn.Module):
 
 def attend_fused(queries: Tensor, keys: Tensor, values: Tensor, visibility: Visibility, dropout: float) -> Tensor:
     """(B, num_heads, T, head_size) queries on (B, num_kv_heads, S, head_size) keys and values -> the queries' shape."""
+    if is_better_widened(queries[0, 0]):
+        return _attend_widened(attend_fused, queries, keys, values, visibility, dropout)
     on_cpu_in_16_bit = queries.device.type == "cpu" and queries.dtype in (torch.bfloat16, torch.float16)
     if on_cpu_in_16_bit and visibility.is_causal and not dropout and queries.shape[2] <= _LONGEST_BY_PRODUCTS:
         return attend_by_products(queries, keys, values)
@@ -115,6 +119,8 @@ def attend_by_products(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 def attend_plainly(queries: Tensor, keys: Tensor, values: Tensor, visibility: Visibility, dropout: float) -> Tensor:
     """As `attend_fused`, by the score matrix written out; softmax in float32."""
+    if is_better_widened(queries[0, 0]):
+        return _attend_widened(attend_plainly, queries, keys, values, visibility, dropout)
     batch_size, num_heads, num_queries, head_size = queries.shape
     num_kv_heads, num_keys = keys.shape[1:3]
     grouped = queries.view(batch_size, num_kv_heads, num_heads // num_kv_heads, num_queries, head_size)
@@ -126,6 +132,14 @@ def attend_plainly(queries: Tensor, keys: Tensor, values: Tensor, visibility: Vi
         scores = scores.masked_fill(~mask.unsqueeze(2), float("-inf"))
     weights = F.dropout(scores.softmax(dim=-1, dtype=torch.float32), dropout).to(values.dtype)
     return (weights @ values.unsqueeze(2)).view(batch_size, num_heads, num_queries, head_size)
+
+
+def _attend_widened(
+    attend: Callable[..., Tensor], queries: Tensor, keys: Tensor, values: Tensor, visibility: Visibility, dropout: float
+) -> Tensor:
+    """As `attend`, computed in float32 and rounded at the end."""
+    with torch.autocast("cpu", enabled=False):
+        return attend(queries.float(), keys.float(), values.float(), visibility, dropout).to(queries.dtype)
 
 
 def attend_varlen(queries: Tensor, keys: Tensor, values: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind.model.products import is_better_widened, product
+
 
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Each group of `rows` (M, in) times the transpose of its own matrix of `weight` (E, out, in): (M, out).
@@ -21,8 +23,9 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
         rows, weight = rows.to(dtype), weight.to(dtype)
     # A trace knows torch's kernel in bfloat16 only, and cannot follow the loop that stands in for it.
-    if torch.compiler.is_compiling() and not (rows.dtype == torch.bfloat16 and _fits_kernel(rows, weight)):
-        return _traced_linear(rows, weight, ends)
+    is_traceable = rows.dtype == torch.bfloat16 and _fits_kernel(rows, weight)
+    if is_better_widened(rows) or (torch.compiler.is_compiling() and not is_traceable):
+        return _opaque_linear(rows, weight, ends)
     return _multiply(rows, weight, ends)
 
 
@@ -46,23 +49,27 @@ def _sizes(ends: Tensor) -> list[int]:
 
 
 @torch.library.custom_op("minimind::grouped_linear", mutates_args=())
-def _traced_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return _multiply(rows, weight, ends)
+def _opaque_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """As `grouped_linear`, one operation to a trace; what it keeps for the backward pass is as wide as its inputs."""
+    if not is_better_widened(rows):
+        return _multiply(rows, weight, ends)
+    groups = zip(rows.split(_sizes(ends)), weight.unbind(), strict=True)
+    return torch.cat([product(group, matrix.t()) for group, matrix in groups])
 
 
 @torch.library.custom_op("minimind::grouped_outer", mutates_args=())
-def _traced_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+def _opaque_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """The sum of left (M, out) times right (M, in) over each group's rows: (E, out, in)."""
     groups = zip(left.split(_sizes(ends)), right.split(_sizes(ends)), strict=True)
-    return torch.stack([a.t() @ b for a, b in groups])
+    return torch.stack([product(a.t(), b) for a, b in groups])
 
 
-@_traced_linear.register_fake
+@_opaque_linear.register_fake
 def _(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[1])
 
 
-@_traced_outer.register_fake
+@_opaque_outer.register_fake
 def _(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     return left.new_empty(ends.shape[0], left.shape[1], right.shape[1])
 
@@ -73,7 +80,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     rows, weight, ends = ctx.saved_tensors
-    return _traced_linear(grad, weight.transpose(-2, -1), ends), _traced_outer(grad, rows, ends), None
+    return _opaque_linear(grad, weight.transpose(-2, -1), ends), _opaque_outer(grad, rows, ends), None
 
 
-_traced_linear.register_autograd(_backward, setup_context=_save_for_backward)
+_opaque_linear.register_autograd(_backward, setup_context=_save_for_backward)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minimind.model.config import ModelConfig
 from minimind.model.layers import Linear
-from minimind.model.products import is_better_by_onednn, product
+from minimind.model.products import add_product, product
 
 IGNORE_INDEX = -100
 
@@ -78,7 +78,7 @@ class _TokenLoss(torch.autograd.Function):
                 if logits_grad is not None and need_states:
                     states_grads.append(product(logits_grad, weight))
                 if logits_grad is not None and weight_grad is not None:
-                    _add_product(weight_grad, logits_grad.t(), rows)
+                    add_product(weight_grad, logits_grad.t(), rows)
         ctx.save_for_backward(torch.cat(states_grads) if need_states else None, weight_grad)
         ctx.weight_dtype = weight.dtype
         return total
@@ -117,11 +117,3 @@ def _chunk_loss(logits: Tensor, targets: Tensor, z_loss_coef: float, need_grad: 
         grad *= 1 + 2 * z_loss_coef * log_partition
     grad.scatter_add_(1, indices, grad.new_full((1, 1), -1.0).expand_as(indices))
     return loss, grad.mul_(counted).to(logits.dtype)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to the float32 `total` in place."""
-    if left.dtype == torch.float32 and not is_better_by_onednn(left, right):
-        total.addmm_(left, right)
-    else:
-        total += product(left, right)

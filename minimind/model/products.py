@@ -1,7 +1,9 @@
-"""Float32 matrix products on a CPU, by the library that is faster on this processor.
+"""Matrix products on a CPU, in the way that is fastest on this processor.
 
-torch takes MKL for them, which leaves half of an AMD processor with AVX512 idle; oneDNN, which comes with torch and
-does the same in 16 bit, does not. Refuses to know what is multiplied.
+In float32 torch takes MKL, which leaves half of an AMD processor with AVX512 idle; oneDNN, which comes with torch, does
+not. In 16 bit torch takes oneDNN; a processor that oneDNN has no 16-bit product for (AVX2 alone, as in most laptops)
+is left with plain loops, up to 75 times slower than float32: there the numbers are widened to float32, multiplied,
+and rounded. Refuses to know what is multiplied.
 """
 
 import functools
@@ -15,23 +17,65 @@ from torch import Tensor
 # Multiplications from which on oneDNN is worth its start: measured on Zen 5, equal to MKL at 16 x 256 x 256.
 _SMALLEST = 2**21
 
+# Rows from which on widening both matrices is worth it: for fewer, reading the matrix once in 16 bit is faster.
+# Measured on Zen 3, matrices of 768 x 768 to 6400 x 768.
+_FEWEST_ROWS = 8
+
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """(..., in) times the transpose of (out, in): (..., out). As `F.linear`, sums rounded in another order."""
-    return _Linear.apply(x, weight) if is_better_by_onednn(x, weight) else F.linear(x, weight)
+    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        if not is_better_widened(x, dtype):
+            return F.linear(x, weight)
+        with torch.autocast("cpu", enabled=False):
+            return _Linear.apply(x.to(dtype), weight.to(dtype))
+    if is_better_widened(x) or is_better_by_onednn(x, weight):
+        return _Linear.apply(x, weight)
+    return F.linear(x, weight)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """(m, k) times (k, n): (m, n). No gradient is kept."""
+    if is_better_widened(left):
+        return (left.float() @ right.float()).to(left.dtype)
     return onednn_product(left, right.t()) if is_better_by_onednn(left, right) else left @ right
 
 
 def write_product(target: Tensor, left: Tensor, right: Tensor) -> None:
     """Put (m, k) times (k, n) into `target` (m, n). No gradient is kept."""
-    if is_better_by_onednn(left, right):
-        target.copy_(onednn_product(left, right.t()))
+    if is_better_widened(left) or is_better_by_onednn(left, right):
+        target.copy_(product(left, right))
     else:
         torch.mm(left, right, out=target)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add (m, k) times (k, n) to the float32 `total` (m, n) in place. No gradient is kept."""
+    if is_better_widened(left) or (left.dtype == torch.float32 and not is_better_by_onednn(left, right)):
+        total.addmm_(left.float(), right.float())
+    else:
+        total += product(left, right)
+
+
+def is_better_widened(x: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether rows (..., k) are to be multiplied in float32, though they are (or `dtype` is) 16 bit wide."""
+    dtype = dtype or x.dtype
+    if dtype not in (torch.bfloat16, torch.float16) or x.device.type != "cpu":
+        return False
+    return x.numel() >= _FEWEST_ROWS * x.shape[-1] and not multiplies(dtype)
+
+
+@torch.compiler.assume_constant_result
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this processor has fast matrix products in a 16-bit `dtype`; without oneDNN nothing is known: yes."""
+    return _ask_onednn(dtype)
+
+
+@functools.cache
+def _ask_onednn(dtype: torch.dtype) -> bool:
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    return not (has_onednn() and hasattr(torch.ops.mkldnn, name)) or bool(getattr(torch.ops.mkldnn, name)())
 
 
 def is_better_by_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -94,19 +138,29 @@ def pack(weight: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """`F.linear` by oneDNN, with both gradients."""
+    """`F.linear` by the way that is chosen here, with both gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return onednn_product(x, weight)
+        return _multiply(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (grad,) = grad_outputs
         x, weight = ctx.saved_tensors
-        x_grad = onednn_product(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        x_grad = _multiply(grad, weight.t()) if ctx.needs_input_grad[0] else None
         weight_grad = None
         if ctx.needs_input_grad[1]:
-            weight_grad = onednn_product(grad.flatten(0, -2).t(), x.flatten(0, -2).t().contiguous())
+            columns = x.flatten(0, -2).t()
+            if x.dtype == torch.float32:  # oneDNN multiplies by rows
+                columns = columns.contiguous()
+            weight_grad = _multiply(grad.flatten(0, -2).t(), columns)
         return x_grad, weight_grad
+
+
+def _multiply(left: Tensor, right: Tensor) -> Tensor:
+    """(..., k) times the transpose of (n, k): (..., n)."""
+    if left.dtype == torch.float32:
+        return onednn_product(left, right)
+    return F.linear(left.float(), right.float()).to(left.dtype)
