@@ -7,8 +7,10 @@ gradients, as ZeRO keeps them. All of them have what `minimind.train` gives a pr
 A ratio is the bare loop's turn over the stage's in the same round.
 """
 
+import math
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +37,7 @@ def main(
     batch: int = 2,
     seq_len: int = 340,
     rounds: int = 5,
+    minutes: float = math.inf,
     steps: int = 1,
     stages: tuple[int, ...] = (0, 1, 2, 3),
     only: str | None = None,
@@ -48,7 +51,8 @@ def main(
         micro_batches: forward and backward passes in an optimizer step.
         batch: sequences in a micro-batch.
         seq_len: their length.
-        rounds: turns of each.
+        rounds: turns of each, at most.
+        minutes: time for all of it: fewer rounds are made on a slow machine.
         steps: optimizer steps in a turn.
         stages: ZeRO stages to measure.
         only: "bare" or a stage: train without end and print each step.
@@ -57,7 +61,7 @@ def main(
     if only is not None:
         train(only, precision, model, micro_batches, batch, seq_len)
         return
-    where = environment()
+    where, deadline = environment(), time.perf_counter() + 60 * minutes
     names = {"bare": "bare", **{f"ZeRO {stage}": str(stage) for stage in stages}}
     shape = [f"--precision={precision}", f"--model={model}", f"--batch={batch}", f"--seq-len={seq_len}"]
     contestants = [
@@ -71,7 +75,7 @@ def main(
         for name, kind in names.items()
     ]
     with started(contestants):
-        take_turns(contestants, rounds)
+        take_turns(contestants, rounds, deadline)
     bare = [turn.wall_seconds for turn in contestants[0].turns]
     claims = [Claim(f"{precision}, {micro_batches} micro-batches: bare loop", tuple(bare), unit="s a turn")]
     for stage, contestant in zip(stages, contestants[1:], strict=True):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from engines import build
-from measure import Claim, environment, ratios, report
+from measure import Claim, computes_in_bf16, environment, ratios, report
 from torch import Tensor, nn
 
 from minimind.distributed import RankEnvironment, find_device, process_group, read_environment
@@ -42,7 +42,7 @@ SEED = 42  # the engine draws the same experts from it as the plain model
 
 def main(
     tokens: int = 4096,
-    precision: tuple[str, ...] = ("fp32", "bf16"),
+    precision: tuple[str, ...] | None = None,
     rounds: int = 5,
     hidden_size: int = 768,
     output: Path | None = None,
@@ -51,7 +51,7 @@ def main(
 
     Args:
         tokens: tokens in the batch.
-        precision: fp32 and/or bf16.
+        precision: fp32 and/or bf16 [default: both, where the device has products in bf16].
         rounds: turns of each.
         hidden_size: width of the residual stream.
         output: where the JSON goes.
@@ -59,7 +59,7 @@ def main(
     where = environment()
     claims, measured = [], {}
     keep_freed_memory()  # as `minimind.train` does
-    for name in precision:
+    for name in precision or (("fp32", "bf16") if computes_in_bf16() else ("fp32",)):
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
         for num_experts, top_k, target in SHAPES:
             config = ModelConfig(

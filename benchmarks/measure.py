@@ -91,6 +91,15 @@ def environment() -> dict[str, Any]:
     }
 
 
+def computes_in_bf16() -> bool:
+    """Whether the device that trains here has products in bf16: without them bf16 is float32 and a rounding."""
+    import torch
+
+    from minimind.model.products import multiplies
+
+    return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else multiplies(torch.bfloat16)
+
+
 def device_name() -> str:
     """The accelerator's name, or "cpu"."""
     import torch  # slow to import, and some benchmarks are about just that

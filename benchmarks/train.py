@@ -8,14 +8,16 @@ end marks; padding counts for nothing. Ours is the command itself, `python -m mi
 """
 
 import json
+import math
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 import tyro
-from measure import ROOT, Claim, core_threads, environment, ratios, report
+from measure import ROOT, Claim, computes_in_bf16, core_threads, environment, ratios, report
 from peer import PATTERN, Peer, micro_batches, read_texts
 from texts import find_text, make_shards
 from turns import Contestant, started, take_turns
@@ -29,6 +31,10 @@ OURS = {
     "ours bf16": ("--precision", "bf16"),
     "ours bf16 compiled": ("--precision", "bf16", "--compile"),
 }
+OURS_WITHOUT_BF16 = {
+    "ours fp32": ("--precision", "fp32"),
+    "ours fp32 compiled": ("--precision", "fp32", "--compile"),
+}
 STEP_IN_LOG = r'"step": (?P<step>\d+), "loss"'
 
 
@@ -37,6 +43,7 @@ def main(
     text: Path | None = None,
     lengths: tuple[int, ...] = (340, 512),
     rounds: int = 3,
+    minutes: float = math.inf,
     batch: int = 8,
     accumulation: int = 2,
     steps: int = 2,
@@ -49,7 +56,8 @@ def main(
         peer: checkout of jingyaogong/minimind; without it only ours and Qwen3 run.
         text: JSONL with a `text` field [default: what `texts.py` finds on this machine].
         lengths: maximum lengths in tokens.
-        rounds: turns of each.
+        rounds: turns of each, at most.
+        minutes: time for all of it: fewer rounds are made on a slow machine.
         batch: sequences in a micro-batch, for all.
         accumulation: micro-batches in an optimizer step of the padded ones; ours takes half as many, rounded up:
             about as many real tokens, as nothing of it is padding.
@@ -63,7 +71,9 @@ def main(
     try:
         source = find_text(text, folder)
         for length in lengths:
-            rows = measure_length(length, peer, source, folder / str(length), rounds, batch, accumulation, steps, model)
+            deadline = time.perf_counter() + 60 * minutes / len(lengths)
+            part = folder / str(length)
+            rows = measure_length(length, peer, source, part, rounds, batch, accumulation, steps, model, deadline)
             measured[str(length)] = {"text": str(source), **rows}
             claims += judge(length, rows)
     finally:
@@ -81,6 +91,7 @@ def measure_length(
     accumulation: int,
     steps: int,
     model: str,
+    deadline: float,
 ) -> dict:
     """Real tokens a second of each contestant, turn by turn."""
     folder.mkdir(parents=True)
@@ -108,7 +119,8 @@ def measure_length(
         Contestant("Qwen3", qwen3, **{**padded, "pattern": r"micro-batch (?P<step>\d+) "}),
     ]
     accumulated = -(-accumulation // 2)
-    for name, flags in OURS.items():
+    ours_here = OURS if computes_in_bf16() else OURS_WITHOUT_BF16
+    for name, flags in ours_here.items():
         run_dir = folder / name.replace(" ", "-")
         ours = [sys.executable, "-m", "minimind.train", "--model", model, "--shards", str(shards), "--document-mask"]
         ours += ["--seq-len", str(length), "--micro-batch-size", str(batch), "--run-dir", str(run_dir)]
@@ -118,7 +130,7 @@ def measure_length(
         contestants.append(Contestant(name, ours, STEP_IN_LOG, steps, cwd=ROOT, env=threads, log=log))
     print(f"length {length}", file=sys.stderr)
     with started(contestants):
-        take_turns(contestants, rounds)
+        take_turns(contestants, rounds, deadline)
 
     real = [sum(len(rows[index]) for index in indices) for indices in micro_batches(len(texts), batch)]
     speeds = {}
@@ -136,14 +148,17 @@ def measure_length(
         }
     kept = sum(len(row) for row in rows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    peak, source_of_peak = peak_flops(device, torch.bfloat16)
+    dtype = torch.bfloat16 if computes_in_bf16() else torch.float32
+    peak, source_of_peak = peak_flops(device, dtype)
     flops = preset(model).flops_per_token(length)
+    judged = [name for name in ours_here if ("bf16" in name) == (dtype == torch.bfloat16)]
     return {
         "speeds": speeds,
         "padding_share": 1 - kept / (len(rows) * length),
-        "peak_bf16_flops": peak,
+        "peak_flops": peak,
+        "peak_dtype": str(dtype),
         "peak_source": source_of_peak,
-        "mfu": {name: [v * flops / peak for v in speeds[name]["tokens_per_second"]] for name in OURS if "bf16" in name},
+        "mfu": {name: [v * flops / peak for v in speeds[name]["tokens_per_second"]] for name in judged},
     }
 
 
@@ -153,7 +168,7 @@ def judge(length: int, rows: dict) -> list[Claim]:
     claims = [
         Claim(f"training at {length}: {name}", tuple(values), unit="real tokens/s") for name, values in speeds.items()
     ]
-    best = max((name for name in speeds if "bf16" in name), key=lambda name: sum(speeds[name]))
+    best = max(rows["mfu"], key=lambda name: sum(speeds[name]))
     for other, target in (("minimind", TARGETS.get(length)), ("Qwen3", None)):
         name = f"training at {length}: {best} over {other}"
         claims.append(Claim(name, ratios(speeds[best], speeds[other]), target, unit="x"))

@@ -5,6 +5,7 @@ and continued from outside (SIGSTOP, SIGCONT), and its steps are read from what 
 """
 
 import contextlib
+import math
 import os
 import queue
 import re
@@ -184,9 +185,19 @@ def started(contestants: Sequence[Contestant], warm_steps: int = 2) -> Iterator[
             contestant.end()
 
 
-def take_turns(contestants: Sequence[Contestant], rounds: int) -> None:
-    """`rounds` times one turn for each, in the same order; results stand in their `turns`."""
+def take_turns(contestants: Sequence[Contestant], rounds: int, deadline: float = math.inf) -> None:
+    """`rounds` times one turn for each, in the same order; results stand in their `turns`.
+
+    Args:
+        deadline: time (perf_counter) by which to be done: a round that would take longer is not begun, but for the
+            first.
+    """
+    longest = 0.0
     for number in range(rounds):
+        began = time.perf_counter()
+        if number and began + longest > deadline:
+            print(f"  the time is up after {number} of {rounds} rounds", file=sys.stderr, flush=True)
+            return
         for contestant in contestants:
             turn = contestant.take_turn()
             print(
@@ -195,3 +206,4 @@ def take_turns(contestants: Sequence[Contestant], rounds: int) -> None:
                 file=sys.stderr,
                 flush=True,
             )
+        longest = max(longest, time.perf_counter() - began)

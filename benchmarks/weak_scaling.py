@@ -6,8 +6,10 @@ Every rank has the same batch in both. The ratio is the tokens a second of two r
 """
 
 import json
+import math
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +28,7 @@ def main(
     accumulation: int = 4,
     seq_len: int = 512,
     rounds: int = 3,
+    minutes: float = math.inf,
     steps: int = 2,
     ranks: int = 2,
     text: Path | None = None,
@@ -39,13 +42,14 @@ def main(
         micro_batch_size: sequences a rank in one forward.
         accumulation: micro-batches a rank in an optimizer step.
         seq_len: length of a sequence.
-        rounds: turns of each.
+        rounds: turns of each, at most.
+        minutes: time for all of it: fewer rounds are made on a slow machine.
         steps: optimizer steps in a turn.
         ranks: ranks of the larger world.
         text: JSONL with a `text` field [default: what `texts.py` finds on this machine].
         output: where the JSON goes.
     """
-    where = environment()
+    where, deadline = environment(), time.perf_counter() + 60 * minutes
     with tempfile.TemporaryDirectory(prefix="weak-scaling-") as name:
         folder = Path(name)
         texts = read_texts(find_text(text, folder), 20_000)
@@ -65,7 +69,7 @@ def main(
             log = run_dir / "metrics.jsonl"
             contestants.append(Contestant(f"{world} ranks", command, STEP_IN_LOG, steps, cwd=ROOT, env=env, log=log))
         with started(contestants):
-            take_turns(contestants, rounds)
+            take_turns(contestants, rounds, deadline)
     alone, together = ([turn.wall_seconds / steps for turn in contestant.turns] for contestant in contestants)
     # Twice the work in the same time would be a ratio of 1.
     shares = ratios(alone, together)

@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 
 from minimind.health import Finding, Verdict
 from minimind.memory import format_bytes
+from minimind.model.products import multiplies
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
 PYTHONS = ((3, 10), (3, 12))
@@ -67,7 +68,8 @@ def check_accelerator() -> list[Finding]:
             found.append(Finding(f"GPU {index}", "ok", what))
         return found
     if shutil.which("nvidia-smi") is None:
-        return [Finding("GPU", "ok", "none; training runs on the CPU")]
+        arithmetic = "bf16 and fp32" if multiplies(torch.bfloat16) else "fp32; bf16 is computed in it"
+        return [Finding("GPU", "ok", f"none; training runs on the CPU ({arithmetic})")]
     if torch.version.cuda is None:
         cure = "install torch's CUDA build (https://pytorch.org/get-started/locally)"
         return [Finding("GPU", "bad", f"a driver is here, but torch {torch.__version__} is built without CUDA", cure)]
