@@ -20,6 +20,7 @@ import deepspeed.ops
 import torch
 import torch.distributed
 
+from minimind.cpu_gather import gather_in_place
 from minimind.errors import OneRankError, UserError
 from minimind.rendezvous import connect_store, node_name
 
@@ -214,6 +215,8 @@ def process_group(
             raise OneRankError(f"rank {env.rank} on {node_name()}: no process group: {reason}") from None
         try:
             deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+            if backend == "gloo":
+                deepspeed.comm.comm.cdb.all_gather_function = gather_in_place
             yield
         finally:
             # DeepSpeed's own call also forgets the groups that it keeps in globals: a second run in this process needs

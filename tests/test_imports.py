@@ -16,7 +16,8 @@ DEFAULT_LAYER = 5
 LAYERS = {
     0: "errors atomic schema flags host_tuning tokenizer data.manifest data.array_file data.shard_writer data.shards "
     "model.config model.arithmetic model.limits",
-    1: "config distributed rendezvous lifeline lifeline_server ds_sections ds_communication ds_overlaps ds_experts",
+    1: "config cpu_gather distributed rendezvous lifeline lifeline_server ds_sections ds_communication ds_overlaps "
+    "ds_experts",
     2: "ds_config expert_names schedule data.order data.dataset data.loader model model.attention model.cache "
     "model.cpu_experts model.grouped model.layers model.loss model.moe model.pretrained model.products model.rope "
     "model.routing model.transformer model.visibility",

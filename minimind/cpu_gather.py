@@ -1,0 +1,50 @@
+"""Gathering large tensors over the ranks of a CPU run where they are to stand, without gloo's copy of the whole.
+
+gloo gathers into a temporary buffer of its own, new for every call (128 MB for minimind3 in bf16), whose pages the
+system has to find first. A broadcast writes where it is told to. Knows nothing of what is gathered.
+"""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+# Bytes of a rank's part from which on the copy costs more than the calls of several broadcasts.
+_SMALLEST_PART = 2**20
+
+
+def gather_in_place(
+    output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
+) -> "dist.Work | _Works | None":
+    """As `torch.distributed.all_gather_into_tensor`: every rank's (n,) one after the other, in (ranks * n,).
+
+    Every rank of the group calls this. Large parts travel by one broadcast a rank, small ones as before.
+    """
+    part_bytes = input_tensor.numel() * input_tensor.element_size()
+    if dist.get_world_size(group) == 1 or part_bytes < _SMALLEST_PART or not output_tensor.is_contiguous():
+        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+    parts = output_tensor.view(dist.get_world_size(group), -1)
+    own = parts[dist.get_rank(group)]
+    if own.data_ptr() != input_tensor.data_ptr():
+        own.copy_(input_tensor.flatten())
+    works = [dist.broadcast(part, group=group, group_src=rank, async_op=True) for rank, part in enumerate(parts)]
+    whole = _Works([work for work in works if work is not None])
+    if async_op:
+        return whole
+    whole.wait()
+    return None
+
+
+class _Works:
+    """Several operations under way, waited for as one."""
+
+    def __init__(self, works: list[dist.Work]) -> None:
+        self.works = works
+
+    def wait(self, timeout: Any = None) -> bool:
+        """Wait until all are done; whether all went well."""
+        return all([work.wait() if timeout is None else work.wait(timeout) for work in self.works])
+
+    def is_completed(self) -> bool:
+        """Whether all are done."""
+        return all(work.is_completed() for work in self.works)
