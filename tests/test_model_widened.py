@@ -30,7 +30,7 @@ def off_by(found: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
-@pytest.mark.parametrize("shape", [(16, 24), (2, 5, 24)], ids=str)
+@pytest.mark.parametrize("shape", [(16, 24), (2, 5, 24), (3, 24)], ids=str)
 @pytest.mark.parametrize("needed", [(True, True), (True, False), (False, True)], ids=str)
 def test_values_and_gradients_are_rounded_once(monkeypatch, dtype, shape, needed):
     without_products(monkeypatch)
@@ -90,6 +90,21 @@ def test_only_16_bit_rows_on_a_cpu_are_widened(monkeypatch):
     assert not is_better_widened(rows.bfloat16().to("meta"))
     without_products(monkeypatch, has_products=True)
     assert not is_better_widened(rows.bfloat16())
+
+
+def test_few_rows_are_widened_where_the_matrix_is_not_transposed(monkeypatch):
+    """Gradients meet it so; the widened sums are exact to one rounding, as torch's own in 16 bit need not be."""
+    without_products(monkeypatch)
+    counted = []
+    monkeypatch.setattr(torch.Tensor, "float", lambda x, float=torch.Tensor.float: counted.append(x.shape) or float(x))
+    row, matrix = torch.randn(1, 24).bfloat16(), torch.randn(40, 24).bfloat16()
+    product(row, matrix.t())
+    with torch.no_grad():
+        linear(row, matrix)
+    assert not counted
+    product(row[:, :24], matrix.t().contiguous())
+    linear(row, matrix.requires_grad_())
+    assert len(counted) == 4  # both factors of both
 
 
 def test_torch_is_asked_what_this_processor_has():

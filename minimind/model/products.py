@@ -17,27 +17,29 @@ from torch import Tensor
 # Multiplications from which on oneDNN is worth its start: measured on Zen 5, equal to MKL at 16 x 256 x 256.
 _SMALLEST = 2**21
 
-# Rows from which on widening both matrices is worth it: for fewer, reading the matrix once in 16 bit is faster.
-# Measured on Zen 3, matrices of 768 x 768 to 6400 x 768.
+# Rows from which on widening both matrices is worth it: for fewer, reading a transposed matrix once in 16 bit is
+# faster (Zen 3, matrices of 768 x 768 to 6400 x 768). One that is not transposed, as gradients meet it, is slow at one.
 _FEWEST_ROWS = 8
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """(..., in) times the transpose of (out, in): (..., out). As `F.linear`, sums rounded in another order."""
+    is_trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    fewest = 1 if is_trained else _FEWEST_ROWS
     if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
-        if not is_better_widened(x, dtype):
+        if not is_better_widened(x, dtype, fewest=fewest):
             return F.linear(x, weight)
         with torch.autocast("cpu", enabled=False):
             return _Linear.apply(x.to(dtype), weight.to(dtype))
-    if is_better_widened(x) or is_better_by_onednn(x, weight):
+    if is_better_widened(x, fewest=fewest) or is_better_by_onednn(x, weight):
         return _Linear.apply(x, weight)
     return F.linear(x, weight)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
     """(m, k) times (k, n): (m, n). No gradient is kept."""
-    if is_better_widened(left):
+    if is_better_widened(left, fewest=1 if right.stride(-1) == 1 else _FEWEST_ROWS):
         return (left.float() @ right.float()).to(left.dtype)
     return onednn_product(left, right.t()) if is_better_by_onednn(left, right) else left @ right
 
@@ -58,12 +60,12 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += product(left, right)
 
 
-def is_better_widened(x: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether rows (..., k) are to be multiplied in float32, though they are (or `dtype` is) 16 bit wide."""
+def is_better_widened(x: Tensor, dtype: torch.dtype | None = None, fewest: int = _FEWEST_ROWS) -> bool:
+    """Whether rows (..., k), `fewest` or more, are to be multiplied in float32, though they or `dtype` are 16 bit wide."""
     dtype = dtype or x.dtype
     if dtype not in (torch.bfloat16, torch.float16) or x.device.type != "cpu":
         return False
-    return x.numel() >= _FEWEST_ROWS * x.shape[-1] and not multiplies(dtype)
+    return x.numel() >= fewest * max(1, x.shape[-1]) and not multiplies(dtype)
 
 
 @torch.compiler.assume_constant_result
