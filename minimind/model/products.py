@@ -61,7 +61,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def is_better_widened(x: Tensor, dtype: torch.dtype | None = None, fewest: int = _FEWEST_ROWS) -> bool:
-    """Whether rows (..., k), `fewest` or more, are to be multiplied in float32 though 16 bit wide (by type, or `dtype`)."""
+    """Whether rows (..., k), `fewest` or more, are to be multiplied in float32: their type (or `dtype`) is 16 bit."""
     dtype = dtype or x.dtype
     if dtype not in (torch.bfloat16, torch.float16) or x.device.type != "cpu":
         return False
