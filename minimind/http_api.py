@@ -10,7 +10,7 @@ import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minimind.batching import Batcher, QueueFull, Request, Update
 from minimind.chat import Message, encode_chat
@@ -98,7 +99,7 @@ def build_app(
     """The application. `defaults` hold where a request says nothing; its `max_new_tokens` is cut to what fits."""
     app = FastAPI(title="MiniMind", docs_url=None, redoc_url=None, openapi_url=None)
     answers = Answers(batcher, tokenizer, model_name, defaults)
-    app.middleware("http")(check_request(api_key))
+    app.add_middleware(RequestGuard, api_key=api_key)
     app.exception_handler(RequestError)(lambda _, error: error_response(error.status, str(error)))
     app.exception_handler(UserError)(lambda _, error: error_response(400, str(error)))
     app.exception_handler(RequestValidationError)(lambda _, error: error_response(400, describe(error)))
@@ -139,25 +140,32 @@ def build_app(
     return app
 
 
-Handler = Callable[[HTTPRequest], Awaitable[Response]]
+class RequestGuard:
+    """What holds for every request to /v1: the key, and a body of a size that is read at all.
 
+    Plain ASGI: behind Starlette's `BaseHTTPMiddleware`, `is_disconnected` never says that a client has gone.
+    """
 
-def check_request(api_key: str | None) -> Callable[[HTTPRequest, Handler], Awaitable[Response]]:
-    """What holds for every request to /v1: the key, and a body of a size that is read at all."""
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self._app = app
+        self._api_key = api_key
 
-    async def check(http: HTTPRequest, go_on: Handler) -> Response:
-        if http.url.path.startswith("/v1/"):
-            given = http.headers.get("authorization", "").removeprefix("Bearer ")
-            if api_key is not None and not hmac.compare_digest(given.encode(), api_key.encode()):
-                return error_response(401, "the API key is missing or wrong: send it as Authorization: Bearer KEY")
-            length = http.headers.get("content-length", "0")
-            if http.method == "POST" and ("content-length" not in http.headers or not length.isdecimal()):
-                return error_response(411, "the request needs a Content-Length")
-            if int(length) > MAX_BODY_BYTES:
-                return error_response(413, f"a body of {length} bytes is beyond the {MAX_BODY_BYTES} that are read")
-        return await go_on(http)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refuse(HTTPRequest(scope)) if scope["type"] == "http" else None
+        await (refusal or self._app)(scope, receive, send)
 
-    return check
+    def _refuse(self, http: HTTPRequest) -> Response | None:
+        if not http.url.path.startswith("/v1/"):
+            return None
+        given = http.headers.get("authorization", "").removeprefix("Bearer ")
+        if self._api_key is not None and not hmac.compare_digest(given.encode(), self._api_key.encode()):
+            return error_response(401, "the API key is missing or wrong: send it as Authorization: Bearer KEY")
+        length = http.headers.get("content-length", "0")
+        if http.method == "POST" and ("content-length" not in http.headers or not length.isdecimal()):
+            return error_response(411, "the request needs a Content-Length")
+        if int(length) > MAX_BODY_BYTES:
+            return error_response(413, f"a body of {length} bytes is beyond the {MAX_BODY_BYTES} that are read")
+        return None
 
 
 def error_response(status: int, message: str) -> JSONResponse:

@@ -116,12 +116,17 @@ def read_key(file: Path | None) -> str | None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, taken before the model is loaded. Raises `UserError` where that is impossible."""
+    """A socket that listens, taken before the model is loaded: a client that comes meanwhile waits.
+
+    Raises:
+        UserError: the address cannot be had.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()  # bound alone, a second server could bind it too, and fail only after loading
     except OSError as error:
         listener.close()
         raise UserError(

@@ -6,12 +6,14 @@ import dataclasses
 import http.client
 import json
 import os
+import queue
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,15 +24,18 @@ import torch
 from minimind import errors
 from minimind.batching import Batcher, QueueFull, Request, Update
 from minimind.chat import Message, encode_chat
+from minimind.decoding import Decoding
 from minimind.errors import UserError
 from minimind.generate import GenerationOptions, generate
 from minimind.model import PRESETS, MiniMindForCausalLM
 from minimind.pretrained import load_model
-from minimind.serve import main
+from minimind.serve import listen, main
 from minimind.tokenizer import load_tokenizer
 from tests.tokenizers_for_tests import save_byte_level
 
 openai = pytest.importorskip("openai")
+uvicorn = pytest.importorskip("uvicorn")
+http_api = pytest.importorskip("minimind.http_api")
 httpx = pytest.importorskip("httpx2" if openai.__version__.startswith("3") else "httpx")
 
 ROOT = Path(__file__).parents[1]
@@ -165,30 +170,63 @@ def test_fifty_at_once_are_all_answered_and_none_is_mixed_up(server, model):
     assert server.memory() - before < 8 << 20, "two more rounds of fifty should take no more memory than the first"
 
 
-def give_up(server: Server, question: str, **options) -> None:
-    """Send a question, and go before the answer."""
-    body = {"model": "tiny-model", "messages": [{"role": "user", "content": question}], "temperature": 0, **options}
+class RecordingBatcher(Batcher):
+    """Says which requests were given up: their tokens by then."""
+
+    def __init__(self, *args, **options) -> None:
+        self.given_up: queue.Queue[int] = queue.Queue()
+        super().__init__(*args, **options)
+
+    def give_up(self, request: Request) -> None:
+        super().give_up(request)
+        self.given_up.put(request._tokens)
+
+
+@pytest.fixture
+def gate(monkeypatch) -> Iterator[threading.Event]:
+    """No token is decoded before it is set."""
+    gate, step = threading.Event(), Decoding.step
+
+    def step_behind_gate(decoding: Decoding):
+        gate.wait()
+        return step(decoding)
+
+    monkeypatch.setattr(Decoding, "step", step_behind_gate)
+    yield gate
+    gate.set()
+
+
+@pytest.fixture
+def gated(model, gate) -> Iterator[tuple[RecordingBatcher, str]]:
+    """The application over a batcher behind the gate, and its address."""
+    batcher = RecordingBatcher(*model, max_batch_size=1, max_waiting=3)
+    options = GenerationOptions(temperature=0.0, max_new_tokens=24)
+    app = http_api.build_app(batcher, model[1], model_name="tiny-model", defaults=options, api_key=KEY)
+    listener = listen("127.0.0.1", 0)
+    uvicorn_server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=uvicorn_server.run, args=([listener],))
+    thread.start()
+    yield batcher, f"127.0.0.1:{listener.getsockname()[1]}"
+    gate.set()
+    uvicorn_server.should_exit = True
+    thread.join()
+    batcher.close()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_frees_its_place(gated, gate, model, stream):
+    batcher, address = gated
+    body = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0, "stream": stream}
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-    with contextlib.closing(http.client.HTTPConnection(server.url.removeprefix("http://"))) as connection:
+    with contextlib.closing(http.client.HTTPConnection(address)) as connection:
         connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-
-
-def test_a_client_that_goes_frees_its_place(server):
-    client = server.client()
-    for stream in (True, False):
         if stream:
-            events = ask(client, "hello", max_tokens=450, stream=True)
-            next(events)
-            events.close()
-        else:
-            give_up(server, "hello", max_tokens=450)
-        start = time.monotonic()
-        assert ask(client, "x", max_tokens=1).choices[0].finish_reason == "length"
-        alone = time.monotonic() - start
-        start = time.monotonic()
-        assert ask(client, "hello", max_tokens=450).usage.completion_tokens == 450
-        # The given-up answer was as long as this one: had it gone on, the short one would have waited for it.
-        assert alone < time.monotonic() - start
+            assert b"assistant" in connection.getresponse().readline()
+    # No token can have come: the gate is shut. Only the client's going can free the place.
+    assert batcher.given_up.get(timeout=60) == 0
+    gate.set()
+    client = openai.OpenAI(base_url=f"http://{address}/v1", api_key=KEY, max_retries=0, timeout=60)
+    assert ask(client, "the fox").choices[0].message.content == expected_answer(model, "the fox")
 
 
 @pytest.mark.parametrize(
@@ -342,6 +380,8 @@ def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(capsys):
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port}: Address already in use"):
             main(["--checkpoint", "/nowhere", "--port", str(port)])
+    with listen("127.0.0.1", 0) as starting, pytest.raises(UserError, match="Address already in use"):
+        listen("127.0.0.1", starting.getsockname()[1])
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
