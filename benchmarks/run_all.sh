@@ -23,10 +23,10 @@ done
 # The benchmarks use all cores; each says where it uses one.
 unset OMP_NUM_THREADS
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-# A processor without products in bf16 is measured in float32, and is slower: more minutes, fewer rounds.
+# A processor without products in bf16 is measured in float32, and is slower: `--minutes` makes fewer rounds there.
 bf16="$("$python" -c 'import sys; sys.path.insert(0, "benchmarks"); import measure; print(measure.computes_in_bf16())')"
-precision=bf16 stretch=1
-[ "$bf16" = True ] || { precision=fp32 stretch=2; }
+precision=bf16 step=()
+[ "$bf16" = True ] || { precision=fp32 step=(--accumulation 2 --steps 1); }
 failed=()
 mkdir -p benchmarks/out
 rm -f benchmarks/out/*.json
@@ -36,22 +36,22 @@ run() {
   local name="$1" minutes="$2"
   shift 2
   printf '\n== %s  (%s)\n' "$name" "$(date +%H:%M:%S)"
-  timeout --kill-after=60 "$((minutes * stretch))m" "$python" "benchmarks/$name" "$@" || failed+=("$name $*")
+  timeout --kill-after=60 "${minutes}m" "$python" "benchmarks/$name" "$@" || failed+=("$name $*")
 }
 
 run start.py 4
 run data.py 4
 run experts.py 7
-[ "$bf16" = True ] && run deepspeed_overhead.py 7 --precision bf16 --rounds 11 --minutes $((6 * stretch))
-run deepspeed_overhead.py 9 --precision fp32 --rounds 3 --minutes $((8 * stretch))
+[ "$bf16" = True ] && run deepspeed_overhead.py 7 --precision bf16 --rounds 11 --minutes 6
+run deepspeed_overhead.py 12 --precision fp32 --rounds 3 --minutes 10
 if [ -n "$peer" ]; then
-  run train.py 14 --peer "$peer" --rounds 2 --minutes $((10 * stretch)) "${text[@]}"
+  run train.py 14 --peer "$peer" --rounds 2 --minutes 10 "${text[@]}"
   run memory.py 8 --peer "$peer"
   run learning.py 8 --peer "$peer" "${text[@]}"
 else
   failed+=("train.py, memory.py, learning.py: not run, they need --peer DIR")
 fi
-run weak_scaling.py 5 --precision "$precision" --minutes $((4 * stretch)) "${text[@]}"
+run weak_scaling.py 7 --precision "$precision" --minutes 5 "${step[@]}" "${text[@]}"
 run scaling.py 1
 run tokenize_corpus.py 8 --repeats 2
 [ -f benchmarks/generate.py ] && run generate.py 5
