@@ -32,6 +32,7 @@ def main(
     length: int = 340,
     vocab_size: int = 32000,
     repeats: int = 1,
+    kinds: tuple[str, ...] = KINDS,
     only: str | None = None,
     output: Path | None = None,
 ) -> None:
@@ -43,6 +44,7 @@ def main(
         length: their length.
         vocab_size: of all models.
         repeats: processes of each kind.
+        kinds: what is measured; minimind and "ours fp32" (whose loss is checked) are always.
         only: one of the kinds: make its steps and print what they needed.
         output: where the JSON goes.
     """
@@ -51,12 +53,15 @@ def main(
         return
     where = environment()
     folder = Path(tempfile.mkdtemp(prefix="memory-benchmark-"))
-    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    if unknown := set(kinds) - set(KINDS):
+        raise SystemExit(f"kinds: {', '.join(sorted(unknown))}: not one of {', '.join(KINDS)}")
+    kinds = tuple(kind for kind in KINDS if kind in (*kinds, "minimind", "ours fp32"))
+    found: dict[str, list[float]] = {kind: [] for kind in kinds}
     losses: list[float] = []
     try:
         reference = Peer.copied(peer, folder / "peer")
         for _ in range(repeats):
-            for kind in KINDS:
+            for kind in kinds:
                 shape = [f"--batch={batch}", f"--length={length}", f"--vocab-size={vocab_size}"]
                 command = [sys.executable, __file__, "--only", kind, f"--peer={reference.folder}", *shape]
                 done = subprocess.run(command, env={**os.environ, **core_threads()}, capture_output=True, text=True)
@@ -70,7 +75,7 @@ def main(
         shutil.rmtree(folder, ignore_errors=True)
     title = f"step memory, {batch} x {length}, vocabulary {vocab_size}"
     claims = [Claim(f"{title}: {kind}", tuple(values), unit="MiB") for kind, values in found.items()]
-    for kind in KINDS[2:]:
+    for kind in [kind for kind in kinds if kind.startswith("ours")]:
         shares, goal = ratios(found[kind], found["minimind"]), 0.6 if kind == "ours bf16" else None
         claims.append(Claim(f"{title}: {kind} over minimind", shares, goal, at_least=False, unit="x"))
     claims.append(Claim("loss beside the plain cross-entropy", tuple(losses), 1e-5, at_least=False, unit="relative"))

@@ -23,10 +23,13 @@ done
 # The benchmarks use all cores; each says where it uses one.
 unset OMP_NUM_THREADS
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-# A processor without products in bf16 is measured in float32, and is slower: `--minutes` makes fewer rounds there.
+# A processor without products in bf16 is measured in float32, and is slower: `--minutes` makes fewer rounds there, and
+# some scripts do less.
 bf16="$("$python" -c 'import sys; sys.path.insert(0, "benchmarks"); import measure; print(measure.computes_in_bf16())')"
-precision=bf16 step=()
-[ "$bf16" = True ] || { precision=fp32 step=(--accumulation 2 --steps 1); }
+precision=bf16 step=() kinds=() tokens=()
+if [ "$bf16" != True ]; then
+  precision=fp32 step=(--accumulation 2 --steps 1) kinds=(--kinds "ours bf16") tokens=(--tokens 125000)
+fi
 failed=()
 mkdir -p benchmarks/out
 rm -f benchmarks/out/*.json
@@ -46,8 +49,8 @@ run experts.py 7
 run deepspeed_overhead.py 12 --precision fp32 --rounds 3 --minutes 10
 if [ -n "$peer" ]; then
   run train.py 14 --peer "$peer" --rounds 2 --minutes 10 "${text[@]}"
-  run memory.py 8 --peer "$peer"
-  run learning.py 8 --peer "$peer" "${text[@]}"
+  run memory.py 8 --peer "$peer" "${kinds[@]}"
+  run learning.py 8 --peer "$peer" "${tokens[@]}" "${text[@]}"
 else
   failed+=("train.py, memory.py, learning.py: not run, they need --peer DIR")
 fi

@@ -120,6 +120,8 @@ def _block_bytes(resolved: Resolved, device_type: str, has_experts: bool) -> int
         total += model.num_attention_heads * seq_len * (4 + 2 * inside)
     total += 4 * _feed_forward_width(model, has_experts) * compute
     if has_experts:
+        if device_type == "cpu" and train.moe_backend == "autoep":  # gate and up alone: `minimind.model.cpu_experts`
+            total -= 2 * model.expert_feed_forward_size * model.num_experts_per_tok * compute
         # Tokens as dispatched and combined, and what the router keeps: logits, scores, choices.
         total += 2 * model.num_experts_per_tok * (hidden * compute + 20) + 12 * model.num_experts
         # What residual experts mix: both outputs, and a token's two weights.

@@ -26,7 +26,14 @@ from torch import nn
 from minimind.ds_config import Resolved
 from minimind.ds_sections import offload_device, zero_stage
 from minimind.errors import UserError
-from minimind.experts import global_norm, leave_out_of_compilation, split_groups, take_over_experts, watch_experts
+from minimind.experts import (
+    compute_experts_here,
+    global_norm,
+    leave_out_of_compilation,
+    split_groups,
+    take_over_experts,
+    watch_experts,
+)
 from minimind.model import MiniMindForCausalLM
 from minimind.model.layers import FeedForward
 from minimind.schema import nearest
@@ -174,6 +181,7 @@ def build_engine(resolved: Resolved, model: MiniMindForCausalLM) -> deepspeed.De
     if nothing_to_reduce(resolved, engine.optimizer, torch.distributed.get_world_size()):
         engine.enable_backward_allreduce = False
     watch_experts(resolved, model)
+    compute_experts_here(model)
     if train.compile:
         leave_out_of_compilation(model)
         engine.compile()

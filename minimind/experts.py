@@ -7,11 +7,13 @@ routers that the auxiliary loss listens to, the parameters of the optimizer. A g
 holds one set of experts; ranks that hold the same experts average their gradients.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.moe.ep_experts import GroupedExperts
 from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import groups
 from torch import nn
@@ -20,6 +22,7 @@ from minimind.ds_config import Resolved
 from minimind.ds_experts import draws_experts
 from minimind.expert_names import find_part
 from minimind.model import MiniMindForCausalLM
+from minimind.model.cpu_experts import cpu_experts_of_rows, takes_cpu_experts
 from minimind.model.moe import MoEFeedForward
 from minimind.model.routing import BIAS_NAME, Router
 from minimind.native_experts import GateRecord, NativeExperts
@@ -74,6 +77,24 @@ def watch_experts(resolved: Resolved, model: MiniMindForCausalLM) -> None:
     if len(routers) != expected:
         raise RuntimeError(f"{expected} layers have experts, and DeepSpeed has taken over {len(routers)}")
     model.router_record.watch(routers)
+
+
+def compute_experts_here(model: MiniMindForCausalLM) -> None:
+    """On a CPU, let AutoEP's experts be computed as those of the plain model are, unless the JSON says how: torch's
+    grouped product is a plain loop there in 16 bit, and MKL's in float32."""
+    for layer in model.model.layers:
+        if isinstance(layer.mlp, AutoEPMoELayer):
+            experts = layer.mlp.experts
+            experts.forward = functools.partial(_run_experts, experts)
+
+
+def _run_experts(experts: GroupedExperts, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """(M, hidden_size) rows, one expert's behind the other's, `counts` (E,) of each -> the same shape."""
+    is_default = experts.use_grouped_mm and experts.gate_up_impl == "separate" and experts.activation == "swiglu"
+    if not takes_cpu_experts(rows) or not is_default:
+        return GroupedExperts.forward(experts, rows, counts)
+    weights = (weight.to(rows.dtype) for weight in (experts.w1, experts.w3, experts.w2))
+    return cpu_experts_of_rows(rows, counts.tolist(), *weights)
 
 
 def leave_out_of_compilation(model: MiniMindForCausalLM) -> None:

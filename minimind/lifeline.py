@@ -69,6 +69,11 @@ class Lifeline:
         """Note where this rank stands: a step, and what it does in it."""
         self._place = (step, phase, time.monotonic())
 
+    @property
+    def position(self) -> str:
+        """Where this rank stands, in words."""
+        return describe_position(*self._place[:2])
+
     def connect(self, address: str, port: int, token: str) -> None:
         """Join rank 0's server and begin to keep the line.
 

@@ -43,6 +43,7 @@ from minimind.metrics import MetricsLog
 from minimind.model.products import multiplies
 from minimind.mpi_address import find_master
 from minimind.node_caches import use_own_caches
+from minimind.out_of_memory import full_memory_in_words
 from minimind.peak_flops import peak_flops
 from minimind.profiling import StepProfiler
 from minimind.run_folder import check_run_folder, identify, open_run_folder
@@ -92,6 +93,7 @@ def main(args: Sequence[str] | None = None) -> int:
         meet(resolved, env, device, train_reader.fingerprint) as (store, lifeline),
         process_group(env, device, timeout_minutes, store),
         lifeline.reporting(),
+        full_memory_in_words(resolved, env, device, lifeline),
     ):
         finished = run_rank(resolved, env, device, dataset, eval_dataset, lifeline, launcher)
     return 0 if finished else EXIT_STOPPED
@@ -213,7 +215,8 @@ def run_rank(
             trainer.profiler = StepProfiler(run_dir, env.rank, train.profile_steps, device)
             stack.callback(trainer.profiler.close)
         try:
-            return trainer.fit()
+            with full_memory_in_words(resolved, env, device, lifeline):  # said in the run's events too
+                return trainer.fit()
         except UserError as error:
             if metrics is not None:
                 metrics.log_event("fail", trainer.state.step, str(error))

@@ -5,12 +5,15 @@ import shutil
 
 import pytest
 import torch
+from deepspeed.moe.ep_experts import GroupedExperts
 from expert_runs import DENSE, EXPERTS, collapse_routers, spoil, train_plainly, walk
 from pytest import approx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_runs import EXPERTS as TRAINED_EXPERTS
 from training_runs import MODEL, RankPool, flags_for, losses, rank_pool, read_metrics, train
 
 from minimind.model import MiniMindForCausalLM, ModelConfig
+from minimind.model.cpu_experts import cpu_experts_of_rows
 
 STEPS = 20
 MODELS = {None: DENSE, "autoep": EXPERTS, "deepspeed": EXPERTS}
@@ -202,3 +205,42 @@ def test_a_resume_on_the_same_ranks_is_the_uninterrupted_run(pool: RankPool, tin
         shutil.rmtree(tmp_path / "checkpoints" / f"step_{step:08d}")
     pool.run(train, flags)
     assert losses(tmp_path) == before
+
+
+# AutoEP's experts on a CPU.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("counts", [[8, 16, 8], [8, 0, 16], [0, 0, 0]], ids=str)
+def test_experts_of_rows_are_deepspeed_s_own(dtype, counts):
+    """Values and all gradients, beside DeepSpeed's loop, with rows at the end that belong to nobody."""
+    torch.manual_seed(0)
+    experts = GroupedExperts(16, 24, num_experts=3, use_grouped_mm=False)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    experts.to(dtype)
+    rows = torch.randn(36, 16, dtype=dtype, requires_grad=True)
+    inputs = (rows, *experts.parameters())
+    probe = torch.randn(36, 16, dtype=dtype)
+    theirs = experts(rows, torch.tensor(counts))
+    ours = cpu_experts_of_rows(rows, counts, experts.w1, experts.w3, experts.w2)
+    for found, wanted in zip(
+        (ours, *torch.autograd.grad(ours, inputs, probe)),
+        (theirs, *torch.autograd.grad(theirs, inputs, probe, materialize_grads=True)),
+        strict=True,
+    ):
+        assert found.dtype == wanted.dtype and found.shape == wanted.shape
+        assert (found - wanted).norm() <= (1e-5 if dtype == torch.float32 else 2e-2) * wanted.norm()
+    assert any(counts) == bool(ours.any()) and not ours[sum(counts) :].any()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_no_run_on_a_cpu_meets_torch_s_grouped_product(tiny_corpus, tmp_path, monkeypatch, precision):
+    """It is a plain loop there in 16 bit: a hundredth of the speed on many processors."""
+
+    def refuse(*_, **__):
+        raise AssertionError("torch's grouped product")
+
+    monkeypatch.setattr(torch, "_grouped_mm", refuse)
+    code, _ = train(flags_for(tiny_corpus, tmp_path, stage=2, precision=precision, **TRAINED_EXPERTS))
+    assert code == 0 and len(losses(tmp_path)) == 6

@@ -19,6 +19,7 @@ from minimind.memory import (
 )
 from minimind.model import MiniMindForCausalLM, attention, loss, moe, products
 from minimind.model.config import PRESETS, ModelConfig
+from minimind.model.cpu_experts import cpu_experts_of_rows
 
 MODEL = PRESETS["minimind3"]
 PARAMS = MODEL.num_params()
@@ -174,6 +175,15 @@ def test_the_largest_micro_batch_is_the_last_that_fits():
     assert largest_micro_batch(resolved, 1, 2**20) == 0
 
 
+def run_experts_as_engines_do(
+    experts: moe.Experts, tokens: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    """From rows that have been dispatched, which the plain model on a CPU does without."""
+    rows = moe._Dispatch.apply(tokens, order, inverse, order.numel() // tokens.shape[0])
+    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return cpu_experts_of_rows(rows, sizes, *experts.gate_up_proj.chunk(2, dim=1), experts.down_proj)
+
+
 @pytest.mark.parametrize(
     ("preset", "changes"), [("quickstart", {}), ("tiny-moe", {}), ("tiny-moe", {"moe_residual": True})], ids=str
 )
@@ -185,8 +195,7 @@ def test_the_activations_are_those_that_autograd_keeps(
 ):
     # On a processor with 16-bit products and on one without, whichever this one is.
     monkeypatch.setattr(products, "multiplies", lambda dtype: has_products)
-    # The engines' layers of experts keep what grouped products keep; the plain model on a CPU keeps less.
-    monkeypatch.setattr(moe, "takes_cpu_experts", lambda tokens: False)
+    monkeypatch.setattr(moe.Experts, "forward", run_experts_as_engines_do)
     config = dataclasses.replace(PRESETS[preset], vocab_size=256, num_hidden_layers=12, **changes)
     model = MiniMindForCausalLM(config).to(torch.bfloat16 if bf16 else torch.float32)
     model.set_activation_checkpointing(activation_checkpointing)

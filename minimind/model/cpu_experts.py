@@ -4,6 +4,7 @@ Grouped products write every intermediate of all experts to memory before the ne
 grouped product is a loop over the groups anyway, that is what they lose to a dense block. Refuses to know of routing.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,60 +32,108 @@ def cpu_experts(
 
     Computes in autocast's dtype where that is on.
     """
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        tokens, gate_up, down = tokens.to(dtype), gate_up.to(dtype), down.to(dtype)
-    return _CpuExperts.apply(tokens, order, inverse, sizes, gate_up, down)
+    rows = order // max(1, order.numel() // max(1, tokens.shape[0]))
+    return _CpuExperts.apply(*_cast(tokens), rows, inverse, sizes, *_cast(down, gate_up))
+
+
+def cpu_experts_of_rows(rows: Tensor, sizes: list[int], gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Outputs of the experts for rows that stand one expert's behind the other's already: (M, hidden_size).
+
+    Args:
+        rows: (M, hidden_size).
+        sizes: rows of each expert; those behind the last are nobody's, and become zeros.
+        gate: (E, I, hidden_size), as `up`; `down` (E, hidden_size, I).
+
+    Computes in autocast's dtype where that is on.
+    """
+    return _CpuExperts.apply(*_cast(rows), None, None, sizes, *_cast(down, gate, up))
+
+
+def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    if not torch.is_autocast_enabled("cpu"):
+        return tensors
+    dtype = torch.get_autocast_dtype("cpu")
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def _inputs(tokens: Tensor, rows: Tensor | None, sizes: list[int]) -> Iterator[tuple[int, Tensor]]:
+    """Every expert that has rows, and those rows."""
+    parts = tokens[: sum(sizes)].split(sizes) if rows is None else rows.split(sizes)
+    for expert, part in enumerate(parts):
+        if sizes[expert]:
+            yield expert, part if rows is None else tokens.index_select(0, part)
 
 
 class _CpuExperts(torch.autograd.Function):
+    """`rows`: which token each row is, None where the tokens are the rows. `into`: one matrix an expert, gate above up,
+    or two."""
+
     @staticmethod
     def forward(
-        ctx: Any, tokens: Tensor, order: Tensor, inverse: Tensor, sizes: list[int], gate_up: Tensor, down: Tensor
+        ctx: Any,
+        tokens: Tensor,
+        rows: Tensor | None,
+        inverse: Tensor | None,
+        sizes: list[int],
+        down: Tensor,
+        *into: Tensor,
     ) -> Tensor:
-        outputs, kept, rows = [], [], order // max(1, order.numel() // max(1, tokens.shape[0]))
+        outputs, kept = [], []
         with torch.autocast("cpu", enabled=False):
-            for expert, own in enumerate(rows.split(sizes)):
-                if not sizes[expert]:
-                    continue
-                inner = product(tokens.index_select(0, own), gate_up[expert].t())  # (m, 2 * I)
-                gate, up = inner.chunk(2, dim=-1)
+            for expert, own in _inputs(tokens, rows, sizes):
+                inner = [product(own, matrix[expert].t()) for matrix in into]  # (m, 2 * I), or twice (m, I)
+                gate, up = _halves(inner)
                 outputs.append(product(F.silu(gate).mul_(up), down[expert].t()))
-                kept.append(inner)
+                kept += inner
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(tokens, rows, inverse, gate_up, down, *kept)
-            ctx.sizes = sizes
-        return torch.cat(outputs) if outputs else tokens.new_zeros(0, tokens.shape[1])
+            ctx.save_for_backward(tokens, rows, inverse, down, *into, *kept)
+            ctx.sizes, ctx.num_into = sizes, len(into)
+        nobodys = tokens.shape[0] - sum(sizes) if rows is None else 0
+        return torch.cat([*outputs, tokens.new_zeros(nobodys, tokens.shape[1])])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, rows, inverse, gate_up, down, *kept = ctx.saved_tensors
-        need_tokens, _, _, _, need_gate_up, need_down = ctx.needs_input_grad
-        gate_up_grad = torch.empty_like(gate_up) if need_gate_up else None
-        down_grad = torch.empty_like(down) if need_down else None
-        pieces, inners = [], iter(kept)
-        groups = zip(rows.split(ctx.sizes), grad_outputs[0].split(ctx.sizes), strict=True)
+        tokens, rows, inverse, down, *rest = ctx.saved_tensors
+        into, inners = rest[: ctx.num_into], iter(rest[ctx.num_into :])
+        need_tokens, _, _, _, *need_weights = ctx.needs_input_grad
+        weights = zip((down, *into), need_weights, strict=True)
+        down_grad, *into_grads = [torch.empty_like(weight) if needed else None for weight, needed in weights]
+        for expert, size in enumerate(ctx.sizes):
+            if not size:
+                for whole in (down_grad, *into_grads):
+                    if whole is not None:
+                        whole[expert].zero_()
+        pieces = []
+        grads = _inputs(grad_outputs[0], None, ctx.sizes)
         with torch.autocast("cpu", enabled=False):
-            for expert, (own, grad) in enumerate(groups):
-                if not ctx.sizes[expert]:
-                    for whole in (gate_up_grad, down_grad):
-                        if whole is not None:
-                            whole[expert].zero_()
-                    continue
-                gate, up = next(inners).chunk(2, dim=-1)
+            for (expert, own), (_, grad) in zip(_inputs(tokens, rows, ctx.sizes), grads, strict=True):
+                gate, up = _halves([next(inners) for _ in into])
                 active = F.silu(gate)
                 if down_grad is not None:
                     write_product(down_grad[expert], grad.t(), active * up)
                 mixed_grad = product(grad, down[expert])  # (m, I)
-                gate_grad = torch.ops.aten.silu_backward(mixed_grad * up, gate)
-                inner_grad = torch.cat((gate_grad, mixed_grad.mul_(active)), dim=-1)
-                if gate_up_grad is not None:
-                    write_product(gate_up_grad[expert], inner_grad.t(), tokens.index_select(0, own))
+                inner_grads = [torch.ops.aten.silu_backward(mixed_grad * up, gate), mixed_grad.mul_(active)]
+                if len(into) == 1:
+                    inner_grads = [torch.cat(inner_grads, dim=-1)]
+                for into_grad, inner_grad in zip(into_grads, inner_grads, strict=True):
+                    if into_grad is not None:
+                        write_product(into_grad[expert], inner_grad.t(), own)
                 if need_tokens:
-                    pieces.append(product(inner_grad, gate_up[expert]))
-        tokens_grad = None
-        if need_tokens:
-            tokens_grad = torch.zeros_like(tokens)
-            if pieces:  # all rows of a token, added up by a gather and a sum
-                tokens_grad = torch.cat(pieces).index_select(0, inverse).unflatten(0, (len(tokens), -1)).sum(dim=1)
-        return tokens_grad, None, None, None, gate_up_grad, down_grad
+                    first, *others = [product(g, matrix[expert]) for g, matrix in zip(inner_grads, into, strict=True)]
+                    pieces.append(sum(others, start=first))
+        tokens_grad = _gather_grad(tokens, inverse, pieces) if need_tokens else None
+        return tokens_grad, None, None, None, down_grad, *into_grads
+
+
+def _halves(inner: list[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(inner) if len(inner) == 2 else inner[0].chunk(2, dim=-1)
+
+
+def _gather_grad(tokens: Tensor, inverse: Tensor | None, pieces: list[Tensor]) -> Tensor:
+    """The gradient of the tokens from those of their rows, one expert's behind the other's."""
+    if inverse is None:
+        nobodys = tokens.shape[0] - sum(len(piece) for piece in pieces)
+        return torch.cat([*pieces, tokens.new_zeros(nobodys, tokens.shape[1])])
+    if not pieces:
+        return torch.zeros_like(tokens)
+    return torch.cat(pieces).index_select(0, inverse).unflatten(0, (len(tokens), -1)).sum(dim=1)

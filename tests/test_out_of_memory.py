@@ -1,0 +1,98 @@
+"""A run whose memory is full: one line in place of a traceback, and the same command goes on with a smaller batch."""
+
+import multiprocessing
+import os
+from typing import Any, TextIO
+
+import pytest
+import torch
+from training_runs import flags_for, free_port, losses, train, train_rank
+
+from minimind.checkpoint_files import list_checkpoints
+from minimind.errors import OneRankError
+from minimind.events import read_events
+from minimind.model import MiniMindForCausalLM
+from minimind.out_of_memory import is_full_memory
+
+TOO_MANY_BYTES = 1 << 45
+
+
+def fill_memory(monkeypatch, call: int, error: Exception | None = None) -> None:
+    """At its `call`-th training micro-batch the model asks for more than there is, or meets `error`."""
+    forward, calls = MiniMindForCausalLM.forward, [0]
+
+    def forward_or_fail(self, *args: Any, **kwargs: Any) -> Any:
+        calls[0] += self.training
+        if calls[0] == call:
+            if error is not None:
+                raise error
+            torch.empty(TOO_MANY_BYTES, dtype=torch.uint8)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(MiniMindForCausalLM, "forward", forward_or_fail)
+
+
+def test_it_is_one_line_with_the_cures_and_the_run_goes_on(tiny_corpus, tmp_path, monkeypatch):
+    settings = {"micro_batch_size": 2, "stage": 2, "async_save": False}
+    with monkeypatch.context() as patch:
+        fill_memory(patch, 10)  # two micro-batches a step: the fifth step
+        with pytest.raises(OneRankError) as error:
+            train(flags_for(tiny_corpus, tmp_path, **settings))
+    assert str(error.value) == (
+        "the host is out of memory at step 5, forward and backward (32.0 TiB more were wanted): lower "
+        "--micro-batch-size 2; pass --activation-checkpointing; take a ZeRO stage above 2 (--ds-config); shorten "
+        "--seq-len 16; --dry-run itemises what a rank needs"
+    )
+    last = read_events(tmp_path)[-1]
+    assert (last.event, last.step, last.message) == ("fail", 4, str(error.value))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000002", "step_00000004"]
+    code, printed = train(flags_for(tiny_corpus, tmp_path, stage=3, micro_batch_size=1, activation_checkpointing=True))
+    assert code == 0 and "step_00000004" in printed and list(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_cure_that_is_taken_is_not_named(tiny_corpus, tmp_path, monkeypatch):
+    """With the words of torch's allocator on a GPU."""
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.1 GiB is"
+    fill_memory(monkeypatch, 1, torch.OutOfMemoryError(said))
+    with pytest.raises(OneRankError) as error:
+        train(flags_for(tiny_corpus, tmp_path, stage=3, activation_checkpointing=True))
+    assert str(error.value) == (
+        "cpu is out of memory at step 1, forward and backward (2.00 GiB more were wanted): shorten --seq-len 16; "
+        "--dry-run itemises what a rank needs"
+    )
+
+
+def test_another_error_stays_what_it_is(tiny_corpus, tmp_path, monkeypatch):
+    fill_memory(monkeypatch, 1, RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match=r"^a bug$"):
+        train(flags_for(tiny_corpus, tmp_path))
+    assert not is_full_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert is_full_memory(MemoryError())
+
+
+def train_with_one_full(flags: list[str], output: TextIO) -> tuple[int, str]:
+    """Rank 1 has no memory for its third micro-batch."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ["RANK"] == "1":
+            fill_memory(patch, 3)
+        return train(flags, output)
+
+
+def test_the_other_ranks_hear_of_it(tiny_corpus, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    flags, port = flags_for(tiny_corpus, tmp_path / "run"), free_port()
+    logs = [tmp_path / f"rank{rank}.log" for rank in range(2)]
+    ranks = [
+        context.Process(target=train_rank, args=(flags, rank, 2, port, logs[rank], train_with_one_full))
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(240)
+    first, second = (log.read_text() for log in logs)
+    # A run that cannot go on must not be started again as it is: no code that asks for it.
+    assert [process.exitcode for process in ranks] == [2, 2], first + second
+    assert "error: rank 1 on " in second and ": the host is out of memory at step 2, forward and backward" in second
+    assert "rank 0 on " in first and ": the host is out of memory at step 2, forward and backward" in first
+    assert "Traceback" not in first + second
