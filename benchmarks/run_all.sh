@@ -26,9 +26,9 @@ export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 # A processor without products in bf16 is measured in float32, and is slower: `--minutes` makes fewer rounds there, and
 # some scripts do less.
 bf16="$("$python" -c 'import sys; sys.path.insert(0, "benchmarks"); import measure; print(measure.computes_in_bf16())')"
-precision=bf16 step=() kinds=() tokens=()
+precision=bf16 step=() kinds=()
 if [ "$bf16" != True ]; then
-  precision=fp32 step=(--accumulation 2 --steps 1) kinds=(--kinds "ours bf16") tokens=(--tokens 125000)
+  precision=fp32 step=(--accumulation 2 --steps 1) kinds=(--kinds "ours bf16")
 fi
 failed=()
 mkdir -p benchmarks/out
@@ -50,7 +50,7 @@ run deepspeed_overhead.py 12 --precision fp32 --rounds 3 --minutes 10
 if [ -n "$peer" ]; then
   run train.py 14 --peer "$peer" --rounds 2 --minutes 10 "${text[@]}"
   run memory.py 8 --peer "$peer" "${kinds[@]}"
-  run learning.py 8 --peer "$peer" "${tokens[@]}" "${text[@]}"
+  run learning.py 10 --peer "$peer" --minutes 8 "${text[@]}"
 else
   failed+=("train.py, memory.py, learning.py: not run, they need --peer DIR")
 fi
