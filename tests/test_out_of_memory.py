@@ -1,12 +1,13 @@
-"""A run whose memory is full: one line in place of a traceback, and the same command goes on with a smaller batch."""
+"""A run whose memory is full: one line in place of a traceback, and the same command goes on with a smaller batch.
 
-import multiprocessing
-import os
-from typing import Any, TextIO
+What two ranks do stands in test_checkpoint_faults.
+"""
+
+from typing import Any
 
 import pytest
 import torch
-from training_runs import flags_for, free_port, losses, train, train_rank
+from training_runs import flags_for, losses, train
 
 from minimind.checkpoint_files import list_checkpoints
 from minimind.errors import OneRankError
@@ -68,31 +69,3 @@ def test_another_error_stays_what_it_is(tiny_corpus, tmp_path, monkeypatch):
         train(flags_for(tiny_corpus, tmp_path))
     assert not is_full_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert is_full_memory(MemoryError())
-
-
-def train_with_one_full(flags: list[str], output: TextIO) -> tuple[int, str]:
-    """Rank 1 has no memory for its third micro-batch."""
-    with pytest.MonkeyPatch.context() as patch:
-        if os.environ["RANK"] == "1":
-            fill_memory(patch, 3)
-        return train(flags, output)
-
-
-def test_the_other_ranks_hear_of_it(tiny_corpus, tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    flags, port = flags_for(tiny_corpus, tmp_path / "run"), free_port()
-    logs = [tmp_path / f"rank{rank}.log" for rank in range(2)]
-    ranks = [
-        context.Process(target=train_rank, args=(flags, rank, 2, port, logs[rank], train_with_one_full))
-        for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(240)
-    first, second = (log.read_text() for log in logs)
-    # A run that cannot go on must not be started again as it is: no code that asks for it.
-    assert [process.exitcode for process in ranks] == [2, 2], first + second
-    assert "error: rank 1 on " in second and ": the host is out of memory at step 2, forward and backward" in second
-    assert "rank 0 on " in first and ": the host is out of memory at step 2, forward and backward" in first
-    assert "Traceback" not in first + second
