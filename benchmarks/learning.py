@@ -59,7 +59,7 @@ def main(
         length: the reference's maximum length and our window.
         batch: texts in the reference's optimizer step; ours takes about as many real tokens.
         lr: peak learning rate of both.
-        repeats: each with other texts; one alone says little (below).
+        repeats: each with other texts, as far as there are any; one alone says little.
         minutes: time for all of it: fewer repeats are made on a slow machine.
         output: where the JSON goes.
     """
@@ -77,7 +77,13 @@ def main(
             if repeat and began + longest > deadline:
                 print(f"  the time is up after {repeat} of {repeats} repeats", file=sys.stderr)
                 break
-            part, seen, mean_tokens = take_texts(reference, rest, tokens, length, folder / str(repeat))
+            taken = take_texts(reference, rest, tokens, length, folder / str(repeat))
+            if taken is None:
+                if not repeat:
+                    raise SystemExit(f"the text has fewer than {tokens:,} tokens: give more --text or fewer --tokens")
+                print(f"  the text is used up after {repeat} of {repeats} repeats", file=sys.stderr)
+                break
+            part, seen, mean_tokens = taken
             theirs.append(score(train_reference(reference, part, length, batch, lr), scored, start=[1]))
             windows = max(1, round(batch * mean_tokens / length))
             steps = max(1, round(seen / (windows * length)))
@@ -95,15 +101,19 @@ def main(
     report(__file__, where, claims, {"minimind": theirs, "ours": ours, "tokens": tokens}, output)
 
 
-def take_texts(reference: Peer, rest: list[str], tokens: int, length: int, folder: Path) -> tuple[Path, int, float]:
+def take_texts(
+    reference: Peer, rest: list[str], tokens: int, length: int, folder: Path
+) -> tuple[Path, int, float] | None:
     """Take the first of `rest` away until they have `tokens` as the reference reads them: their file, their tokens, and
-    tokens a text."""
+    tokens a text. None where there are too few."""
     rows, seen = [], 0
     for row in reference.read_tokens(rest[: tokens // 20], length):
         if seen >= tokens:
             break
         rows.append(row)
         seen += len(row)
+    if seen < tokens:
+        return None
     folder.mkdir()
     part = folder / "texts.jsonl"
     part.write_text("".join(json.dumps({"text": item}, ensure_ascii=False) + "\n" for item in rest[: len(rows)]))

@@ -52,10 +52,10 @@ def main(
         print(json.dumps(measure(only, peer, batch, length, vocab_size)))
         return
     where = environment()
-    folder = Path(tempfile.mkdtemp(prefix="memory-benchmark-"))
     if unknown := set(kinds) - set(KINDS):
         raise SystemExit(f"kinds: {', '.join(sorted(unknown))}: not one of {', '.join(KINDS)}")
     kinds = tuple(kind for kind in KINDS if kind in (*kinds, "minimind", "ours fp32"))
+    folder = Path(tempfile.mkdtemp(prefix="memory-benchmark-"))
     found: dict[str, list[float]] = {kind: [] for kind in kinds}
     losses: list[float] = []
     try:
