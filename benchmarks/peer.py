@@ -56,6 +56,8 @@ class Peer:
         """Each text as its dataset gives it to the model, without the padding."""
         from transformers import AutoTokenizer
 
+        if not texts:  # transformers' tokenizer takes no empty batch
+            return []
         tokenizer = AutoTokenizer.from_pretrained(self.folder / "model")
         encoded = tokenizer(list(texts), add_special_tokens=False, max_length=length - 2, truncation=True).input_ids
         return [[tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id] for tokens in encoded]
