@@ -5,12 +5,12 @@
 Each step runs in a process of its own, which first imports everything and then counts what it needs on top: the
 growth of its peak resident memory on a CPU, the allocator's peak on a GPU. The reference and Qwen3 compute in float32,
 as their loops do on a CPU (on a GPU under bf16 autocast); ours is the engine that `minimind.train` builds under ZeRO-1:
-in bf16 with float32 master weights, gradients and moments. Ours keeps no full logits and recomputes no activations.
+in bf16 with float32 master weights, gradients and moments. Ours keeps no full logits and recomputes no activations but
+silu(gate) * up.
 That its loss is exact is checked in the same run against the plain cross-entropy in float64.
 """
 
 import dataclasses
-import json
 import os
 import shutil
 import subprocess
@@ -23,6 +23,7 @@ import tyro
 from measure import Claim, core_threads, environment, ratios, report
 from peer import Peer
 
+MARK = "measured: "
 KINDS = ("minimind", "Qwen3", "ours fp32", "ours bf16", "ours bf16 compiled")
 
 
@@ -44,33 +45,26 @@ def main(
         length: their length.
         vocab_size: of all models.
         repeats: processes of each kind.
-        kinds: what is measured; minimind and "ours fp32" (whose loss is checked) are always.
-        only: one of the kinds: make its steps and print what they needed.
+        kinds: what is measured; minimind always is.
+        only: one of the kinds: make its steps and print what they needed; or "loss": check that of ours.
         output: where the JSON goes.
     """
     if only is not None:
-        print(json.dumps(measure(only, peer, batch, length, vocab_size)))
+        print(f"{MARK}{measure(only, peer, batch, length, vocab_size)}")
         return
     where = environment()
     if unknown := set(kinds) - set(KINDS):
         raise SystemExit(f"kinds: {', '.join(sorted(unknown))}: not one of {', '.join(KINDS)}")
-    kinds = tuple(kind for kind in KINDS if kind in (*kinds, "minimind", "ours fp32"))
+    kinds = tuple(kind for kind in KINDS if kind in (*kinds, "minimind"))
     folder = Path(tempfile.mkdtemp(prefix="memory-benchmark-"))
     found: dict[str, list[float]] = {kind: [] for kind in kinds}
-    losses: list[float] = []
     try:
         reference = Peer.copied(peer, folder / "peer")
+        shape = [f"--peer={reference.folder}", f"--batch={batch}", f"--length={length}", f"--vocab-size={vocab_size}"]
         for _ in range(repeats):
             for kind in kinds:
-                shape = [f"--batch={batch}", f"--length={length}", f"--vocab-size={vocab_size}"]
-                command = [sys.executable, __file__, "--only", kind, f"--peer={reference.folder}", *shape]
-                done = subprocess.run(command, env={**os.environ, **core_threads()}, capture_output=True, text=True)
-                if done.returncode:
-                    raise SystemExit(f"{kind} failed:\n{done.stderr.strip()[-800:]}")
-                (line,) = [line for line in done.stdout.splitlines() if line.startswith('{"bytes"')]
-                result = json.loads(line)
-                found[kind].append(result["bytes"] / 2**20)
-                losses += [result["loss_error"]] if "loss_error" in result else []
+                found[kind].append(run_alone(kind, shape) / 2**20)
+        error = run_alone("loss", shape)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     title = f"step memory, {batch} x {length}, vocabulary {vocab_size}"
@@ -78,16 +72,28 @@ def main(
     for kind in [kind for kind in kinds if kind.startswith("ours")]:
         shares, goal = ratios(found[kind], found["minimind"]), 0.6 if kind == "ours bf16" else None
         claims.append(Claim(f"{title}: {kind} over minimind", shares, goal, at_least=False, unit="x"))
-    claims.append(Claim("loss beside the plain cross-entropy", tuple(losses), 1e-5, at_least=False, unit="relative"))
+    claims.append(Claim("loss beside the plain cross-entropy", (error,), 1e-5, at_least=False, unit="relative"))
     report(__file__, where, claims, {"mebibytes": found}, output)
 
 
-def measure(kind: str, peer: Path, batch: int, length: int, vocab_size: int) -> dict[str, float]:
-    """Bytes that weights, optimizer and two steps need beyond the imports."""
+def run_alone(kind: str, shape: list[str]) -> float:
+    """What a process of its own measures."""
+    command = [sys.executable, __file__, "--only", kind, *shape]
+    done = subprocess.run(command, env={**os.environ, **core_threads()}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{kind} failed:\n{done.stderr.strip()[-800:]}")
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    return float(line.removeprefix(MARK))
+
+
+def measure(kind: str, peer: Path, batch: int, length: int, vocab_size: int) -> float:
+    """Bytes that weights, optimizer and two steps need beyond the imports, or the relative error of our loss."""
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens = torch.randint(3, vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    if kind == "loss":
+        return loss_error(tokens[:2], vocab_size)
     if kind.startswith("ours"):
         return measure_ours(kind, tokens, vocab_size, device)
     make = {"minimind": build_minimind, "Qwen3": build_qwen3}[kind](peer, vocab_size)
@@ -102,12 +108,11 @@ def measure(kind: str, peer: Path, batch: int, length: int, vocab_size: int) -> 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         del loss
-    return {"bytes": resident_peak(device) - before}
+    return resident_peak(device) - before
 
 
-def measure_ours(kind: str, tokens: Any, vocab_size: int, device: Any) -> dict[str, float]:
-    """The same of ours, and in fp32 the error of its loss."""
-    import torch
+def measure_ours(kind: str, tokens: Any, vocab_size: int, device: Any) -> int:
+    """The same of ours."""
     from engines import build
 
     from minimind.config import preset
@@ -133,17 +138,19 @@ def measure_ours(kind: str, tokens: Any, vocab_size: int, device: Any) -> dict[s
         for _ in range(2):
             engine.backward(engine(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).loss)
             optimizer_step(engine, resolved)
-        result: dict[str, float] = {"bytes": resident_peak(device) - before}
-        if "fp32" in kind and not torch.is_autocast_enabled(device.type):
-            result["loss_error"] = loss_error(engine.module, tokens[:2])
-    return result
+        return resident_peak(device) - before
 
 
-def loss_error(model: Any, tokens: Any) -> float:
-    """How far our loss is from float64's over whole logits, relative."""
+def loss_error(tokens: Any, vocab_size: int) -> float:
+    """How far the loss of our fresh model is from float64's over whole logits, relative."""
     import torch
 
+    from minimind.config import preset
+    from minimind.model import MiniMindForCausalLM
+
+    torch.manual_seed(0)
     with torch.no_grad():
+        model = MiniMindForCausalLM(dataclasses.replace(preset("minimind3"), vocab_size=vocab_size)).to(tokens.device)
         ours = model(tokens[:, :-1], tokens[:, 1:]).loss.double()
         logits = model(tokens[:, :-1]).logits.double()
         exact = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())

@@ -29,8 +29,8 @@ def activation_bytes(resolved: Resolved, device_type: str) -> int:
     model, train = resolved.run.model, resolved.run.train
     compute, residual = precision_of(resolved)
     tokens = (train.micro_batch_size or 1) * resolved.run.data.seq_len
-    # The final norm keeps its input (and on a CPU its normalised value, both in float32), the loss its gradient.
-    ends = model.hidden_size * (compute + (8 if device_type == "cpu" else residual))
+    # The final norm keeps its input (and on a CPU a number a token), the loss its gradient.
+    ends = model.hidden_size * (compute + residual) + (4 if device_type == "cpu" else 0)
     total = tokens * ends
     if train.activation_checkpointing:
         total += tokens * model.num_hidden_layers * model.hidden_size * residual
@@ -103,11 +103,9 @@ def _block_bytes(resolved: Resolved, device_type: str, has_experts: bool) -> int
     # Autocast casts a norm's output once for each matrix that reads it.
     copies = 2 if compute == residual else (5 if not has_experts else 4)
     total = copies * hidden * compute
-    if device_type == "cpu":
-        # torch computes RMSNorm in steps there: float32 input and normalised value.
-        total += 2 * hidden * 8 + ((query + key) * 8 if model.qk_norm else 0)
-    else:
-        total += 2 * hidden * residual + ((query + key) * compute if model.qk_norm else 0)
+    total += 2 * hidden * residual + ((query + key) * compute if model.qk_norm else 0)
+    if device_type == "cpu":  # a number for every row that is normed
+        total += 8 + 4 * model.qk_norm * (model.num_attention_heads + model.num_key_value_heads)
     # A processor without 16-bit products computes attention in float32, and rounds the outcome.
     is_widened = device_type == "cpu" and compute == 2 and not products.multiplies(_DTYPES[train.precision or "bf16"])
     inside = 4 if is_widened else compute
@@ -118,10 +116,9 @@ def _block_bytes(resolved: Resolved, device_type: str, has_experts: bool) -> int
         total += model.num_attention_heads * seq_len * compute
     if not model.flash_attn:
         total += model.num_attention_heads * seq_len * (4 + 2 * inside)
-    total += 4 * _feed_forward_width(model, has_experts) * compute
+    # On a CPU gate and up alone: `minimind.model.cpu_layers`, `minimind.model.cpu_experts`.
+    total += (2 if device_type == "cpu" else 4) * _feed_forward_width(model, has_experts) * compute
     if has_experts:
-        if device_type == "cpu" and train.moe_backend == "autoep":  # gate and up alone: `minimind.model.cpu_experts`
-            total -= 2 * model.expert_feed_forward_size * model.num_experts_per_tok * compute
         # Tokens as dispatched and combined, and what the router keeps: logits, scores, choices.
         total += 2 * model.num_experts_per_tok * (hidden * compute + 20) + 12 * model.num_experts
         # What residual experts mix: both outputs, and a token's two weights.

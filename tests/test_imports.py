@@ -19,8 +19,8 @@ LAYERS = {
     1: "config cpu_gather distributed rendezvous lifeline lifeline_server ds_sections ds_communication ds_overlaps "
     "ds_experts",
     2: "ds_config expert_names schedule data.order data.dataset data.loader model model.attention model.cache "
-    "model.cpu_experts model.grouped model.layers model.loss model.moe model.pretrained model.products model.rope "
-    "model.routing model.transformer model.visibility",
+    "model.cpu_experts model.cpu_layers model.grouped model.layers model.loss model.moe model.pretrained "
+    "model.products model.rope model.routing model.transformer model.visibility",
     3: "experts native_experts",
     4: "engine",
     6: "trainer",

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.model.config import ModelConfig
+from minimind.model.cpu_layers import gated_linear, is_recomputed, rms_norm
 from minimind.model.products import linear
 
 
@@ -43,6 +44,16 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         return linear(x, self.weight)
+
+
+class GatedLinear(Linear):
+    """The matrix that ends a SwiGLU. It is given the two that it multiplies, so that it can do so again."""
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
+        """(..., in_features) each -> (..., out_features)."""
+        if is_recomputed(gate):
+            return gated_linear(gate, up, self.weight)
+        return linear(F.silu(gate) * up, self.weight)
 
 
 class BiasedLinear(nn.Linear):
@@ -81,7 +92,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., size) -> the same shape and dtype."""
         # One dtype for both: a float32 weight on a bfloat16 input, as under autocast, would miss the fused kernel.
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        weight = self.weight.to(x.dtype)
+        if is_recomputed(x):
+            return rms_norm(x, weight, self.eps)
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"
@@ -94,8 +108,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, size, config.initializer_range)
         self.up_proj = Linear(config.hidden_size, size, config.initializer_range)
-        self.down_proj = Linear(size, config.hidden_size, residual_std(config))
+        self.down_proj = GatedLinear(size, config.hidden_size, residual_std(config))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., hidden_size) -> the same shape."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.gate_proj(x), self.up_proj(x))

@@ -44,6 +44,13 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return onednn_product(left, right.t()) if is_better_by_onednn(left, right) else left @ right
 
 
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of `linear`'s matrix (out, in) from that of its outputs (..., out) and from its inputs (..., in)."""
+    if is_better_widened(grad, fewest=1) or is_better_by_onednn(grad, x):
+        return _multiply_columns(grad, x)
+    return grad.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
 def write_product(target: Tensor, left: Tensor, right: Tensor) -> None:
     """Put (m, k) times (k, n) into `target` (m, n). No gradient is kept."""
     if is_better_widened(left) or is_better_by_onednn(left, right):
@@ -152,13 +159,15 @@ class _Linear(torch.autograd.Function):
         (grad,) = grad_outputs
         x, weight = ctx.saved_tensors
         x_grad = _multiply(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        weight_grad = None
-        if ctx.needs_input_grad[1]:
-            columns = x.flatten(0, -2).t()
-            if x.dtype == torch.float32:  # oneDNN multiplies by rows
-                columns = columns.contiguous()
-            weight_grad = _multiply(grad.flatten(0, -2).t(), columns)
-        return x_grad, weight_grad
+        return x_grad, _multiply_columns(grad, x) if ctx.needs_input_grad[1] else None
+
+
+def _multiply_columns(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of a matrix (out, in) from that of its outputs (..., out) and from its inputs (..., in)."""
+    columns = x.flatten(0, -2).t()
+    if x.dtype == torch.float32:  # oneDNN multiplies by rows
+        columns = columns.contiguous()
+    return _multiply(grad.flatten(0, -2).t(), columns)
 
 
 def _multiply(left: Tensor, right: Tensor) -> Tensor:
