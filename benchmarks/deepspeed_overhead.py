@@ -8,6 +8,7 @@ A ratio is the bare loop's turn over the stage's in the same round.
 """
 
 import math
+import os
 import sys
 import tempfile
 import time
@@ -23,7 +24,7 @@ from turns import Contestant, started, take_turns
 from minimind.config import preset
 from minimind.distributed import find_device, process_group, read_environment
 from minimind.engine import optimizer_step, parameter_groups
-from minimind.host_tuning import keep_freed_memory
+from minimind.host_tuning import keep_freed_memory, openmp_environment
 from minimind.model import MiniMindForCausalLM
 
 TARGETS = {0: None, 1: 0.95, 2: 0.95, 3: 0.85}
@@ -70,7 +71,7 @@ def main(
             [sys.executable, __file__, f"--only={kind}", f"--micro-batches={micro_batches}", *shape],
             PATTERN,
             steps,
-            env=core_threads(),
+            env={**core_threads(), **openmp_environment(os.environ)},
         )
         for name, kind in names.items()
     ]

@@ -26,10 +26,18 @@ export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 # A processor without products in bf16 is measured in float32, which is slower: there each script takes fewer or smaller
 # turns, and leaves out what nothing was promised for.
 bf16="$("$python" -c 'import sys; sys.path.insert(0, "benchmarks"); import measure; print(measure.computes_in_bf16())')"
-precision=bf16 data=() experts=() stages=() train=() kinds=() scaling=()
+precision=bf16 start=() data=() layers=() experts=() stages=() train=() memory=() scaling=() decoding=()
 if [ "$bf16" != True ]; then
-  precision=fp32 data=(--repeats 3) experts=(--rounds 3) stages=(--stages 1 2 3) train=(--batch 4) kinds=(--kinds "ours bf16")
+  precision=fp32
+  start=(--repeats 2)
+  data=(--repeats 3)
+  layers=(--rounds 5)
+  experts=(--rounds 3)
+  stages=(--stages 1 2 3)
+  train=(--batch 4 --programs minimind "ours fp32")
+  memory=(--batch 16 --kinds "ours bf16")
   scaling=(--accumulation 2 --steps 1)
+  decoding=(--repeats 2)
 fi
 failed=()
 mkdir -p benchmarks/out
@@ -43,15 +51,15 @@ run() {
   timeout --kill-after=60 "${minutes}m" "$python" "benchmarks/$name" "$@" || failed+=("$name $*")
 }
 
-run start.py 4
+run start.py 4 "${start[@]}"
 run data.py 4 "${data[@]}"
-run cpu_layers.py 2
+run cpu_layers.py 2 "${layers[@]}"
 run experts.py 7 "${experts[@]}"
 [ "$bf16" = True ] && run deepspeed_overhead.py 7 --precision bf16 --rounds 11 --minutes 6
 run deepspeed_overhead.py 9 --precision fp32 --rounds 3 --minutes 7 "${stages[@]}"
 if [ -n "$peer" ]; then
   run train.py 12 --peer "$peer" --rounds 2 --minutes 7 "${train[@]}" "${text[@]}"
-  run memory.py 8 --peer "$peer" "${kinds[@]}"
+  run memory.py 8 --peer "$peer" "${memory[@]}"
   run learning.py 9 --peer "$peer" --minutes 6 "${text[@]}"
 else
   failed+=("train.py, memory.py, learning.py: not run, they need --peer DIR")
@@ -59,7 +67,7 @@ fi
 run weak_scaling.py 6 --precision "$precision" --minutes 4 "${scaling[@]}" "${text[@]}"
 run scaling.py 1
 run tokenize_corpus.py 6 --repeats 2
-run generate.py 5
+run generate.py 6 "${decoding[@]}"
 run checkpoint.py 3
 
 printf '\n'

@@ -4,7 +4,9 @@
 
 DIR is a checkout of jingyaogong/minimind. All programs are started, warmed up, and take turns on the whole machine; a
 ratio is one turn of ours over the turn of the other in the same round. Real tokens are those of the texts with their
-end marks; padding counts for nothing. Ours is the command itself, `python -m minimind.train`, under ZeRO-1.
+end marks; padding counts for nothing. A padded step takes as long whatever its texts are, so its real tokens are those
+of a mean step: texts of a few steps happen to be long or short. Ours is the command itself, `python -m minimind.train`,
+under ZeRO-1.
 """
 
 import json
@@ -26,6 +28,7 @@ from minimind.config import preset
 from minimind.peak_flops import peak_flops
 
 TARGETS = {340: 4.0, 512: 5.0}
+FEWEST_TEXTS = 4000  # a mean over so many is within 2% of the corpus's
 OURS = {
     "ours fp32": ("--precision", "fp32"),
     "ours bf16": ("--precision", "bf16"),
@@ -48,6 +51,7 @@ def main(
     accumulation: int = 2,
     steps: int = 2,
     model: str = "minimind3",
+    programs: tuple[str, ...] | None = None,
     output: Path | None = None,
 ) -> None:
     """Measure.
@@ -63,6 +67,7 @@ def main(
             about as many real tokens, as nothing of it is padding.
         steps: micro-batches of the padded ones in a turn; ours makes as many optimizer steps.
         model: preset; the peer has the shape of minimind3.
+        programs: names of those that take turns, one of ours among them [default: all].
         output: where the JSON goes.
     """
     where = environment()
@@ -73,7 +78,9 @@ def main(
         for length in lengths:
             deadline = time.perf_counter() + 60 * minutes / len(lengths)
             part = folder / str(length)
-            rows = measure_length(length, peer, source, part, rounds, batch, accumulation, steps, model, deadline)
+            rows = measure_length(
+                length, peer, source, part, rounds, batch, accumulation, steps, model, deadline, programs
+            )
             measured[str(length)] = {"text": str(source), **rows}
             claims += judge(length, rows)
     finally:
@@ -92,6 +99,7 @@ def measure_length(
     steps: int,
     model: str,
     deadline: float,
+    programs: tuple[str, ...] | None,
 ) -> dict:
     """Real tokens a second of each contestant, turn by turn."""
     folder.mkdir(parents=True)
@@ -101,7 +109,7 @@ def measure_length(
         )
     reference = Peer.copied(peer, folder / "peer")
     needed = (rounds + 2) * (steps + 3) * batch * 2
-    texts = read_texts(source, needed)
+    texts = read_texts(source, max(needed, FEWEST_TEXTS))
     part = folder / "texts.jsonl"
     part.write_text("".join(json.dumps({"text": item}, ensure_ascii=False) + "\n" for item in texts))
     rows = reference.read_tokens(texts, length)
@@ -128,30 +136,30 @@ def measure_length(
         ours += ["--ds-config", str(ROOT / "ds_configs" / "zero1.json")]
         log = run_dir / "metrics.jsonl"
         contestants.append(Contestant(name, ours, STEP_IN_LOG, steps, cwd=ROOT, env=threads, log=log))
+    if programs is not None:
+        names = [contestant.name for contestant in contestants]
+        if not set(programs) <= set(names) or not set(programs) & set(ours_here):
+            raise SystemExit(f"--programs {' '.join(programs)}: choose of {', '.join(names)}, one of ours among them")
+        contestants = [contestant for contestant in contestants if contestant.name in programs]
     print(f"length {length}", file=sys.stderr)
     with started(contestants):
         take_turns(contestants, rounds, deadline)
 
-    real = [sum(len(rows[index]) for index in indices) for indices in micro_batches(len(texts), batch)]
+    kept = sum(len(row) for row in rows)
+    padded_tokens, our_tokens = batch * kept / len(rows), accumulated * batch * length
     speeds = {}
     for contestant in contestants:
-        ours = contestant.log is not None
-        counts = [
-            turn.steps * accumulated * batch * length
-            if ours
-            else sum(real[turn.first - 1 : turn.first - 1 + turn.steps])
-            for turn in contestant.turns
-        ]
+        each = padded_tokens if contestant.log is None else our_tokens
+        counts = [turn.steps * each for turn in contestant.turns]
         speeds[contestant.name] = {
             "tokens_per_second": [c / turn.wall_seconds for c, turn in zip(counts, contestant.turns, strict=True)],
             "tokens_per_cpu_second": [c / turn.cpu_seconds for c, turn in zip(counts, contestant.turns, strict=True)],
         }
-    kept = sum(len(row) for row in rows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if computes_in_bf16() else torch.float32
     peak, source_of_peak = peak_flops(device, dtype)
     flops = preset(model).flops_per_token(length)
-    judged = [name for name in ours_here if ("bf16" in name) == (dtype == torch.bfloat16)]
+    judged = [name for name in ours_here if name in speeds and ("bf16" in name) == (dtype == torch.bfloat16)]
     return {
         "speeds": speeds,
         "padding_share": 1 - kept / (len(rows) * length),
@@ -170,6 +178,8 @@ def judge(length: int, rows: dict) -> list[Claim]:
     ]
     best = max(rows["mfu"], key=lambda name: sum(speeds[name]))
     for other, target in (("minimind", TARGETS.get(length)), ("Qwen3", None)):
+        if other not in speeds:
+            continue
         name = f"training at {length}: {best} over {other}"
         claims.append(Claim(name, ratios(speeds[best], speeds[other]), target, unit="x"))
     claims.append(Claim(f"training at {length}: MFU of {best}", tuple(rows["mfu"][best]), note="of the measured peak"))
