@@ -37,6 +37,7 @@ from minimind.distributed import (
 from minimind.errors import UserError, run_main
 from minimind.fast_weights import quantize_int8
 from minimind.flags import parse_flags
+from minimind.full_memory import full_memory_named
 from minimind.model import MiniMindForCausalLM
 from minimind.multiple_choice import ChoiceScore, read_questions, score_choices
 from minimind.pretrained import choose_device, load_model
@@ -192,6 +193,13 @@ def main(args: Sequence[str] | None = None) -> None:
     device, dtype = choose_device(flags.device, flags.precision, int8=flags.int8)
     if env.world_size > 1 and device.type == "cuda":
         device = find_device(env)
+    who = f"rank {env.rank}" if env.world_size > 1 else ""
+    with full_memory_named(device, cures(flags, dtype), who):
+        run(flags, env, device, dtype)
+
+
+def run(flags: EvaluateFlags, env: RankEnvironment, device: torch.device, dtype: torch.dtype) -> None:
+    """Load the model, measure and report."""
     model, tokenizer_file = load_model(flags.checkpoint, dtype=dtype, device=device, tokenizer=flags.tokenizer)
     if flags.int8:
         quantize_int8(model)
@@ -215,6 +223,16 @@ def main(args: Sequence[str] | None = None) -> None:
         result = measure(model, reader, flags, env)
     if env.is_first:
         report(result, flags, reader.fingerprint)
+
+
+def cures(flags: EvaluateFlags, dtype: torch.dtype) -> list[str]:
+    """What lowers the memory that measuring needs."""
+    found = ["pass --precision bf16"] if dtype == torch.float32 else []
+    if flags.multiple_choice is not None:
+        return [*found, f"shorten the questions of {flags.multiple_choice}"]
+    if flags.micro_batch_size > 1:
+        found.insert(0, f"lower --micro-batch-size {flags.micro_batch_size}")
+    return [*found, f"shorten --seq-len {flags.seq_len}"]
 
 
 def measure(model: MiniMindForCausalLM, reader: ShardReader, flags: EvaluateFlags, env: RankEnvironment) -> Evaluation:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 
 from minimind.chat import Chat, Message, converse, encode_chat
@@ -22,6 +23,7 @@ from minimind.decoding import Decoding
 from minimind.errors import UserError, run_main
 from minimind.fast_weights import prepare_decoding
 from minimind.flags import parse_flags
+from minimind.full_memory import full_memory_named
 from minimind.model import MiniMindForCausalLM
 from minimind.pretrained import choose_device, load_model, stretch_context
 from minimind.sampling import SamplingOptions
@@ -188,6 +190,12 @@ def main(args: Sequence[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     flags = parse_flags(GenerateFlags, args, default=tyro.MISSING_NONPROP, prog="python -m minimind.generate")
     device, dtype = choose_device(flags.device, flags.precision, int8=flags.int8)
+    with full_memory_named(device, cures(flags, device, dtype)):
+        run(flags, device, dtype)
+
+
+def run(flags: GenerateFlags, device: torch.device, dtype: torch.dtype) -> None:
+    """Load the model, and answer or chat."""
     model, tokenizer_file = load_model(flags.checkpoint, dtype=dtype, device=device, tokenizer=flags.tokenizer)
     prepare_decoding(model, int8=flags.int8, compiled=flags.compile)
     tokenizer = load_tokenizer(tokenizer_file)
@@ -211,6 +219,17 @@ def main(args: Sequence[str] | None = None) -> None:
     else:
         for text, completion in zip(flags.prompt, generate(model, tokenizer, prompts, flags), strict=True):
             print(f"--- {text}\n{completion.text}")
+
+
+def cures(flags: GenerateFlags, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """What lowers the memory that generating needs."""
+    found = [] if flags.int8 or device.type != "cpu" else ["pass --int8"]
+    if dtype == torch.float32 and device.type != "cpu":
+        found.append("pass --precision bf16")
+    if len(flags.prompt) > 1:
+        found.append(f"give fewer than {len(flags.prompt)} prompts at once")
+    found.append(f"lower --max-new-tokens {flags.max_new_tokens}")
+    return found if device.type == "cpu" else [*found, "or pass --device cpu"]
 
 
 def print_completions(flags: GenerateFlags, completions: Sequence[Completion]) -> None:

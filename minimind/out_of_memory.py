@@ -1,10 +1,6 @@
-"""A full memory, said in one line: whose, at which place of the run, with the flags that lower what it needs.
-
-Knows the errors of torch's allocators and of Python; a process that the kernel kills says nothing, here or elsewhere.
-"""
+"""A training run whose memory is full: the rank, the place in its step, and the flags that lower what it needs."""
 
 import contextlib
-import re
 from collections.abc import Iterator
 
 import torch
@@ -12,8 +8,8 @@ import torch
 from minimind.distributed import RankEnvironment
 from minimind.ds_config import Resolved
 from minimind.errors import OneRankError
+from minimind.full_memory import describe, is_full_memory
 from minimind.lifeline import Lifeline
-from minimind.memory import format_bytes
 from minimind.rendezvous import node_name
 
 
@@ -31,28 +27,13 @@ def full_memory_in_words(
     except (MemoryError, RuntimeError) as error:
         if not is_full_memory(error):
             raise
-        raise OneRankError(describe(error, resolved, env, device, lifeline.position)) from error
+        who = name_rank(env)
+        raise OneRankError(describe(error, device, cures(resolved), who=who, place=lifeline.position)) from error
 
 
-def is_full_memory(error: Exception) -> bool:
-    """Whether an allocation failed: on a GPU, in torch's allocator of the host, or in Python."""
-    # torch has no type of its own for the host: its allocator raises a RuntimeError.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
-
-
-def describe(error: Exception, resolved: Resolved, env: RankEnvironment, device: torch.device, position: str) -> str:
-    """Rank, device, place, figures, cures."""
-    on_device = isinstance(error, torch.OutOfMemoryError)
-    who = f"rank {env.rank} on {node_name()}: " if env.world_size > 1 else ""
-    where = str(device) if on_device else "the host"
-    figures = []
-    if wanted := re.search(r"tried to allocate ([\d.]+ ?\w+)", str(error), re.IGNORECASE):
-        figures.append(f"{_readable(wanted[1])} more were wanted")
-    if on_device and device.type == "cuda":
-        held, total = torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[1]
-        figures.append(f"tensors hold {format_bytes(held)} of {format_bytes(total)}")
-    said = f" ({', '.join(figures)})" if figures else ""
-    return f"{who}{where} is out of memory at {position}{said}: {'; '.join(cures(resolved))}"
+def name_rank(env: RankEnvironment) -> str:
+    """The rank and its host, where there are several."""
+    return f"rank {env.rank} on {node_name()}" if env.world_size > 1 else ""
 
 
 def cures(resolved: Resolved) -> list[str]:
@@ -67,9 +48,3 @@ def cures(resolved: Resolved) -> list[str]:
         found.append(f"take a ZeRO stage above {resolved.zero_stage} (--ds-config)")
     found.append(f"shorten --seq-len {resolved.run.data.seq_len}")
     return [*found, "--dry-run itemises what a rank needs"]
-
-
-def _readable(size: str) -> str:
-    """The host's allocator counts bytes."""
-    count = size.removesuffix("bytes").strip()
-    return format_bytes(int(count)) if count.isdecimal() else size

@@ -19,6 +19,7 @@ from minimind.batching import Batcher
 from minimind.errors import UserError, run_main
 from minimind.fast_weights import prepare_decoding
 from minimind.flags import parse_flags
+from minimind.full_memory import full_memory_named
 from minimind.generate import GenerationOptions
 from minimind.pretrained import choose_device, load_model
 from minimind.tokenizer import load_tokenizer
@@ -88,8 +89,9 @@ def main(args: Sequence[str] | None = None) -> None:
         os.environ.setdefault(name, "16")
     device, dtype = choose_device(flags.device, flags.precision, int8=flags.int8)
     listener = listen(flags.host, flags.port)
-    model, tokenizer_file = load_model(flags.checkpoint, dtype=dtype, device=device, tokenizer=flags.tokenizer)
-    prepare_decoding(model, int8=flags.int8)
+    with full_memory_named(device, ["take another --device, --precision bf16, or on a CPU --int8"]):
+        model, tokenizer_file = load_model(flags.checkpoint, dtype=dtype, device=device, tokenizer=flags.tokenizer)
+        prepare_decoding(model, int8=flags.int8)
     tokenizer = load_tokenizer(tokenizer_file)
     batcher = Batcher(model, tokenizer, max_batch_size=flags.max_batch_size, max_waiting=flags.max_waiting)
     name = flags.name or flags.checkpoint.resolve().name

@@ -9,11 +9,12 @@ import pytest
 import torch
 from training_runs import flags_for, losses, train
 
+from minimind import evaluate, generate
 from minimind.checkpoint_files import list_checkpoints
-from minimind.errors import OneRankError
+from minimind.errors import OneRankError, UserError
 from minimind.events import read_events
+from minimind.full_memory import is_full_memory
 from minimind.model import MiniMindForCausalLM
-from minimind.out_of_memory import is_full_memory
 
 TOO_MANY_BYTES = 1 << 45
 
@@ -69,3 +70,28 @@ def test_another_error_stays_what_it_is(tiny_corpus, tmp_path, monkeypatch):
         train(flags_for(tiny_corpus, tmp_path))
     assert not is_full_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert is_full_memory(MemoryError())
+
+
+def test_generate_and_evaluate_say_what_helps_them(tiny_corpus, tmp_path, monkeypatch):
+    train(flags_for(tiny_corpus, tmp_path))
+    asked = ["--checkpoint", str(tmp_path), "--device", "cpu"]
+    monkeypatch.setattr(MiniMindForCausalLM, "forward", lambda *_, **__: torch.empty(TOO_MANY_BYTES, dtype=torch.uint8))
+    prompts = ["--prompt", "one", "two", "--max-new-tokens", "4"]
+    shards = ["--shards", str(tiny_corpus), "--seq-len", "16", "--precision", "bf16"]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"context": "a", "choices": ["b", "c"], "answer": 0}\n')
+    start = "the host is out of memory (32.0 TiB more were wanted): "
+    for command, flags, words in (
+        (generate.main, prompts, "pass --int8; give fewer than 2 prompts at once; lower --max-new-tokens 4"),
+        (generate.main, ["--prompt", "one", "--int8"], "lower --max-new-tokens 256"),
+        (evaluate.main, shards, "lower --micro-batch-size 8; shorten --seq-len 16"),
+        (
+            evaluate.main,
+            ["--multiple-choice", str(questions)],
+            f"pass --precision bf16; shorten the questions of {questions}",
+        ),
+    ):
+        with pytest.raises(UserError) as error:
+            command([*asked, *flags])
+        assert str(error.value) == start + words
+    assert not (tmp_path / evaluate.OUTPUT_NAME).exists()
