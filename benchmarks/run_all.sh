@@ -26,16 +26,17 @@ export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 # A processor without products in bf16 is measured in float32, which is slower: there each script takes fewer or smaller
 # turns, and leaves out what nothing was promised for.
 bf16="$("$python" -c 'import sys; sys.path.insert(0, "benchmarks"); import measure; print(measure.computes_in_bf16())')"
-precision=bf16 start=() data=() layers=() experts=() stages=() train=() memory=() scaling=() decoding=()
+precision=bf16 start=() data=() layers=() experts=() stages=() train=() memory=() learning=() scaling=() decoding=()
 if [ "$bf16" != True ]; then
   precision=fp32
   start=(--repeats 2)
-  data=(--repeats 3)
+  data=(--repeats 2)
   layers=(--rounds 5)
-  experts=(--rounds 3)
+  experts=(--rounds 2)
   stages=(--stages 1 2 3)
   train=(--batch 4 --programs minimind "ours fp32")
-  memory=(--batch 16 --kinds "ours bf16")
+  memory=(--kinds "ours bf16")
+  learning=(--tokens 80000)
   scaling=(--accumulation 2 --steps 1)
   decoding=(--repeats 2)
 fi
@@ -60,7 +61,7 @@ run deepspeed_overhead.py 9 --precision fp32 --rounds 3 --minutes 7 "${stages[@]
 if [ -n "$peer" ]; then
   run train.py 12 --peer "$peer" --rounds 2 --minutes 7 "${train[@]}" "${text[@]}"
   run memory.py 8 --peer "$peer" "${memory[@]}"
-  run learning.py 9 --peer "$peer" --minutes 6 "${text[@]}"
+  run learning.py 9 --peer "$peer" --minutes 6 "${learning[@]}" "${text[@]}"
 else
   failed+=("train.py, memory.py, learning.py: not run, they need --peer DIR")
 fi
