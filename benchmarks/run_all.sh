@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every benchmark that this machine can run, then one table: bash benchmarks/run_all.sh [--peer DIR] [--text FILE.jsonl]
-# Under 40 minutes on two quiet cores. A benchmark that fails is named at the end; the others go on.
+# Made for under 40 minutes on two quiet cores. A benchmark that fails is named at the end; the others go on.
 set -uo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 invoked="$PWD"
