@@ -1,7 +1,9 @@
 """Gathering large tensors over the ranks of a CPU run where they are to stand, without gloo's copy of the whole.
 
 gloo gathers into a temporary buffer of its own, new for every call (128 MB for minimind3 in bf16), whose pages the
-system has to find first. A broadcast writes where it is told to. Knows nothing of what is gathered.
+system has to find first. And it copies from there in a thread of its own, for which torch makes a team of OpenMP: once
+a process has more threads in teams than cores, libgomp's threads sleep between two products instead of waiting, for the
+rest of the run. A broadcast writes where it is told to. Knows nothing of what is gathered.
 """
 
 from typing import Any
@@ -9,8 +11,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-# Bytes of a rank's part from which on the copy costs more than the calls of several broadcasts.
-_SMALLEST_PART = 2**20
+# Elements of a rank's part that torch still copies by one thread (at::internal::GRAIN_SIZE). From about there on several
+# broadcasts take no longer than the copy either (two and four ranks on one machine, parts of 16 KiB to 1 MiB).
+_LARGEST_COPY = 2**15
 
 
 def gather_in_place(
@@ -18,10 +21,16 @@ def gather_in_place(
 ) -> "dist.Work | _Works | None":
     """As `torch.distributed.all_gather_into_tensor`: every rank's (n,) one after the other, in (ranks * n,).
 
-    Every rank of the group calls this. Large parts travel by one broadcast a rank, small ones as before.
+    Every rank of the group calls this. Large parts travel by one broadcast a rank, small ones as before. One rank alone
+    copies.
     """
-    part_bytes = input_tensor.numel() * input_tensor.element_size()
-    if dist.get_world_size(group) == 1 or part_bytes < _SMALLEST_PART or not output_tensor.is_contiguous():
+    if not output_tensor.is_contiguous():
+        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+    if dist.get_world_size(group) == 1:
+        if output_tensor.data_ptr() != input_tensor.data_ptr():
+            output_tensor.view(-1).copy_(input_tensor.flatten())
+        return _Works([]) if async_op else None
+    if input_tensor.numel() <= _LARGEST_COPY:
         return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
     parts = output_tensor.view(dist.get_world_size(group), -1)
     own = parts[dist.get_rank(group)]

@@ -17,10 +17,10 @@ _GROWTH = 64 * 2**20
 def openmp_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Variables to add before torch is loaded, so that the threads of a product keep waiting for the next one.
 
-    libgomp waits in a short loop between two parallel regions, but gives that up (a thousand turns instead of 300,000)
-    once a process has more threads in teams than cores. gloo's own threads found such teams at the first large
-    all-gather, and every small operation takes twice as long from then on. ACTIVE with libgomp's usual count keeps the
-    usual waiting; LLVM's OpenMP gets its usual 200 ms. Empty where somebody has chosen already.
+    libgomp waits in a short loop between two parallel regions, but nearly gives that up once a process has more threads
+    in teams than cores, and every small operation takes twice as long from then on. ACTIVE with libgomp's usual count
+    keeps it waiting over some ten microseconds even then, though not over the longer pauses of ZeRO 3: `cpu_gather`
+    keeps gloo from founding such teams. LLVM's OpenMP gets its usual 200 ms. Empty where somebody has chosen already.
     """
     if "OMP_WAIT_POLICY" in environment:
         return {}

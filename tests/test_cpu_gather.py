@@ -1,4 +1,7 @@
-"""Gathering without gloo's copy: the same bytes in the same places, from every rank, several gathers at once too."""
+"""Gathering without gloo's copy: the same bytes in the same places, from every rank, several gathers at once too, and no
+team of threads that gloo's own would found."""
+
+from pathlib import Path
 
 import deepspeed
 import pytest
@@ -18,9 +21,9 @@ def pool():
     yield from rank_pool(RANKS)
 
 
-def gather(dtype: torch.dtype, smallest: int, in_place: bool, async_op: bool) -> tuple[bool, int]:
+def gather(dtype: torch.dtype, largest_copy: int, in_place: bool, async_op: bool) -> tuple[bool, int]:
     """On every rank: whether three gathers at once gave what all_gather_into_tensor gives, and how many broadcasts."""
-    cpu_gather._SMALLEST_PART = smallest
+    usual, cpu_gather._LARGEST_COPY = cpu_gather._LARGEST_COPY, largest_copy
     count, broadcast = 0, dist.broadcast
 
     def counted(*args, **kwargs):
@@ -48,7 +51,7 @@ def gather(dtype: torch.dtype, smallest: int, in_place: bool, async_op: bool) ->
                     work.wait()
                     assert work.is_completed()
         finally:
-            dist.broadcast = broadcast
+            dist.broadcast, cpu_gather._LARGEST_COPY = broadcast, usual
     return all(torch.equal(found, wanted) for found, wanted in right), count
 
 
@@ -56,12 +59,66 @@ def gather(dtype: torch.dtype, smallest: int, in_place: bool, async_op: bool) ->
 @pytest.mark.parametrize("in_place", [False, True], ids=["", "in place"])
 @pytest.mark.parametrize("async_op", [False, True], ids=["", "async"])
 def test_large_parts_are_broadcast_where_they_belong(pool: RankPool, dtype, in_place, async_op):
-    assert pool.run(gather, dtype, 1, in_place, async_op) == [(True, 3 * RANKS)] * RANKS
+    assert pool.run(gather, dtype, 0, in_place, async_op) == [(True, 3 * RANKS)] * RANKS
 
 
 def test_small_parts_go_as_before(pool: RankPool):
-    assert pool.run(gather, torch.float32, 4001, False, True) == [(True, 0)] * RANKS
-    assert pool.run(gather, torch.float32, 4000, False, True) == [(True, 3 * RANKS)] * RANKS
+    assert pool.run(gather, torch.float32, 1000, False, True) == [(True, 0)] * RANKS
+    assert pool.run(gather, torch.float32, 999, False, True) == [(True, 3 * RANKS)] * RANKS
+
+
+@pytest.fixture(scope="module")
+def single():
+    yield from rank_pool(1)
+
+
+def gather_alone(async_op: bool) -> tuple[bool, bool]:
+    """Whether one rank's gather gave its own part, and whether there was something to wait for."""
+    own, found = torch.arange(1000.0), torch.zeros(1000)
+    with process_group(read_environment(), torch.device("cpu")):
+        work = gather_in_place(found, own, async_op=async_op)
+        if work is not None:
+            work.wait()
+            assert work.is_completed()
+        gather_in_place(own, own)
+    return torch.equal(own, torch.arange(1000.0)) and torch.equal(own, found), work is not None
+
+
+def test_one_rank_copies(single: RankPool):
+    assert single.run(gather_alone, False) == [(True, False)]
+    assert single.run(gather_alone, True) == [(True, True)]
+
+
+def threads_founded(elements: int) -> tuple[int, int]:
+    """How many threads ten gathers of parts added, and after them ten of gloo's. Products have two threads meanwhile."""
+
+    def count() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with process_group(read_environment(), torch.device("cpu")):
+            own = torch.ones(elements)
+            whole = torch.zeros(dist.get_world_size() * elements)
+            own.clone().add_(whole[:elements])  # this thread's own team
+            counts = [count()]
+            for gathered in (gather_in_place, dist.all_gather_into_tensor):
+                for _ in range(10):
+                    gathered(whole, own)
+                counts.append(count())
+    finally:
+        torch.set_num_threads(before)
+    return counts[1] - counts[0], counts[2] - counts[1]
+
+
+@pytest.mark.parametrize("pool_name", ["single", "pool"])
+def test_gloo_founds_no_teams_of_threads(pool_name: str, request: pytest.FixtureRequest):
+    ranks: RankPool = request.getfixturevalue(pool_name)
+    assert set(ranks.run(threads_founded, cpu_gather._LARGEST_COPY)) == {(0, 0)}
+    found = ranks.run(threads_founded, cpu_gather._LARGEST_COPY + 1)
+    assert {ours for ours, _ in found} == {0}
+    assert all(by_gloo > 0 for _, by_gloo in found)
 
 
 def gather_by_deepspeed() -> bool:
