@@ -11,8 +11,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-# Elements of a rank's part that torch still copies by one thread (at::internal::GRAIN_SIZE). From about there on several
-# broadcasts take no longer than the copy either (two and four ranks on one machine, parts of 16 KiB to 1 MiB).
+# Elements of a rank's part that torch still copies by one thread (at::internal::GRAIN_SIZE). Several broadcasts take no
+# longer than the copy from about there on, too (two and four ranks on one machine, parts of 16 KiB to 1 MiB).
 _LARGEST_COPY = 2**15
 
 

@@ -1,5 +1,5 @@
-"""Gathering without gloo's copy: the same bytes in the same places, from every rank, several gathers at once too, and no
-team of threads that gloo's own would found."""
+"""Gathering without gloo's copy: the same bytes in the same places, from every rank, several gathers at once too, and
+without the teams of threads that gloo would found."""
 
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def test_one_rank_copies(single: RankPool):
 
 
 def threads_founded(elements: int) -> tuple[int, int]:
-    """How many threads ten gathers of parts added, and after them ten of gloo's. Products have two threads meanwhile."""
+    """How many threads ten gathers of parts added, and after them ten of gloo's. Products have two meanwhile."""
 
     def count() -> int:
         return len(list(Path("/proc/self/task").iterdir()))
