@@ -54,6 +54,11 @@ class RankEnvironment:
         """Whether this is rank 0, the one that prints and writes."""
         return self.rank == 0
 
+    @property
+    def speaker(self) -> str:
+        """The rank and its host, for what only one of several ranks says; nothing where there is one."""
+        return f"rank {self.rank} on {node_name()}" if self.world_size > 1 else ""
+
 
 # What launchers call the number of hosts: deepspeed, torchrun, a step of srun, a SLURM job.
 _NUM_NODES = ("CROSS_SIZE", "GROUP_WORLD_SIZE")

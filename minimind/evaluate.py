@@ -193,8 +193,7 @@ def main(args: Sequence[str] | None = None) -> None:
     device, dtype = choose_device(flags.device, flags.precision, int8=flags.int8)
     if env.world_size > 1 and device.type == "cuda":
         device = find_device(env)
-    who = f"rank {env.rank}" if env.world_size > 1 else ""
-    with full_memory_named(device, cures(flags, dtype), who):
+    with full_memory_named(device, cures(flags, dtype), env.speaker):
         run(flags, env, device, dtype)
 
 

@@ -10,7 +10,6 @@ from minimind.ds_config import Resolved
 from minimind.errors import OneRankError
 from minimind.full_memory import describe, is_full_memory
 from minimind.lifeline import Lifeline
-from minimind.rendezvous import node_name
 
 
 @contextlib.contextmanager
@@ -27,13 +26,8 @@ def full_memory_in_words(
     except (MemoryError, RuntimeError) as error:
         if not is_full_memory(error):
             raise
-        who = name_rank(env)
-        raise OneRankError(describe(error, device, cures(resolved), who=who, place=lifeline.position)) from error
-
-
-def name_rank(env: RankEnvironment) -> str:
-    """The rank and its host, where there are several."""
-    return f"rank {env.rank} on {node_name()}" if env.world_size > 1 else ""
+        line = describe(error, device, cures(resolved), who=env.speaker, place=lifeline.position)
+        raise OneRankError(line) from error
 
 
 def cures(resolved: Resolved) -> list[str]:

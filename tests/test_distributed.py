@@ -190,3 +190,9 @@ def test_only_rank_0_logs(capsys, monkeypatch, clean_environment):
     monkeypatch.setenv("LOCAL_RANK", "1")
     distributed.log("two")
     assert capsys.readouterr().out == "one\n"
+
+
+def test_a_rank_among_several_names_itself_and_its_host(monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "node7")
+    assert RankEnvironment(rank=3, world_size=4).speaker == "rank 3 on node7"
+    assert RankEnvironment().speaker == ""
