@@ -37,7 +37,7 @@ if [ "$bf16" != True ]; then
   train=(--batch 4 --programs minimind "ours fp32")
   memory=(--kinds "ours bf16")
   learning=(--tokens 80000)
-  scaling=(--accumulation 2 --steps 1)
+  scaling=(--accumulation 1 --steps 1 --rounds 5)
   decoding=(--repeats 2)
 fi
 failed=()
@@ -57,7 +57,7 @@ run data.py 4 "${data[@]}"
 run cpu_layers.py 2 "${layers[@]}"
 run experts.py 7 "${experts[@]}"
 [ "$bf16" = True ] && run deepspeed_overhead.py 7 --precision bf16 --rounds 11 --minutes 6
-run deepspeed_overhead.py 9 --precision fp32 --rounds 5 --minutes 7 "${stages[@]}"
+run deepspeed_overhead.py 8 --precision fp32 --rounds 5 --minutes 6 "${stages[@]}"
 if [ -n "$peer" ]; then
   run train.py 12 --peer "$peer" --rounds 2 --minutes 7 "${train[@]}" "${text[@]}"
   run memory.py 8 --peer "$peer" "${memory[@]}"
