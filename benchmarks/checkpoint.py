@@ -17,11 +17,11 @@ import tyro
 from engines import build
 from measure import Claim, environment, report
 
-from minimind.checkpoint_saving import CheckpointSaver, Corpus, TrainState
-from minimind.config import preset
-from minimind.distributed import find_device, process_group, read_environment
-from minimind.ds_config import Resolved
-from minimind.engine import optimizer_step
+from minimind.checkpoints.saving import CheckpointSaver, Corpus, TrainState
+from minimind.config.run_config import preset
+from minimind.distributed.environment import find_device, process_group, read_environment
+from minimind.config.resolve import Resolved
+from minimind.parallel.engine import optimizer_step
 
 
 @dataclass

@@ -17,8 +17,8 @@ import tyro
 from measure import Claim, environment, ratios, report
 from torch import Tensor, nn
 
-from minimind.config import preset
-from minimind.host_tuning import keep_freed_memory
+from minimind.config.run_config import preset
+from minimind.distributed.cpu_tuning import keep_freed_memory
 from minimind.model import layers
 
 

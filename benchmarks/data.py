@@ -17,7 +17,7 @@ import torch
 import tyro
 from measure import Claim, environment, ratios, report
 
-from minimind.config import preset
+from minimind.config.run_config import preset
 from minimind.data.array_file import ArrayFile
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import BatchLoader

@@ -6,10 +6,10 @@ import deepspeed
 import torch
 from measure import ROOT
 
-from minimind.config import DataConfig, RunConfig, TrainConfig
-from minimind.distributed import RankEnvironment
-from minimind.ds_config import Resolved, load, resolve
-from minimind.engine import build_engine, build_model
+from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
+from minimind.distributed.environment import RankEnvironment
+from minimind.config.resolve import Resolved, load, resolve
+from minimind.parallel.engine import build_engine, build_model
 from minimind.model.config import ModelConfig
 
 

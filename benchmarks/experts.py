@@ -3,7 +3,7 @@
     python benchmarks/experts.py [--tokens 4096] [--precision fp32 bf16]
 
 All ways to run the same experts take turns in one process: ours (sorted tokens, grouped products), a plain loop over
-experts, transformers' grouped path, and DeepSpeed's two backends as `minimind.experts` builds them. The router is
+experts, transformers' grouped path, and DeepSpeed's two backends as `minimind.parallel.experts` builds them. The router is
 random and nearly balanced. A ratio is the dense block's seconds over the experts' in the same round.
 """
 
@@ -22,14 +22,14 @@ from engines import build
 from measure import Claim, computes_in_bf16, environment, ratios, report
 from torch import Tensor, nn
 
-from minimind.distributed import RankEnvironment, find_device, process_group, read_environment
+from minimind.distributed.environment import RankEnvironment, find_device, process_group, read_environment
 from minimind.errors import UserError
-from minimind.host_tuning import keep_freed_memory
+from minimind.distributed.cpu_tuning import keep_freed_memory
 from minimind.model import MiniMindForCausalLM
 from minimind.model.config import ModelConfig
 from minimind.model.layers import FeedForward
 from minimind.model.moe import MoEFeedForward
-from minimind.model.routing import route
+from minimind.model.router import route
 
 # (experts, experts a token, share of the dense block's speed to reach): the experts of a token are as wide together as
 # the dense block.

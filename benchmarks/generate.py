@@ -22,14 +22,14 @@ from measure import Claim, environment, ratios, report
 
 from minimind import export
 from minimind.data.dataset import TokenDataset
-from minimind.decoding import Decoding
+from minimind.inference.decoding import Decoding
 from minimind.evaluate import evaluate, shards_of_texts
-from minimind.fast_weights import prepare_decoding, quantize_int8
-from minimind.huggingface_config import to_huggingface
+from minimind.model.kernels.packed_weights import prepare_decoding, quantize_int8
+from minimind.checkpoints.formats.huggingface_config import to_huggingface
 from minimind.model import PRESETS, MiniMindForCausalLM
-from minimind.pretrained import load_model
-from minimind.safetensors_folder import write_shards
-from minimind.sampling import SamplingOptions
+from minimind.checkpoints.formats.load_model import load_model
+from minimind.checkpoints.safetensors import write_shards
+from minimind.inference.sampling import SamplingOptions
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

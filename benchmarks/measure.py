@@ -95,7 +95,7 @@ def computes_in_bf16() -> bool:
     """Whether the device that trains here has products in bf16: without them bf16 is float32 and a rounding."""
     import torch
 
-    from minimind.model.products import multiplies
+    from minimind.model.kernels.matmul import multiplies
 
     return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else multiplies(torch.bfloat16)
 

@@ -115,10 +115,10 @@ def measure_ours(kind: str, tokens: Any, vocab_size: int, device: Any) -> int:
     """The same of ours."""
     from engines import build
 
-    from minimind.config import preset
-    from minimind.distributed import process_group, read_environment
-    from minimind.engine import optimizer_step
-    from minimind.host_tuning import keep_freed_memory
+    from minimind.config.run_config import preset
+    from minimind.distributed.environment import process_group, read_environment
+    from minimind.parallel.engine import optimizer_step
+    from minimind.distributed.cpu_tuning import keep_freed_memory
 
     if device.type == "cpu":
         keep_freed_memory()  # as `minimind.train` does
@@ -145,7 +145,7 @@ def loss_error(tokens: Any, vocab_size: int) -> float:
     """How far the loss of our fresh model is from float64's over whole logits, relative."""
     import torch
 
-    from minimind.config import preset
+    from minimind.config.run_config import preset
     from minimind.model import MiniMindForCausalLM
 
     torch.manual_seed(0)
@@ -174,7 +174,7 @@ def build_qwen3(_peer: Path, vocab_size: int) -> Any:
 
 def resident_peak(device: Any) -> int:
     """Bytes: the most that this process has held until now."""
-    from minimind.metrics import peak_memory_bytes
+    from minimind.training.record.metrics import peak_memory_bytes
 
     return peak_memory_bytes(device)
 

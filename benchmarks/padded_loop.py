@@ -13,7 +13,7 @@ import tyro
 from measure import ROOT  # noqa: F401 - puts the repository on the path
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from minimind.config import preset
+from minimind.config.run_config import preset
 
 
 def main(tokens: Path, length: int, batch: int, accumulation: int, model: str = "minimind3") -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import tyro
 from measure import OUT, ROOT
 
-from minimind.config import preset
+from minimind.config.run_config import preset
 from minimind.model.config import ModelConfig
 
 WORLDS = (8, 16, 32, 64, 128, 256, 512, 1024)

@@ -24,8 +24,8 @@ from peer import PATTERN, Peer, micro_batches, read_texts
 from texts import find_text, make_shards
 from turns import Contestant, started, take_turns
 
-from minimind.config import preset
-from minimind.peak_flops import peak_flops
+from minimind.config.run_config import preset
+from minimind.training.peak_flops import peak_flops
 
 TARGETS = {340: 4.0, 512: 5.0}
 FEWEST_TEXTS = 4000  # a mean over so many is within 2% of the corpus's

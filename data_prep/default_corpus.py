@@ -4,6 +4,7 @@ Python's own documentation and docstrings, the descriptions and docstrings of in
 documents; one section a line. Reads files only: imports none of them, and no network. Knows nothing of tokens.
 """
 
+from minimind.files import ROOT
 import hashlib
 import importlib.metadata
 import json
@@ -19,14 +20,13 @@ from typing import Any, NamedTuple
 import tyro
 from tqdm import tqdm
 
-from data_prep.docstrings import find_docstrings
-from data_prep.pool import count_cores, map_ordered
-from data_prep.prose import is_prose, pack_pieces, split_sections
-from minimind.atomic import replace_file
+from data_prep.local_text.docstrings import find_docstrings
+from data_prep.writing.pool import count_cores, map_ordered
+from data_prep.local_text.prose import is_prose, pack_pieces, split_sections
+from minimind.files import replace_file
 from minimind.errors import UserError, run_main
-from minimind.flags import parse_flags
+from minimind.cli import parse_flags
 
-_REPOSITORY = Path(__file__).resolve().parents[1]
 _DOCUMENT_SUFFIXES = (".md", ".rst", ".txt")
 _LARGEST_FILE = 1 << 21
 _SKIPPED_FOLDERS = frozenset(
@@ -87,7 +87,7 @@ def main() -> None:
 
 def collect_sections(workers: int) -> Iterator[Section]:
     """All sections, always in the same order on the same machine: the best prose first."""
-    yield from _read_documents(_REPOSITORY, [*_REPOSITORY.glob("*.md"), *_REPOSITORY.glob("docs/**/*.md")])
+    yield from _read_documents(ROOT, [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
     for name, topic in sorted(topics.topics.items()):
         yield Section(_tidy(topic), f"python:{name}")
     library = Path(sysconfig.get_path("stdlib"))

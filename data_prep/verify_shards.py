@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from minimind.data.shards import SPLITS, Manifest, ShardError, find_split, verify
 from minimind.errors import run_main
-from minimind.flags import parse_flags
+from minimind.cli import parse_flags
 
 
 def verify_corpus(folder: Path) -> dict[str, Manifest]:

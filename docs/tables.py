@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from minimind import config as run_config
-from minimind.config import DataConfig, RunConfig, TrainConfig, preset
-from minimind.ds_config import load, resolve
-from minimind.memory import MemoryEstimate, estimate_memory, format_bytes
+from minimind.config import run_config
+from minimind.config.run_config import DataConfig, RunConfig, TrainConfig, preset
+from minimind.config.resolve import load, resolve
+from minimind.reports.plan.memory import MemoryEstimate, estimate_memory, format_bytes
 from minimind.model.config import PRESETS, ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -246,6 +246,6 @@ TABLES: dict[str, Callable[[str], str]] = {
     "papers": papers,
     "runs_table": runs_table,
     "fields_model": lambda language: fields(ModelConfig, "minimind/model/config.py", language),
-    "fields_data": lambda language: fields(DataConfig, "minimind/config.py", language),
-    "fields_train": lambda language: fields(TrainConfig, "minimind/config.py", language),
+    "fields_data": lambda language: fields(DataConfig, "minimind/config/run_config.py", language),
+    "fields_train": lambda language: fields(TrainConfig, "minimind/config/run_config.py", language),
 }

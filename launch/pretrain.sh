@@ -20,7 +20,7 @@ fi
 if [ "$NUM_RANKS" -eq 1 ]; then
   command=("$python" "$root/launch/pretrain.sh" "$@")
 else
-  command=("$python" -m minimind.local_ranks "$NUM_RANKS" "$root/launch/pretrain.sh" "$@")
+  command=("$python" -m minimind.distributed.launchers.local "$NUM_RANKS" "$root/launch/pretrain.sh" "$@")
   export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 fi
 if [ "${DRY_RUN:-0}" = 1 ]; then
@@ -43,9 +43,9 @@ if "MINIMIND_SITE" not in os.environ:
 # The launcher may start us anywhere; the package lies beside this folder.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from minimind.distributed import is_first_rank
+from minimind.distributed.environment import is_first_rank
 from minimind.errors import run_main
-from minimind.shell_words import unpack_words
+from minimind.distributed.launchers.shell_words import unpack_words
 from minimind.train import main
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ done
 [ $# -gt 0 ] || { echo "error: no -- between the flags of mpirun and those of the run" >&2; exit 2; }
 shift
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-"$python" -m minimind.hosts "${mpirun_flags[@]}"
+"$python" -m minimind.distributed.launchers.hosts "${mpirun_flags[@]}"
 command=("${MPIRUN:-mpirun}" "${mpirun_flags[@]}" "$python" "$root/launch/pretrain.sh" "$@")
 if [ "${DRY_RUN:-0}" = 1 ]; then
   printf '%q ' "${command[@]}"

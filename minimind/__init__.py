@@ -3,7 +3,7 @@
 import logging
 import os
 
-from minimind.host_tuning import openmp_environment
+from minimind.distributed.cpu_tuning import openmp_environment
 
 __version__ = "0.1.0"
 

@@ -18,8 +18,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from minimind.averaging import write_average
-from minimind.checkpoint_files import (
+from minimind.checkpoints.formats.averaging import write_average
+from minimind.checkpoints.manifest import (
     CheckpointError,
     CheckpointManifest,
     checkpoints_folder,
@@ -28,17 +28,17 @@ from minimind.checkpoint_files import (
     newest_sound,
     verify,
 )
-from minimind.checkpoint_retention import choose_doomed, prune, remove_checkpoint
-from minimind.consolidate import TrainingCheckpoint
+from minimind.checkpoints.retention import choose_doomed, prune, remove_checkpoint
+from minimind.checkpoints.consolidate import TrainingCheckpoint
 from minimind.errors import UserError, run_main
-from minimind.expert_names import Part
-from minimind.flags import parse_flags
+from minimind.parallel.expert_names import Part
+from minimind.cli import parse_flags
 from minimind.model.config import ModelConfig
-from minimind.model_source import ModelSource
-from minimind.neutral_form import NeutralCheckpoint, make_neutral
-from minimind.partitions import WEIGHT
-from minimind.pretrained import build_model, prove
-from minimind.run_lock import hold_run_folder
+from minimind.checkpoints.formats.source import ModelSource
+from minimind.checkpoints.portable import NeutralCheckpoint, make_neutral
+from minimind.checkpoints.zero_partitions import WEIGHT
+from minimind.checkpoints.formats.load_model import build_model, prove
+from minimind.training.run_lock import hold_run_folder
 
 
 @dataclass(frozen=True)

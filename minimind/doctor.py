@@ -11,10 +11,11 @@ from pathlib import Path
 
 import tyro
 
-from minimind import health_machine, health_software
+from minimind.reports.doctor import machine as health_machine
+from minimind.reports.doctor import software as health_software
 from minimind.errors import run_main
-from minimind.flags import parse_flags
-from minimind.health import Finding
+from minimind.cli import parse_flags
+from minimind.reports.doctor.finding import Finding
 
 
 @dataclass(frozen=True)

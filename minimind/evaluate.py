@@ -21,12 +21,12 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from minimind.atomic import replace_file
+from minimind.files import replace_file
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import eval_batches
 from minimind.data.manifest import MANIFEST_NAME
 from minimind.data.shards import ShardReader, ShardWriter, open_split
-from minimind.distributed import (
+from minimind.distributed.environment import (
     RankEnvironment,
     all_reduce_sum,
     find_device,
@@ -35,13 +35,13 @@ from minimind.distributed import (
     read_environment,
 )
 from minimind.errors import UserError, run_main
-from minimind.fast_weights import quantize_int8
-from minimind.flags import parse_flags
-from minimind.full_memory import full_memory_named
+from minimind.model.kernels.packed_weights import quantize_int8
+from minimind.cli import parse_flags
+from minimind.distributed.out_of_memory import full_memory_named
 from minimind.model import MiniMindForCausalLM
-from minimind.multiple_choice import ChoiceScore, read_questions, score_choices
-from minimind.pretrained import choose_device, load_model
-from minimind.tokenizer import load_tokenizer
+from minimind.inference.multiple_choice import ChoiceScore, read_questions, score_choices
+from minimind.checkpoints.formats.load_model import choose_device, load_model
+from minimind.data.tokenizer import load_tokenizer
 
 OUTPUT_NAME = "evaluation.json"
 

@@ -21,23 +21,23 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from minimind.atomic import replace_file
-from minimind.checkpoint_files import checkpoint_name, checkpoints_folder
-from minimind.checkpoint_retention import partial_folder, publish
-from minimind.config import preset
+from minimind.files import replace_file
+from minimind.checkpoints.manifest import checkpoint_name, checkpoints_folder
+from minimind.checkpoints.retention import partial_folder, publish
+from minimind.config.run_config import preset
 from minimind.errors import UserError, run_main
-from minimind.flags import parse_flags
+from minimind.cli import parse_flags
 from minimind.generate import GenerationOptions, end_tokens
-from minimind.huggingface_config import choose_architecture, to_huggingface
+from minimind.checkpoints.formats.huggingface_config import choose_architecture, to_huggingface
 from minimind.model.config import ModelConfig
 from minimind.model.pretrained import CONFIG_FILE, MODEL_TYPE
-from minimind.model.routing import BIAS_NAME
-from minimind.model_source import ModelSource, find_tokenizer, open_source
-from minimind.pth_file import choose_form, file_name, write_pth
-from minimind.safetensors_folder import write_shards
-from minimind.tensor_layout import Layout, cut_part, keep_last, lay_out
-from minimind.tokenizer import CONFIG_NAME, load_tokenizer
-from minimind.tokenizer_export import tokenizer_files
+from minimind.model.router import BIAS_NAME
+from minimind.checkpoints.formats.source import ModelSource, find_tokenizer, open_source
+from minimind.checkpoints.formats.pth import choose_form, file_name, write_pth
+from minimind.checkpoints.safetensors import write_shards
+from minimind.checkpoints.formats.layout import Layout, cut_part, keep_last, lay_out
+from minimind.data.tokenizer import CONFIG_NAME, load_tokenizer
+from minimind.checkpoints.formats.huggingface_tokenizer import tokenizer_files
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}

@@ -18,17 +18,17 @@ from typing import Literal
 import torch
 import tyro
 
-from minimind.chat import Chat, Message, converse, encode_chat
-from minimind.decoding import Decoding
+from minimind.inference.chat import Chat, Message, converse, encode_chat
+from minimind.inference.decoding import Decoding
 from minimind.errors import UserError, run_main
-from minimind.fast_weights import prepare_decoding
-from minimind.flags import parse_flags
-from minimind.full_memory import full_memory_named
+from minimind.model.kernels.packed_weights import prepare_decoding
+from minimind.cli import parse_flags
+from minimind.distributed.out_of_memory import full_memory_named
 from minimind.model import MiniMindForCausalLM
-from minimind.pretrained import choose_device, load_model, stretch_context
-from minimind.sampling import SamplingOptions
-from minimind.text_stream import TextStream
-from minimind.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from minimind.checkpoints.formats.load_model import choose_device, load_model, stretch_context
+from minimind.inference.sampling import SamplingOptions
+from minimind.inference.text_stream import TextStream
+from minimind.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)

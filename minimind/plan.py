@@ -12,16 +12,16 @@ from typing import Annotated
 import torch
 import tyro
 
-from minimind import ds_config
-from minimind.advice import Planned, advise
-from minimind.config import DataConfig, RunConfig, Selection, TrainConfig, check_run, read_selection
+from minimind.config import resolve as ds_config
+from minimind.reports.plan.advice import Planned, advise
+from minimind.config.run_config import DataConfig, RunConfig, Selection, TrainConfig, check_run, read_selection
 from minimind.errors import run_main
-from minimind.flags import parse_flags
-from minimind.memory import ITEMS, MemoryEstimate, format_bytes
-from minimind.micro_batch import find_micro_batch
+from minimind.cli import parse_flags
+from minimind.reports.plan.memory import ITEMS, MemoryEstimate, format_bytes
+from minimind.reports.plan.micro_batch import find_micro_batch
 from minimind.model.config import ModelConfig
-from minimind.peak_flops import data_sheet_peak
-from minimind.planning import (
+from minimind.training.peak_flops import data_sheet_peak
+from minimind.reports.plan.planned_run import (
     USABLE,
     VARIANTS,
     PlanOptions,
@@ -30,7 +30,7 @@ from minimind.planning import (
     make_plan,
     parse_bytes,
 )
-from minimind.run_cost import RunCost, checkpoint_bytes, estimate_cost, format_hours, kept_checkpoints
+from minimind.reports.plan.cost import RunCost, checkpoint_bytes, estimate_cost, format_hours, kept_checkpoints
 
 PROGRAM = "python -m minimind.plan"
 ASSUMED_MFU = 0.35

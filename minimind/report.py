@@ -11,12 +11,12 @@ from pathlib import Path
 
 import tyro
 
-from minimind.atomic import replace_file
+from minimind.files import replace_file
 from minimind.errors import UserError, run_main
-from minimind.flags import parse_flags
-from minimind.report_charts import CHARTS, STYLES, Chart, draw_chart, draw_expert_load, plot_area, to_png, to_svg
-from minimind.report_data import AXES, RunData, name_runs, read_run
-from minimind.report_page import Drawing, compose_page
+from minimind.cli import parse_flags
+from minimind.reports.run.charts import CHARTS, STYLES, Chart, draw_chart, draw_expert_load, plot_area, to_png, to_svg
+from minimind.reports.run.data import AXES, RunData, name_runs, read_run
+from minimind.reports.run.page import Drawing, compose_page
 
 
 @dataclass(frozen=True)

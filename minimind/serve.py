@@ -15,19 +15,19 @@ from typing import Literal
 
 import tyro
 
-from minimind.batching import Batcher
+from minimind.inference.batching import Batcher
 from minimind.errors import UserError, run_main
-from minimind.fast_weights import prepare_decoding
-from minimind.flags import parse_flags
-from minimind.full_memory import full_memory_named
+from minimind.model.kernels.packed_weights import prepare_decoding
+from minimind.cli import parse_flags
+from minimind.distributed.out_of_memory import full_memory_named
 from minimind.generate import GenerationOptions
-from minimind.pretrained import choose_device, load_model
-from minimind.tokenizer import load_tokenizer
+from minimind.checkpoints.formats.load_model import choose_device, load_model
+from minimind.data.tokenizer import load_tokenizer
 
 try:
     import uvicorn
 
-    from minimind.http_api import build_app
+    from minimind.inference.http_api import build_app
 except ModuleNotFoundError as error:
     _missing: str | None = error.name
 else:

@@ -16,13 +16,13 @@ from typing import Any
 
 import tyro
 
-from minimind.checkpoint_files import list_checkpoints, step_of
+from minimind.checkpoints.manifest import list_checkpoints, step_of
 from minimind.errors import UserError, run_main
-from minimind.events import Event, read_events
-from minimind.flags import parse_flags
-from minimind.metrics import METRICS_NAME, format_duration, parse_records
-from minimind.run_folder import RUN_CONFIG_NAME
-from minimind.run_lock import LOCK_NAME, PATIENCE_SECONDS
+from minimind.training.record.events import Event, read_events
+from minimind.cli import parse_flags
+from minimind.training.record.metrics import METRICS_NAME, format_duration, parse_records
+from minimind.training.run_folder import RUN_CONFIG_NAME
+from minimind.training.run_lock import LOCK_NAME, PATIENCE_SECONDS
 
 TAIL_BYTES = 2**19
 TREND_STEPS = 50

@@ -14,14 +14,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from minimind import ds_config
-from minimind.checkpoint_loading import load
-from minimind.checkpoint_saving import CheckpointSaver, TrainState
-from minimind.config import CommandLine, parse_command_line
+from minimind.config import resolve as ds_config
+from minimind.checkpoints.loading import load
+from minimind.checkpoints.saving import CheckpointSaver, TrainState
+from minimind.config.run_config import CommandLine, parse_command_line
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import BatchLoader
 from minimind.data.shards import ShardReader, find_split, open_split
-from minimind.distributed import (
+from minimind.distributed.environment import (
     RankEnvironment,
     broadcast_object,
     find_device,
@@ -31,29 +31,29 @@ from minimind.distributed import (
     process_group,
     read_environment,
 )
-from minimind.ds_config import Resolved
-from minimind.engine import build_engine, build_model, check_ds_config
+from minimind.config.resolve import Resolved
+from minimind.parallel.engine import build_engine, build_model, check_ds_config
 from minimind.errors import EXIT_STOPPED, UserError, run_main
-from minimind.host_tuning import keep_freed_memory
-from minimind.launcher_watch import LauncherWatch
-from minimind.lifeline import Lifeline
-from minimind.meeting import meet, report_absence
-from minimind.memory import estimate_memory
-from minimind.metrics import MetricsLog
-from minimind.model.products import multiplies
-from minimind.mpi_address import find_master
-from minimind.node_caches import use_own_caches
-from minimind.out_of_memory import full_memory_in_words
-from minimind.peak_flops import peak_flops
-from minimind.profiling import StepProfiler
-from minimind.run_folder import check_run_folder, identify, open_run_folder
-from minimind.run_identity import check_checkpoint_section
-from minimind.run_length import resolved_steps
-from minimind.run_lock import RunLock, hold_run_folder
-from minimind.signals import listen
-from minimind.starting_weights import check_starting_weights, set_starting_weights
-from minimind.trainer import Trainer
-from minimind.wandb_log import WandbLog, check_wandb
+from minimind.distributed.cpu_tuning import keep_freed_memory
+from minimind.distributed.launchers.watch import LauncherWatch
+from minimind.distributed.watchdog import Lifeline
+from minimind.distributed.startup import meet, report_absence
+from minimind.reports.plan.memory import estimate_memory
+from minimind.training.record.metrics import MetricsLog
+from minimind.model.kernels.matmul import multiplies
+from minimind.distributed.launchers.mpi import find_master
+from minimind.distributed.launchers.caches import use_own_caches
+from minimind.training.out_of_memory import full_memory_in_words
+from minimind.training.peak_flops import peak_flops
+from minimind.training.profiler import StepProfiler
+from minimind.training.run_folder import check_run_folder, identify, open_run_folder
+from minimind.checkpoints.run_state import check_checkpoint_section
+from minimind.config.run_length import resolved_steps
+from minimind.training.run_lock import RunLock, hold_run_folder
+from minimind.distributed.stop_requests import listen
+from minimind.checkpoints.formats.init_from import check_starting_weights, set_starting_weights
+from minimind.training.trainer import Trainer
+from minimind.training.record.wandb import WandbLog, check_wandb
 
 T = TypeVar("T")
 

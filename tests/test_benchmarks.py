@@ -1,5 +1,6 @@
 """What the benchmarks stand on: verdicts, turns, the arithmetic of larger worlds. Their figures are no tests."""
 
+from repository import ROOT
 import dataclasses
 import json
 import signal
@@ -10,7 +11,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from measure import Claim, format_table, ratios, report  # noqa: E402
@@ -18,7 +18,7 @@ from peer import micro_batches  # noqa: E402
 from scaling import STAGES, Cluster, Job, step_seconds, wire_bytes, write_page  # noqa: E402
 from turns import Contestant, started, take_turns  # noqa: E402
 
-from minimind.config import preset  # noqa: E402
+from minimind.config.run_config import preset  # noqa: E402
 
 COUNTING = "import time\nfor n in range(1, 10**6):\n    print(f'step {n}', flush=True)\n    time.sleep({pause})\n"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minimind.atomic import hash_file, temporary_name
+from minimind.files import hash_file, temporary_name
 from minimind.data.manifest import ShardError
 
 HEADER_BYTES = 128

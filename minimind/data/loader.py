@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from minimind.data.dataset import IGNORED_LABEL, Sample, TokenDataset
-from minimind.data.order import GlobalOrder
+from minimind.data.shuffle import GlobalOrder
 from minimind.errors import UserError
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from minimind.atomic import replace_file
+from minimind.files import replace_file
 from minimind.errors import UserError
 
 FORMAT_VERSION = 1

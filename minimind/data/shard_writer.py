@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from minimind.atomic import fsync_folder, hash_file, replace_file
+from minimind.files import fsync_folder, hash_file, replace_file
 from minimind.data.array_file import ArrayFile, check_array_file
 from minimind.data.manifest import MANIFEST_NAME, Manifest, ShardError, ShardInfo, TokenizerInfo
 

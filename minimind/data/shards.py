@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minimind.atomic import hash_file
+from minimind.files import hash_file
 from minimind.data.array_file import check_array_file, map_array_file
 from minimind.data.manifest import MANIFEST_NAME, Manifest, ShardError, ShardInfo, TokenizerInfo
 from minimind.data.shard_writer import DEFAULT_SHARD_TOKENS, UNFINISHED_NAME, ShardWriter

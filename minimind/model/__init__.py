@@ -3,7 +3,7 @@
 Knows nothing of DeepSpeed, of ranks or of command lines.
 """
 
-from minimind.model.cache import KVCache
+from minimind.model.kv_cache import KVCache
 from minimind.model.config import PRESETS, ModelConfig
 from minimind.model.transformer import CausalLMOutput, MiniMindForCausalLM
 

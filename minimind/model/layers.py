@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.model.config import ModelConfig
-from minimind.model.cpu_layers import gated_linear, is_recomputed, rms_norm
-from minimind.model.products import linear
+from minimind.model.kernels.layers import gated_linear, is_recomputed, rms_norm
+from minimind.model.kernels.matmul import linear
 
 
 @torch.no_grad()

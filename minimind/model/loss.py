@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minimind.model.config import ModelConfig
 from minimind.model.layers import Linear
-from minimind.model.products import add_product, product
+from minimind.model.kernels.matmul import add_product, product
 
 IGNORE_INDEX = -100
 

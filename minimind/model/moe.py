@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minimind.model.config import ModelConfig
-from minimind.model.cpu_experts import cpu_experts, takes_cpu_experts
-from minimind.model.grouped import grouped_linear
+from minimind.model.kernels.experts import cpu_experts, takes_cpu_experts
+from minimind.model.kernels.grouped_mm import grouped_linear
 from minimind.model.layers import BiasedLinear, FeedForward, Linear, fill_normal, residual_std
-from minimind.model.routing import BIAS_NAME, Router, route
+from minimind.model.router import BIAS_NAME, Router, route
 
 
 class Experts(nn.Module):

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minimind.atomic import fsync_folder, replace_file, temporary_name
+from minimind.files import fsync_folder, replace_file, temporary_name
 from minimind.errors import UserError
 from minimind.model.config import ModelConfig
 

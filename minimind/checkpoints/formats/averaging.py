@@ -1,0 +1,71 @@
+"""Weights out of training checkpoints into an exported folder: of a single one, or the mean of several.
+
+The mean of the last checkpoints often generalises better than any of them (Izmailov et al., arXiv:1803.05407). One
+tensor is in memory at a time. Knows nothing of engines.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minimind.files import replace_file
+from minimind.checkpoints.manifest import CheckpointError, CheckpointManifest
+from minimind.checkpoints.retention import partial_folder, publish
+from minimind.checkpoints.consolidate import TrainingCheckpoint
+from minimind.errors import UserError
+from minimind.model.pretrained import CONFIG_FILE, MODEL_TYPE, WEIGHTS_FILE
+from minimind.checkpoints.formats.load_model import find_tokenizer_file
+from minimind.checkpoints.safetensors_stream import write_safetensors
+
+
+def write_average(folders: Sequence[Path], output: Path) -> None:
+    """Write the mean float32 weights of verified checkpoints as an exported folder, which `load_model` reads.
+
+    The folder appears when it is complete; an interruption leaves nothing of its name.
+
+    Raises:
+        CheckpointError: they are not of one model.
+        UserError: `output` is there already, or cannot be written.
+    """
+    if not folders:
+        raise UserError("paths: no checkpoint given; name one or more")
+    if output.exists():
+        raise UserError(f"output: {output} exists already; name a new folder")
+    checkpoints = [TrainingCheckpoint(folder) for folder in folders]
+    first = checkpoints[0]
+    for other in checkpoints[1:]:
+        _check_same_model(first.manifest, other.manifest)
+    if first.buffers():
+        raise CheckpointError(f"{folders[0]}: a model with buffers ({', '.join(first.buffers())}) cannot be averaged")
+    tokenizer_file = find_tokenizer_file(folders[0].parent.parent)
+
+    partial = partial_folder(output)
+    try:
+        partial.mkdir(parents=True)
+        with tqdm(total=len(first.shapes), unit="tensor", disable=None, leave=False) as bar:
+
+            def mean(name: str) -> torch.Tensor:
+                bar.update()
+                return torch.stack([checkpoint.read(name).double() for checkpoint in checkpoints]).mean(0).float()
+
+            write_safetensors(partial / WEIGHTS_FILE, first.shapes, mean)
+        replace_file(partial / tokenizer_file.name, tokenizer_file.read_bytes())
+        config = {"model_type": MODEL_TYPE, **first.manifest.model}
+        replace_file(partial / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+        publish(partial, output)
+    except OSError as error:
+        raise UserError(f"output {output}: cannot be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(partial)
+
+
+def _check_same_model(a: CheckpointManifest, b: CheckpointManifest) -> None:
+    differing = [key for key in sorted(a.model.keys() | b.model.keys()) if a.model.get(key) != b.model.get(key)]
+    if differing:
+        raise CheckpointError(f"checkpoints of steps {a.step} and {b.step}: other models: {', '.join(differing)}")

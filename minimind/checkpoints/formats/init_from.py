@@ -1,0 +1,48 @@
+"""The weights of an exported model into one that is about to be trained, before DeepSpeed takes it over.
+
+Also into a model that was partitioned as it was built. Knows nothing of checkpoints: the optimizer starts anew.
+"""
+
+from pathlib import Path
+
+import deepspeed
+import torch
+
+from minimind.errors import UserError
+from minimind.model import MiniMindForCausalLM, ModelConfig
+from minimind.checkpoints.formats.source import ModelSource, open_source
+from minimind.checkpoints.formats.layout import own_shapes
+
+
+def check_starting_weights(config: ModelConfig, folder: Path) -> ModelSource:
+    """The model in `folder`, which must have the tensors of `config`.
+
+    Raises:
+        UserError: it is missing, damaged, or of another shape, naming the first tensor that differs.
+    """
+    source = open_source(folder)
+    wanted = own_shapes(config)
+    for name in sorted(wanted.keys() | source.shapes.keys()):
+        there, here = source.shapes.get(name), wanted.get(name)
+        if there is None or here is None or tuple(there) != tuple(here):
+            there_or_not, here_or_not = (shape or "not at all" for shape in (there, here))
+            raise UserError(
+                f"init_from: {folder} has {name} {there_or_not}, the model of this run {here_or_not}; leave out "
+                "--model and the flags of its shape"
+            )
+    return source
+
+
+@torch.no_grad()
+def set_starting_weights(model: MiniMindForCausalLM, folder: Path) -> None:
+    """Copy every tensor of `folder` into `model`. Every rank calls this, and each reads every tensor."""
+    source = check_starting_weights(model.config, folder)
+    targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name in source.shapes:
+        target = targets[name]
+        # Under zero.Init a parameter is one rank's slice; every rank fills the gathered whole with the same numbers.
+        if hasattr(target, "ds_tensor"):
+            with deepspeed.zero.GatheredParameters([target], modifier_rank=0):
+                target.copy_(source.read(name))
+        else:
+            target.copy_(source.read(name))

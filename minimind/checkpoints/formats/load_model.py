@@ -1,0 +1,136 @@
+"""A trained model from wherever it lies, with the tokenizer that belongs to it.
+
+What generation, evaluation and serving load a model through; what it may lie in is `model_source`'s matter. Knows
+nothing of prompts or data, and needs no DeepSpeed.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+
+from minimind.checkpoints.manifest import CheckpointError
+from minimind.checkpoints.consolidate import TrainingCheckpoint
+from minimind.errors import UserError
+from minimind.model import MiniMindForCausalLM
+from minimind.model.router import BIAS_NAME
+from minimind.checkpoints.formats.source import ModelSource, find_tokenizer, open_source
+from minimind.checkpoints.probe import agrees, probe_loss
+from minimind.data.tokenizer import JSON_NAME, MODEL_NAME
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_model(
+    checkpoint: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    tokenizer: Path | None = None,
+) -> tuple[MiniMindForCausalLM, Path]:
+    """The model in evaluation mode, and its tokenizer file.
+
+    Args:
+        checkpoint: an exported folder of ours or of the Hugging Face tools, a `.pth` of jingyaogong/minimind, a run's
+            folder (its newest sound checkpoint), or one checkpoint.
+        dtype: what to convert the weights to; None keeps the stored one (float32 in a checkpoint).
+        tokenizer: where it lies, if not beside the weights.
+
+    Raises:
+        UserError: there is no model, a file is missing or damaged, or the weights do not fit.
+    """
+    source = open_source(Path(checkpoint))
+    tokenizer_file = find_tokenizer_file(tokenizer or source.tokenizer_file or source.folder)
+    model = build_model(source, dtype=dtype, device=device)
+    if source.checkpoint is not None:
+        prove(model, source.checkpoint)
+    return model, tokenizer_file
+
+
+def build_model(
+    source: ModelSource, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> MiniMindForCausalLM:
+    """The model of `source` in evaluation mode, one tensor beside it in memory at a time."""
+    with torch.device("meta"):
+        model = MiniMindForCausalLM(source.config)
+    tensors = {}
+    for name in source.shapes:
+        tensor = source.read(name)
+        # Buffers (the routers' selection bias) stay exact whatever the weights are rounded to.
+        wanted = torch.float32 if name.endswith(BIAS_NAME) else dtype
+        # A copy, because the tensor may be a view of the file.
+        tensors[name] = torch.empty_like(tensor, dtype=wanted, device=device).copy_(tensor)
+    model.load_state_dict(tensors, assign=True, strict=False)
+    model.tie_weights()
+    return model.eval()
+
+
+def prove(model: MiniMindForCausalLM, checkpoint: TrainingCheckpoint) -> None:
+    """Compare a model's loss on the probe batch with the one that was saved in its checkpoint.
+
+    Raises:
+        CheckpointError: they differ: the weights were not read as they were trained. It names the tensors.
+    """
+    manifest = checkpoint.manifest
+    if manifest.probe_loss is None:
+        return
+    weight = model.lm_head.weight
+    loss = probe_loss(model, model.config, weight.device)
+    if not agrees(
+        manifest.probe_loss, loss, low_precision=manifest.precision != "fp32" or weight.dtype != torch.float32
+    ):
+        state = model.state_dict()
+        names = [
+            name
+            for name in checkpoint.shapes
+            if not torch.equal(state[name].cpu(), checkpoint.read(name).to(state[name].dtype))
+        ]
+        raise CheckpointError(
+            f"{checkpoint.folder}: the probe batch has loss {loss:.6f} instead of {manifest.probe_loss:.6f}; tensors "
+            f"that differ: {', '.join(names or checkpoint.find_contradictions()) or 'none is known'}"
+        )
+
+
+def find_tokenizer_file(place: Path) -> Path:
+    """The tokenizer in a folder, or the file itself. Raises `UserError` when there is none."""
+    found = find_tokenizer(place) if place.is_dir() else place
+    if found is None or not found.is_file():
+        raise UserError(f"{place} holds no tokenizer: neither {MODEL_NAME} nor {JSON_NAME}")
+    return found
+
+
+def choose_device(device: str | None, precision: str | None, *, int8: bool = False) -> tuple[torch.device, torch.dtype]:
+    """The device and the arithmetic that the flags name, or the best there is; for 8-bit weights, what they need.
+
+    Raises:
+        UserError: the device is absent, or cannot do what is asked.
+    """
+    if int8:
+        device, precision = device or "cpu", precision or "bf16"
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    if precision is None:
+        precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if int8 and (chosen.type, precision) != ("cpu", "bf16"):
+        raise UserError("int8 works on a CPU in bf16 alone: leave out --precision, and give --device cpu or none")
+    return chosen, _DTYPES[precision]
+
+
+def stretch_context(model: MiniMindForCausalLM, factor: float, trained_length: int | None = None) -> None:
+    """Let a trained model read `factor` times its context by YaRN (see `model.rope`); no weight changes.
+
+    Args:
+        trained_length: tokens of a training sequence; None: what the model's config says.
+
+    Raises:
+        UserError: a factor below 1, or one that cannot be.
+    """
+    length = model.config.rope_original_max_position_embeddings if trained_length is None else trained_length
+    config = dataclasses.replace(model.config, rope_scaling_factor=factor, rope_original_max_position_embeddings=length)
+    positions = max(config.max_position_embeddings, math.ceil(factor * length))
+    # Rotary tables are computed from the config in each forward, so this is all there is to change.
+    model.config = model.model.config = dataclasses.replace(config, max_position_embeddings=positions)

@@ -1,0 +1,157 @@
+"""The `.pth` files of jingyaogong/minimind: the present form, and the older one without QK-norm, with shared experts.
+
+Such a file holds tensors and nothing else, so the config is read from their shapes and, where those do not tell, taken
+from the published models. Read with `weights_only`: no code in a file runs. Knows nothing of other formats.
+"""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minimind.files import temporary_name
+from minimind.errors import UserError
+from minimind.model import arithmetic
+from minimind.model.config import PRESETS, ModelConfig
+from minimind.checkpoints.safe_load import load_states
+from minimind.checkpoints.formats.layout import Layout, lay_out
+
+SUFFIXES = (".pth", ".pt")
+# Tables of rotary positions that some versions of their model saved.
+_NOT_WEIGHTS = re.compile(r"(^|\.)(freqs_cos|freqs_sin|pos_cis)$")
+_EMBEDDING, _HEAD, _LAYER = "model.embed_tokens.weight", "lm_head.weight", "model.layers."
+
+
+def read_pth(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, mapped from the disk; of their file for resuming, the model's.
+
+    Raises:
+        UserError: it is of another kind, cannot be read, refers to code, or holds anything but tensors.
+    """
+    if path.suffix not in SUFFIXES:
+        raise UserError(
+            f"checkpoint {path} is a file of unknown kind; give a folder or a file *{' or *'.join(SUFFIXES)}"
+        )
+    content: Any = load_states(path, [], mmap=True)
+    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        content = content["model"]
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f"{path}: not a file of weights: it holds no tensors by name")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor) or not value.is_floating_point():
+            raise UserError(f"{path}: not a file of weights: {name} is no tensor of floating-point numbers")
+    return {name: tensor for name, tensor in content.items() if not _NOT_WEIGHTS.search(name)}
+
+
+def layout_of(config: ModelConfig) -> Layout:
+    """The layout of a model in their files."""
+    return "per_expert" if config.qk_norm else "per_shared_expert"
+
+
+def choose_form(config: ModelConfig) -> Layout:
+    """The layout in which their code computes what this config describes: present with QK-norm, older without.
+
+    Raises:
+        UserError: their code has no such model, with the reason.
+    """
+    top_1_norm = config.use_moe and config.num_experts_per_tok == 1 and config.norm_topk_prob
+    for holds, what in (
+        (config.rope_scaling_factor != 1, f"rope_scaling_factor={config.rope_scaling_factor}"),
+        (config.scoring_func != "softmax", f"scoring_func={config.scoring_func!r}"),
+        (config.router_bias_update_rate, "a selection bias (router_bias_update_rate)"),
+        (config.routed_scaling_factor != 1, f"routed_scaling_factor={config.routed_scaling_factor}"),
+        (config.moe_residual, "residual experts (moe_residual)"),
+        (config.first_k_dense_replace, f"first_k_dense_replace={config.first_k_dense_replace}"),
+        (config.qk_norm and config.n_shared_experts, "shared experts together with qk_norm"),
+        (not config.qk_norm and top_1_norm, "norm_topk_prob with one expert a token and without qk_norm"),
+        (not config.qk_norm and not config.tie_word_embeddings, "an untied output matrix without qk_norm"),
+        (not config.qk_norm and config.head_dim is not None, "head_dim without qk_norm"),
+        (
+            not config.qk_norm and config.use_moe and config.expert_feed_forward_size != config.feed_forward_size,
+            "moe_intermediate_size without qk_norm",
+        ),
+    ):
+        if holds:
+            raise UserError(f"jingyaogong/minimind has no model with {what}: it cannot be written as .pth")
+    return layout_of(config)
+
+
+def infer_config(path: Path, tensors: Mapping[str, Tensor], base: ModelConfig | None = None) -> ModelConfig:
+    """The config of a file's model: shapes first, then `base`, by default the published model of its kind.
+
+    Shapes do not tell the number of heads of the older form, `num_experts_per_tok`, `rms_norm_eps` and the like.
+
+    Raises:
+        UserError: it is no model of theirs.
+    """
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in tensors or tensors[name].dim() != 2:
+            raise UserError(f"{path}: no weights of jingyaogong/minimind: there is no matrix {name}")
+        return tuple(tensors[name].shape)
+
+    first, moe = f"{_LAYER}0.", any(".mlp.experts." in name for name in tensors)
+    qk_norm = f"{first}self_attn.q_norm.weight" in tensors
+    if base is None:
+        base = PRESETS[("minimind3" if qk_norm else "minimind2-small") + ("-moe" if moe and qk_norm else "")]
+        base = PRESETS["minimind2-moe"] if moe and not qk_norm else base
+    vocab_size, hidden_size = shape(_EMBEDDING)
+    query_size, key_size = shape(f"{first}self_attn.q_proj.weight")[0], shape(f"{first}self_attn.k_proj.weight")[0]
+    size = tensors[f"{first}self_attn.q_norm.weight"].numel() if qk_norm else query_size // base.num_attention_heads
+    feed_forward = shape(f"{first}mlp.experts.0.gate_proj.weight" if moe else f"{first}mlp.gate_proj.weight")[0]
+    heads = query_size // size
+    default_size = arithmetic.default_intermediate_size(hidden_size) if base.intermediate_size is None else 0
+    fields: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": 1 + max(_numbers(tensors, _LAYER)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_size // size,
+        "head_dim": None if size * heads == hidden_size and hidden_size % heads == 0 else size,
+        "intermediate_size": None if feed_forward == default_size else feed_forward,
+        "tie_word_embeddings": _HEAD not in tensors or torch.equal(tensors[_HEAD], tensors[_EMBEDDING]),
+        "qk_norm": qk_norm,
+        "use_moe": moe,
+    }
+    if moe:
+        fields["num_experts"] = 1 + max(_numbers(tensors, f"{first}mlp.experts."))
+        fields["n_shared_experts"] = 1 + max(_numbers(tensors, f"{first}mlp.shared_experts."), default=-1)
+        fields["moe_intermediate_size"] = None
+    return dataclasses.replace(base, **fields)
+
+
+def _numbers(names: Mapping[str, Tensor], prefix: str) -> set[int]:
+    """The numbers that follow a prefix in names."""
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    return {int(match[1]) for name in names if (match := pattern.match(name))}
+
+
+def write_pth(path: Path, config: ModelConfig, read: Callable[[str], Tensor]) -> None:
+    """Write the tensors `read(name)`, by their names, as one file that their scripts load. The whole model is in memory
+    meanwhile; the file appears whole or not at all.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+    """
+    tensors = {part.name: read(part.name).contiguous().clone() for part in lay_out(config, choose_form(config))}
+    if config.tie_word_embeddings:
+        tensors[_HEAD] = tensors[_EMBEDDING]
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(tensors, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_name(config: ModelConfig) -> str:
+    """The name under which their scripts look for a pretrained model."""
+    return f"pretrain_{config.hidden_size}{'_moe' if config.use_moe else ''}.pth"

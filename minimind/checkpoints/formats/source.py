@@ -1,0 +1,177 @@
+"""A model's weights wherever they lie, one tensor at a time by our names: the one way in for loading and for export.
+
+An exported folder (ours or of the Hugging Face tools), a `.pth` of jingyaogong/minimind, a run, or one of its
+checkpoints. No file's code runs. Knows nothing of engines, prompts or data.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from minimind.checkpoints.manifest import MANIFEST_NAME, checkpoints_folder, newest_sound, verify
+from minimind.checkpoints.consolidate import TrainingCheckpoint
+from minimind.errors import UserError
+from minimind.checkpoints.formats.huggingface_config import from_huggingface
+from minimind.model.config import ModelConfig
+from minimind.model.pretrained import CONFIG_FILE, MODEL_TYPE, WEIGHTS_FILE
+from minimind.checkpoints.formats.pth import SUFFIXES, infer_config, layout_of, read_pth
+from minimind.checkpoints.safetensors import INDEX_FILE, SafetensorsFolder
+from minimind.checkpoints.formats.layout import Layout, group_by_own, join_parts, lay_out, own_shapes
+from minimind.data.tokenizer import JSON_NAME, MODEL_NAME
+
+_OTHER_LAYOUTS: dict[str, Layout] = {"ernie4_5_moe": "ernie4_5_moe", "glm4_moe": "glm4_moe"}
+# A second copy of the embedding, and what some versions of the Hugging Face tools saved beside the weights.
+_PASSED_OVER = ("rotary_emb.inv_freq",)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's tensors come from."""
+
+    where: Path
+    config: ModelConfig
+    shapes: Mapping[str, Sequence[int]]
+    """By our names; a tied matrix once."""
+    read: Callable[[str], Tensor]
+    """One tensor, in host memory; it may be a view of a file."""
+    tokenizer_file: Path | None
+    """Where one lies beside the weights."""
+    checkpoint: TrainingCheckpoint | None = None
+    """Of a training checkpoint only."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the weights lie in."""
+        return self.where if self.where.is_dir() else self.where.parent
+
+
+def open_source(path: Path, base: ModelConfig | None = None) -> ModelSource:
+    """The model at `path`: a run (its newest sound checkpoint), one of its checkpoints, a folder with config.json and
+    safetensors, a `.pth`, or a folder that holds one.
+
+    Args:
+        base: of a `.pth`, what its shapes do not tell.
+
+    Raises:
+        UserError: there is no model, a file is missing or damaged, or the weights do not fit the config.
+    """
+    if path.is_file():
+        return _open_pth(path, base)
+    if not path.is_dir():
+        raise UserError(f"checkpoint {path} does not exist")
+    found = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES]
+    if (path / MANIFEST_NAME).is_file():
+        verify(path)
+        return _open_checkpoint(path, path.parent.parent)
+    if checkpoints_folder(path).is_dir():
+        folder = newest_sound(path, lambda message: print(message, file=sys.stderr))
+        if folder is None:
+            raise UserError(f"checkpoint {path}: the run has not saved any")
+        # It has been compared with its manifest while it was looked for.
+        return _open_checkpoint(folder, path)
+    if (path / CONFIG_FILE).is_file() and ((path / WEIGHTS_FILE).is_file() or (path / INDEX_FILE).is_file()):
+        return _open_folder(path)
+    if len(found) == 1:
+        return _open_pth(found[0], base)
+    if (path / CONFIG_FILE).is_file():
+        raise UserError(f"checkpoint {path} has a {CONFIG_FILE}, but neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+    raise UserError(
+        f"checkpoint {path} holds no model: it is neither a run's folder, nor a checkpoint, nor an export "
+        f"(with a {CONFIG_FILE}), nor does it hold one .pth"
+    )
+
+
+def _open_checkpoint(folder: Path, run: Path) -> ModelSource:
+    checkpoint = TrainingCheckpoint(folder)
+    buffers = checkpoint.buffers()
+    shapes = {**checkpoint.shapes, **{name: tuple(buffer.shape) for name, buffer in buffers.items()}}
+    config = ModelConfig.from_dict(checkpoint.manifest.model)
+    _check_shapes(folder, own_shapes(config), shapes)
+
+    def read(name: str) -> Tensor:
+        return buffers[name] if name in buffers else checkpoint.read(name)
+
+    return ModelSource(folder, config, shapes, read, find_tokenizer(run), checkpoint)
+
+
+def _open_folder(folder: Path) -> ModelSource:
+    path = folder / CONFIG_FILE
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable model config: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a model config: it is no JSON object")
+    kind = values.get("model_type")
+    try:
+        if kind == MODEL_TYPE:
+            layout: Layout = "fused"
+            config = ModelConfig.from_dict({name: value for name, value in values.items() if name != "model_type"})
+        else:
+            layout, config = _OTHER_LAYOUTS.get(str(kind), "per_expert"), from_huggingface(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    files = SafetensorsFolder(folder)
+    return _open_parts(files.where, config, layout, files.shapes, files.read, find_tokenizer(folder))
+
+
+def _open_pth(path: Path, base: ModelConfig | None) -> ModelSource:
+    tensors = read_pth(path)
+    config = infer_config(path, tensors, base if base is not None else _config_beside(path))
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return _open_parts(path, config, layout_of(config), shapes, tensors.__getitem__, find_tokenizer(path.parent))
+
+
+def _config_beside(path: Path) -> ModelConfig | None:
+    """The config that an export as `.pth` leaves beside the weights, for what their shapes do not tell."""
+    file = path.with_suffix(".json")
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict) or values.pop("model_type", None) != MODEL_TYPE:
+            raise UserError("not a MiniMind config")
+        return ModelConfig.from_dict(values)
+    except (OSError, ValueError, UserError) as error:
+        raise UserError(f"{file}: not a readable model config: {error}") from None
+
+
+def _open_parts(
+    where: Path,
+    config: ModelConfig,
+    layout: Layout,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], Tensor],
+    tokenizer_file: Path | None,
+) -> ModelSource:
+    parts = lay_out(config, layout)
+    tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
+    found = {name: s for name, s in shapes.items() if name not in tied and not name.endswith(_PASSED_OVER)}
+    _check_shapes(where, {part.name: part.shape for part in parts}, found)
+    groups, own = group_by_own(parts), own_shapes(config)
+
+    def read_own(name: str) -> Tensor:
+        return join_parts(groups[name], own[name], read)
+
+    return ModelSource(where, config, own, read_own, tokenizer_file)
+
+
+def _check_shapes(where: Path, wanted: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]) -> None:
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in wanted:
+            raise UserError(f"{where}: tensor {name} has no place in the model that its config describes")
+        if name not in found:
+            raise UserError(f"{where}: tensor {name} of the model that its config describes is missing")
+        if tuple(found[name]) != tuple(wanted[name]):
+            shapes = f"{tuple(found[name])}, the model that its config describes has {tuple(wanted[name])}"
+            raise UserError(f"{where}: tensor {name} is {shapes}")
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """The tokenizer in a model's folder, if there is one."""
+    return next((folder / name for name in (MODEL_NAME, JSON_NAME) if (folder / name).is_file()), None)

@@ -1,0 +1,239 @@
+"""Checkpoint folders on disk: their manifest, whether they are sound, which is the newest, which may go.
+
+A checkpoint is `checkpoints/step_XXXXXXXX/`. Its manifest names every file with size and sha256, carries its own sha256
+and is written before the folder gets that name: a folder without one, or that disagrees with it, is damaged. Knows
+nothing of ranks, of DeepSpeed or of tensors.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from minimind.files import hash_file, replace_file
+from minimind.errors import UserError
+from minimind.schema import check_fields
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+LATEST_NAME = "latest"
+PARTIAL_SUFFIX = ".partial"
+CLIENT_STATE_KEY = "minimind"
+"""Under which our own state lies in DeepSpeed's files."""
+_NAME = re.compile(r"step_(\d{8,})")
+_NEUTRAL_NAME = re.compile(r"neutral_(\d{8,})")
+# Stands in the manifest for its own sha256 while that is computed.
+_NO_SEAL = "0" * 64
+_HASHING_THREADS = 4
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, or of another run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRecord:
+    """One file of a checkpoint: path relative to its folder, size in bytes, sha256 in hexadecimal."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointManifest:
+    """What a checkpoint is, readable without loading it."""
+
+    step: int = 0
+    consumed_samples: int = 0
+    tokens_seen: int = 0
+    world_size: int = 1
+    zero_stage: int = 0
+    ep_size: int = 1
+    precision: str = "fp32"
+    layout: Mapping = dataclasses.field(default_factory=dict)
+    """Further settings that decide what DeepSpeed's files look like."""
+    shard_fingerprint: str = ""
+    tokenizer_sha256: str = ""
+    sampling: Mapping = dataclasses.field(default_factory=dict)
+    """Settings that decide, beside the shards, which samples a step takes."""
+    eval_loss: float | None = None
+    """Of an evaluation right before the save, if there was one."""
+    probe_loss: float | None = None
+    """Of the fixed probe batch, from the engine that was saved."""
+    model: Mapping = dataclasses.field(default_factory=dict)
+    versions: Mapping = dataclasses.field(default_factory=dict)
+    conversion: Mapping = dataclasses.field(default_factory=dict)
+    """Of a converted checkpoint: what it was made from, and what else an engine has to be told."""
+    files: tuple[FileRecord, ...] = ()
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """The text of manifest.json. Its `sha256` is that of this text with 64 zeros in its place."""
+        text = json.dumps({"sha256": _NO_SEAL, **dataclasses.asdict(self)}, indent=2) + "\n"
+        return text.replace(_NO_SEAL, hashlib.sha256(text.encode()).hexdigest(), 1)
+
+
+def checkpoint_name(step: int) -> str:
+    """`step_00001000` for 1000."""
+    return f"step_{step:08d}"
+
+
+def checkpoints_folder(run_dir: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return run_dir / "checkpoints"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run by their names, oldest first; whether they are sound is not looked at."""
+    folder = checkpoints_folder(run_dir)
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if path.is_dir()]
+
+
+def neutral_folder(folder: Path) -> Path:
+    """Where the topology-free form of a checkpoint is kept, beside it."""
+    return folder.with_name(f"neutral_{step_of(folder):08d}")
+
+
+def list_neutral(run_dir: Path) -> list[Path]:
+    """The topology-free forms that a run keeps."""
+    folder = checkpoints_folder(run_dir)
+    return [path for path in folder.iterdir() if _NEUTRAL_NAME.fullmatch(path.name)] if folder.is_dir() else []
+
+
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint's folder.
+
+    Raises:
+        CheckpointError: the folder is not named like a checkpoint.
+    """
+    match = _NAME.fullmatch(folder.name)
+    if match is None:
+        raise CheckpointError(f"{folder}: not a checkpoint; expected a folder named like step_00001000")
+    return int(match[1])
+
+
+def read_manifest(folder: Path) -> CheckpointManifest:
+    """The manifest of a checkpoint folder.
+
+    Raises:
+        CheckpointError: it is missing, no JSON, of another format version, or lacks a field.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no {MANIFEST_NAME}; it was not saved to its end") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
+        found = content.get("format_version") if isinstance(content, dict) else content
+        raise CheckpointError(f"{path}: format_version {found!r}; this version reads {FORMAT_VERSION}")
+    seal = str(content.pop("sha256", ""))
+    if not seal or hashlib.sha256(text.replace(seal, _NO_SEAL, 1).encode()).hexdigest() != seal:
+        raise CheckpointError(f"{path}: has changed since it was written (its sha256 differs)")
+    try:
+        files = tuple(FileRecord(**record) for record in content.pop("files"))
+        return CheckpointManifest(files=files, **check_fields(CheckpointManifest, content, str(path)))
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged: {error}") from None
+    except UserError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def list_files(folder: Path) -> list[str]:
+    """Paths of all files below `folder`, relative to it and sorted, without the manifest itself."""
+    found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return sorted(name for name in found if name != MANIFEST_NAME)
+
+
+def check_record(folder: Path, record: FileRecord, *, hashes: bool = True) -> str | None:
+    """What is wrong with one file, or None."""
+    path = folder / record.path
+    try:
+        size = path.stat().st_size
+        if size != record.size:
+            return f"{record.path} has {size} bytes instead of {record.size}"
+        if hashes and hash_file(path) != record.sha256:
+            return f"{record.path} has changed since it was saved (its sha256 differs)"
+    except FileNotFoundError:
+        return f"{record.path} is missing"
+    except OSError as error:
+        return f"{record.path} cannot be read: {error.strerror}"
+    return None
+
+
+def verify(folder: Path, *, hashes: bool = True) -> CheckpointManifest:
+    """Compare a checkpoint with its manifest: every file there, no other, sizes and (`hashes`) contents.
+
+    Raises:
+        CheckpointError: naming the first file that is wrong.
+    """
+    manifest = read_manifest(folder)
+    if manifest.step != step_of(folder):
+        raise CheckpointError(f"{folder}: its manifest is of step {manifest.step}")
+    verify_files(folder, manifest, hashes=hashes)
+    return manifest
+
+
+def verify_files(folder: Path, manifest: CheckpointManifest, *, hashes: bool = True) -> None:
+    """Compare the files of a folder with a manifest, several at a time.
+
+    Raises:
+        CheckpointError: naming the first file that is wrong.
+    """
+    extra = set(list_files(folder)) - {record.path for record in manifest.files}
+    if extra:
+        raise CheckpointError(f"{folder}: {sorted(extra)[0]} is not in the manifest")
+    with concurrent.futures.ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        for wrong in pool.map(lambda record: check_record(folder, record, hashes=hashes), manifest.files):
+            if wrong:
+                pool.shutdown(cancel_futures=True)
+                raise CheckpointError(f"{folder}: {wrong}")
+
+
+def newest_sound(run_dir: Path, report: Callable[[str], Any]) -> Path | None:
+    """The newest checkpoint that agrees with its manifest; each one passed over is reported with the reason.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is sound: starting anew is for the user to decide.
+    """
+    folders = list_checkpoints(run_dir)
+    for folder in reversed(folders):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            report(f"checkpoint passed over: {error}")
+        else:
+            return folder
+    if folders:
+        raise CheckpointError(
+            f"{checkpoints_folder(run_dir)}: {len(folders)} checkpoints and none is sound; repair or remove them, "
+            "or start anew with another --run-dir"
+        )
+    return None
+
+
+def check_latest(run_dir: Path, newest: Path, report: Callable[[str], Any]) -> None:
+    """Report and repair a file `latest` that does not name `newest`. Nothing of ours is loaded by it; tools use it."""
+    path = checkpoints_folder(run_dir) / LATEST_NAME
+    try:
+        there = path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError as error:
+        there = error.strerror or "not readable"
+    if there != newest.name:
+        report(f"{path}: {there[:80] or 'empty'!r} instead of {newest.name}; corrected")
+        point_latest(run_dir, newest)
+
+
+def point_latest(run_dir: Path, folder: Path) -> None:
+    """Name `folder` in the file `latest`, which DeepSpeed's own tools read."""
+    replace_file(checkpoints_folder(run_dir) / LATEST_NAME, folder.name)

@@ -1,0 +1,128 @@
+"""Which checkpoints stay, how one goes, and what a save that was interrupted has left.
+
+A folder is renamed before it is deleted, so that none ever looks whole while it is half gone. Knows nothing of what is
+inside them but their manifests.
+"""
+
+import contextlib
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from minimind.files import fsync_folder
+from minimind.checkpoints.manifest import (
+    PARTIAL_SUFFIX,
+    CheckpointError,
+    CheckpointManifest,
+    checkpoint_name,
+    checkpoints_folder,
+    list_checkpoints,
+    list_neutral,
+    neutral_folder,
+    read_manifest,
+    step_of,
+    verify,
+    verify_files,
+)
+
+
+def partial_folder(final: Path) -> Path:
+    """A name beside `final` that nothing reads and nobody else uses: a job that is still dying may be writing too."""
+    return final.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a folder its name, durably. One that had the name steps aside first and is then deleted."""
+    if final.exists():
+        aside = partial_folder(final)
+        os.replace(final, aside)
+        os.replace(partial, final)
+        fsync_folder(final.parent)
+        shutil.rmtree(aside)
+    else:
+        os.replace(partial, final)
+        fsync_folder(final.parent)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint, and its topology-free form if there is one."""
+    for path in (neutral_folder(folder), folder):
+        if path.exists():
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    doomed = partial_folder(path)
+    os.replace(path, doomed)
+    fsync_folder(path.parent)
+    shutil.rmtree(doomed)
+
+
+def choose_doomed(
+    run_dir: Path, *, keep_last: int, keep_every: int, keep_best: int, sound: Path | None = None
+) -> list[Path]:
+    """The checkpoints that may go, oldest first: all but the newest `keep_last` (0: all stay), the multiples of
+    `keep_every`, the `keep_best` of lowest evaluation loss, and `sound`, the newest whose contents were compared.
+
+    Only those whose files are there in full count, so damaged ones never push out a sound one; they stay themselves.
+    """
+    found: list[tuple[Path, CheckpointManifest]] = []
+    for folder in list_checkpoints(run_dir):
+        with contextlib.suppress(CheckpointError):
+            found.append((folder, verify(folder, hashes=False)))
+    if keep_last == 0:
+        return []
+    rated = sorted((manifest.eval_loss, folder) for folder, manifest in found if manifest.eval_loss is not None)
+    best = {folder for _, folder in rated[:keep_best]}
+    return [
+        folder
+        for folder, manifest in found[: -max(1, keep_last)]
+        if folder not in best and folder != sound and not (keep_every and manifest.step % keep_every == 0)
+    ]
+
+
+def prune(
+    run_dir: Path, *, keep_last: int, keep_every: int = 0, keep_best: int = 1, sound: Path | None = None
+) -> list[Path]:
+    """Delete what `choose_doomed` finds and give it; topology-free forms of checkpoints that are no more go too."""
+    doomed = choose_doomed(run_dir, keep_last=keep_last, keep_every=keep_every, keep_best=keep_best, sound=sound)
+    for folder in doomed:
+        remove_checkpoint(folder)
+    steps = {step_of(folder) for folder in list_checkpoints(run_dir)}
+    for neutral in list_neutral(run_dir):
+        if int(neutral.name.partition("_")[2]) not in steps:
+            _remove(neutral)
+    return doomed
+
+
+def clear_partials(run_dir: Path) -> list[str]:
+    """Deal with what a save that was interrupted has left, and say what was done.
+
+    A folder that is complete and only lacked its name gets it; the others are deleted.
+    """
+    folder = checkpoints_folder(run_dir)
+    said = []
+    for path in sorted(folder.glob(f"*{PARTIAL_SUFFIX}")) if folder.is_dir() else []:
+        step = _complete_step(path)
+        final = folder / checkpoint_name(step or 0)
+        if step is not None and not final.exists():
+            os.replace(path, final)
+            fsync_folder(folder)
+            said.append(f"{final}: an earlier run was interrupted while naming it; it is complete")
+        elif path.is_dir():
+            shutil.rmtree(path)
+            said.append(f"removed {path}: an earlier run was interrupted while writing it")
+    return said
+
+
+def _complete_step(path: Path) -> int | None:
+    """The step of a checkpoint that is whole although its folder is not named so; None for anything else."""
+    if not path.name.startswith("step_"):
+        return None
+    try:
+        manifest = read_manifest(path)
+        verify_files(path, manifest)
+    except CheckpointError:
+        return None
+    return manifest.step

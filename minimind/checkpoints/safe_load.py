@@ -1,0 +1,60 @@
+"""The content of DeepSpeed's files without running code in them.
+
+They are pickles, so they could hold any program; here they are read with `weights_only`: tensors, plain values, and the
+few small state classes of DeepSpeed, for which stand-ins do where DeepSpeed is not there. Knows nothing of what the
+states mean.
+"""
+
+import pickle
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minimind.checkpoints.manifest import CheckpointError
+
+# Classes of DeepSpeed in its files: a loss scale, an enumeration, two numbers.
+_DEEPSPEED_CLASSES = (
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+
+
+class StateValue:
+    """What a class of DeepSpeed held: `args` it was made with, and its attributes."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+
+def read_states(path: Path) -> dict[str, Any]:
+    """The content of one of DeepSpeed's files, its tensors mapped from the disk, without importing DeepSpeed.
+
+    Raises:
+        CheckpointError: as `load_states`.
+    """
+    return load_states(path, [(StateValue, name) for name in _DEEPSPEED_CLASSES], mmap=True)
+
+
+def load_states(path: Path, classes: Sequence[Any], *, mmap: bool) -> dict[str, Any]:
+    """The content of one of DeepSpeed's files in host memory. No code in the file is run.
+
+    Args:
+        classes: what it may hold beside tensors and plain values: classes, or (stand-in, name of a class).
+
+    Raises:
+        CheckpointError: it cannot be read, or refers to anything else.
+    """
+    try:
+        with torch.serialization.safe_globals(list(classes)):
+            return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it refers to {reason[1]}" if reason else str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: not loaded, because only tensors and plain values are safe: {what}") from None
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None

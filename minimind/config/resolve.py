@@ -1,0 +1,254 @@
+"""DeepSpeed's JSON beside the run configuration: load, resolve the overlaps, validate. Pure functions.
+
+DeepSpeed's file is the user's own and is handed over untouched, but for the settings that the run configuration also
+has (batch sizes, clipping, optimizer, precision, schedule). Those are resolved on a copy, and every disagreement is
+reported at once. Does not import deepspeed, and knows no rank: the world size and the device come as arguments. What
+the file may hold at all is `ds_sections`.
+"""
+
+import copy
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from minimind.config.run_config import RunConfig, TrainConfig, check_run, read_json
+from minimind.config.ds_communication import settle_communication
+from minimind.config.expert_parallel import check_experts, take_experts, write_experts
+from minimind.config.overlaps import Overlaps, resolve_batch, take_optimizer, take_precision, take_schedule
+from minimind.config.deepspeed_keys import AUTO, check_sections, zero_stage
+from minimind.errors import UserError
+from minimind.schema import check_fields
+
+DEFAULTS: dict[str, Any] = {
+    "optimizer": "adamw",
+    "lr": 5e-4,
+    "betas": (0.9, 0.95),
+    "eps": 1e-8,
+    "weight_decay": 0.1,
+    "max_grad_norm": 1.0,
+    "schedule": "cosine",
+}
+"""What a setting is where neither the run nor the JSON says it."""
+
+DEFAULT_DS_CONFIG: dict[str, Any] = {
+    "zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"},
+    "data_types": {"grad_accum_dtype": "fp32"},
+}
+"""The JSON of a run without `--ds-config`."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A run and a DeepSpeed configuration that agree: nothing is None that both can set, nothing is "auto"."""
+
+    run: RunConfig
+    ds: dict[str, Any]
+    notes: tuple[str, ...]
+    """What a user should know and is not an error."""
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage, 0 to 3."""
+        return zero_stage(self.ds)
+
+
+def load(path: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """The DeepSpeed JSON of a path, or the default one for None.
+
+    Raises:
+        UserError: it cannot be read, is no JSON, or no object.
+    """
+    if path is None:
+        return copy.deepcopy(DEFAULT_DS_CONFIG)
+    content = read_json(path, "--ds-config")
+    if not isinstance(content, dict):
+        raise UserError(f"--ds-config {path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def resolve(
+    run: RunConfig,
+    ds: dict[str, Any],
+    *,
+    world_size: int,
+    local_world_size: int = 1,
+    device_type: str = "cpu",
+    bf16_supported: bool = False,
+) -> Resolved:
+    """Settle every setting that both the run and the DeepSpeed JSON have.
+
+    | run | JSON | result |
+    |---|---|---|
+    | set | "auto" or absent | the run's |
+    | unset | explicit | the JSON's, read back into the run |
+    | unset | "auto" or absent | the documented default |
+    | set | explicit and different | an error that lists every mismatch |
+
+    Args:
+        world_size: data-parallel ranks.
+        local_world_size: ranks of one node; what "auto" as ZeRO-3's hpZ partition size means.
+        device_type: "cuda", "cpu"...; decides what precision is possible.
+        bf16_supported: whether the device computes in bf16; decides the default precision.
+
+    Raises:
+        UserError: a misspelt or unused section or setting, a disagreement, batch sizes that do not divide, or a
+            precision that the device or the ZeRO stage does not have.
+    """
+    ds = copy.deepcopy(ds)
+    check_sections(ds)
+    overlaps = Overlaps()
+    train = run.train
+    batch = resolve_batch(
+        overlaps.take("micro_batch_size", train.micro_batch_size, ds, "train_micro_batch_size_per_gpu"),
+        overlaps.take("global_batch_size", train.global_batch_size, ds, "train_batch_size"),
+        overlaps.take(
+            "gradient_accumulation_steps", train.gradient_accumulation_steps, ds, "gradient_accumulation_steps"
+        ),
+        world_size,
+        overlaps,
+    )
+    values: dict[str, Any] = {
+        **batch,
+        "max_grad_norm": overlaps.take("max_grad_norm", train.max_grad_norm, ds, "gradient_clipping"),
+        **take_optimizer(overlaps, run, ds),
+        "schedule": take_schedule(overlaps, run, ds),
+        **take_experts(overlaps, run, ds),
+    }
+    precision = take_precision(overlaps, run, ds)
+    overlaps.finish()
+    defaults = DEFAULTS if values["optimizer"] != "deepspeed" else {**DEFAULTS, "betas": None, "eps": None}
+    values = {name: defaults.get(name) if value is None else value for name, value in values.items()}
+    values["precision"] = precision or ("bf16" if bf16_supported and device_type != "cpu" else "fp32")
+    # What came from the JSON has the types and limits of the run's own fields.
+    values = check_fields(TrainConfig, values, "DeepSpeed config")
+    resolved = dataclasses.replace(run, train=dataclasses.replace(train, **values))
+    check_run(resolved)
+    _check_schedule_fields(resolved.train)
+    _resolve_hpz(ds, world_size, local_world_size)
+    settle_communication(ds, world_size=world_size, device_type=device_type, has_experts=run.model.use_moe)
+    notes = [f'{where}: "auto" left to DeepSpeed\'s default' for where in _drop_autos(ds)]
+    _write_back(ds, resolved)
+    write_experts(ds, resolved)
+    _check_combinations(resolved, ds, device_type)
+    check_experts(resolved, ds, world_size)
+    notes += _advice(resolved, ds)
+    return Resolved(run=resolved, ds=ds, notes=tuple(notes))
+
+
+def _uses_autocast(ds: dict[str, Any]) -> bool:
+    """Whether a 16-bit precision goes through torch_autocast, and not through a bf16 or fp16 block."""
+    if any(ds.get(key, {}).get("enabled") is True for key in ("bf16", "fp16")):
+        return False
+    if "torch_autocast" in ds:
+        return ds["torch_autocast"].get("enabled") is not False
+    return zero_stage(ds) == 0 and "bf16" not in ds and "fp16" not in ds
+
+
+# Which schedules look at a setting of the learning rate; "deepspeed" has its own in the JSON.
+_SCHEDULE_FIELDS = {
+    "min_lr_ratio": ("cosine", "linear", "wsd", "step", "exponential"),
+    "decay_ratio": ("wsd",),
+    "lr_step_size": ("step", "exponential"),
+    "lr_gamma": ("step", "exponential"),
+    "warmup_steps": ("cosine", "linear", "constant", "wsd", "step", "exponential"),
+}
+
+
+def _check_schedule_fields(train: TrainConfig) -> None:
+    for name, schedules in _SCHEDULE_FIELDS.items():
+        value = getattr(train, name)
+        if train.schedule not in schedules and value != getattr(TrainConfig(), name):
+            raise UserError(
+                f"{name}: {value} has no effect on schedule {train.schedule}; leave it out, or use --schedule "
+                f"{schedules[0]}"
+            )
+
+
+def _resolve_hpz(ds: dict[str, Any], world_size: int, local_world_size: int) -> None:
+    """hpZ keeps a second copy of the weights inside a node: "auto" is the size of a node."""
+    zero = ds.get("zero_optimization", {})
+    size = zero.get("zero_hpz_partition_size", 1)
+    if size == AUTO:
+        size = zero["zero_hpz_partition_size"] = local_world_size
+    if not isinstance(size, int) or size < 1 or world_size % size:
+        raise UserError(
+            f"DeepSpeed config: zero_optimization.zero_hpz_partition_size {size!r} does not divide {world_size} ranks; "
+            'give the ranks of one node, or "auto"'
+        )
+
+
+def _drop_autos(ds: dict[str, Any]) -> list[str]:
+    """Remove every "auto" that is no overlap (DeepSpeed would take it as a string or drop it in silence)."""
+    dropped = []
+
+    def walk(section: dict[str, Any], path: str) -> None:
+        for key in list(section):
+            if isinstance(section[key], dict):
+                walk(section[key], f"{path}{key}.")
+            elif section[key] == AUTO:
+                del section[key]
+                if path.split(".")[0] in ("zero_optimization", "aio", "checkpoint", "compile"):
+                    dropped.append(path + key)
+
+    walk(ds, "")
+    return dropped
+
+
+def _write_back(ds: dict[str, Any], run: RunConfig) -> None:
+    """Put the resolved overlaps into the copy that DeepSpeed gets."""
+    train = run.train
+    ds["train_micro_batch_size_per_gpu"] = train.micro_batch_size
+    ds["train_batch_size"] = train.global_batch_size
+    ds["gradient_accumulation_steps"] = train.gradient_accumulation_steps
+    ds["gradient_clipping"] = train.max_grad_norm
+    ds.setdefault("steps_per_print", None)
+    section = ds.setdefault("optimizer", {})
+    section.setdefault("type", {"adamw": "AdamW", "muon": "Muon"}.get(train.optimizer or "", ""))
+    params = section.setdefault("params", {})
+    params["lr"], params["weight_decay"] = train.lr, train.weight_decay
+    if train.betas is not None:
+        params["betas"] = list(train.betas)
+    if train.eps is not None:
+        params["eps"] = train.eps
+    if train.schedule != "deepspeed":
+        ds.pop("scheduler", None)
+    autocasts = _uses_autocast(ds)
+    autocast = ds.pop("torch_autocast", {})
+    if autocasts:
+        ds.pop("bf16", None)
+        ds.pop("fp16", None)
+        if train.precision != "fp32":
+            dtype = "bfloat16" if train.precision == "bf16" else "float16"
+            ds["torch_autocast"] = {**autocast, "enabled": True, "dtype": dtype}
+    else:
+        for key in ("bf16", "fp16"):
+            ds.setdefault(key, {})["enabled"] = train.precision == key
+
+
+def _check_combinations(run: RunConfig, ds: dict[str, Any], device_type: str) -> None:
+    train, stage = run.train, zero_stage(ds)
+    if train.precision == "fp16" and device_type == "cpu":
+        raise UserError("precision: fp16 does not run on CPU; use --precision bf16 or fp32")
+    if stage == 0 and any(ds.get(key, {}).get("enabled") for key in ("bf16", "fp16")):
+        raise UserError(
+            f"DeepSpeed config: zero_optimization.stage 0 with a {train.precision} block starts Adam at its second "
+            'step; replace the block by "torch_autocast": {"enabled": "auto"}, or use stage 1'
+        )
+    if stage == 0 and train.optimizer != "adamw":
+        raise UserError(
+            f"optimizer: {ds['optimizer']['type']} does not hold back a step with a NaN gradient at ZeRO stage 0; use "
+            "stage 1, or adamw"
+        )
+    if train.optimizer == "muon" and ds["zero_optimization"].get("reduce_scatter", True):
+        raise UserError(
+            'DeepSpeed config: Muon needs "reduce_scatter": false in zero_optimization; see ds_configs/zero2_muon.json'
+        )
+
+
+def _advice(run: RunConfig, ds: dict[str, Any]) -> list[str]:
+    notes = []
+    accumulates = (run.train.gradient_accumulation_steps or 1) > 1
+    if accumulates and ds.get("bf16", {}).get("enabled") and ds.get("data_types", {}).get("grad_accum_dtype") is None:
+        notes.append('gradients accumulate in bf16; "data_types": {"grad_accum_dtype": "fp32"} keeps them exact')
+    return notes

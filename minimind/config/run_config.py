@@ -1,0 +1,374 @@
+"""The run's configuration: one typed place for everything a run can be told.
+
+`RunConfig(model, data, train)` is read from a JSON file, flags override it, and flags are generated from the fields
+below. A field that is None was not set by the user: `minimind.config.resolve` fills it from the DeepSpeed JSON or from its
+documented default. Knows nothing of torch, ranks or files other than the configuration file itself.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from minimind.errors import UserError
+from minimind.cli import parse_flags, parse_known_flags
+from minimind.model.config import PRESETS, ModelConfig
+from minimind.schema import check_fields, nearest
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Schedule = Literal["cosine", "linear", "constant", "wsd", "step", "exponential", "deepspeed"]
+OptimizerName = Literal["adamw", "muon", "deepspeed"]
+MoeBackend = Literal["autoep", "deepspeed"]
+GateNoise = Literal["none", "jitter", "rsample"]
+
+PROGRAM = "python -m minimind.train"
+
+SHARD_FINGERPRINT = "shard_fingerprint"
+"""Key of run_config.json that is no setting: the shards that the run was trained on."""
+
+
+def _default(text: str, help: str | None = None) -> Any:
+    """What --help calls the default of a field whose None is filled in later."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {text})", help=help)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from and how they are cut into samples."""
+
+    shards: Annotated[str | None, _default("none, must be given")] = None
+    """Folder made by data_prep.tokenize_corpus (it holds train/ and val/), or one split of it."""
+    seq_len: int = 512
+    """Tokens in a sample (the context length in training)."""
+    document_mask: bool = False
+    """Keep attention and positions inside a document; the default packs documents and lets attention cross them."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the run trains. None: not set, filled from the DeepSpeed JSON or the documented default."""
+
+    run_dir: str = "runs/pretrain"
+    """The run's folder: configuration, metrics, TensorBoard, checkpoints."""
+    ds_config: Annotated[str | None, _default("ZeRO stage 1")] = None
+    """DeepSpeed JSON file."""
+    init_from: Annotated[str | None, _default("fresh weights")] = None
+    """Begin with the weights (and, without --model, the shape) of a folder that minimind.export --format minimind made;
+    a resumed run has its own."""
+    steps: Annotated[int | None, _default("as many as --epochs asks for")] = None
+    """Optimizer steps."""
+    epochs: float = 1.0
+    """Passes over the training shards, where `steps` is not set."""
+    seed: int = 42
+    """Seed of the weights, the order of the data and dropout."""
+    micro_batch_size: Annotated[int | None, _default("8")] = None
+    """Sequences a rank takes in one forward."""
+    global_batch_size: Annotated[int | None, _default("micro batch x accumulation x ranks")] = None
+    """Sequences of one optimizer step over all ranks."""
+    gradient_accumulation_steps: Annotated[int | None, _default("1")] = None
+    """Micro-batches of a rank in one optimizer step; usually derived from the other two."""
+    optimizer: Annotated[OptimizerName | None, _default("adamw")] = None
+    """adamw or muon (Muon for matrices, AdamW for the rest); deepspeed: another type named in the JSON."""
+    lr: Annotated[float | None, _default("5e-4")] = None
+    """Peak learning rate."""
+    betas: Annotated[tuple[float, float] | None, _default("0.9 0.95")] = None
+    """Adam's decay rates of the first and second moment."""
+    eps: Annotated[float | None, _default("1e-8")] = None
+    """Adam's epsilon."""
+    weight_decay: Annotated[float | None, _default("0.1")] = None
+    """Decoupled weight decay, on matrices only: no norms, no biases."""
+    max_grad_norm: Annotated[float | None, _default("1.0")] = None
+    """Clip the global gradient norm to this; 0 turns clipping off."""
+    schedule: Annotated[Schedule | None, _default("cosine")] = None
+    """Learning rate after the warm-up; deepspeed: the scheduler of the JSON drives it."""
+    warmup_steps: Annotated[int | None, _default("2% of the run, at least 1")] = None
+    """Steps of linear warm-up."""
+    min_lr_ratio: float = 0.1
+    """Floor of the schedule as a share of lr."""
+    decay_ratio: float = 0.2
+    """wsd: share of the run spent in the final decay."""
+    lr_step_size: int = 1000
+    """step and exponential: steps over which the rate is multiplied by lr_gamma."""
+    lr_gamma: float = 0.5
+    """step and exponential: the factor."""
+    precision: Annotated[Precision | None, _default("bf16 on a GPU that has it, otherwise fp32")] = None
+    """Arithmetic of forward and backward."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input for the backward and recompute the rest: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    moe_backend: Annotated[MoeBackend | None, _default("autoep, for a model with experts")] = None
+    """What runs the experts: autoep (DeepSpeed's AutoEP) drops no token and knows every ZeRO stage; deepspeed
+    (deepspeed.moe) can limit what an expert takes, and knows ZeRO 0 to 2."""
+    ep_size: Annotated[int | None, _default("1")] = None
+    """Ranks that share one set of experts; divides the experts and the ranks. 1: every rank holds all experts."""
+    moe_drop_tokens: bool = False
+    """moe_backend deepspeed: an expert passes over what exceeds its capacity, also in evaluation."""
+    moe_capacity_factor: float = 1.0
+    """With moe_drop_tokens: tokens that an expert takes in training, as a multiple of its even share."""
+    moe_eval_capacity_factor: float = 1.0
+    """The same in evaluation."""
+    moe_min_capacity: int = 4
+    """With moe_drop_tokens: what an expert takes at least; not above seq_len."""
+    moe_random_selection: bool = False
+    """With moe_drop_tokens and one expert a token, in training: draw at random what is dropped."""
+    moe_gate_noise: GateNoise = "none"
+    """moe_backend deepspeed, in training: jitter multiplies the router's input by 0.99 to 1.01, rsample (one expert a
+    token) adds Gumbel noise to its logits. Noise moves the choice, not the weights."""
+    moe_sample_second: bool = False
+    """moe_backend deepspeed, two experts a token, in training: draw the second instead of taking the next best."""
+    skip_bad_steps: int = 0
+    """Skip up to this many steps whose loss or gradient is NaN or infinite; 0: stop at the first."""
+    log_every: int = 1
+    """Steps between two readings of loss and norm from the device; every step is in metrics.jsonl either way."""
+    eval_every: int = 0
+    """Steps between two evaluations on the validation split; 0: only at the end."""
+    eval_samples: int = 0
+    """Validation samples in one evaluation; 0: all."""
+    save_every: int = 0
+    """Steps between two checkpoints; 0: only at the end."""
+    keep_last: int = 3
+    """Newest checkpoints to keep; 0: all."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this step are kept for ever; 0: none."""
+    keep_best: int = 1
+    """Checkpoints with the lowest evaluation loss to keep, of those evaluated at the step of their save."""
+    async_save: bool = True
+    """Write checkpoints beside training, from a copy in host memory."""
+    resume: str = "auto"
+    """auto: continue from the newest sound checkpoint of run_dir, if any; never: start anew; or a checkpoint's path."""
+    allow_data_change: bool = False
+    """Continue a run on other shards than it began with (the tokenizer must stay)."""
+    tensorboard: bool = True
+    """Write TensorBoard events into run_dir/tensorboard."""
+    profile_steps: int = 0
+    """Profile so many steps, after the first three, into run_dir/profile; 0: none."""
+    wandb_project: Annotated[str | None, _default("none")] = None
+    """Send the figures to this project of Weights & Biases too (needs the package wandb)."""
+    num_workers: int = 1
+    """Threads that read batches ahead of the step; 0: read in the step itself."""
+    timeout_minutes: float = 30.0
+    """A collective that hangs this long ends the run, saying where each rank stands."""
+    preflight: bool = True
+    """With several ranks, compare hosts, versions, code and folders before training."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything about a run. `model` also stands for a preset's name in files and flags."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping; `from_dict` reads it back to an equal configuration."""
+        return {
+            "model": self.model.to_dict(),
+            "data": dataclasses.asdict(self.data),
+            "train": dataclasses.asdict(self.train),
+        }
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any], where: str = "run config") -> "RunConfig":
+        """Read `{"model": PRESET or {...}, "data": {...}, "train": {...}}`.
+
+        Raises:
+            UserError: an unknown section, field or preset, or a wrong type, naming the nearest known one.
+        """
+        if not isinstance(mapping, Mapping):
+            raise UserError(f"{where}: expected an object with model, data and train, found {type(mapping).__name__}")
+        for key in mapping:
+            if key not in ("model", "data", "train"):
+                raise UserError(f"{where}: unknown section '{key}'{nearest(key, ['model', 'data', 'train'])}")
+        model: Any = mapping.get("model", {})
+        if isinstance(model, str):
+            model = {"preset": model}
+        if isinstance(model, Mapping) and "preset" in model:
+            model = {**preset(model["preset"]).to_dict(), **model}
+            del model["preset"]
+        return cls(
+            model=ModelConfig(**check_fields(ModelConfig, model, f"{where}: model")),
+            data=DataConfig(**check_fields(DataConfig, mapping.get("data", {}), f"{where}: data")),
+            train=TrainConfig(**check_fields(TrainConfig, mapping.get("train", {}), f"{where}: train")),
+        )
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A parsed command line: the run, and what is asked of this one invocation."""
+
+    run: RunConfig
+    dry_run: bool
+
+
+def preset(name: str) -> ModelConfig:
+    """The model preset of that name.
+
+    Raises:
+        UserError: there is none; the message lists them.
+    """
+    if not isinstance(name, str) or name not in PRESETS:
+        raise UserError(f"model: no preset '{name}'{nearest(str(name), list(PRESETS))} (presets: {', '.join(PRESETS)})")
+    return PRESETS[name]
+
+
+def read_json(path: str | os.PathLike[str], what: str) -> Any:
+    """The parsed JSON of a file that the user named.
+
+    Raises:
+        UserError: it cannot be read, or is no JSON (naming line and column).
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{what} {path}: {error.strerror or error}; give the path of a readable file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{what} {path}: not UTF-8 text; give a JSON file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{what} {path}: line {error.lineno} column {error.colno}: {error.msg}") from None
+
+
+_MODEL_HELP = f"Model preset, one of {', '.join(PRESETS)}; any field of the model below overrides it."
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Flags that choose the defaults of all others, read in a first pass."""
+
+    config: Annotated[str | None, _default("none")] = None
+    """JSON file with defaults, such as the run_config.json of another run; flags override it."""
+    model: Annotated[str | None, _default("minimind3", _MODEL_HELP)] = None
+
+
+@dataclass(frozen=True)
+class _Start:
+    """As `Selection`; a field of `TrainConfig` that also chooses the defaults of the model's."""
+
+    init_from: str | None = None
+
+
+@dataclass(frozen=True)
+class _Flags:
+    """Train a MiniMind language model under DeepSpeed."""
+
+    selection: Annotated[Selection, tyro.conf.arg(name="")]
+    data: Annotated[DataConfig, tyro.conf.arg(name="")]
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    fields: Annotated[ModelConfig, tyro.conf.arg(name="")]
+    dry_run: bool = False
+    """Print the resolved run, its size and its memory, and exit."""
+
+
+def parse_command_line(args: Sequence[str]) -> CommandLine:
+    """Flags and, under them, the file of `--config`, as one run configuration.
+
+    Raises:
+        UserError: unknown flag, field or preset, a wrong type, or a file that is no JSON.
+        SystemExit: code 0 after `--help`.
+    """
+    selection, base = read_selection(args, PROGRAM)
+    default = _Flags(selection=selection, data=base.data, train=base.train, fields=base.model)
+    flags = parse_flags(_Flags, args, default=default, prog=PROGRAM)
+    run = RunConfig(model=flags.fields, data=flags.data, train=flags.train)
+    check_run(run)
+    return CommandLine(run=run, dry_run=flags.dry_run)
+
+
+def read_selection(args: Sequence[str], program: str) -> tuple[Selection, RunConfig]:
+    """The flags `--config` and `--model`, and the run that they name: the defaults of every other flag.
+
+    Raises:
+        UserError: no such preset, or a file that is no run configuration.
+    """
+    selection = parse_known_flags(Selection, args, default=Selection(), prog=program)
+    base = RunConfig()
+    if selection.config is not None:
+        content = read_json(selection.config, "--config")
+        if isinstance(content, dict):
+            content.pop(SHARD_FINGERPRINT, None)
+        base = RunConfig.from_dict(content, where=selection.config)
+    start = parse_known_flags(_Start, args, default=_Start(), prog=program).init_from
+    if selection.model is not None:
+        base = dataclasses.replace(base, model=preset(selection.model))
+    elif start is not None:
+        base = dataclasses.replace(base, model=_model_of(start))
+    return selection, base
+
+
+def _model_of(folder: str) -> ModelConfig:
+    """The config of a model's folder in this project's own form."""
+    path = Path(folder) / "config.json"
+    values = read_json(path, "init_from:")
+    if not isinstance(values, dict) or values.pop("model_type", None) != "minimind":
+        raise UserError(
+            f"init_from: {folder} is not in this project's own form; make such a folder with python -m minimind.export "
+            f"--checkpoint {folder} --output DIR --format minimind"
+        )
+    return ModelConfig.from_dict(values)
+
+
+def check_run(run: RunConfig) -> None:
+    """Refuse what no device could train; everything here is known before a process group is made.
+
+    Raises:
+        UserError: naming the first wrong field, its value and the fix.
+    """
+    data, train = run.data, run.train
+    for section, name, low in (
+        (data, "seq_len", 1),
+        (train, "steps", 1),
+        (train, "micro_batch_size", 1),
+        (train, "global_batch_size", 1),
+        (train, "gradient_accumulation_steps", 1),
+        (train, "lr_step_size", 1),
+        (train, "log_every", 1),
+        (train, "seed", 0),
+        (train, "warmup_steps", 0),
+        (train, "max_grad_norm", 0),
+        (train, "weight_decay", 0),
+        (train, "eps", 0),
+        (train, "skip_bad_steps", 0),
+        (train, "eval_every", 0),
+        (train, "eval_samples", 0),
+        (train, "save_every", 0),
+        (train, "keep_last", 0),
+        (train, "keep_every", 0),
+        (train, "keep_best", 0),
+        (train, "num_workers", 0),
+        (train, "profile_steps", 0),
+        (train, "ep_size", 1),
+        (train, "moe_min_capacity", 1),
+    ):
+        value = getattr(section, name)
+        if value is not None and not low <= value < math.inf:
+            raise UserError(f"{name}: {value} is not a finite number of {low} or more")
+    for name in ("lr", "epochs", "timeout_minutes", "moe_capacity_factor", "moe_eval_capacity_factor"):
+        value = getattr(train, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name}: {value} is not a finite number above 0")
+    for name in ("min_lr_ratio", "decay_ratio", "lr_gamma"):
+        if not 0 <= getattr(train, name) <= 1:
+            raise UserError(f"{name}: {getattr(train, name)} is not between 0 and 1")
+    if train.seed >= 2**63:
+        raise UserError(f"seed: {train.seed} does not fit 63 bits; give a smaller one")
+    for name in ("run_dir", "ds_config", "resume", "init_from"):
+        if getattr(train, name) == "":
+            raise UserError(f"{name}: empty; give a value, or leave the flag out")
+    if data.shards == "":
+        raise UserError("shards: empty; give a folder made by python -m data_prep.tokenize_corpus")
+    if train.betas is not None and not all(0 <= beta < 1 for beta in train.betas):
+        raise UserError(f"betas: {train.betas} are not in [0, 1)")
+    if train.steps is not None and train.warmup_steps is not None and train.warmup_steps > train.steps:
+        raise UserError(f"warmup_steps: {train.warmup_steps} is longer than the run of {train.steps} steps")
+    if data.seq_len > run.model.max_position_embeddings:
+        raise UserError(
+            f"seq_len: {data.seq_len} is beyond max_position_embeddings {run.model.max_position_embeddings}; "
+            f"shorten it or pass --max-position-embeddings {data.seq_len}"
+        )

@@ -1,0 +1,294 @@
+"""Ranks: who we are, how we find each other, and the few collectives that the project uses.
+
+One function reads the rank from the environment of any launcher (deepspeed, torchrun, SLURM, Open MPI, MPICH); another
+makes the process group. Knows nothing of models, data or training.
+"""
+
+import contextlib
+import datetime
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import deepspeed.comm
+import deepspeed.ops
+import torch
+import torch.distributed
+
+from minimind.distributed.cpu_gather import gather_in_place
+from minimind.errors import OneRankError, UserError
+from minimind.distributed.store import connect_store, node_name
+
+# On CPU, DeepSpeed compiles a shared-memory all-reduce at start. It serves inference alone, needs a compiler, and
+# leaves 66 MiB a rank in /dev/shm when a process is killed. Declared incompatible, it is neither built nor used.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+# DeepSpeed 0.19 calls collectives by names that torch 2.13 has announced to retire; nothing a user could act on.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+
+DEFAULT_MASTER_PORT = 29500
+
+
+@dataclass(frozen=True)
+class RankEnvironment:
+    """One process among all processes of a run, as its launcher describes it."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    master_addr: str | None = None
+    """None: nobody said it (a single process, or MPI before the ranks have talked)."""
+    master_port: int | None = None
+    launcher: str = "none"
+    num_nodes: int | None = None
+    """Hosts of the run; None: the launcher does not say."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, the one that prints and writes."""
+        return self.rank == 0
+
+    @property
+    def speaker(self) -> str:
+        """The rank and its host, for what only one of several ranks says; nothing where there is one."""
+        return f"rank {self.rank} on {node_name()}" if self.world_size > 1 else ""
+
+
+# What launchers call the number of hosts: deepspeed, torchrun, a step of srun, a SLURM job.
+_NUM_NODES = ("CROSS_SIZE", "GROUP_WORLD_SIZE")
+_SLURM_NUM_NODES = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES")
+
+# launcher, and its names of rank, world size, local rank, local world size
+_LAUNCHERS = (
+    ("torch", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    (
+        "openmpi",
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    ("mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+)
+
+
+def read_environment(environment: Mapping[str, str] | None = None) -> RankEnvironment:
+    """Who this process is, from the variables that deepspeed, torchrun, Open MPI, MPICH or SLURM set.
+
+    The deepspeed and torchrun names come first: they also stand inside a SLURM job. MPICH's are passed over where its
+    local rank is missing: `srun` with its PMI plugin sets the other two. A SLURM allocation without `srun` (no
+    SLURM_STEP_ID) is one process.
+
+    Raises:
+        UserError: a variable is missing beside the others, is no number, or ranks do not fit the world.
+    """
+    environment = os.environ if environment is None else environment
+    for launcher, rank_name, world_name, local_name, local_world_name in _LAUNCHERS:
+        if rank_name not in environment or (world_name not in environment and launcher != "torch"):
+            continue
+        if launcher == "slurm" and "SLURM_STEP_ID" not in environment:
+            continue
+        if launcher == "mpich" and local_name not in environment and "SLURM_STEP_ID" in environment:
+            continue
+        rank, world = _number(environment, rank_name), _number(environment, world_name)
+        local_rank = _number(environment, local_name, 0 if world == 1 else None)
+        if not 0 <= rank < world:
+            raise UserError(f"{rank_name}: {rank} is not below {world_name} {world}; the launcher's variables disagree")
+        if launcher == "slurm":
+            local_world = _slurm_tasks_here(environment)
+        else:
+            # The deepspeed launcher says LOCAL_SIZE.
+            local_world = _number(environment, local_world_name, _number(environment, "LOCAL_SIZE", 0)) or None
+        return RankEnvironment(
+            rank=rank,
+            local_rank=local_rank,
+            world_size=world,
+            local_world_size=local_world or local_rank + 1,
+            master_addr=environment.get("MASTER_ADDR"),
+            master_port=_number(environment, "MASTER_PORT", DEFAULT_MASTER_PORT),
+            launcher=launcher,
+            num_nodes=_num_nodes(environment, launcher),
+        )
+    return RankEnvironment()
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for the run; where its environment makes no sense, it says so itself."""
+    try:
+        return read_environment().is_first
+    except UserError:
+        return True
+
+
+def _slurm_tasks_here(environment: Mapping[str, str]) -> int | None:
+    """Tasks of this step on this node, from a list such as `2(x3),1`: 2 on each of three nodes, 1 on the fourth."""
+    text = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE") or ""
+    counts: list[int] = []
+    for tasks, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(tasks)] * int(nodes or 1)
+    node = _number(environment, "SLURM_NODEID", 0)
+    return counts[node] if node < len(counts) else None
+
+
+def _num_nodes(environment: Mapping[str, str], launcher: str) -> int | None:
+    names = {"torch": _NUM_NODES, "slurm": _SLURM_NUM_NODES}.get(launcher, ())
+    return next((_number(environment, name) for name in names if name in environment), None)
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environment.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None:
+        raise UserError(f"{name}: not set, but its companions are; start with deepspeed, torchrun, srun or mpirun")
+    if not text.isdecimal():
+        raise UserError(f"{name}: {text!r} is no number; start the run with deepspeed, torchrun, srun or mpirun")
+    return int(text)
+
+
+def find_device(env: RankEnvironment) -> torch.device:
+    """The device of this rank: its CUDA device where there are any, otherwise the CPU.
+
+    Raises:
+        UserError: fewer CUDA devices than local ranks.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    # A launcher that shows each rank one device only (srun --gpus-per-task=1) makes that device number 0.
+    index = env.local_rank if count > 1 else 0
+    if env.local_rank >= count > 1 or (count == 1 and env.local_world_size > 1 and "SLURM_STEP_GPUS" not in os.environ):
+        raise OneRankError(
+            f"local rank {env.local_rank} of {env.local_world_size}: this host has {count} CUDA devices ({node_name()})"
+        )
+    return torch.device("cuda", index)
+
+
+def open_store(env: RankEnvironment, timeout_minutes: float) -> torch.distributed.Store:
+    """Connect to the key-value store that rank 0 opens at MASTER_ADDR and MASTER_PORT. Every rank calls this.
+
+    Raises:
+        OneRankError: the port is taken, or nobody answers there in time.
+    """
+    address, port = env.master_addr or "127.0.0.1", env.master_port or DEFAULT_MASTER_PORT
+    return connect_store(env.rank, env.world_size, address, port, timeout_minutes)
+
+
+@contextlib.contextmanager
+def process_group(
+    env: RankEnvironment,
+    device: torch.device,
+    timeout_minutes: float = 30.0,
+    store: torch.distributed.Store | None = None,
+) -> Iterator[None]:
+    """Join the process group of the run, and leave it whatever happens. Every rank calls this.
+
+    A single process needs no port and no address. On CUDA, device tensors go through NCCL, host tensors through gloo.
+
+    Args:
+        store: where the ranks have met already; otherwise they meet now.
+
+    Raises:
+        UserError: the master cannot be reached, or its port is taken.
+    """
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        share_cores(env)
+    if store is None:
+        is_alone = env.world_size == 1 and env.master_addr is None
+        store = torch.distributed.HashStore() if is_alone else open_store(env, timeout_minutes)
+    with _told_by_environment(env):
+        try:
+            torch.distributed.init_process_group(
+                backend,
+                store=torch.distributed.PrefixStore("group", store),
+                rank=env.rank,
+                world_size=env.world_size,
+                timeout=datetime.timedelta(minutes=timeout_minutes),
+            )
+        except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise OneRankError(f"rank {env.rank} on {node_name()}: no process group: {reason}") from None
+        try:
+            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+            if backend == "gloo":
+                deepspeed.comm.comm.cdb.all_gather_function = gather_in_place
+            yield
+        finally:
+            # DeepSpeed's own call also forgets the groups that it keeps in globals: a second run in this process needs
+            # new ones.
+            deepspeed.comm.destroy_process_group()
+            deepspeed.comm.comm.cdb = None
+
+
+@contextlib.contextmanager
+def _told_by_environment(env: RankEnvironment) -> Iterator[None]:
+    """DeepSpeed and torch read the rank from these variables, whatever launcher brought it; afterwards they are as they
+    were, so that nothing in this process takes itself for a rank."""
+    told = {"RANK": str(env.rank), "WORLD_SIZE": str(env.world_size), "LOCAL_RANK": str(env.local_rank)}
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def share_cores(env: RankEnvironment) -> None:
+    """Give each local CPU rank its share of the cores, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // max(1, env.local_world_size)))
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum `tensor` over all ranks, in place. Every rank calls this."""
+    torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's `value`, on every rank. Every rank calls this."""
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order, on every rank. Every rank calls this."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` holds on at least one rank. Every rank calls this."""
+    tensor = torch.tensor([int(flag)])
+    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+    return bool(tensor.item())
+
+
+def barrier() -> None:
+    """Wait for all ranks. Every rank calls this."""
+    torch.distributed.barrier()
+
+
+def log(message: str) -> None:
+    """Print one line on rank 0, and nothing on the others."""
+    initialized = torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if initialized else read_environment().rank
+    if rank == 0:
+        print(message, file=sys.stdout, flush=True)

@@ -1,0 +1,87 @@
+"""What one rank's host has: versions, code, device, room. Compared by the preflight; knows nothing of other ranks."""
+
+from minimind.files import ROOT
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from minimind.distributed.environment import RankEnvironment
+from minimind.distributed.store import node_name
+
+
+
+@dataclass(frozen=True)
+class HostReport:
+    """What one rank has. `error` is what kept it from getting this far, instead of the rest."""
+
+    rank: int
+    host: str
+    boot: str = ""
+    """Of this host since it was started: two hosts may have one name."""
+    python: str = ""
+    torch: str = ""
+    deepspeed: str = ""
+    numpy: str = ""
+    code: str = ""
+    """Hash of the package's source."""
+    git: str = ""
+    device_type: str = ""
+    device: str = ""
+    free_bytes: int = 0
+    shards: str = ""
+    """Fingerprint of the training shards."""
+    error: str | None = None
+
+
+def examine(env: RankEnvironment, device: torch.device, run_dir: Path, shards: str) -> HostReport:
+    """This rank's own report."""
+    return HostReport(
+        rank=env.rank,
+        host=node_name(),
+        boot=_boot_id(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        deepspeed=version("deepspeed"),
+        numpy=version("numpy"),
+        code=hash_source(ROOT / "minimind"),
+        git=_git_revision(),
+        device_type=device.type,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores",
+        free_bytes=shutil.disk_usage(_existing(run_dir)).free,
+        shards=shards,
+    )
+
+
+def hash_source(folder: Path) -> str:
+    """One hash of every Python file below `folder`, by name and content."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _git_revision() -> str:
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return result.stdout.strip() if result.returncode == 0 else "unknown"

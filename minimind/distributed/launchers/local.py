@@ -1,0 +1,93 @@
+"""Start the ranks of one machine and answer for them: `python -m minimind.distributed.launchers.local N SCRIPT ARGS`.
+
+Signals go to every rank at once; when one rank fails, the others are ended; the exit code is that of the first rank
+that failed; and the ranks end with this process, however it ends. Knows nothing of what the ranks do.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+PATIENCE_SECONDS = 10.0
+"""After a rank has failed, the others may end by themselves, with their own words, for this long."""
+GRACE_SECONDS = 30.0
+"""Between asking the remaining ranks to end and killing them."""
+
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_PR_SET_PDEATHSIG = 1
+
+
+def main(args: list[str]) -> int:
+    """Run `args[1:]` as `args[0]` ranks; the exit code of the first rank that failed, or 0.
+
+    A rank that died by signal n counts as 128 + n, as a shell says it.
+    """
+    world_size = int(args[0])
+    port = os.environ.get("MASTER_PORT") or str(find_free_port())
+    ranks = [start_rank(args[1:], rank, world_size, port) for rank in range(world_size)]
+    for number in _FORWARDED:
+        signal.signal(number, lambda received, _frame: signal_ranks(ranks, received))
+    return wait_for(ranks)
+
+
+def find_free_port() -> int:
+    """A TCP port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_rank(command: list[str], rank: int, world_size: int, port: str) -> subprocess.Popen:
+    """Start one rank, in a session of its own so that a terminal's Ctrl-C reaches it once, through us."""
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    libc = ctypes.CDLL(None)  # loaded before the fork: between fork and exec nothing may allocate
+    return subprocess.Popen(
+        [sys.executable, *command],
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
+    )
+
+
+def signal_ranks(ranks: list[subprocess.Popen], number: int) -> None:
+    """Send a signal to every rank that still runs."""
+    for process in ranks:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+
+
+def wait_for(ranks: list[subprocess.Popen]) -> int:
+    """Wait until all ranks have ended; the first failure ends the others."""
+    code, failed_at, asked = 0, 0.0, False
+    while any(process.poll() is None for process in ranks):
+        time.sleep(0.1)
+        failed = [process for process in ranks if process.poll() not in (None, 0)]
+        if failed and not code:
+            code, failed_at = failed[0].returncode, time.monotonic()
+        waited = time.monotonic() - failed_at if code else 0.0
+        if waited > PATIENCE_SECONDS and not asked:
+            signal_ranks(ranks, signal.SIGTERM)
+            asked = True
+        if waited > PATIENCE_SECONDS + GRACE_SECONDS:
+            signal_ranks(ranks, signal.SIGKILL)
+    codes = [process.returncode for process in ranks if process.returncode]
+    code = code or (codes[0] if codes else 0)
+    return 128 - code if code < 0 else code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,62 @@
+"""Under mpirun, where rank 0 listens: the ranks tell one another through MPI, once, at the start.
+
+MPI's environment says who a rank is and not where the others are. MPI itself is used for nothing else, and left again.
+"""
+
+import dataclasses
+import os
+import socket
+import sys
+
+import mpi4py
+
+from minimind.distributed.environment import RankEnvironment
+from minimind.errors import OneRankError
+from minimind.distributed.store import node_name
+
+# By launcher; mpi4py is linked against these names.
+_LIBRARIES = {"openmpi": "libmpi.so.40", "mpich": "libmpi.so.12"}
+
+
+def find_master(env: RankEnvironment) -> RankEnvironment:
+    """`env` with rank 0's address and a free port of its host, where mpirun started this rank and nobody gave them.
+
+    MASTER_ADDR and MASTER_PORT in the environment go first. Every rank calls this.
+
+    Raises:
+        OneRankError: MPI's library is not found, or is not the one of the mpirun that started the rank.
+    """
+    if env.launcher not in _LIBRARIES or env.master_addr is not None or env.world_size == 1:
+        return env
+    if "MPI4PY_LIBMPI" not in os.environ:
+        # A host may have both; the variables say which mpirun this is. The library of a wheel lies beside Python.
+        name = _LIBRARIES[env.launcher]
+        os.environ["MPI4PY_LIBMPI"] = os.pathsep.join([os.path.join(sys.prefix, "lib", name), name])
+    mpi4py.rc.initialize = False
+    mpi4py.rc.finalize = False
+    try:
+        from mpi4py import MPI  # noqa: PLC0415  (loads the library that was chosen above)
+    except (ImportError, RuntimeError) as error:
+        raise OneRankError(
+            f"rank {env.rank} on {node_name()}: no library of {env.launcher} found ({str(error).splitlines()[0]}); set "
+            "MPI4PY_LIBMPI to the libmpi that belongs to mpirun, or MASTER_ADDR to rank 0's host"
+        ) from None
+    MPI.Init()
+    world = MPI.COMM_WORLD
+    if (world.rank, world.size) != (env.rank, env.world_size):
+        found = MPI.Get_library_version().split(",")[0].splitlines()[0]
+        raise OneRankError(
+            f"rank {env.rank} of {env.world_size} on {node_name()}: {found} takes it for rank {world.rank} of "
+            f"{world.size}; set MPI4PY_LIBMPI to the libmpi that belongs to mpirun"
+        )
+    hosts = world.allgather(MPI.Get_processor_name())
+    address = "127.0.0.1" if len(set(hosts)) == 1 else hosts[0]
+    port = world.bcast(env.master_port if "MASTER_PORT" in os.environ else _free_port())
+    MPI.Finalize()
+    return dataclasses.replace(env, master_addr=address, master_port=port, num_nodes=len(set(hosts)))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,187 @@
+"""A loaded model's matrices laid out for decoding on a CPU, where a token costs one pass over all weights.
+
+Matrices are kept in the order in which oneDNN reads them, or by columns where they are to be compiled; or, to a smaller
+size, as 8-bit integers with one scale a row (arXiv 2206.01861 calls that weight-only, per channel). Knows nothing of
+sampling.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimind.model import MiniMindForCausalLM
+from minimind.model.attention import Attention
+from minimind.model.layers import FeedForward
+from minimind.model.loss import IGNORE_INDEX
+from minimind.model.kernels.matmul import has_onednn, onednn_product, pack
+from minimind.model.rope import rotate
+
+# Matrices that stay as they are: a router must choose as it was trained to, and so small ones gain nothing.
+_KEPT = ("gate", "coefficient")
+
+
+def prepare_decoding(model: MiniMindForCausalLM, *, int8: bool, compiled: bool = False) -> None:
+    """Lay out a loaded model's matrices for the fastest decoding; on a GPU they stay as they are.
+
+    Args:
+        compiled: the model is going to be compiled, which knows nothing of oneDNN's order.
+    """
+    if int8:
+        quantize_int8(model)
+    elif compiled or not can_pack(model.lm_head.weight):
+        lay_out_by_columns(model)
+    else:
+        pack_matrices(model)
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN multiplies by matrices of this kind on this processor."""
+    if weight.device.type != "cpu" or not has_onednn():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
+
+
+@torch.no_grad()
+def lay_out_by_columns(model: MiniMindForCausalLM) -> None:
+    """Store every float32 matrix on a CPU column by column; the same numbers, rounded in another order of sums.
+
+    A tied output matrix becomes a copy: the embedding reads rows. For inference alone.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight.dtype == torch.float32 and not module.weight.is_cuda:
+            module.weight = nn.Parameter(module.weight.t().contiguous().t(), requires_grad=False)
+
+
+class PackedLinear(nn.Module):
+    """A matrix (out, in) in oneDNN's own order."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("packed", pack(linear.weight.detach()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return onednn_product(x, self.packed)  # type: ignore[arg-type]
+
+
+class Int8Linear(nn.Module):
+    """A matrix (out, in) as int8 with a bfloat16 scale for each row; bfloat16 in and out, on a CPU."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
+        self.register_buffer("quantized", (weight / scale[:, None]).round().to(torch.int8), persistent=False)
+        self.register_buffer("scale", scale.to(torch.bfloat16), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        rows = x.reshape(-1, x.shape[-1])
+        product = torch._weight_int8pack_mm(rows, self.quantized, self.scale)  # type: ignore[arg-type]
+        return product.view(*x.shape[:-1], -1)
+
+
+class _Head(nn.Module):
+    """An output matrix of another form: scores by it, and the loss by them. The form is the class beside it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        self.weight = linear.weight  # the embedding, where the two are tied: type and device of the model
+
+    def forward(self, x: Tensor, labels: Tensor | None = None, reduction: str = "mean") -> Tensor:
+        """As `minimind.model.loss.LMHead.forward`, without a z-loss."""
+        logits = super().forward(x)
+        if labels is None:
+            return logits
+        return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX,
+                               reduction=reduction)  # fmt: skip
+
+
+class PackedHead(_Head, PackedLinear):
+    """The output matrix in oneDNN's order."""
+
+
+class Int8Head(_Head, Int8Linear):
+    """The output matrix as 8-bit integers."""
+
+
+@torch.no_grad()
+def pack_matrices(model: MiniMindForCausalLM) -> None:
+    """Replace the matrices of a float32 or bfloat16 model on a CPU by copies in oneDNN's order: the same numbers, their
+    sums rounded in another order. Norms, embedding, routers and routed experts stay as they are. For inference alone.
+    """
+    _replace(model, PackedLinear, PackedHead)
+
+
+@torch.no_grad()
+def quantize_int8(model: MiniMindForCausalLM) -> None:
+    """Replace the matrices of a bfloat16 model on a CPU by 8-bit ones. Norms, embedding, routers and routed experts
+    stay as they are. For inference alone.
+    """
+    _replace(model, Int8Linear, Int8Head)
+
+
+def _replace(model: nn.Module, form: type[nn.Module], head: type[nn.Module]) -> None:
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Attention):
+                setattr(module, name, JoinedAttention(child))
+            elif isinstance(child, FeedForward):
+                setattr(module, name, JoinedFeedForward(child))
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear) and name not in _KEPT:
+                setattr(module, name, head(child) if name == "lm_head" else form(child))
+
+
+class JoinedAttention(Attention):
+    """One matrix for queries, keys and values, one norm and one rotation for queries and keys: fewer calls a token."""
+
+    def __init__(self, source: Attention) -> None:
+        nn.Module.__init__(self)
+        self.layer, self.head_size = source.layer, source.head_size
+        self.flash_attn, self.dropout = source.flash_attn, source.dropout
+        self.num_heads = source.q_proj.out_features // self.head_size
+        self.num_kv_heads = source.k_proj.out_features // self.head_size
+        self.qkv_proj = _join(source.q_proj, source.k_proj, source.v_proj)
+        self.o_proj = source.o_proj
+        self.eps, scale = 0.0, None
+        if source.q_norm is not None and source.k_norm is not None:
+            self.eps = source.q_norm.eps
+            pairs = ((source.q_norm, self.num_heads), (source.k_norm, self.num_kv_heads))
+            scale = torch.cat([norm.weight.detach().float().expand(count, -1) for norm, count in pairs])
+        self.register_buffer("scale", scale, persistent=False)  # (num_heads + num_kv_heads, head_size) float32
+
+    def project(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """As in `Attention`; norm and rotation are computed in float32, with one rounding at the end."""
+        heads = self.qkv_proj(hidden_states).unflatten(-1, (-1, self.head_size))
+        turned, values = heads.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=2)
+        if self.scale is not None:
+            turned = F.rms_norm(turned.float(), (self.head_size,), None, self.eps) * self.scale  # type: ignore[operator]
+        turned = rotate(turned, *rotary).to(values.dtype)
+        queries, keys = turned.split((self.num_heads, self.num_kv_heads), dim=2)
+        return queries, keys, values
+
+
+class JoinedFeedForward(nn.Module):
+    """SwiGLU with one matrix for gate and up."""
+
+    def __init__(self, source: FeedForward) -> None:
+        super().__init__()
+        self.gate_up_proj = _join(source.gate_proj, source.up_proj)
+        self.down_proj = source.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., hidden_size) -> the same shape."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+def _join(*matrices: nn.Linear) -> nn.Linear:
+    """One matrix that gives the outputs of all, side by side."""
+    weight = torch.cat([matrix.weight.detach() for matrix in matrices])
+    joined = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    joined.weight = nn.Parameter(weight, requires_grad=False)
+    return joined

@@ -1,0 +1,139 @@
+"""Expert parallelism, applied to a plain model from outside: what has to be done before, at and after
+`deepspeed.initialize`, whichever backend runs the experts. Knows nothing of batches, steps or checkpoints.
+
+Each `layers.N.mlp` gets a layer of DeepSpeed's in its place (AutoEP inside `initialize`, from the block that
+`ds_experts` writes; `deepspeed.moe` before it), so whatever was taken from the old layers must be taken again: the
+routers that the auxiliary loss listens to, the parameters of the optimizer. A group of `ep_size` neighbouring ranks
+holds one set of experts; ranks that hold the same experts average their gradients.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.moe.ep_experts import GroupedExperts
+from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
+from deepspeed.utils import groups
+from torch import nn
+
+from minimind.config.resolve import Resolved
+from minimind.config.expert_parallel import draws_experts
+from minimind.parallel.expert_names import find_part
+from minimind.model import MiniMindForCausalLM
+from minimind.model.kernels.experts import cpu_experts_of_rows, takes_cpu_experts
+from minimind.model.moe import MoEFeedForward
+from minimind.model.router import BIAS_NAME, Router
+from minimind.parallel.deepspeed_moe import GateRecord, NativeExperts
+
+
+def take_over_experts(resolved: Resolved, model: MiniMindForCausalLM) -> None:
+    """Put `deepspeed.moe` in place of the model's experts, where that is to run them: each rank keeps its own share.
+
+    Before `deepspeed.initialize`; AutoEP takes them over inside it. Every rank calls this.
+    """
+    train, config = resolved.run.train, resolved.run.model
+    if train.moe_backend != "deepspeed":
+        return
+    ep_size = train.ep_size or 1
+    name = f"ep_size_{ep_size}"
+    if name not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(ep_size)
+    ep_rank = groups._get_expert_parallel_rank(name)
+    for number, layer in enumerate(model.model.layers):
+        if not isinstance(layer.mlp, MoEFeedForward):
+            continue
+        source, native = layer.mlp, NativeExperts(layer.mlp, train)
+        with torch.no_grad():
+            for own_name, parameter in native.named_parameters():
+                part = find_part(f"model.layers.{number}.mlp.{own_name}", config, ep_size, ep_rank)
+                whole = source.get_parameter(part.name.removeprefix(f"model.layers.{number}.mlp."))
+                if whole is not parameter:  # the shared experts have moved
+                    parameter.copy_(whole[part.place])
+        layer.mlp = native
+    model.model.draws_random |= draws_experts(train)
+    model.router_record = GateRecord()
+
+
+def watch_experts(resolved: Resolved, model: MiniMindForCausalLM) -> None:
+    """Let the model's balance be taken from the layers that DeepSpeed has put in place of its own.
+
+    The selection bias keeps float32 whatever the model was cast to: in bfloat16 its small steps would be lost.
+    """
+    if resolved.run.train.moe_backend is None:
+        return
+    routers = []
+    for layer in model.model.layers:
+        if isinstance(layer.mlp, AutoEPMoELayer):
+            router = layer.mlp.router
+            if getattr(router, BIAS_NAME, None) is not None:
+                setattr(router, BIAS_NAME, getattr(router, BIAS_NAME).float())
+            routers.append(Router(router.gate, router))
+        elif isinstance(layer.mlp, NativeExperts):
+            routers.append(layer.mlp.router)
+    config = resolved.run.model
+    expected = sum(config.has_experts(layer) for layer in range(config.num_hidden_layers))
+    if len(routers) != expected:
+        raise RuntimeError(f"{expected} layers have experts, and DeepSpeed has taken over {len(routers)}")
+    model.router_record.watch(routers)
+
+
+def compute_experts_here(model: MiniMindForCausalLM) -> None:
+    """On a CPU, let AutoEP's experts be computed as those of the plain model are, unless the JSON says how: torch's
+    grouped product is a plain loop there in 16 bit, and MKL's in float32."""
+    for layer in model.model.layers:
+        if isinstance(layer.mlp, AutoEPMoELayer):
+            experts = layer.mlp.experts
+            experts.forward = functools.partial(_run_experts, experts)
+
+
+def _run_experts(experts: GroupedExperts, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """(M, hidden_size) rows, one expert's behind the other's, `counts` (E,) of each -> the same shape."""
+    is_default = experts.use_grouped_mm and experts.gate_up_impl == "separate" and experts.activation == "swiglu"
+    if not takes_cpu_experts(rows) or not is_default:
+        return GroupedExperts.forward(experts, rows, counts)
+    weights = (weight.to(rows.dtype) for weight in (experts.w1, experts.w3, experts.w2))
+    return cpu_experts_of_rows(rows, counts.tolist(), *weights)
+
+
+def leave_out_of_compilation(model: MiniMindForCausalLM) -> None:
+    """Let `torch.compile` step around the layers of experts: how many rows an expert gets is known on the host alone,
+    and a trace of torch's grouped product knows bfloat16 only."""
+    for layer in model.model.layers:
+        if isinstance(layer.mlp, AutoEPMoELayer | NativeExperts):
+            layer.mlp.forward = torch.compiler.disable(layer.mlp.forward)  # type: ignore[method-assign]
+
+
+def split_groups(parameter_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The optimizer's groups, each with a `name`, with the experts that not every rank holds apart: DeepSpeed knows
+    them by that. A dense model's groups stay as they are."""
+    if any(is_moe_param(parameter) for group in parameter_groups for parameter in group["params"]):
+        return split_params_into_different_moe_groups_for_optimizer(parameter_groups)
+    return parameter_groups
+
+
+def global_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    """2-norm of the reduced gradients of all parameters of all ranks, float32 () on the device. Every rank calls this.
+
+    A shared parameter has the same gradient on every rank, an expert's on those that hold it.
+    """
+    shared: list[torch.Tensor] = []
+    experts: dict[str, list[torch.Tensor]] = {}
+    for parameter in parameters:
+        kind = experts.setdefault(parameter.group_name, []) if is_moe_param(parameter) else shared  # type: ignore
+        # On CPU the squares are summed in float64: in float32 the sum over a large matrix is off by 1e-4.
+        dtype = torch.float64 if parameter.device.type == "cpu" else torch.float32
+        kind.append(torch.linalg.vector_norm(parameter.grad, dtype=dtype))
+    norms = [_combine(shared)] if shared else []
+    for name in sorted(experts):
+        square = _combine(experts[name]).square()
+        group = groups._get_expert_parallel_group(name)
+        if torch.distributed.get_world_size(group) > 1:
+            torch.distributed.all_reduce(square, group=group)  # over the ranks that hold the other experts
+        norms.append(square.sqrt())
+    return _combine(norms).float()
+
+
+def _combine(norms: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.linalg.vector_norm(torch.stack(list(norms)))

@@ -1,0 +1,139 @@
+"""What the backward of the model needs to find: bytes of activations and of the loss, by arithmetic over its shape.
+
+It follows the modules of `minimind.model` line by line: what autograd saves there is what counts here, and tests
+compare the two. Knows nothing of ranks, ZeRO or optimizers.
+"""
+
+import torch
+
+from minimind.config.resolve import Resolved
+from minimind.model import products
+from minimind.model.config import ModelConfig
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**25}
+"""Logits that stand in memory at once in the loss."""
+LONGEST_BY_PRODUCTS = 1024
+"""Tokens of a sequence up to which attention on a CPU in 16 bit writes its scores out."""
+
+
+def precision_of(resolved: Resolved) -> tuple[int, int]:
+    """Bytes of an element in matrix products, and in the residual stream: they differ under autocast."""
+    compute = 4 if resolved.run.train.precision == "fp32" else 2
+    return compute, 4 if resolved.ds.get("torch_autocast", {}).get("enabled") else compute
+
+
+def activation_bytes(resolved: Resolved, device_type: str) -> int:
+    """Bytes that one micro-batch keeps from the forward for the backward."""
+    model, train = resolved.run.model, resolved.run.train
+    compute, residual = precision_of(resolved)
+    tokens = (train.micro_batch_size or 1) * resolved.run.data.seq_len
+    # The final norm keeps its input (and on a CPU a number a token), the loss its gradient.
+    ends = model.hidden_size * (compute + residual) + (4 if device_type == "cpu" else 0)
+    total = tokens * ends
+    if train.activation_checkpointing:
+        total += tokens * model.num_hidden_layers * model.hidden_size * residual
+    else:
+        layers = range(model.num_hidden_layers)
+        total += sum(tokens * _block_bytes(resolved, device_type, model.has_experts(layer)) for layer in layers)
+    if residual != compute:
+        total += weight_casts(model)
+    return total
+
+
+def weight_casts(config: ModelConfig) -> int:
+    """Bytes of the 16-bit copies of all matrices that autocast makes in a forward and keeps for the backward."""
+    return 2 * (config.num_params() - config.vocab_size * config.hidden_size)
+
+
+def loss_peak(resolved: Resolved, device_type: str) -> int:
+    """Bytes of the loss at its highest: a chunk's logits and float32 log-probabilities, the gradient that the chunk
+    before left, and the float32 gradient of the output matrix."""
+    model, compute = resolved.run.model, precision_of(resolved)[0]
+    tokens = (resolved.run.train.micro_batch_size or 1) * resolved.run.data.seq_len
+    rows = max(1, CHUNK_LOGITS.get(device_type, CHUNK_LOGITS["cuda"]) // model.vocab_size)
+    first = min(tokens, rows)
+    second = min(tokens - first, rows)
+    chunk = max(8 * first, compute * first + 8 * second) * model.vocab_size
+    matrix = model.vocab_size * model.hidden_size
+    return chunk + 4 * matrix + (compute * matrix if compute != 4 else 0)
+
+
+def output_matrix_gradient(resolved: Resolved) -> int:
+    """Bytes of the embedding's own gradient, which meets that of the output matrix at the end of the backward."""
+    model = resolved.run.model
+    return model.vocab_size * model.hidden_size * precision_of(resolved)[1]
+
+
+def backward_peak(resolved: Resolved, device_type: str) -> int:
+    """Bytes on top of the activations when the backward begins: the scaled gradient of the output matrix, and one
+    block's gradients (under checkpointing also its recomputed activations)."""
+    model, train = resolved.run.model, resolved.run.train
+    compute, residual = precision_of(resolved)
+    tokens = (train.micro_batch_size or 1) * resolved.run.data.seq_len
+    last = model.has_experts(model.num_hidden_layers - 1)
+    width = 3 * _feed_forward_width(model, last) * compute + 2 * model.hidden_size * residual
+    matrix = model.vocab_size * model.hidden_size * (8 if compute == 4 else 6)
+    recomputed = _block_bytes(resolved, device_type, last) if train.activation_checkpointing else 0
+    return matrix + tokens * (width + recomputed)
+
+
+def layer_activations_per_token(config: ModelConfig) -> int:
+    """Elements that the backward of one block keeps for a token on a GPU, with fused attention and norms.
+
+    The input of each norm and its output (4 x hidden), queries and keys before their norms, queries, keys and values
+    as attention takes them, its output, and four feed-forward widths (gate, up, SiLU of gate, product).
+    """
+    query, key = _attention_widths(config)
+    before_norm = query + key if config.qk_norm else 0
+    mixed = 4 * _feed_forward_width(config, config.use_moe)
+    if config.use_moe:
+        mixed += 2 * config.hidden_size * config.num_experts_per_tok  # dispatched, and combined
+        mixed += 2 * config.hidden_size * config.moe_residual
+    return 4 * config.hidden_size + before_norm + 2 * (query + key) + mixed
+
+
+def _block_bytes(resolved: Resolved, device_type: str, has_experts: bool) -> int:
+    """Bytes that the backward of one block keeps for a token."""
+    model, train = resolved.run.model, resolved.run.train
+    compute, residual = precision_of(resolved)
+    hidden = model.hidden_size
+    query, key = _attention_widths(model)
+    # Autocast casts a norm's output once for each matrix that reads it.
+    copies = 2 if compute == residual else (5 if not has_experts else 4)
+    total = copies * hidden * compute
+    total += 2 * hidden * residual + ((query + key) * compute if model.qk_norm else 0)
+    if device_type == "cpu":  # a number for every row that is normed
+        total += 8 + 4 * model.qk_norm * (model.num_attention_heads + model.num_key_value_heads)
+    # A processor without 16-bit products computes attention in float32, and rounds the outcome.
+    is_widened = device_type == "cpu" and compute == 2 and not products.multiplies(_DTYPES[train.precision or "bf16"])
+    inside = 4 if is_widened else compute
+    total += 2 * (query + key) * inside + is_widened * query * compute + 4 * model.num_attention_heads
+    seq_len = resolved.run.data.seq_len
+    by_products = device_type == "cpu" and compute == 2 and not is_widened and seq_len <= LONGEST_BY_PRODUCTS
+    if model.flash_attn and by_products:
+        total += model.num_attention_heads * seq_len * compute
+    if not model.flash_attn:
+        total += model.num_attention_heads * seq_len * (4 + 2 * inside)
+    # On a CPU gate and up alone: `minimind.model.kernels.layers`, `minimind.model.kernels.experts`.
+    total += (2 if device_type == "cpu" else 4) * _feed_forward_width(model, has_experts) * compute
+    if has_experts:
+        # Tokens as dispatched and combined, and what the router keeps: logits, scores, choices.
+        total += 2 * model.num_experts_per_tok * (hidden * compute + 20) + 12 * model.num_experts
+        # What residual experts mix: both outputs, and a token's two weights.
+        total += model.moe_residual * (2 * hidden * compute + 16)
+    if model.dropout:
+        total += 2 * hidden
+    return total
+
+
+def _attention_widths(config: ModelConfig) -> tuple[int, int]:
+    return config.num_attention_heads * config.head_size, config.num_key_value_heads * config.head_size
+
+
+def _feed_forward_width(config: ModelConfig, has_experts: bool) -> int:
+    if not has_experts:
+        return config.feed_forward_size
+    visited = config.num_experts_per_tok + config.n_shared_experts + config.moe_residual
+    return config.expert_feed_forward_size * visited

@@ -1,0 +1,76 @@
+"""Time, money and disk of a planned run: arithmetic over its figures. Measures nothing."""
+
+from dataclasses import dataclass
+
+from minimind.reports.plan.advice import Planned
+from minimind.config.run_config import TrainConfig
+from minimind.config.resolve import Resolved
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """What a run takes."""
+
+    hours: float
+    gpu_hours: float
+    price: float | None
+    basis: str
+    """Where the speed comes from, in words."""
+
+
+def estimate_cost(
+    plan: Planned,
+    tokens_per_second: float | None,
+    mfu: float,
+    peak: tuple[float, str] | None,
+    price: float | None,
+) -> RunCost | None:
+    """Time and cost of all tokens; None where the tokens or the speed are not known.
+
+    Args:
+        tokens_per_second: of all ranks together; where None, it follows from `mfu` and the `peak` of one device.
+        peak: FLOP/s of one device, and its name.
+        price: of one GPU for an hour.
+    """
+    if plan.tokens is None:
+        return None
+    run = plan.resolved.run
+    if tokens_per_second is not None:
+        basis = f"at {tokens_per_second:,.0f} tokens/s"
+    elif peak is not None:
+        tokens_per_second = mfu * peak[0] * plan.world_size / run.model.flops_per_token(run.data.seq_len)
+        basis = f"at {tokens_per_second:,.0f} tokens/s = {mfu:.0%} of {plan.world_size} x {peak[1]}"
+    else:
+        return None
+    hours = plan.tokens / tokens_per_second / 3600
+    gpu_hours = hours * plan.world_size
+    return RunCost(hours, gpu_hours, None if price is None else gpu_hours * price, basis)
+
+
+def checkpoint_bytes(resolved: Resolved) -> int:
+    """Size of one checkpoint, all ranks together: the weights as they are trained, their float32 copy, two moments.
+
+    In stage 0 the weights are their own float32 copy; stage 3 writes the weights only as that copy.
+    """
+    sixteen = any(resolved.ds.get(key, {}).get("enabled") for key in ("bf16", "fp16"))
+    weights = 2 if sixteen else 4
+    each = {0: 4 + 8, 3: 12}.get(resolved.zero_stage, weights + 12)
+    return resolved.run.model.num_params() * each
+
+
+def kept_checkpoints(train: TrainConfig, steps: int | None) -> int:
+    """The most checkpoints that lie on the disk at once, of those that retention keeps."""
+    if steps is None or not train.save_every:
+        return max(1, train.keep_last) if train.save_every else 1
+    saved = -(-steps // train.save_every)
+    if not train.keep_last:
+        return saved
+    milestones = steps // train.keep_every if train.keep_every else 0
+    return min(saved, train.keep_last + milestones + train.keep_best)
+
+
+def format_hours(hours: float) -> str:
+    """0.5 -> '30 minutes', 7.25 -> '7.2 hours', 100 -> '4.2 days'."""
+    if hours < 1:
+        return f"{hours * 60:.0f} minutes" if hours * 60 >= 1 else "less than a minute"
+    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"

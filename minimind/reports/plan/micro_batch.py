@@ -1,0 +1,185 @@
+"""The largest micro-batch that fits the present device, by real steps in processes of their own.
+
+Each try is `minimind.reports.plan.trial` in a child, so that running out of memory ends the child alone; the next size follows from
+what the earlier ones held, so the search stops below the limit instead of running into it.
+"""
+
+import copy
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minimind.config import resolve as ds_config
+from minimind.config.run_config import RunConfig
+from minimind.config.resolve import Resolved
+from minimind.config.deepspeed_keys import AUTO
+from minimind.errors import UserError
+from minimind.distributed.launchers.local import find_free_port
+from minimind.reports.plan.memory import format_bytes
+from minimind.reports.plan.trial import EXIT_TOO_LARGE
+
+USABLE_DEVICE = 0.95
+USABLE_HOST = 0.8
+"""Of the memory that is free now: the rest of the machine goes on living."""
+TRY_SECONDS = 900
+LARGEST = 4096
+
+
+def find_micro_batch(run: RunConfig, ds: dict[str, Any], limit: int | None, *, num_ranks: int = 1) -> int:
+    """Try larger and larger micro-batches on the present device and print a line for each; gives the largest that fits.
+
+    Args:
+        limit: bytes that a rank may hold; None: what the device, or the host, has free now.
+        num_ranks: ranks to try with, as far as there are CUDA devices; one on a CPU.
+
+    Raises:
+        UserError: not even one sequence fits, or a try failed for another reason than memory.
+    """
+    on_gpu = torch.cuda.is_available()
+    ranks = min(num_ranks, torch.cuda.device_count()) if on_gpu else 1
+    if limit is None:
+        limit = round(torch.cuda.mem_get_info()[0] * USABLE_DEVICE) if on_gpu else round(free_memory() * USABLE_HOST)
+    print(f"limit     {format_bytes(limit)} a rank; {ranks} rank{'s' if ranks > 1 else ''} on this device", flush=True)
+    device_type = "cuda" if on_gpu else "cpu"
+
+    def attempt(micro: int) -> int | None:
+        resolved = _resolve(run, ds, micro, ranks, device_type)
+        finding = try_steps(resolved, ranks, limit)
+        if finding is None:
+            print(f"{micro:>6}    more than {format_bytes(limit)}", flush=True)
+            return None
+        tokens = micro * ranks * run.data.seq_len * (resolved.run.train.gradient_accumulation_steps or 1)
+        speed = tokens / finding["step_seconds"]
+        print(f"{micro:>6}    {format_bytes(finding['peak_bytes'])}, {speed:,.0f} tokens/s", flush=True)
+        return int(finding["peak_bytes"])
+
+    largest = search(attempt, limit)
+    if not largest:
+        raise UserError(
+            f"micro_batch_size: not even 1 sequence of {run.data.seq_len} tokens fits {format_bytes(limit)}; shorten "
+            "--seq-len, take a higher ZeRO stage, or --activation-checkpointing"
+        )
+    print(f"largest   --micro-batch-size {largest}", flush=True)
+    return largest
+
+
+def search(attempt: Callable[[int], int | None], limit: int, largest: int = LARGEST) -> int:
+    """The largest size whose peak stays below `limit`; `attempt` gives the peak, or None where it did not fit.
+
+    Memory grows in a straight line with the size: after two tries the next is where that line meets the limit.
+    """
+    peaks: dict[int, int] = {}
+    ceiling = largest + 1
+    size = 1
+    while size < ceiling and size not in peaks:
+        peak = attempt(size)
+        if peak is None or peak > limit:
+            ceiling = size
+        else:
+            peaks[size] = peak
+        size = _next_size(peaks, ceiling, limit)
+    return max(peaks, default=0)
+
+
+def _next_size(peaks: dict[int, int], ceiling: int, limit: int) -> int:
+    if not peaks:
+        return ceiling
+    *_, low = sorted(peaks)
+    if len(peaks) < 2:
+        return min(2 * low, ceiling - 1)
+    before = sorted(peaks)[-2]
+    slope = (peaks[low] - peaks[before]) / (low - before)
+    reach = low + int((limit - peaks[low]) / slope) if slope > 0 else 4 * low
+    # A line through the smallest sizes is a rough one: not further than fourfold at once.
+    return max(low, min(reach, 4 * low, ceiling - 1))
+
+
+def _resolve(run: RunConfig, ds: dict[str, Any], micro: int, ranks: int, device_type: str) -> Resolved:
+    """The run with this micro-batch; accumulation over two where it accumulates at all."""
+    ds = copy.deepcopy(ds)
+    accumulation = run.train.gradient_accumulation_steps
+    if accumulation is None and isinstance(ds.get("gradient_accumulation_steps"), int):
+        accumulation = ds["gradient_accumulation_steps"]
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        ds[key] = AUTO
+    train = dataclasses.replace(
+        run.train,
+        micro_batch_size=micro,
+        global_batch_size=None,
+        gradient_accumulation_steps=min(2, accumulation or 1),
+    )
+    return ds_config.resolve(
+        dataclasses.replace(run, train=train),
+        ds,
+        world_size=ranks,
+        local_world_size=ranks,
+        device_type=device_type,
+        bf16_supported=device_type == "cuda" and torch.cuda.is_bf16_supported(),
+    )
+
+
+def try_steps(resolved: Resolved, ranks: int, limit: int | None, steps: int = 3) -> dict[str, Any] | None:
+    """What `minimind.reports.plan.trial` finds of the run, or None where it needs more than `limit` bytes.
+
+    Raises:
+        UserError: the trial failed otherwise; with the last line that it said.
+    """
+    order = json.dumps({"run": resolved.run.to_dict(), "ds": resolved.ds, "steps": steps, "limit_bytes": limit})
+    port = str(find_free_port())
+    processes = []
+    for rank in range(ranks):
+        environment = {
+            **os.environ,
+            **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
+            **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks)),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-m", "minimind.reports.plan.trial"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        # The kernel, where memory is short all the same, is to take this one.
+        Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
+        assert process.stdin is not None
+        process.stdin.write(order)
+        process.stdin.close()
+        process.stdin = None
+        processes.append(process)
+    try:
+        outputs = [process.communicate(timeout=TRY_SECONDS) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    codes = [process.returncode for process in processes]
+    if any(code in (EXIT_TOO_LARGE, -9) for code in codes):
+        return None
+    if any(codes):
+        failed = next(error for (_, error), code in zip(outputs, codes, strict=True) if code)
+        said = [line for line in failed.strip().splitlines() if line.strip()] or ["nothing was said"]
+        raise UserError(f"the trial failed: {said[-1].removeprefix('error: ')}")
+    return json.loads(outputs[0][0].strip().splitlines()[-1])
+
+
+def free_memory() -> int:
+    """Bytes that this host, and the control group of this process, can still give."""
+    meminfo = Path("/proc/meminfo").read_text()
+    free = int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
+    try:
+        allowed = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return free if allowed == "max" else min(free, int(allowed) - used)

@@ -1,0 +1,194 @@
+"""The figures of a plan: the run resolved for the ranks that are planned, its memory in every ZeRO stage, its length.
+
+What `minimind.plan` prints, as values. Touches no device but to ask the present one for its size.
+"""
+
+import copy
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from minimind.config import resolve as ds_config
+from minimind.reports.plan.advice import Planned
+from minimind.config.run_config import RunConfig
+from minimind.config.resolve import Resolved
+from minimind.config.deepspeed_keys import AUTO, offload_device
+from minimind.errors import UserError
+from minimind.reports.plan.memory import estimate_memory, largest_micro_batch
+from minimind.training.peak_flops import data_sheet_peak, known_accelerators
+from minimind.schema import nearest
+
+USABLE = 0.92
+"""Share of a GPU's memory that tensors may take: the rest is CUDA's context, NCCL and fragmentation."""
+ASSUMED_GPU_MEMORY = 80 * 2**30
+
+# Name of a column, stage, what is offloaded.
+VARIANTS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
+    ("ZeRO 0", 0, ()),
+    ("ZeRO 1", 1, ()),
+    ("ZeRO 2", 2, ()),
+    ("ZeRO 3", 3, ()),
+    ("2 +offload", 2, ("optimizer",)),
+    ("3 +offload", 3, ("optimizer",)),
+    ("3 +both", 3, ("optimizer", "param")),
+)
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What is planned beside the run itself."""
+
+    num_gpus: int = 1
+    """GPUs (or CPU ranks) of each node."""
+    num_nodes: int = 1
+    """Nodes."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """What the ranks compute on."""
+    gpu_memory: str | None = None
+    """Memory of one GPU, such as 80GiB; the present GPU's, or 80GiB where there is none."""
+    gpu: str | None = None
+    """Name of the GPU, such as H100, for its peak; the present one's."""
+    tokens: float | None = None
+    """Tokens to train on, such as 10e9; without it, --steps."""
+    tokens_per_second: float | None = None
+    """Of all GPUs together, where it is known from a run."""
+    mfu: float | None = None
+    """Share of the peak that training reaches, where the speed is not known; 0.35 where the GPU is known."""
+    price: float | None = None
+    """Price of one GPU for an hour."""
+    find_micro_batch: bool = False
+    """Try real steps on the present device, larger and larger, and stop below out-of-memory."""
+
+
+def check_options(options: PlanOptions) -> PlanOptions:
+    """Refuse figures that make no sense.
+
+    Raises:
+        UserError: naming the option, its value and the fix.
+    """
+    for name in ("num_gpus", "num_nodes", "tokens", "tokens_per_second", "price"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"{name}: {value:g} is not a finite number above 0")
+    if options.mfu is not None and not 0 < options.mfu <= 1:
+        raise UserError(f"mfu: {options.mfu:g} is not a share between 0 and 1; write 0.4 for 40%")
+    if options.mfu is not None and options.tokens_per_second is not None:
+        raise UserError("mfu: not together with tokens_per_second, which already says the speed; leave one out")
+    if options.gpu is not None and data_sheet_peak(options.gpu, half=True) is None:
+        known = known_accelerators()
+        raise UserError(
+            f"gpu: no data sheet of '{options.gpu}'{nearest(options.gpu, known)} (known: {', '.join(known)})"
+        )
+    return options
+
+
+def make_plan(run: RunConfig, ds: dict[str, Any], options: PlanOptions) -> Planned:
+    """Everything that the plan says, as figures.
+
+    Raises:
+        UserError: the run cannot be resolved for these ranks.
+    """
+    world_size = options.num_gpus * options.num_nodes
+    resolved = resolve_for(run, ds, options)
+    assert resolved.run.train.global_batch_size is not None
+    limit = device_limit(options)
+    batch = resolved.run.train.global_batch_size * resolved.run.data.seq_len
+    steps = run.train.steps
+    if options.tokens is not None:
+        if steps is not None and round(options.tokens) != steps * batch:
+            raise UserError(
+                f"tokens: {options.tokens:g} disagree with {steps} steps of {batch} tokens = {steps * batch}; give one "
+                "of the two"
+            )
+        steps = max(1, round(options.tokens / batch))
+    memory = estimate_memory(resolved, world_size, options.device)
+    others, largest = {}, {}
+    for name, stage, offloaded in VARIANTS:
+        try:
+            other = resolve_for(resolved.run, with_stage(ds, stage, offloaded), options)
+        except UserError:  # this stage cannot run what the run asks for
+            continue
+        others[name] = estimate_memory(other, world_size, options.device)
+        largest[name] = largest_micro_batch(other, world_size, limit, options.device)
+    whole = dataclasses.replace(resolved.run.train, activation_checkpointing=False)
+    return Planned(
+        resolved=resolved,
+        world_size=world_size,
+        num_nodes=options.num_nodes,
+        limit=limit,
+        memory=memory,
+        without=others,
+        largest=largest,
+        steps=steps,
+        tokens=None if steps is None else steps * batch,
+        largest_micro_batch=largest_micro_batch(resolved, world_size, limit, options.device),
+        recomputing_nothing=estimate_memory(
+            dataclasses.replace(resolved, run=dataclasses.replace(resolved.run, train=whole)),
+            world_size,
+            options.device,
+        ),
+    )
+
+
+def resolve_for(run: RunConfig, ds: dict[str, Any], options: PlanOptions) -> Resolved:
+    """The run as training would resolve it on the planned ranks."""
+    return ds_config.resolve(
+        run,
+        ds,
+        world_size=options.num_gpus * options.num_nodes,
+        local_world_size=options.num_gpus,
+        device_type=options.device,
+        bf16_supported=options.device == "cuda",
+    )
+
+
+def with_stage(ds: dict[str, Any], stage: int, offloaded: tuple[str, ...]) -> dict[str, Any]:
+    """The user's JSON in another ZeRO stage, with other things offloaded, and all else as it is."""
+    changed = copy.deepcopy(ds)
+    zero = changed.setdefault("zero_optimization", {})
+    zero["stage"] = stage
+    for what in ("optimizer", "param"):
+        zero.pop(f"offload_{what}", None)
+        if what in offloaded:
+            zero[f"offload_{what}"] = {"device": "cpu"}
+    if stage != 3:
+        zero.pop("zero_hpz_partition_size", None)
+    if stage == 0:  # 16 bit goes through autocast there
+        for key in ("bf16", "fp16", "data_types"):
+            changed.pop(key, None)
+        changed["torch_autocast"] = {"enabled": AUTO}
+    elif "torch_autocast" in changed and "bf16" not in changed:
+        del changed["torch_autocast"]
+        changed["data_types"] = {"grad_accum_dtype": "fp32"}
+    return changed
+
+
+def device_limit(options: PlanOptions) -> int:
+    """Bytes that a rank's tensors may take."""
+    if options.gpu_memory is not None:
+        return round(parse_bytes(options.gpu_memory, "gpu_memory") * USABLE)
+    if torch.cuda.is_available():
+        return round(torch.cuda.get_device_properties(0).total_memory * USABLE)
+    return round(ASSUMED_GPU_MEMORY * USABLE)
+
+
+def parse_bytes(text: str, name: str) -> int:
+    """`80GiB`, `80GB` or `80G` (both 2**30, as GPUs are sold), `500MiB` -> bytes.
+
+    Raises:
+        UserError: anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MGT])(?:i?B)?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise UserError(f"{name}: {text!r} is no amount of memory; write it as 80GiB")
+    return round(float(match[1]) * 2 ** {"M": 20, "G": 30, "T": 40}[match[2].upper()])
+
+
+def configured_column(plan: Planned) -> str | None:
+    """The column of the table that is the configured run itself."""
+    offloaded = tuple(what for what in ("optimizer", "param") if offload_device(plan.resolved.ds, what))
+    names = [name for name, stage, what in VARIANTS if (stage, what) == (plan.resolved.zero_stage, offloaded)]
+    return names[0] if names else None

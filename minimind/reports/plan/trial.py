@@ -1,0 +1,219 @@
+"""Real optimizer steps on random tokens, to see what a run needs: `python -m minimind.reports.plan.trial` with the run on its input.
+
+Every rank builds the engine as training does, takes some steps, and rank 0 prints one line of JSON. Past the limit it
+leaves at once with code `EXIT_TOO_LARGE`, before the machine runs out of memory. Saves nothing; knows no flags.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import resource
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from minimind.checkpoints.saving import CheckpointSaver, TrainState
+from minimind.config.run_config import RunConfig
+from minimind.data.dataset import TokenDataset
+from minimind.data.loader import BatchLoader
+from minimind.data.shards import ShardWriter, open_split
+from minimind.distributed.environment import RankEnvironment, find_device, is_first_rank, process_group, read_environment
+from minimind.config.resolve import Resolved
+from minimind.parallel.engine import build_engine, build_model
+from minimind.errors import run_main
+from minimind.distributed.watchdog import Lifeline
+from minimind.checkpoints.run_state import Corpus
+from minimind.config.run_length import resolved_steps
+from minimind.distributed.stop_requests import Outside
+from minimind.training.trainer import Trainer
+
+EXIT_TOO_LARGE = 3
+SECONDS_BETWEEN_LOOKS = 0.01
+_M_MMAP_THRESHOLD = -3
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a trial is to do; read from standard input as JSON."""
+
+    run: dict[str, Any]
+    """A resolved run configuration."""
+    ds: dict[str, Any]
+    """The resolved DeepSpeed JSON."""
+    steps: int = 3
+    limit_bytes: int | None = None
+    """Give up when a rank holds more: device memory on CUDA, resident memory beyond the start on a CPU."""
+
+    @property
+    def resolved(self) -> Resolved:
+        """The run, as the engine takes it."""
+        return Resolved(run=RunConfig.from_dict(self.run), ds=self.ds, notes=())
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the first rank saw."""
+
+    peak_bytes: int
+    """Most memory held during a step, beyond what the process had before the model."""
+    held_bytes: int
+    """Memory held between two steps."""
+    step_seconds: float
+    """Of the fastest step."""
+    device: str
+
+
+def main() -> int:
+    """Take the order from standard input and print the finding; `EXIT_TOO_LARGE` when it does not fit."""
+    order = Order(**json.load(sys.stdin))
+    env = read_environment()
+    device = find_device(env)
+    return_freed_memory()
+    with process_group(env, device), tempfile.TemporaryDirectory() as folder:
+        try:
+            finding = take_steps(order, env, device, Path(folder))
+        except torch.OutOfMemoryError:
+            print(f"rank {env.rank}: {device} is out of memory", file=sys.stderr)
+            return EXIT_TOO_LARGE
+    if env.is_first:
+        print(json.dumps(dataclasses.asdict(finding)), flush=True)
+    return 0
+
+
+def take_steps(order: Order, env: RankEnvironment, device: torch.device, folder: Path) -> Finding:
+    """Build the engine and train for `order.steps` steps. Every rank calls this."""
+    base = held_bytes(device)
+    with give_up_beyond(None if order.limit_bytes is None else base + order.limit_bytes, device):
+        trainer = make_trainer(order.resolved, env, device, folder)
+        seconds = []
+        for step in range(order.steps):
+            if step == order.steps - 1:
+                reset_peak(device)
+            began = time.perf_counter()
+            trainer.train_step(trainer.loader.step_batches(step))
+            synchronize(device)
+            seconds.append(time.perf_counter() - began)
+        finding = Finding(peak_bytes(device) - base, held_bytes(device) - base, min(seconds), describe_device(device))
+        trainer.engine.destroy()
+    return finding
+
+
+def make_trainer(resolved: Resolved, env: RankEnvironment, device: torch.device, folder: Path) -> Trainer:
+    """A trainer on random tokens that keeps no record and saves nothing. Every rank calls this."""
+    resolved = resolved_steps(resolved, num_samples=1_000_000)
+    run, train = resolved.run, resolved.run.train
+    micro, together = train.micro_batch_size or 1, train.global_batch_size or 1
+    dataset = TokenDataset(
+        open_split(write_random_tokens(folder, run.model.vocab_size, run.data.seq_len * together + 1), "train"),
+        run.data.seq_len,
+        run.data.document_mask,
+    )
+    loader = BatchLoader(dataset, train.seed, micro, together, env.rank, env.world_size)
+    engine = build_engine(resolved, build_model(resolved, device))
+    engine.train()
+    return Trainer(
+        resolved=resolved,
+        engine=engine,
+        loader=loader,
+        eval_dataset=None,
+        device=device,
+        metrics=None,
+        saver=CheckpointSaver(engine, resolved, Corpus("", ""), asynchronous=False),
+        outside=Outside(None),
+        lifeline=Lifeline(),
+        lock=None,
+        state=TrainState(),
+        flops_per_token=0.0,
+        peak_flops=None,
+    )
+
+
+def write_random_tokens(folder: Path, vocab_size: int, tokens: int) -> Path:
+    """A corpus of random tokens: as many as one step takes, in one document."""
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text("{}")
+    with ShardWriter(folder / "train", vocab_size=vocab_size, eos_token_id=0, tokenizer_file=tokenizer) as writer:
+        writer.add_document(np.random.default_rng(0).integers(1, vocab_size, tokens), num_bytes=tokens)
+    return folder
+
+
+def return_freed_memory() -> None:
+    """Let every large piece of memory go back when it is freed: else resident memory holds what the allocator keeps."""
+    with contextlib.suppress(AttributeError, OSError):  # a C library without it
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**16)
+
+
+@contextlib.contextmanager
+def give_up_beyond(limit: int | None, device: torch.device) -> Iterator[None]:
+    """Leave the process with `EXIT_TOO_LARGE` as soon as it holds more than `limit` bytes."""
+    if limit is None:
+        yield
+        return
+    if device.type == "cuda":
+        # The allocator itself refuses, and torch raises.
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.mem_get_info(device)[1]), device)
+        yield
+        return
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(SECONDS_BETWEEN_LOOKS):
+            if held_bytes(device) > limit:
+                os.write(2, f"more than {limit} bytes resident\n".encode())
+                os._exit(EXIT_TOO_LARGE)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def held_bytes(device: torch.device) -> int:
+    """Memory that this process holds at this moment: allocated on a CUDA device, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the peak so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory held since `reset_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def describe_device(device: torch.device) -> str:
+    """What the trial ran on, for people."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+if __name__ == "__main__":
+    run_main(main, quiet=not is_first_rank())

@@ -1,0 +1,138 @@
+"""A run's folder at the start of a job: whose it is, what it continues from, and what is written into it.
+
+`run_config.json` and `ds_config.json` say what runs there now; a continuation may change everything but what the run
+is. Knows nothing of engines or of the loop.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from minimind.files import replace_file
+from minimind.checkpoints.manifest import CheckpointManifest, read_manifest
+from minimind.checkpoints.loading import RUNTIME_FIELDS, changes_topology, check_same_run, find_resume
+from minimind.checkpoints.retention import clear_partials
+from minimind.config.run_config import RunConfig, read_json
+from minimind.data.shards import ShardReader
+from minimind.distributed.environment import log
+from minimind.config.resolve import Resolved
+from minimind.errors import UserError
+from minimind.checkpoints.portable import make_neutral
+from minimind.checkpoints.run_state import Corpus
+
+RUN_CONFIG_NAME = "run_config.json"
+DS_CONFIG_NAME = "ds_config.json"
+
+# What decides which samples a step takes and what the optimizer's state means: with another value it is another run.
+# The model and the shards are compared by the checkpoint's manifest too.
+FIXED_FIELDS = frozenset(("seq_len", "document_mask", "seed", "global_batch_size", "optimizer"))
+# Changes that nobody needs to be told of.
+UNIMPORTANT_FIELDS = frozenset(
+    (
+        "run_dir", "resume", "log_every", "tensorboard", "wandb_project", "num_workers", "shards", "ds_config",
+        "timeout_minutes", "preflight", "profile_steps",
+    )
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A checkpoint to continue from; `neutral` is set where it goes through its topology-free form."""
+
+    folder: Path
+    manifest: CheckpointManifest
+    neutral: Path | None
+
+
+def identify(reader: ShardReader) -> Corpus:
+    """What identifies the training data of a run."""
+    return Corpus(fingerprint=reader.fingerprint, tokenizer_sha256=reader.manifest.tokenizer.sha256)
+
+
+def check_run_folder(resolved: Resolved, corpus: Corpus) -> list[str]:
+    """Refuse a run folder that belongs to another run; gives the other changes since its last start, in words.
+
+    Raises:
+        UserError: listing every difference.
+    """
+    train = resolved.run.train
+    path = Path(train.run_dir) / RUN_CONFIG_NAME
+    if not path.exists():
+        return []
+    content = read_json(path, "the run folder's")
+    there = content.pop("shard_fingerprint", corpus.fingerprint) if isinstance(content, dict) else ""
+    old = RunConfig.from_dict(content, where=str(path))
+    differences, notes = [], []
+    if there != corpus.fingerprint and not train.allow_data_change:
+        differences.append(
+            f"shards {there[:12]} there, {corpus.fingerprint[:12]} here (--allow-data-change if that is meant)"
+        )
+    model_fields = {field.name for field in dataclasses.fields(resolved.run.model)} - RUNTIME_FIELDS
+    for name, before, now in _changes(old, resolved.run):
+        if before is None or now is None or before == now or name in UNIMPORTANT_FIELDS:
+            continue
+        if name in FIXED_FIELDS or name in model_fields:
+            differences.append(f"{name} {before} there, {now} here")
+        else:
+            notes.append(f"{name} is {now} from here on; it was {before}")
+    if differences:
+        raise UserError(
+            f"{path.parent} belongs to another configuration: {'; '.join(differences)}; give another --run-dir, or the "
+            "old values"
+        )
+    return notes
+
+
+def _changes(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
+    pairs = ((old.model, new.model), (old.data, new.data), (old.train, new.train))
+    return [
+        (item.name, getattr(before, item.name), getattr(now, item.name))
+        for before, now in pairs
+        for item in dataclasses.fields(now)
+    ]
+
+
+def open_run_folder(resolved: Resolved, reader: ShardReader, notes: list[str]) -> Resume | None:
+    """Find what to continue from, and write the resolved configurations and the tokenizer into the folder. Rank 0
+    alone, inside the process group and holding the folder's lock.
+
+    Raises:
+        UserError: nothing sound to continue from, another run's checkpoint, or a folder that cannot be written.
+    """
+    run_dir = Path(resolved.run.train.run_dir)
+    corpus = identify(reader)
+    try:
+        for line in clear_partials(run_dir):
+            log(line)
+        folder = find_resume(run_dir, resolved.run.train.resume)
+        resume = None
+        if folder is not None:
+            resume = _plan_resume(folder, resolved, corpus)
+            for note in notes:
+                log(f"changed: {note}")
+        content = {**resolved.run.to_dict(), "shard_fingerprint": corpus.fingerprint}
+        replace_file(run_dir / RUN_CONFIG_NAME, json.dumps(content, indent=2) + "\n")
+        replace_file(run_dir / DS_CONFIG_NAME, json.dumps(resolved.ds, indent=2) + "\n")
+        tokenizer_file = reader.folder / reader.manifest.tokenizer.file
+        replace_file(run_dir / f"tokenizer{tokenizer_file.suffix}", tokenizer_file.read_bytes())
+    except OSError as error:
+        raise UserError(f"run_dir {run_dir}: {error.strerror}; give a folder that can be written") from None
+    return resume
+
+
+def _plan_resume(folder: Path, resolved: Resolved, corpus: Corpus) -> Resume:
+    manifest = read_manifest(folder)
+    check_same_run(manifest, resolved, corpus, allow_data_change=resolved.run.train.allow_data_change)
+    others = [
+        f"{name} {there} -> {version(name)}" for name, there in manifest.versions.items() if there != version(name)
+    ]
+    if others:
+        log(f"{folder.name} was saved by other libraries ({'; '.join(others)}): losses may differ in their last digits")
+    changes = changes_topology(manifest, resolved)
+    if not changes:
+        return Resume(folder, manifest, None)
+    log(f"{folder.name}: {'; '.join(changes)}: continuing through its topology-free form")
+    return Resume(folder, manifest, make_neutral(folder))

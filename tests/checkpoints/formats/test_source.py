@@ -1,0 +1,164 @@
+"""Files that would run code, are cut short or lie about themselves are refused by every way in."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind.checkpoints.formats.averaging import write_average
+from minimind.errors import UserError
+from minimind.evaluate import main as evaluate_main
+from minimind.export import main as export_main
+from minimind.generate import main as generate_main
+from minimind.model import PRESETS, MiniMindForCausalLM
+from minimind.model.pretrained import read_pretrained
+from minimind.checkpoints.formats.source import open_source
+from minimind.checkpoints.portable import NeutralCheckpoint
+from minimind.checkpoints.formats.load_model import load_model
+from minimind.checkpoints.formats.pth import read_pth
+from minimind.checkpoints.safetensors import SafetensorsFolder
+from minimind.data.tokenizer import load_tokenizer
+from tests.tokenizers_for_tests import save_sentencepiece
+
+
+class Hostile:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def write_hostile(kind: str, path: Path, mark: Path) -> None:
+    """A bare pickle, or torch's own kinds of file, with code in it."""
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps({"model.norm.weight": Hostile(mark)}))
+    else:
+        content = {"model.norm.weight": Hostile(mark), "model.embed_tokens.weight": torch.zeros(2, 2)}
+        torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    """A folder of ours in which everything is right."""
+    folder = tmp_path_factory.mktemp("sound")
+    MiniMindForCausalLM(PRESETS["tiny"]).save_pretrained(folder)
+    save_sentencepiece(folder)
+    return folder
+
+
+def refuse(load, *args) -> None:
+    with pytest.raises(UserError) as caught:
+        load(*args)
+    assert str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "zip", "legacy"])
+@pytest.mark.parametrize(
+    "name",
+    ["a.pth", "a.pt", "a.bin", "a.safetensors", "model.safetensors", "model.safetensors.index.json", "config.json",
+     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "manifest.json"],
+)  # fmt: skip
+def test_code_in_a_file_of_any_name_is_not_run(kind, name, sound, tmp_path, monkeypatch):
+    mark = tmp_path / "it ran"
+    write_hostile(kind, tmp_path / "proof", mark)
+    torch.load(tmp_path / "proof", weights_only=False) if kind != "pickle" else pickle.loads(
+        (tmp_path / "proof").read_bytes()
+    )
+    assert mark.exists(), "the file is not hostile, or this shows nothing"
+    mark.unlink()
+
+    folder = tmp_path / "model"
+    shutil.copytree(sound, folder)
+    write_hostile(kind, folder / name, mark)
+    if name == "tokenizer.json":
+        (folder / "tokenizer.model").unlink()
+    if name.startswith("a."):
+        refuse(open_source, folder / name)
+        refuse(read_pth, folder / name)
+        (folder / "config.json").unlink()
+    commands = [generate_main, evaluate_main, export_main]
+    flags = [["--prompt", "x"], ["--text", str(folder / "config.json")], ["--output", str(tmp_path / "out")]]
+    if name.startswith("a.") or "index" in name:
+        (folder / "model.safetensors").unlink()
+    for command, more in zip(commands, flags, strict=True):
+        refuse(command, ["--checkpoint", str(folder), *more])
+    if name == "model.safetensors":
+        refuse(read_pretrained, folder)
+        refuse(SafetensorsFolder, folder)
+    if name == "manifest.json":
+        refuse(NeutralCheckpoint, folder)
+        refuse(write_average, [folder], tmp_path / "out")
+    if name.startswith("tokenizer"):
+        refuse(load_tokenizer, folder / name)
+    assert not mark.exists() and not (tmp_path / "out").exists()
+
+
+def test_a_hostile_training_checkpoint_is_refused_also_with_a_manifest_that_fits(tiny_corpus, tmp_path):
+    from minimind.files import hash_file
+    from minimind.checkpoints.manifest import CheckpointManifest, FileRecord, list_checkpoints, read_manifest
+    from tests.training_runs import flags_for, train
+
+    train(flags_for(tiny_corpus, tmp_path / "run", steps=2))
+    (folder,) = list_checkpoints(tmp_path / "run")
+    mark = tmp_path / "it ran"
+    for file in sorted(folder.glob("*.pt")):
+        before, manifest = file.read_bytes(), read_manifest(folder)
+        write_hostile("zip", file, mark)
+        records = [
+            FileRecord(r.path, (folder / r.path).stat().st_size, hash_file(folder / r.path)) for r in manifest.files
+        ]
+        fields = {**vars(manifest), "files": tuple(records)}
+        (folder / "manifest.json").write_text(CheckpointManifest(**fields).to_json())
+        refuse(load_model, folder)
+        refuse(open_source, tmp_path / "run")
+        file.write_bytes(before)
+        (folder / "manifest.json").write_text(manifest.to_json())
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7, 8, 100, 5000, -1])
+def test_weights_cut_short_are_named(sound, tmp_path, keep):
+    shutil.copytree(sound, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"model\.safetensors: not readable weights"):
+        load_model(tmp_path / "model")
+    torch.save(MiniMindForCausalLM(PRESETS["tiny"]).state_dict(), tmp_path / "a.pth")
+    (tmp_path / "a.pth").write_bytes((tmp_path / "a.pth").read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"a\.pth: "):
+        open_source(tmp_path / "a.pth")
+
+
+def test_an_index_cannot_point_elsewhere(sound, tmp_path):
+    export_main(["--checkpoint", str(sound), "--output", str(tmp_path / "hf"), "--max-shard-size", "500KB"])
+    index = tmp_path / "hf/model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    assert len(set(content["weight_map"].values())) > 2
+    outside = {name: "../" + file for name, file in content["weight_map"].items()}
+    for changed, said in (
+        ({"weight_map": outside}, "outside the folder"),
+        ({}, "weight_map"),
+        ([], "list indices"),
+        ({"weight_map": {**content["weight_map"], "more": "model-00001-of-00003.safetensors"}}, "tensor more"),
+        ({"weight_map": {"model.norm.weight": "nowhere.safetensors"}}, "nowhere"),
+    ):
+        index.write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=said):
+            open_source(tmp_path / "hf")
+    first, *rest = content["weight_map"].items()
+    index.write_text(json.dumps({"weight_map": dict(rest)}))
+    with pytest.raises(UserError, match=f"tensor {first[0]} .* is missing"):
+        open_source(tmp_path / "hf")
+
+
+def test_a_folder_without_weights_says_what_is_missing(sound, tmp_path):
+    shutil.copytree(sound, tmp_path / "model")
+    (tmp_path / "model/model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has a config\.json, but neither"):
+        open_source(tmp_path / "model")

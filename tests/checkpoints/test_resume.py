@@ -1,0 +1,365 @@
+"""A run that continues is the run that was never interrupted: bit for bit on the same ranks, whatever the topology
+within rounding."""
+
+import collections
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import time
+import unittest.mock
+from pathlib import Path
+
+import pytest
+import torch
+from structured_corpus import write_corpus
+from training_runs import (
+    EXPERTS,
+    MODEL,
+    NATIVE,
+    ROOT,
+    RankPool,
+    flags_for,
+    losses,
+    rank_pool,
+    read_metrics,
+    train,
+    weights,
+)
+
+from minimind.files import hash_file
+from minimind.checkpoints.manifest import CheckpointError, FileRecord, list_checkpoints, read_manifest, verify
+from minimind.checkpoints.loading import engine_probe_loss
+from minimind.checkpoints.consolidate import TrainingCheckpoint
+from minimind.data.loader import Batch, BatchLoader, hash_stream
+from minimind.errors import EXIT_STOPPED, UserError
+from minimind.checkpoints.formats.load_model import load_model
+from minimind.checkpoints.probe import probe_batch
+from minimind.checkpoints.safe_load import read_states
+
+
+@pytest.fixture(scope="module")
+def pool():
+    yield from rank_pool(2)
+
+
+@pytest.fixture(scope="module")
+def pool_of_three():
+    yield from rank_pool(3)
+
+
+def cut_back(run_dir: Path, steps: int) -> None:
+    """Leave a run as if it had been killed after it saved at `steps`: its metrics go on, its checkpoints do not."""
+    for folder in list_checkpoints(run_dir)[steps // 2 :]:
+        shutil.rmtree(folder)
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert losses(a) == losses(b)
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
+def test_one_rank_continues_bit_for_bit(tiny_corpus, tmp_path, stage, precision):
+    settings = {"stage": stage, "precision": precision, "dropout": 0.1, "eval_every": 2}
+    train(flags_for(tiny_corpus, tmp_path / "whole", **settings, async_save=False))
+    train(flags_for(tiny_corpus, tmp_path / "cut", **settings))
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    cut_back(tmp_path / "cut", 2)
+    code, printed = train(flags_for(tiny_corpus, tmp_path / "cut", **settings))
+    assert code == 0 and "at step 2" in printed
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    # Evaluations stand once too.
+    evaluated = [record["step"] for record in read_metrics(tmp_path / "cut") if "eval_loss" in record]
+    assert evaluated == [2, 4, 6]
+
+
+EP_2 = {**EXPERTS, "ep_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        *((stage, settings) for settings in ({}, EP_2) for stage in range(4)),
+        (1, {**EP_2, "precision": "bf16"}),
+        (3, {**EXPERTS, "precision": "bf16"}),
+        # Noise and chance in the routing come again too.
+        *((stage, {**NATIVE, "ep_size": 2, "moe_gate_noise": "jitter"}) for stage in (0, 2)),
+    ],
+)
+def test_two_ranks_continue_bit_for_bit(tiny_corpus, tmp_path, pool: RankPool, stage, settings):
+    settings = {"stage": stage, "dropout": 0.1, **settings}
+    flags = {name: flags_for(tiny_corpus, tmp_path / name, **settings) for name in ("whole", "cut")}
+    for name in flags:
+        pool.run(train, flags[name])
+    cut_back(tmp_path / "cut", 4)
+    pool.run(train, flags["cut"])
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def train_hashing(flags: list[str], folder: Path) -> tuple[int, str]:
+    """Train, and write down for every step what this rank took of it."""
+    take = BatchLoader.step_batches
+
+    def step_batches(loader: BatchLoader, step: int) -> list[Batch]:
+        batches = take(loader, step)
+        (folder / f"step{step}_rank{loader.rank}").write_text(str(hash_stream(batches)))
+        return batches
+
+    with unittest.mock.patch.object(BatchLoader, "step_batches", step_batches):
+        return train(flags)
+
+
+def batch_hashes(folder: Path) -> dict[int, int]:
+    """The hash of each step's samples; it does not depend on how the ranks shared them."""
+    sums: collections.Counter[int] = collections.Counter()
+    for path in folder.iterdir():
+        sums[int(path.name.partition("_")[0].removeprefix("step"))] += int(path.read_text())
+    return {step: value % 2**64 for step, value in sums.items()}
+
+
+def walk(corpus, folder, starts, run_ranks, **common):
+    """One run that is stopped after each step and continued as `starts` says; another that is not, on one rank."""
+    for name in ("whole", "run"):
+        (folder / f"{name}-hashes").mkdir(parents=True)
+    whole, run = folder / "whole", folder / "run"
+    run.mkdir()
+    common |= {"steps": len(starts), "save_every": 100}
+    train_hashing(flags_for(corpus, whole, **common), folder / "whole-hashes")
+    for number, (world_size, settings) in enumerate(starts):
+        (run / "STOP").touch()  # stops each of them after one step
+        flags = flags_for(corpus, run, **{**common, **settings})
+        for code, _ in run_ranks[world_size](train_hashing, flags, folder / "run-hashes"):
+            assert code == (0 if number == len(starts) - 1 else EXIT_STOPPED)
+    assert batch_hashes(folder / "run-hashes") == batch_hashes(folder / "whole-hashes")
+    expected, found = losses(whole), losses(run)
+    assert found.keys() == expected.keys()
+    for step, loss in expected.items():
+        assert found[step] == pytest.approx(loss, rel=1e-5)
+    for (name, key), tensor in optimizer_state(whole).items():
+        torch.testing.assert_close(optimizer_state(run)[name, key], tensor, rtol=1e-3, atol=2e-5)
+
+
+def optimizer_state(run_dir: Path) -> dict[tuple[str, str], torch.Tensor]:
+    """Weights and moments of the newest checkpoint, and its buffers."""
+    source = TrainingCheckpoint(list_checkpoints(run_dir)[-1])
+    state = {(name, key): source.read(name, key).clone() for name in source.shapes for key in source.keys_of(name)}
+    return state | {(name, "buffer"): tensor for name, tensor in source.buffers().items()}
+
+
+@pytest.fixture(scope="module")
+def run_ranks(pool, pool_of_three):
+    return {1: lambda work, *args: [work(*args)], 2: pool.run, 3: pool_of_three.run}
+
+
+def test_any_world_size_and_stage_continue_one_run(tiny_corpus, tmp_path, run_ranks):
+    # Every change of stage once, and the ranks 1 -> 2 -> 3 -> 1.
+    stages = (1, 3, 2, 0, 3, 0, 1, 2, 3, 1, 0, 2, 1)
+    ranks = (1, 2, 3, 1, 3, 2, 3, 1, 2, 3, 1, 2, 1)
+    starts = [(world_size, {"stage": stage}) for world_size, stage in zip(ranks, stages, strict=True)]
+    walk(tiny_corpus, tmp_path, starts, run_ranks, global_batch_size=6)
+
+
+def test_any_ep_size_continues_one_run(tiny_corpus, tmp_path, run_ranks):
+    # (ranks, ep size, stage): the ep sizes 1 -> 2 -> 1 under every stage, and every way into ep size 2.
+    cells = (
+        (1, 1, 1), (2, 2, 1), (1, 1, 3), (2, 2, 3), (2, 1, 3), (2, 2, 2), (1, 1, 2), (2, 2, 0), (1, 1, 0), (2, 2, 3),
+        (2, 1, 1),
+    )  # fmt: skip
+    starts = [(world_size, {"ep_size": ep_size, "stage": stage}) for world_size, ep_size, stage in cells]
+    walk(tiny_corpus, tmp_path, starts, run_ranks, **EXPERTS)
+
+
+def test_any_backend_of_the_experts_continues_one_run(tiny_corpus, tmp_path, run_ranks):
+    cells = (
+        (1, 1, 1, "autoep"), (2, 2, 0, "deepspeed"), (2, 2, 3, "autoep"), (1, 1, 2, "deepspeed"),
+        (2, 2, 1, "deepspeed"), (2, 1, 0, "deepspeed"), (2, 2, 2, "deepspeed"), (1, 1, 1, "autoep"),
+    )  # fmt: skip
+    starts = [
+        (world_size, {"ep_size": ep_size, "stage": stage, "moe_backend": backend})
+        for world_size, ep_size, stage, backend in cells
+    ]
+    walk(tiny_corpus, tmp_path, starts, run_ranks, **{**NATIVE, "moe_backend": "autoep"})
+
+
+def test_another_precision_continues_through_float32(tiny_corpus, tmp_path):
+    run = tmp_path / "run"
+    train(flags_for(tiny_corpus, tmp_path / "whole"))
+    train(flags_for(tiny_corpus, run))
+    cut_back(run, 2)
+    code, printed = train(flags_for(tiny_corpus, run, precision="bf16", stage=2))
+    assert code == 0 and "topology-free" in printed
+    expected, found = losses(tmp_path / "whole"), losses(run)
+    assert all(found[step] == pytest.approx(expected[step], rel=2e-2) for step in expected)
+
+
+def train_and_see_logits(flags: list[str]) -> torch.Tensor:
+    """The logits (B, T, vocab_size) of the probe batch, from the engine at the end of a run."""
+    seen = []
+
+    def probe(engine, resolved):
+        engine.eval()
+        inputs, _ = probe_batch(MODEL["vocab_size"], MODEL["max_position_embeddings"])
+        with torch.no_grad():
+            seen.append(engine(inputs).logits)
+        return engine_probe_loss(engine, resolved)
+
+    with unittest.mock.patch("minimind.training.trainer.engine_probe_loss", probe):
+        train(flags)
+    return seen[-1]
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [(stage, settings) for settings in ({}, {**EXPERTS, "ep_size": 1}, EP_2) for stage in range(4)]
+    + [(stage, {**NATIVE, "ep_size": ep_size}) for ep_size in (1, 2) for stage in range(3)],
+)
+def test_a_checkpoint_of_two_ranks_is_one_model(tiny_corpus, tmp_path, pool: RankPool, stage, settings):
+    flags = flags_for(tiny_corpus, tmp_path, stage=stage, eval_every=6, **settings)
+    logits = pool.run(train_and_see_logits, flags)[0]
+    model, tokenizer_file = load_model(tmp_path)  # proves itself by the probe
+    assert tokenizer_file.parent == tmp_path
+    inputs, _ = probe_batch(MODEL["vocab_size"], MODEL["max_position_embeddings"])
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs).logits, logits, rtol=0, atol=1e-6)
+    manifest = read_manifest(list_checkpoints(tmp_path)[-1])
+    assert manifest.world_size == 2 and manifest.ep_size == settings.get("ep_size", 1)
+    assert manifest.eval_loss == [r["eval_loss"] for r in read_metrics(tmp_path) if "eval_loss" in r][-1]
+    source = TrainingCheckpoint(list_checkpoints(tmp_path)[-1])
+    assert source.keys == ("fp32", "exp_avg", "exp_avg_sq") and source.optimizer_step == 6
+    assert dict(model.named_parameters()).keys() == source.shapes.keys()
+
+
+def train_uncompiled(flags: list[str]) -> tuple[int, str]:
+    with torch._dynamo.config.patch(disable=True):  # Muon's iteration is compiled otherwise: minutes here
+        return train(flags)
+
+
+def test_muon_continues_on_other_ranks_and_another_stage(tiny_corpus, tmp_path, pool: RankPool):
+    config = json.loads((ROOT / "ds_configs" / "zero2_muon.json").read_text())
+    config["zero_optimization"]["stage"] = 1
+    (tmp_path / "stage1.json").write_text(json.dumps(config))
+    settings = {"optimizer": "muon", "ds_config": ROOT / "ds_configs" / "zero2_muon.json"}
+    train_uncompiled(flags_for(tiny_corpus, tmp_path / "whole", **settings))
+    flags = flags_for(tiny_corpus, tmp_path / "run", **settings)
+    pool.run(train_uncompiled, flags)
+    cut_back(tmp_path / "run", 4)
+    code, printed = train_uncompiled(flags)
+    assert code == 0 and "world_size 2 -> 1" in printed
+    cut_back(tmp_path / "run", 4)
+    pool.run(
+        train_uncompiled,
+        flags_for(tiny_corpus, tmp_path / "run", **{**settings, "ds_config": tmp_path / "stage1.json"}),
+    )
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+def test_the_folder_says_what_is_wrong_before_training(tiny_corpus, tmp_path):
+    flags = flags_for(tiny_corpus, tmp_path / "run")
+    train(flags)
+    with pytest.raises(UserError, match="already holds step_00000006"):
+        train([*flags, "--resume", "never"])
+    newest = list_checkpoints(tmp_path / "run")[-1]
+    states = newest / "mp_rank_00_model_states.pt"
+    states.write_bytes(states.read_bytes()[:-1])
+    code, printed = train([*flags, "--steps", "7"])
+    assert code == 0 and "passed over" in printed and "bytes instead of" in printed and "at step 4" in printed
+    for folder in list_checkpoints(tmp_path / "run"):
+        (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match="none is sound"):
+        train(flags)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"hidden_size": 32}, "hidden_size 16 there, 32 here"), ({"seq_len": 8}, "seq_len"), ({"seed": 1}, "seed")],
+)
+def test_another_run_is_refused_with_its_differences(tiny_corpus, tmp_path, change, word):
+    train(flags_for(tiny_corpus, tmp_path, steps=2))
+    with pytest.raises(UserError, match=word):
+        train(flags_for(tiny_corpus, tmp_path, **change))
+
+
+def test_other_settings_may_change_and_are_named(tiny_corpus, tmp_path):
+    train(flags_for(tiny_corpus, tmp_path, lr=1e-3, weight_decay=0.1))
+    cut_back(tmp_path, 2)
+    flags = flags_for(tiny_corpus, tmp_path, lr=2e-3, weight_decay=0.0)
+    code, printed = train(flags)
+    assert code == 0 and "lr is 0.002 from here on; it was 0.001" in printed and "weight_decay is 0.0" in printed
+    path = list_checkpoints(tmp_path)[-1] / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    groups = read_states(path)["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0}
+
+
+def test_other_shards_only_on_purpose(tiny_corpus, tmp_path):
+    other = write_corpus(tmp_path / "other", tokens=5000, seed=5)
+    train(flags_for(tiny_corpus, tmp_path / "run", steps=2))
+    with pytest.raises(UserError, match="--allow-data-change"):
+        train(flags_for(other, tmp_path / "run"))
+    code, printed = train(flags_for(other, tmp_path / "run", allow_data_change=True))
+    assert code == 0 and "at step 2" in printed
+
+
+def test_a_hostile_file_does_not_run(tiny_corpus, tmp_path):
+    marker = tmp_path / "it ran"
+
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch '{marker}'",)
+
+    flags = flags_for(tiny_corpus, tmp_path / "run")
+    train(flags)
+    newest = list_checkpoints(tmp_path / "run")[-1]
+    path = newest / "mp_rank_00_model_states.pt"
+    states = torch.load(path, weights_only=False)
+    torch.save({**states, "payload": Hostile()}, path)
+    # Its author gave it a manifest that fits.
+    manifest = read_manifest(newest)
+    records = [FileRecord(r.path, (newest / r.path).stat().st_size, hash_file(newest / r.path)) for r in manifest.files]
+    (newest / "manifest.json").write_text(dataclasses.replace(manifest, files=tuple(records)).to_json())
+    verify(newest)
+    for load in (lambda: train([*flags, "--steps", "8"]), lambda: load_model(tmp_path / "run")):
+        with pytest.raises(CheckpointError, match="only tensors and plain values are safe"):
+            load()
+    assert not marker.exists()
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        path = run_dir / "metrics.jsonl"
+        if path.exists() and any(json.loads(line)["step"] >= step for line in path.read_text().splitlines()):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} did not come")
+
+
+@pytest.mark.parametrize(
+    ("number", "ranks"),
+    [(signal.SIGTERM, [0, 1]), (signal.SIGUSR1, [1]), (signal.SIGINT, [0]), (signal.SIGHUP, [1])],
+)
+def test_a_signal_at_any_rank_saves_and_stops_all(tiny_corpus, tmp_path, pool: RankPool, number, ranks):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        pytest.skip(f"{number.name} is ignored here, as under nohup")
+    flags = flags_for(tiny_corpus, tmp_path, steps=100_000, save_every=0)
+    pool.start(train, flags)
+    wait_for_step(tmp_path, 3)
+    for rank in ranks:
+        os.kill(pool.pids[rank], number)
+    for kind, value in pool.finish():
+        assert kind == "done" and value[0] == EXIT_STOPPED
+    last = max(losses(tmp_path))
+    assert verify(list_checkpoints(tmp_path)[-1]).step == last
+    (tmp_path / "STOP").touch()
+    code, printed = pool.run(train, flags)[0]
+    assert code == EXIT_STOPPED and f"at step {last}" in printed and max(losses(tmp_path)) == last + 1
+
+
+def test_a_file_asks_for_a_save(tiny_corpus, tmp_path):
+    tmp_path.joinpath("SAVE").touch()
+    code, _ = train(flags_for(tiny_corpus, tmp_path, save_every=0, steps=3))
+    assert code == 0 and [verify(folder).step for folder in list_checkpoints(tmp_path)] == [1, 3]
+    assert not (tmp_path / "SAVE").exists()

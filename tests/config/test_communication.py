@@ -1,0 +1,47 @@
+"""What "auto" becomes in ZeRO's communication, and that it changes no step."""
+
+from typing import Any
+
+import pytest
+
+from minimind.config.run_config import RunConfig, TrainConfig
+from minimind.config.resolve import load, resolve
+from minimind.model.config import ModelConfig
+
+AUTOS = {"overlap_comm": "auto", "reduce_scatter": "auto", "reduce_bucket_size": "auto"}
+
+
+def settle(stage: int, world_size: int, device_type: str, use_moe: bool = False, **given: Any) -> dict[str, Any]:
+    ds = {"zero_optimization": {"stage": stage, **AUTOS, **given}}
+    run = RunConfig(model=ModelConfig(use_moe=use_moe), train=TrainConfig(precision="bf16", micro_batch_size=1))
+    return resolve(run, ds, world_size=world_size, device_type=device_type).ds["zero_optimization"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "world_size", "device_type", "use_moe", "expected"),
+    [
+        (2, 1, "cpu", False, (False, False, 20_000_000)),
+        (2, 2, "cpu", False, (False, True, 20_000_000)),
+        (2, 1, "cpu", True, (False, True, 20_000_000)),
+        (3, 1, "cpu", False, (False, False, 50_000_000)),
+        (1, 1, "cpu", False, (False, False, 200_000_000)),
+        (1, 1, "cuda", False, (True, True, 200_000_000)),
+        (3, 8, "cuda", False, (True, True, 50_000_000)),
+    ],
+)
+def test_auto_is_what_the_device_wants(stage, world_size, device_type, use_moe, expected):
+    zero = settle(stage, world_size, device_type, use_moe)
+    assert (zero["overlap_comm"], zero["reduce_scatter"], zero["reduce_bucket_size"]) == expected
+
+
+def test_what_is_given_stays():
+    given = {"overlap_comm": True, "reduce_scatter": True, "reduce_bucket_size": 7}
+    zero = settle(2, 1, "cpu", **given)
+    assert {name: zero[name] for name in given} == given
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_shipped_files_leave_nothing_open(stage):
+    run = RunConfig(train=TrainConfig(micro_batch_size=1))
+    resolved = resolve(run, load(f"ds_configs/zero{stage}.json"), world_size=1)
+    assert "auto" not in resolved.ds["zero_optimization"].values() and not resolved.notes

@@ -1,0 +1,321 @@
+"""DeepSpeed's JSON beside the run: who decides what, and what is refused before anything starts."""
+
+from repository import ROOT
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minimind.config import resolve as ds_config
+from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
+from minimind.config.resolve import DEFAULTS, Resolved
+from minimind.parallel.engine import check_ds_config
+from minimind.errors import UserError
+
+FILES = sorted((ROOT / "ds_configs").glob("*.json"))
+STAGE_1 = {"zero_optimization": {"stage": 1}}
+
+
+def resolve(ds: dict[str, Any], *, world_size: int = 1, **train: Any) -> Resolved:
+    """As the command does it, on a CPU unless told."""
+    device = {name: train.pop(name) for name in ("device_type", "bf16_supported", "local_world_size") if name in train}
+    before = copy.deepcopy(ds)
+    resolved = ds_config.resolve(RunConfig(train=TrainConfig(**train)), ds, world_size=world_size, **device)
+    assert ds == before, "the user's own mapping was touched"
+    check_ds_config(resolved.ds)
+    return resolved
+
+
+def refusal(ds: dict[str, Any], **train: Any) -> str:
+    with pytest.raises(UserError) as error:
+        resolve(ds, **train)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# (field of the run, another value, section of the JSON, key, its value there)
+OVERLAPS = [
+    ("micro_batch_size", 4, (), "train_micro_batch_size_per_gpu", 2),
+    ("gradient_accumulation_steps", 2, (), "gradient_accumulation_steps", 3),
+    ("global_batch_size", 16, (), "train_batch_size", 24),
+    ("max_grad_norm", 0.5, (), "gradient_clipping", 2.0),
+    ("lr", 1e-4, ("optimizer", "params"), "lr", 2e-4),
+    ("betas", (0.8, 0.9), ("optimizer", "params"), "betas", [0.7, 0.9]),
+    ("eps", 1e-6, ("optimizer", "params"), "eps", 1e-7),
+    ("weight_decay", 0.0, ("optimizer", "params"), "weight_decay", 0.2),
+]
+
+
+def at(ds: dict[str, Any], path: tuple[str, ...], key: str) -> Any:
+    for name in path:
+        ds = ds[name]
+    return ds[key]
+
+
+def with_value(path: tuple[str, ...], key: str, value: Any) -> dict[str, Any]:
+    section: dict[str, Any] = {key: value}
+    for name in reversed(path):
+        section = {name: section}
+    return {**STAGE_1, **section}
+
+
+@pytest.mark.parametrize(("name", "ours", "path", "key", "theirs"), OVERLAPS)
+def test_the_four_lines_of_the_table(name, ours, path, key, theirs):
+    def there(value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    # set | "auto" or absent -> ours
+    for ds in (STAGE_1, with_value(path, key, "auto")):
+        resolved = resolve(ds, **{name: ours})
+        assert getattr(resolved.run.train, name) == ours and there(at(resolved.ds, path, key)) == ours
+    # unset | explicit -> theirs, read back
+    resolved = resolve(with_value(path, key, theirs))
+    assert getattr(resolved.run.train, name) == there(theirs) and at(resolved.ds, path, key) == theirs
+    # unset | "auto" or absent -> the documented default
+    for ds in (STAGE_1, with_value(path, key, "auto")):
+        resolved = resolve(ds)
+        default = DEFAULTS.get(name, {"micro_batch_size": 8, "global_batch_size": 8}.get(name, 1))
+        assert getattr(resolved.run.train, name) == default and there(at(resolved.ds, path, key)) == default
+    # equal on both sides is no disagreement; different is one
+    equal = list(ours) if isinstance(ours, tuple) else ours
+    assert getattr(resolve(with_value(path, key, equal), **{name: ours}).run.train, name) == ours
+    words = refusal(with_value(path, key, theirs), **{name: ours})
+    shown = ".".join((*path, key))
+    assert f"{name} is {ours} in the run and {theirs} as {shown} in the DeepSpeed config" in words
+    assert '"auto"' in words
+
+
+def test_every_disagreement_is_listed_at_once():
+    ds = {**STAGE_1, "gradient_clipping": 2.0, "optimizer": {"type": "Muon", "params": {"lr": 1.0, "eps": 1e-3}}}
+    words = refusal(ds, lr=0.5, eps=1e-6, max_grad_norm=1.0, optimizer="adamw")
+    for part in ("lr is 0.5", "eps is 1e-06", "max_grad_norm is 1.0", "optimizer is adamw in the run and muon"):
+        assert part in words
+
+
+@pytest.mark.parametrize(
+    ("run", "json_", "world", "expected"),
+    [
+        ({}, {}, 3, (8, 24, 1)),
+        ({"global_batch_size": 16}, {}, 2, (8, 16, 1)),
+        ({"global_batch_size": 48}, {}, 2, (8, 48, 3)),
+        ({"global_batch_size": 12}, {}, 2, (6, 12, 1)),
+        ({"global_batch_size": 26}, {}, 2, (1, 26, 13)),
+        ({"global_batch_size": 16, "micro_batch_size": 2}, {}, 2, (2, 16, 4)),
+        ({"global_batch_size": 16}, {"gradient_accumulation_steps": 2}, 2, (4, 16, 2)),
+        ({"micro_batch_size": 3}, {"gradient_accumulation_steps": 2}, 2, (3, 12, 2)),
+        ({"micro_batch_size": 3}, {"train_batch_size": 12, "gradient_accumulation_steps": 2}, 2, (3, 12, 2)),
+    ],
+)
+def test_two_batch_figures_give_the_third(run, json_, world, expected):
+    train = resolve({**STAGE_1, **json_}, world_size=world, **run).run.train
+    assert (train.micro_batch_size, train.global_batch_size, train.gradient_accumulation_steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("run", "json_", "world", "words"),
+    [
+        ({"global_batch_size": 12}, {}, 5, "12 is no multiple of 5 (5 ranks x accumulation 1); nearest: 10 or 15"),
+        ({"global_batch_size": 3}, {}, 5, "nearest: 5"),
+        ({"global_batch_size": 12, "micro_batch_size": 5}, {}, 1, "(micro batch 5 x 1 ranks); nearest: 10 or 15"),
+        (
+            {"global_batch_size": 16, "micro_batch_size": 4, "gradient_accumulation_steps": 3}, {}, 2,
+            "gradient_accumulation_steps is 3, but global_batch_size 16 / (micro_batch_size 4 x 2 ranks) is 2",
+        ),
+        ({}, {"train_batch_size": 12.0}, 1, "global_batch_size: 12.0 is not a positive integer"),
+        ({}, {"train_batch_size": "12"}, 1, "global_batch_size: '12' is not a positive integer"),
+        ({}, {"train_micro_batch_size_per_gpu": True}, 1, "micro_batch_size: True is not a positive integer"),
+        ({}, {"gradient_accumulation_steps": 0}, 1, "gradient_accumulation_steps: 0 is not a positive integer"),
+    ],
+)  # fmt: skip
+def test_batches_that_do_not_divide(run, json_, world, words):
+    assert words in refusal({**STAGE_1, **json_}, world_size=world, **run)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_shipped_file_serves_every_precision_and_batch(path, precision):
+    ds = ds_config.load(path)
+    train = {} if "muon" in path.stem else {"max_grad_norm": 0.7}
+    resolved = resolve(
+        ds, world_size=4, local_world_size=2, device_type="cuda", precision=precision, micro_batch_size=2, lr=3e-4,
+        global_batch_size=16, **train,
+    )  # fmt: skip
+    text = json.dumps(resolved.ds)
+    assert "auto" not in re.findall(r'"([^"]*)"', text), "an auto reached DeepSpeed"
+    assert resolved.notes == ()
+    assert resolved.ds["train_batch_size"] == 16 and resolved.ds["gradient_accumulation_steps"] == 2
+    assert resolved.ds["optimizer"]["params"]["lr"] == 3e-4
+    stage = int(re.match(r"zero(\d)", path.stem)[1])  # type: ignore[index]
+    assert resolved.zero_stage == stage
+    if stage == 0:
+        dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(precision)
+        assert resolved.ds.get("torch_autocast", {}).get("dtype") == dtype
+        assert not {"bf16", "fp16"} & set(resolved.ds)
+    else:
+        assert resolved.ds["data_types"]["grad_accum_dtype"] == "fp32"
+        assert {key: resolved.ds[key]["enabled"] for key in ("bf16", "fp16")} == {
+            "bf16": precision == "bf16",
+            "fp16": precision == "fp16",
+        }
+
+
+def test_shipped_files_are_the_ones_promised_and_hpz_follows_the_node():
+    names = {"zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_hpz", "zero3_nvme"}
+    assert names | {"zero2_muon"} <= {path.stem for path in FILES}
+    hpz = ds_config.load(FILES[0].with_name("zero3_hpz.json"))
+    resolved = resolve(hpz, world_size=8, local_world_size=4)
+    assert resolved.ds["zero_optimization"]["zero_hpz_partition_size"] == 4
+
+
+def test_the_default_precision_is_what_the_device_has():
+    assert resolve(STAGE_1).run.train.precision == "fp32"
+    assert resolve(STAGE_1, device_type="cuda", bf16_supported=True).run.train.precision == "bf16"
+    assert resolve(STAGE_1, device_type="cuda", bf16_supported=False).run.train.precision == "fp32"
+    assert resolve(STAGE_1, device_type="cpu", bf16_supported=True).run.train.precision == "fp32"
+    assert resolve({**STAGE_1, "bf16": {"enabled": True}}).run.train.precision == "bf16"
+    # What DeepSpeed itself does with an explicit "off".
+    off = {**STAGE_1, "bf16": {"enabled": False}}
+    assert resolve(off, device_type="cuda", bf16_supported=True).run.train.precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("sections", "carrier"),
+    [
+        ({}, "bf16"),
+        ({"bf16": {"enabled": "auto"}, "torch_autocast": {"enabled": False}}, "bf16"),
+        ({"bf16": {"enabled": True}, "torch_autocast": {"enabled": "auto"}}, "bf16"),
+        ({"torch_autocast": {"enabled": "auto"}}, "torch_autocast"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast"),
+        ({"fp16": {"enabled": False}}, "bf16"),
+    ],
+)
+def test_an_explicit_block_carries_the_precision(sections, carrier):
+    ds = resolve({**STAGE_1, **sections}, precision="bf16").ds
+    enabled = {key for key in ("bf16", "fp16", "torch_autocast") if ds.get(key, {}).get("enabled")}
+    assert enabled == {carrier}
+
+
+def test_the_optimizer_and_the_schedule_of_the_json_are_read_back():
+    adamw = resolve({**STAGE_1, "optimizer": {"type": "Adam", "params": {"lr": 0.1}}})
+    assert (adamw.run.train.optimizer, adamw.run.train.lr, adamw.run.train.betas) == ("adamw", 0.1, (0.9, 0.95))
+    muon = {"zero_optimization": {"stage": 2, "reduce_scatter": False}, "optimizer": {"type": "Muon", "params": {}}}
+    assert resolve(muon).run.train.optimizer == "muon"
+    other = resolve({**STAGE_1, "optimizer": {"type": "Lion", "params": {"lr": 0.1}}}).ds["optimizer"]
+    assert other == {"type": "Lion", "params": {"lr": 0.1, "weight_decay": 0.1}}, "what Lion does not take was added"
+    scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}
+    resolved = resolve({**STAGE_1, "scheduler": scheduler})
+    assert resolved.run.train.schedule == "deepspeed" and resolved.ds["scheduler"] == scheduler
+    assert "scheduler" not in resolve({**STAGE_1, "scheduler": {"type": "auto"}}).ds
+
+
+def test_other_autos_go_and_are_told():
+    zero = {"stage": 2, "allgather_bucket_size": "auto"}
+    resolved = resolve({"zero_optimization": zero, "aio": {"block_size": "auto"}})
+    assert "allgather_bucket_size" not in resolved.ds["zero_optimization"] and resolved.ds["aio"] == {}
+    assert len(resolved.notes) == 2 and "zero_optimization.allgather_bucket_size" in resolved.notes[0]
+    told = resolve({**STAGE_1, "bf16": {"enabled": True}}, gradient_accumulation_steps=2).notes
+    assert "accumulate in bf16" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("ds", "words"),
+    [
+        ({"zero_optimisation": {}}, "unknown section 'zero_optimisation'; did you mean 'zero_optimization'?"),
+        ({"activation_checkpointing": {}}, "use --activation-checkpointing"),
+        ({"elasticity": {}}, "'elasticity' is not used by this trainer"),
+        ({"zero_optimization": []}, "'zero_optimization' is []; expected an object"),
+        ({"optimizer": None}, "'optimizer' is None; expected an object"),
+        ({"aio": "fast"}, "'aio' is 'fast'; expected an object"),
+        ({"optimizer": {"params": []}}, "optimizer.params is []; expected an object"),
+        ({"optimizer": {"type": 5}}, "optimizer.type is 5; expected a name"),
+        ({"optimizer": {"type": "AdamW", "params": {"learning_rate": 1}}}, "unknown field 'learning_rate'"),
+        ({"optimizer": {"type": "AdamW", "params": {"beta": [0, 0]}}}, "'beta'; did you mean 'betas'?"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": "1e-3"}}}, "lr: '1e-3' is not a number"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": -1}}}, "lr: -1.0 is not a finite number above 0"),
+        ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9]}}}, "betas: (0.9,) is not a list of 2 values"),
+        ({**STAGE_1, "optimizer": {"type": "AdamWW"}}, "'AdamWW' is unknown; did you mean 'AdamW'?"),
+        ({**STAGE_1, "optimizer": {"type": "SGD", "params": {}}}, "SGD is untested under ZeRO"),
+        (
+            {**STAGE_1, "zero_allow_untested_optimizer": True, "optimizer": {"type": "SGD", "params": {"momentun": 1}}},
+            "optimizer.params of SGD:",
+        ),
+        ({"gradient_clipping": "1.0"}, "max_grad_norm: '1.0' is not a number"),
+        ({"gradient_clipping": -1}, "max_grad_norm: -1.0 is not a finite number of 0 or more"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4; expected 0, 1, 2 or 3"),
+        ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage is '2'"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is True"),
+        ({"zero_optimization": {"stge": 2}}, "stge: Extra inputs are not permitted"),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "cpu_offload is an old name; use offload_optimizer"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "offload_optimizer is 'cpu'; expected an"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}}, "offload_optimizer.device"),
+        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "needs ZeRO stage 1 or more"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "needs ZeRO stage 3 or more"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "needs an nvme_path"),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "a NaN gradient reaches the weights"),
+        ({**STAGE_1, "bf16": {"enabled": True, "check_grad_overflow": False}}, "a NaN gradient reaches the weights"),
+        ({"bf16": {"enabled": "true"}}, "bf16.enabled is 'true'; expected true, false"),
+        ({"fp16": {"enabled": 1}}, "fp16.enabled is 1; expected true, false"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16 and fp16 are both enabled"),
+        ({**STAGE_1, "bf16": {"enabled": True, "loss_scal": 1}}, "bf16: loss_scal"),
+        ({"bf16": {"enabled": True}}, "stage 0 with a bf16 block starts Adam at its second step"),
+        ({"torch_autocast": {"enabled": True, "dtype": "float64"}}, "torch_autocast.dtype is 'float64'"),
+        ({**STAGE_1, "fp16": {"enabled": True}}, "fp16 does not run on CPU"),
+        ({"data_types": {"grad_accum_dtype": "fp23"}}, "grad_accum_dtype is 'fp23'; expected fp32, bf16 or fp16"),
+        ({"data_types": {"grad_accum": "fp32"}}, "unknown field 'grad_accum'; did you mean 'grad_accum_dtype'?"),
+        ({"scheduler": {"type": "WarmupLRx"}}, "'WarmupLRx' is unknown; did you mean 'WarmupLR'?"),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup": 5}}}, "scheduler.params of WarmupLR:"),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}}, "warmup_num_steps is \"auto\""),
+        ({"scheduler": {"params": {"warmup_num_steps": 5}}}, "belongs to no scheduler"),
+        ({"checkpoint": {"tag_validation": "loud"}}, "tag_validation"),
+        ({"communication_data_type": "fp8"}, "communication_data_type"),
+        ({"optimizer": {"type": "Muon"}, "zero_optimization": {"stage": 2}}, 'needs "reduce_scatter": false'),
+        ({"optimizer": {"type": "Muon"}}, "Muon does not hold back a step with a NaN gradient at ZeRO stage 0"),
+    ],
+)  # fmt: skip
+def test_what_deepspeed_would_ignore_or_trip_over_is_one_line(ds, words):
+    assert words in refusal(ds)
+
+
+@pytest.mark.parametrize(
+    ("ds", "train", "words"),
+    [
+        (STAGE_1, {"precision": "fp16"}, "precision: fp16 does not run on CPU; use --precision bf16 or fp32"),
+        ({**STAGE_1, "bf16": {"enabled": False}}, {"precision": "bf16"}, "precision is bf16 in the run and off"),
+        ({**STAGE_1, "bf16": {"enabled": True}}, {"precision": "fp32"}, "precision is fp32 in the run and bf16"),
+        (STAGE_1, {"optimizer": "deepspeed"}, "needs an optimizer.type in the DeepSpeed config"),
+        (STAGE_1, {"optimizer": "muon"}, 'needs "reduce_scatter": false'),
+        (STAGE_1, {"schedule": "deepspeed"}, "needs a scheduler.type in the DeepSpeed config"),
+        ({"scheduler": {"type": "WarmupLR"}}, {"schedule": "wsd"}, "schedule is wsd in the run and deepspeed"),
+        ({"scheduler": {"type": "WarmupLR"}}, {"warmup_steps": 3}, "warmup_steps: 3 has no effect on schedule deepspe"),
+        (STAGE_1, {"decay_ratio": 0.5}, "decay_ratio: 0.5 has no effect on schedule cosine; leave it out"),
+        (STAGE_1, {"schedule": "constant", "min_lr_ratio": 0.0}, "min_lr_ratio: 0.0 has no effect on schedule const"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}, {"world_size": 4}, "does not divide 4"),
+    ],
+)  # fmt: skip
+def test_what_the_run_and_the_json_cannot_do_together(ds, train, words):
+    assert words in refusal(ds, **train)
+
+
+def test_files_that_are_no_json_objects(tmp_path):
+    path = tmp_path / "ds.json"
+    for content, words in (("{,}", "line 1 column 2"), ("[1]", "expected a JSON object, found list"), ("", "line 1")):
+        path.write_text(content)
+        with pytest.raises(UserError, match=f"--ds-config .*{re.escape(words)}"):
+            ds_config.load(path)
+    with pytest.raises(UserError, match="No such file"):
+        ds_config.load(tmp_path / "nowhere.json")
+    assert ds_config.zero_stage(ds_config.load(None)) == 1
+    ds_config.load(None)["zero_optimization"]["stage"] = 3
+    assert ds_config.zero_stage(ds_config.load(None)) == 1, "the default can be changed from outside"
+
+
+def test_the_resolved_pair_resolves_to_itself():
+    """run_config.json and ds_config.json of a run folder, given again, mean the same run."""
+    for path in FILES:
+        first = resolve(ds_config.load(path), world_size=2, local_world_size=2, global_batch_size=16)
+        again = ds_config.resolve(first.run, first.ds, world_size=2, local_world_size=2)
+        assert again.run == first.run and again.ds == first.ds
+    assert ds_config.resolve(RunConfig(data=DataConfig(seq_len=3)), {}, world_size=1).run.data.seq_len == 3

@@ -1,0 +1,375 @@
+"""Readers: every format gives the same documents, chunks never change them, each bad input is one line."""
+
+import csv
+import gzip
+import io
+import json
+import random
+from pathlib import Path
+
+import pytest
+import zstandard
+
+import data_prep.reading.chunks
+import data_prep.reading.tables
+from data_prep.reading.documents import BadDocuments, read_documents
+from data_prep.reading.records import ReadOptions
+from data_prep.reading.sources import resolve_sources
+from minimind.errors import UserError
+
+TEXTS = [
+    "First document.",
+    "第二个文档,有中文。😀",
+    'Third, with "quotes", commas\nand lines\r\n\tof several kinds',
+    "  leading and trailing blanks  ",
+    "\\u00e9 is no escape here, é is",
+] * 8
+TEXTS = [f"{text} ({i})" for i, text in enumerate(TEXTS)]
+
+
+def write(path: Path, texts: list[str]) -> Path:
+    """`texts` in the format and compression that the name asks for."""
+    name = path.name.removesuffix(".gz").removesuffix(".zst")
+    rows = [{"id": i, "text": text} for i, text in enumerate(texts)]
+    if name.endswith(".jsonl"):
+        data = "".join(json.dumps(row, ensure_ascii=i % 2 == 0) + "\n" for i, row in enumerate(rows)).encode()
+    elif name.endswith(".json"):
+        data = json.dumps(rows, ensure_ascii=False, indent=1).encode()
+    elif name.endswith(".csv"):
+        buffer = io.StringIO(newline="")
+        writer = csv.DictWriter(buffer, ["id", "text"])
+        writer.writeheader()
+        writer.writerows(rows)
+        data = buffer.getvalue().encode()
+    elif name.endswith(".parquet"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        sink = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows), sink, row_group_size=7)
+        data = sink.getvalue()
+    else:
+        data = "\n\n".join(texts).encode()
+    if path.name.endswith(".gz"):
+        data = gzip.compress(data)
+    elif path.name.endswith(".zst"):
+        data = zstandard.ZstdCompressor().compress(data)
+    path.write_bytes(data)
+    return path
+
+
+def read(*paths: object, max_bad: float = 0.0, log: io.StringIO | None = None, **options: object) -> list[str]:
+    sources = resolve_sources([str(path) for path in paths])
+    return list(read_documents(sources, ReadOptions(**options), BadDocuments(max_bad, log)))  # type: ignore[arg-type]
+
+
+def read_bad(path: Path, **options: object) -> tuple[list[str], list[str]]:
+    """(documents, problems without the file name)"""
+    log = io.StringIO()
+    documents = read(path, max_bad=1.0, log=log, **options)
+    lines = log.getvalue().splitlines()
+    assert all(line.startswith(f"{path}:") for line in lines)
+    return documents, [line.removeprefix(f"{path}:") for line in lines]
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_every_format_gives_the_same_documents(tmp_path: Path, suffix: str, compression: str) -> None:
+    assert read(write(tmp_path / f"a{suffix}{compression}", TEXTS)) == TEXTS
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+def test_what_a_document_is_in_a_txt_file(tmp_path: Path, compression: str) -> None:
+    paragraphs = ["one\ntwo", "  three\n\tfour", "五"]
+    path = write(tmp_path / f"a.txt{compression}", paragraphs)
+    assert read(path) == paragraphs
+    assert read(path, txt_documents="line") == ["one", "two", "  three", "\tfour", "五"]
+    assert read(path, txt_documents="document") == ["\n\n".join(paragraphs)]
+
+
+def test_blank_lines_separate_paragraphs_whatever_is_in_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbf\n \n one\r\ntwo\r\n\r\n\r\nthree\n \t \nfour\n\n\n")
+    assert read(path) == [" one\r\ntwo", "three", "four"]
+
+
+@pytest.mark.parametrize("kind", ["line", "paragraph", "document", "jsonl", "json", "csv"])
+def test_chunks_and_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    rng = random.Random(kind)
+    suffix = "txt" if kind in ("line", "paragraph", "document") else kind
+    options = {"max_document_bytes": 60 if suffix in ("txt", "jsonl") else 1000} | (
+        {"txt_documents": kind} if suffix == "txt" else {}
+    )
+    path = tmp_path / f"a.{suffix}"
+    found: list[str] = []
+    for _ in range(12):
+        if suffix in ("txt", "jsonl"):
+            lines = [
+                rng.choice(
+                    [
+                        "",
+                        " ",
+                        "\t\r",
+                        "ab",
+                        "你" * 5,
+                        "x" * 60,
+                        "x" * 61,
+                        "x" * 60 + "\r",
+                        "y" * 200,
+                        " " * 70 + "\f",
+                        '{"text": "z"}',
+                    ]
+                )
+                for _ in range(40)
+            ]
+            path.write_bytes("\n".join(lines).encode())
+        else:
+            write(path, ["".join(rng.choices('ab,"\n你\\ ', k=rng.randrange(1, 9))) + "." for _ in range(30)])
+        results = []
+        for size in (1, 2, 3, 7, 64, 1000, 1 << 19):
+            monkeypatch.setattr(data_prep.reading.chunks, "CHUNK_BYTES", size)
+            monkeypatch.setattr(data_prep.reading.tables, "CHUNK_BYTES", size)
+            results.append(read_bad(path, **options))
+        assert all(result == results[0] for result in results[1:])
+        found += results[0][0]
+    assert found or kind == "document"
+
+
+def test_several_frames_and_members_are_one_stream(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in TEXTS]
+    compress = zstandard.ZstdCompressor().compress
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(map(compress, lines)))
+    (tmp_path / "b.jsonl.gz").write_bytes(b"".join(map(gzip.compress, lines)))
+    assert read(tmp_path / "a.jsonl.zst", tmp_path / "b.jsonl.gz") == TEXTS * 2
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.parquet.gz", "a.json"])
+def test_file_that_was_cut_short_is_refused(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, [text * 500 for text in TEXTS])
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3])
+    with pytest.raises(UserError, match=name) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_file_that_is_not_what_its_name_says_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"plain text, nothing else\n" * 10)
+    with pytest.raises(UserError, match=rf"{name}.*(damaged)"):
+        read(tmp_path / name)
+
+
+def test_bad_jsonl_lines_are_named_and_the_others_kept(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [
+        b'{"text": "good 1"}',
+        b'{"text": "invalid \xff utf-8"}',
+        b'{"text": "broken',
+        b"",
+        b'{"body": 1, "title": "missing field"}',
+        b'{"text": ""}',
+        b'{"text": " \\n\\t "}',
+        b'{"text": null}',
+        b'{"text": ["a", "list"]}',
+        b'"a string"',
+        b'{"text": "nul \\u0000 escaped"}',
+        b'{"text": "raw nul \0"}',
+        b'{"text": "lone \\ud800 surrogate"}',
+        b'{"text": "' + b"x" * 5000 + b'"}',
+        b"[" * 4000,
+        b'{"text": "good 2", "n": ' + b"9" * 3000 + b"}",
+        b'{"text": "\\ud83d\\ude00 good 3"}\r',
+    ]
+    path.write_bytes(b"\n".join(lines))
+    documents, problems = read_bad(path, max_document_bytes=4096)
+    assert documents == ["good 1", "good 2", "😀 good 3"]
+    expected = {
+        2: "invalid UTF-8: byte 0xff at column 19",
+        3: "broken JSON: Unterminated string",
+        5: "no field 'text' (it has 'body', 'title')",
+        6: "empty document",
+        7: "empty document",
+        8: "field 'text' is null",
+        9: "field 'text' is a list",
+        10: "a string, not an object",
+        11: "NUL character",
+        12: "broken JSON: Invalid control character",
+        13: "lone surrogate",
+        14: "longer than --max-document-bytes 4,096",
+        15: "broken JSON",
+    }
+    assert len(problems) == len(expected)
+    for problem, (line, reason) in zip(problems, expected.items(), strict=True):
+        assert problem.startswith(f"{line}: ") and reason in problem
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.json", "a.csv", "a.jsonl.gz"])
+def test_binary_file_is_one_bad_document(tmp_path: Path, name: str) -> None:
+    data = bytes(range(256)) * 100
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert read_bad(tmp_path / name) == ([], ["1: not a text file (binary data)"])
+    utf16 = "text".encode("utf-16")
+    (tmp_path / name).write_bytes(gzip.compress(utf16) if name.endswith(".gz") else utf16)
+    assert read_bad(tmp_path / name) == ([], ["1: not UTF-8 text but UTF-16: convert the file"])
+
+
+def test_nul_in_text_is_a_bad_document_not_a_bad_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\n\ntwo \0 two\n\nthree")
+    assert read_bad(path) == (["one", "three"], ["3: NUL character at position 5"])
+
+
+def test_a_very_long_line_is_passed_over_without_being_held(tmp_path: Path) -> None:
+    import tracemalloc
+
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"text": "before"}\n{"text": "')
+        for _ in range(50):
+            file.write(b"x" * 1_000_000)
+        file.write(b'"}\n{"text": "after"}\n')
+    tracemalloc.start()
+    documents, problems = read_bad(path, max_document_bytes=1 << 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert documents == ["before", "after"]
+    assert problems == ["2: longer than --max-document-bytes 1,048,576"]
+    assert peak < 10_000_000
+    csv_path = tmp_path / "a.csv"
+    csv_path.write_bytes(b"text\nbefore\n" + b"x" * 50_000_000 + b"\nafter\n")
+    assert read_bad(csv_path, max_document_bytes=1 << 20)[0] == ["before", "after"]
+
+
+def test_json_files_come_in_several_shapes(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for content, texts in [
+        ('[{"text": "a"}, {"text": "b"}]', ["a", "b"]),
+        ('\ufeff\n[\n{"text": "a"}\n,\n{"text": "b"}\n]\n', ["a", "b"]),
+        ('{"text": "a"}\n{"text": "b"}\n', ["a", "b"]),
+        ('{\n "text":\n "a"\n}', ["a"]),
+        ('{"text": "a]["} {"text": "b"}', ["a][", "b"]),
+        ("[]", []),
+        ("", []),
+    ]:
+        path.write_text(content)
+        assert read(path) == texts
+    path.write_text('[\n{"text": "a"},\n\n{"body": "b"},\n3,\n"c",\n[{"text": "d"}],\n{"text": "e"}]')
+    documents, problems = read_bad(path)
+    assert documents == ["a", "e"]
+    assert [problem.split(":")[0] for problem in problems] == ["4", "5", "6", "7"]
+    path.write_bytes(b'[{"text": "a"},\n{"text": "\xff"}, {"text": "c"}]')
+    assert read_bad(path) == (["a", "c"], ["2: invalid Unicode: lone surrogate at position 1"])
+
+
+@pytest.mark.parametrize(
+    ("content", "line"), [('[{"text": "a"},\n{"text" "b"}]', 2), ('[{"text": "a"}', 1), ('[\n\n{"text": "a', 3)]
+)
+def test_broken_json_file_stops_the_run(tmp_path: Path, content: str, line: int) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UserError, match=rf"a\.json:{line}: broken JSON"):
+        read(tmp_path / "a.json", max_bad=1.0)
+
+
+def test_bad_csv_rows_are_named_and_the_others_kept(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'id,text\n1,good\n2\n3,"a ""quoted""\nrow"\n\n4,"broken"quote\n5,\xff\n6,\n7,last\n8,"no end\n')
+    documents, problems = read_bad(path)
+    assert documents == ["good", 'a "quoted"\nrow', "last"]
+    lines = [
+        "3: 1 columns, the header has 2",
+        "7: broken CSV",
+        "8: invalid Unicode",
+        "9: empty document",
+        "11: broken CSV",
+    ]
+    assert len(problems) == len(lines)
+    assert all(problem.startswith(line) for problem, line in zip(problems, lines, strict=True))
+
+
+def test_parquet_nulls_and_wrong_columns(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    texts = pa.array(["a", None, "c"]).dictionary_encode()
+    pq.write_table(pa.table({"text": texts, "large": pa.array(["x"] * 3, pa.large_string()), "n": [1, 2, 3]}), path)
+    assert read_bad(path) == (["a", "c"], ["2: column 'text' is null"])
+    assert read(path, text_field="large") == ["x"] * 3
+    with pytest.raises(UserError, match="column 'n' is int64, not string"):
+        read(path, text_field="n")
+    with pytest.raises(UserError, match="no column 'body' but text, large, n: choose with --text-field"):
+        read(path, text_field="body")
+
+
+def test_wrong_csv_column_names_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no column 'body' but id, text: choose with --text-field"):
+        read(write(tmp_path / "a.csv", TEXTS), text_field="body")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_folder_is_loaded_by_datasets(tmp_path: Path, suffix: str) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / f"train{suffix}", TEXTS)
+    write(folder / f"test{suffix}", ["held out"])
+    assert read(folder) == TEXTS
+    assert read(f"hf:{folder}", hf_split="test") == ["held out"]
+    with pytest.raises(UserError, match="has no column 'body' but id, text"):
+        read(folder, text_field="body")
+    with pytest.raises(UserError, match="datasets cannot load it"):
+        read(folder, hf_split="nothing")
+
+
+def test_inputs_are_resolved_in_a_fixed_order(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "sub/c.JSONL", "sub/d.txt.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert [Path(s.name).name for s in resolve_sources([f"{tmp_path}/*.jsonl"])] == ["a.jsonl", "b.jsonl"]
+    assert [s.format for s in resolve_sources([f"{tmp_path}/sub/*"])] == ["jsonl", "txt"]
+    everything = resolve_sources([f"{tmp_path}/**/*.*", "hf:name/of-it", "owner/name"])
+    assert [s.format for s in everything] == ["jsonl", "jsonl", "jsonl", "txt", "dataset", "dataset"]
+    assert everything[4].name == "name/of-it" and everything[3].compression == "gz"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "names no file"),
+        (["{tmp}/*.parquet"], "matches no file"),
+        (["{tmp}/absent.jsonl"], "does not exist"),
+        (["absent.jsonl"], "does not exist"),
+        (["./a/b/c"], "does not exist"),
+        (["{tmp}/a.md"], "no known format"),
+        (["{tmp}/a.jsonl", "{tmp}/*.jsonl"], "twice"),
+    ],
+)
+def test_wrong_inputs_are_user_errors(tmp_path: Path, words: list[str], message: str) -> None:
+    for name in ("a.jsonl", "a.md"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=message):
+        resolve_sources([word.format(tmp=tmp_path) for word in words])
+
+
+def test_too_many_bad_documents_stop_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n' * 98 + "broken\n" * 2)
+    assert len(read(path, max_bad=0.02)) == 98
+    with pytest.raises(
+        UserError, match=r"2 of 100 documents are bad, above --max-bad-fraction 0\.01; .*a\.jsonl:99: broken"
+    ):
+        read(path, max_bad=0.01)
+    path.write_text("broken\n" * 100_000 + '{"text": "good"}\n')
+    with pytest.raises(UserError, match="of 74,898 documents"):  # after one chunk
+        next(iter(read_documents(resolve_sources([str(path)]), ReadOptions(), BadDocuments(0.01))))
+
+
+def test_only_the_first_problems_are_shown_but_all_are_logged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("broken\n" * 50)
+    assert len(read_bad(path)[1]) == 50
+    shown = capsys.readouterr().err.splitlines()
+    assert len(shown) == 21
+    assert shown[0].startswith(f"skipped: {path}:1: ")

@@ -1,0 +1,360 @@
+"""Windows, the global order, and which rank takes what."""
+
+import dataclasses
+import itertools
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+
+from minimind.data.dataset import IGNORED_LABEL, TokenDataset
+from minimind.data.loader import Batch, BatchLoader, collate, eval_batches, hash_stream
+from minimind.data.shuffle import GlobalOrder
+from minimind.data.shards import ShardError, ShardReader
+from minimind.errors import UserError
+from tests.shard_folders import EOS, make_documents, stream_of, write
+
+SEQ_LEN = 16
+FROZEN_ORDER = [151203, 792347, 857318, 189059, 35870, 319443]
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[np.ndarray]:
+    return make_documents(60)
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory, documents) -> ShardReader:
+    folder = tmp_path_factory.mktemp("shards")
+    (folder / "tokenizer.model").write_bytes(b"t")
+    write(folder / "train", folder / "tokenizer.model", documents)
+    return ShardReader(folder / "train")
+
+
+@pytest.fixture(scope="module")
+def dataset(reader) -> TokenDataset:
+    return TokenDataset(reader, SEQ_LEN)
+
+
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+
+def test_windows_tile_the_stream_without_padding(reader, dataset, documents):
+    stream = stream_of(documents)
+    assert len(dataset) == (len(stream) - 1) // SEQ_LEN
+    inputs = np.concatenate([dataset[i].input_ids for i in range(len(dataset))])
+    labels = np.concatenate([dataset[i].labels for i in range(len(dataset))])
+    np.testing.assert_array_equal(inputs, stream[: len(inputs)])
+    np.testing.assert_array_equal(labels, stream[1 : len(labels) + 1])
+    assert inputs.dtype == labels.dtype == np.int64
+    for index in (-1, len(dataset)):
+        with pytest.raises(IndexError):
+            dataset[index]
+
+
+def test_the_last_window_may_end_with_the_stream(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"t")
+    write(tmp_path / "train", tmp_path / "tokenizer.model", [np.arange(1, 33)])  # 33 tokens with the end token
+    exact = TokenDataset(ShardReader(tmp_path / "train"), 32)
+    assert len(exact) == 1 and exact[0].labels[-1] == EOS
+    with pytest.raises(ShardError, match="has 33 tokens, a window of seq_len 33 needs 34"):
+        TokenDataset(ShardReader(tmp_path / "train"), 33)
+
+
+def test_an_empty_split_is_refused_with_the_figures(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"t")
+    write(tmp_path / "val", tmp_path / "tokenizer.model", [])
+    for keep_tail in (False, True):
+        with pytest.raises(UserError, match="has 0 tokens"):
+            TokenDataset(ShardReader(tmp_path / "val"), 8, keep_tail=keep_tail)
+
+
+def test_the_tail_is_filled_without_labels(reader, documents):
+    stream = stream_of(documents)
+    for seq_len in (SEQ_LEN, 10**4):
+        dataset = TokenDataset(reader, seq_len, keep_tail=True)
+        labels = np.concatenate([dataset[i].labels for i in range(len(dataset))])
+        assert len(labels) == len(dataset) * seq_len
+        np.testing.assert_array_equal(labels[labels != IGNORED_LABEL], stream[1:])
+        assert np.all(labels[len(stream) - 1 :] == IGNORED_LABEL)
+        assert np.all(dataset[len(dataset) - 1].input_ids[(len(stream) - 1) % seq_len or seq_len :] == EOS)
+
+
+def test_document_mask_cuts_where_documents_begin(reader, documents):
+    stream = stream_of(documents)
+    is_start = np.append(True, stream[:-1] == EOS)
+    masked = TokenDataset(reader, SEQ_LEN, document_mask=True)
+    for index in range(len(masked)):
+        sample, first = masked[index], index * SEQ_LEN
+        inside = np.flatnonzero(is_start[first : first + SEQ_LEN])
+        np.testing.assert_array_equal(sample.document_starts, inside[inside > 0])
+        expected = np.where(is_start[first + 1 : first + 1 + SEQ_LEN], IGNORED_LABEL, stream[first + 1 :][:SEQ_LEN])
+        np.testing.assert_array_equal(sample.labels, expected)
+        np.testing.assert_array_equal(sample.input_ids, stream[first : first + SEQ_LEN])
+
+
+def test_a_masked_batch_describes_its_segments(reader):
+    masked = TokenDataset(reader, SEQ_LEN, document_mask=True)
+    indices = [3, 0, 7]
+    batch = collate([masked[i] for i in indices], indices)
+    assert batch.cu_seqlens is not None and batch.position_ids is not None
+    assert batch.cu_seqlens.dtype == torch.int32 and batch.position_ids.dtype == torch.int64
+    bounds = batch.cu_seqlens.tolist()
+    assert bounds[0] == 0 and bounds[-1] == 3 * SEQ_LEN and bounds == sorted(set(bounds))
+    assert {0, SEQ_LEN, 2 * SEQ_LEN, 3 * SEQ_LEN} <= set(bounds)
+    flat_inputs, flat_labels = batch.input_ids.flatten(), batch.labels.flatten()
+    positions = torch.cat([torch.arange(high - low) for low, high in itertools.pairwise(bounds)])
+    assert torch.equal(batch.position_ids.flatten(), positions)
+    for low, high in itertools.pairwise(bounds):
+        assert not (flat_inputs[low : high - 1] == EOS).any()  # a segment holds one document
+        if flat_inputs[high - 1] == EOS:
+            assert flat_labels[high - 1] == IGNORED_LABEL
+    assert batch.num_targets == int((batch.labels != IGNORED_LABEL).sum()) < 3 * SEQ_LEN
+
+
+def test_an_unmasked_batch_has_no_segments(dataset):
+    batch = collate([dataset[0], dataset[1]], (0, 1))
+    assert batch.position_ids is None and batch.cu_seqlens is None
+    assert batch.input_ids.shape == batch.labels.shape == (2, SEQ_LEN)
+    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+    assert batch.num_targets == 2 * SEQ_LEN
+    moved = batch.to("meta")
+    assert moved.input_ids.device.type == "meta" and moved.position_ids is None and moved.positions == (0, 1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        batch.num_targets = 0  # type: ignore[misc]
+
+
+# --- order ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [*range(1, 70), 127, 128, 129, 997, 1000, 1024, 4096, 10_007, 65_536, 65_537, 99_999])
+def test_each_epoch_is_a_permutation(n):
+    order = GlobalOrder(n, seed=3, fingerprint="f")
+    for epoch in (0, 1, 10**6):
+        indices = order[np.arange(epoch * n, (epoch + 1) * n)]
+        np.testing.assert_array_equal(np.sort(indices), np.arange(n))
+
+
+def test_a_place_does_not_depend_on_what_else_is_asked():
+    order = GlobalOrder(1000, seed=1, fingerprint="f")
+    together = order[np.arange(500, 3500)]
+    np.testing.assert_array_equal(together, [int(order[np.array(p)]) for p in range(500, 3500)])
+    np.testing.assert_array_equal(together, GlobalOrder(1000, seed=1, fingerprint="f")[np.arange(500, 3500)])
+    np.testing.assert_array_equal(order[np.arange(6).reshape(2, 3)].shape, (2, 3))
+
+
+def test_the_order_never_changes():
+    """These figures are part of the promise: a run that is resumed by a later version sees the same samples."""
+    order = GlobalOrder(1_000_003, seed=42, fingerprint="0" * 64)
+    assert order[np.array([0, 1, 2, 1_000_002, 1_000_003, 10**15])].tolist() == FROZEN_ORDER
+
+
+def test_seed_epoch_and_fingerprint_each_change_the_order():
+    places = np.arange(1000)
+    base = GlobalOrder(1000, 1, "a")
+    others = [GlobalOrder(1000, 2, "a")[places], GlobalOrder(1000, 1, "b")[places], base[places + 1000]]
+    for other in others:
+        assert np.count_nonzero(other == base[places]) < 12  # 1 is expected of two independent permutations
+
+
+def test_the_order_looks_random():
+    n = 2**16 + 1
+    indices = GlobalOrder(n, 7, "f")[np.arange(n)]
+    steps = np.diff(indices)
+    # In a random permutation about one neighbour pair in n follows on: Poisson with mean 1.
+    assert np.count_nonzero(steps == 1) < 8 and np.count_nonzero(steps == -1) < 8
+    assert np.count_nonzero(indices == np.arange(n)) < 8
+    assert abs(np.corrcoef(indices[:-1], indices[1:])[0, 1]) < 0.02  # 5 sigma of 1/sqrt(n)
+    assert abs(np.corrcoef(np.arange(n), indices)[0, 1]) < 0.02
+    # Differences of neighbours, modulo n, fill 64 bins evenly: chi-square of 63 degrees, 5 sigma above its mean.
+    counts = np.bincount((steps % n) * 64 // n, minlength=64)
+    assert ((counts - n / 64) ** 2 / (n / 64)).sum() < 63 + 5 * np.sqrt(2 * 63)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 50])
+def test_every_sample_comes_first_equally_often(n):
+    epochs = 4000
+    firsts = GlobalOrder(n, 5, "f")[np.arange(epochs) * n]
+    counts = np.bincount(firsts, minlength=n)
+    assert ((counts - epochs / n) ** 2 / (epochs / n)).sum() < (n - 1) + 5 * np.sqrt(2 * (n - 1))
+
+
+def test_a_trillion_samples_need_no_memory():
+    order = GlobalOrder(10**12, 1, "f")
+    order[np.arange(2)]
+    tracemalloc.start()
+    indices = order[10**11 + np.arange(1000)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 500_000
+    assert len(set(indices.tolist())) == 1000 and indices.min() >= 0 and indices.max() < 10**12
+    assert indices.max() - indices.min() > 9 * 10**11
+
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
+
+
+def windows_of(batches: list[Batch]) -> dict[int, tuple[bytes, bytes]]:
+    rows = {}
+    for batch in batches:
+        for position, inputs, labels in zip(batch.positions, batch.input_ids, batch.labels, strict=True):
+            assert position not in rows
+            rows[position] = (inputs.numpy().tobytes(), labels.numpy().tobytes())
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro"), [(1, 12), (1, 4), (1, 1), (2, 6), (2, 3), (2, 1), (3, 4), (3, 2), (4, 3), (4, 1), (6, 2)]
+)
+def test_every_world_size_and_accumulation_sees_the_same_stream(dataset, world_size, micro):
+    alone = BatchLoader(dataset, 5, 12, 12)
+    loaders = [BatchLoader(dataset, 5, micro, 12, rank, world_size) for rank in range(world_size)]
+    for step in (0, 1, 2, len(dataset) // 12, 1000):
+        ranks = [loader.step_batches(step) for loader in loaders]
+        assert all(len(batches) == 12 // (micro * world_size) for batches in ranks)
+        # Read micro-batch by micro-batch across the ranks, the places follow one another.
+        places = [p for together in zip(*ranks, strict=True) for batch in together for p in batch.positions]
+        assert places == list(range(12 * step, 12 * step + 12))
+        assert windows_of([b for batches in ranks for b in batches]) == windows_of(alone.step_batches(step))
+        total = sum(hash_stream(batches) for batches in ranks)
+        assert (total - hash_stream(alone.step_batches(step))) % 2**64 == 0
+
+
+def test_an_epoch_takes_every_window_once_and_the_next_in_another_order(dataset):
+    loader = BatchLoader(dataset, 5, 1, 1)
+    epochs = [[loader.step_batches(e * len(dataset) + i)[0] for i in range(len(dataset))] for e in range(2)]
+    contents = [[batch.input_ids.numpy().tobytes() for batch in epoch] for epoch in epochs]
+    everything = sorted(dataset[i].input_ids.tobytes() for i in range(len(dataset)))
+    assert sorted(contents[0]) == sorted(contents[1]) == everything
+    assert contents[0] != contents[1]
+
+
+def test_a_step_larger_than_an_epoch_wraps(dataset):
+    size = len(dataset) + 5
+    batch = BatchLoader(dataset, 5, size, size).step_batches(0)[0]
+    rows = [row.numpy().tobytes() for row in batch.input_ids]
+    assert len(set(rows[: len(dataset)])) == len(dataset) and len(rows) == size
+
+
+def test_the_stream_hash_sees_every_difference(dataset):
+    loader = BatchLoader(dataset, 5, 4, 4)
+    base = hash_stream(loader.step_batches(0))
+    (batch,) = loader.step_batches(0)
+    labels, inputs = batch.labels.clone(), batch.input_ids.clone()
+    labels[2, 3] += 1
+    inputs[0, 0] += 1
+    changed = [
+        loader.step_batches(1),
+        BatchLoader(dataset, 6, 4, 4).step_batches(0),
+        [dataclasses.replace(batch, labels=labels)],
+        [dataclasses.replace(batch, input_ids=inputs)],
+        [dataclasses.replace(batch, positions=(0, 1, 3, 2))],
+        [],
+    ]
+    assert all(hash_stream(batches) != base for batches in changed)
+    assert -(2**63) <= base < 2**63 and base == hash_stream(loader.step_batches(0))
+
+
+@pytest.mark.parametrize(("micro", "total", "world_size"), [(4, 10, 1), (4, 12, 2), (0, 8, 1), (4, 0, 1), (8, 4, 1)])
+def test_a_batch_that_does_not_divide_is_refused(dataset, micro, total, world_size):
+    with pytest.raises(UserError, match=f"global_batch_size {total}"):
+        BatchLoader(dataset, 5, micro, total, 0, world_size)
+
+
+# --- reading ahead ----------------------------------------------------------------------------------------------------
+
+
+def loader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("batch-loader")]
+
+
+@pytest.mark.parametrize("start", [0, 7, 12345])
+def test_iterating_resumes_at_any_step(dataset, start):
+    loader = BatchLoader(dataset, 5, 2, 4)
+    batches = loader.iterate(start)
+    for step in range(start, start + 5):
+        assert hash_stream(next(batches)) == hash_stream(loader.step_batches(step))
+    assert len(loader_threads()) == 1
+    batches.close()
+    assert loader_threads() == []
+
+
+def test_a_forgotten_iterator_leaves_no_thread(dataset):
+    batches = BatchLoader(dataset, 5, 2, 4).iterate()
+    next(batches)
+    del batches
+    assert loader_threads() == []
+
+
+def test_an_error_of_reading_comes_at_its_step(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"t")
+    write(tmp_path / "train", tmp_path / "tokenizer.model", make_documents(60))
+
+    class Failing(TokenDataset):
+        reads = 0
+
+        def __getitem__(self, index: int):
+            self.reads += 1
+            if self.reads > 3:
+                raise ShardError("shard_00001.npy is damaged")
+            return super().__getitem__(index)
+
+    batches = BatchLoader(Failing(ShardReader(tmp_path / "train"), SEQ_LEN), 5, 1, 1).iterate()
+    for _ in range(3):
+        next(batches)
+    with pytest.raises(ShardError, match="damaged"):
+        next(batches)
+    assert loader_threads() == []
+
+
+def test_the_next_step_is_read_while_this_one_is_used(dataset):
+    second_read = threading.Event()
+
+    class Watched(TokenDataset):
+        reads = 0
+
+        def __getitem__(self, index: int):
+            self.reads += 1
+            if self.reads == 2:
+                second_read.set()
+            return super().__getitem__(index)
+
+    batches = BatchLoader(Watched(dataset.reader, SEQ_LEN), 5, 1, 1).iterate()
+    next(batches)
+    assert second_read.wait(timeout=60)
+    batches.close()
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("micro", [1, 3, 8])
+@pytest.mark.parametrize("max_samples", [None, 1, 10, 10**6])
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_evaluation_takes_every_window_once_on_any_number_of_ranks(
+    reader, world_size, micro, max_samples, document_mask
+):
+    dataset = TokenDataset(reader, SEQ_LEN, document_mask, keep_tail=True)
+    ranks = [
+        list(eval_batches(dataset, micro, rank, world_size, max_samples=max_samples)) for rank in range(world_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1  # collectives match
+    seen = {}
+    for batch in itertools.chain(*ranks):
+        assert batch.input_ids.shape == (micro, SEQ_LEN)
+        assert batch.num_targets == int((batch.labels != IGNORED_LABEL).sum())
+        assert (batch.cu_seqlens is not None) == document_mask
+        for position, labels in zip(batch.positions, batch.labels, strict=True):
+            if position == -1:
+                assert (labels == IGNORED_LABEL).all()
+            else:
+                assert position not in seen
+                seen[position] = labels.numpy()
+    taken = min(len(dataset), max_samples or len(dataset))
+    assert sorted(seen) == list(range(taken))
+    assert all(np.array_equal(seen[i], dataset[i].labels) for i in range(taken))
+    filling = sum(batch.positions.count(-1) for batch in itertools.chain(*ranks))
+    assert filling < micro * world_size

@@ -1,0 +1,224 @@
+"""The tokenizer interface: exact round trips, special tokens, damaged files."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from data_prep.train_tokenizer import cut_sentences, save_tokenizer, train_tokenizer
+from minimind.errors import UserError
+from minimind.data.tokenizer import BLANK, SPECIAL_TOKENS, Tokenizer, load_tokenizer
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.\n\nIt does so every day, 365 days a year.\n",
+    "def f(x):\n    return x  # twice\n\nclass A:\n\tpass\r\n",
+    "今天天气很好,我们去公园散步。你好,世界!\n机器学习是人工智能的一个分支。",
+]
+NASTY = [
+    "",
+    " ",
+    "   leading and trailing   ",
+    "\n",
+    "\r\n\r\n\t\t \n",
+    "a\tb\t\tc",
+    "x" + " " * 100 + "y" + "\n" * 50,
+    f"the blank itself {BLANK}{BLANK} and {BLANK} beside a space {BLANK}",
+    "\u2585\u2047 unknown marks",
+    "null \0 inside\0",
+    "\ufeffbyte order mark \ufeff",
+    "👩‍👩‍👧‍👦 family, flags 🇨🇳, skin 👍🏽",
+    "e\u0301 is not é, ﬁ is not fi, Ａ is not A, ² is not 2",
+    "\u202eright to left\u202c \u200bzero width\u200d \u00ad",
+    "\ue000private\U0010fffd \ufffe\uffff\U0001ffff noncharacters \ufffd",
+    "\x01\x1b[0m\x7f\x85\u2028\u2029\u3000\u00a0",
+    "<0x41><unk><s></s> <0xE2><0x96><0x81>",
+    "<|im_start|>user\n你好<|im_end|>\n<|endoftext|><|im_",
+    "a" * 40_000,
+    "长" * 40_000,
+    "word " * 10_000,
+    " " * 40_000,
+]
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    save_tokenizer(train_tokenizer(list(cut_sentences(TEXTS)), 330), folder, 330)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def huggingface_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made like MiniMind's own: byte-level BPE with the special tokens first, here with traps switched on."""
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(TEXTS, trainer)
+    model.add_tokens([tokenizers.AddedToken("<think>", normalized=False)])
+    model.enable_truncation(max_length=5)
+    model.enable_padding(length=7)
+    file = tmp_path_factory.mktemp("huggingface") / "tokenizer.json"
+    model.save(str(file))
+    return file
+
+
+@pytest.fixture(params=["sentencepiece", "huggingface"])
+def tokenizer(request: pytest.FixtureRequest, sentencepiece_folder: Path, huggingface_file: Path) -> Tokenizer:
+    return load_tokenizer(sentencepiece_folder if request.param == "sentencepiece" else huggingface_file)
+
+
+def test_special_tokens_have_fixed_ids(tokenizer: Tokenizer) -> None:
+    assert [tokenizer.special_ids[token] for token in SPECIAL_TOKENS] == [0, 1, 2]
+    assert tokenizer.eos_token_id == 0
+    assert [tokenizer.token_bytes(i).decode() for i in range(3)] == list(SPECIAL_TOKENS)
+
+
+@pytest.mark.parametrize("allow_special", [True, False])
+def test_nasty_text_comes_back_exactly(tokenizer: Tokenizer, allow_special: bool) -> None:
+    encoded = tokenizer.encode_batch([*NASTY, *TEXTS], allow_special)
+    for text, ids in zip([*NASTY, *TEXTS], encoded, strict=True):
+        assert tokenizer.decode(ids) == text
+        assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+def test_random_text_comes_back_exactly(tokenizer: Tokenizer) -> None:
+    rng = random.Random(0)
+    alphabets = ["ab ", f" {BLANK}\n\t\r", "<|im_start|>end0x", "你好 the\n", "\0\x01\u0301\u200d\ufeff\U0001f600a "]
+    for _ in range(1500):
+        alphabet = rng.choice(alphabets)
+        if rng.random() < 0.3:
+            alphabet += "".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])) for _ in "ab")
+        text = "".join(rng.choices(alphabet, k=rng.randrange(40)))
+        for allow_special in (True, False):
+            assert tokenizer.decode(tokenizer.encode(text, allow_special)) == text
+
+
+def test_special_text_is_one_id_or_plain_text(tokenizer: Tokenizer) -> None:
+    text = "<|im_start|>hi<|im_end|>"
+    special, plain = tokenizer.encode(text), tokenizer.encode(text, allow_special=False)
+    assert special[0] == 1 and special[-1] == 2
+    assert not {0, 1, 2} & set(plain)
+    assert tokenizer.encode(text) == special  # the flag of one call does not stick
+
+
+def test_long_text_is_not_cut_short_nor_padded(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(TEXTS[0] * 2000)
+    assert len(ids) > 5
+    assert tokenizer.decode(ids) == TEXTS[0] * 2000
+    # Cut where tokens end anyway: the same ids as for the parts.
+    assert ids[:20] == tokenizer.encode(TEXTS[0] * 2)[:20]
+
+
+def test_words_encode_as_the_whole_text_does(sentencepiece_folder: Path) -> None:
+    import sentencepiece
+
+    ours = load_tokenizer(sentencepiece_folder)
+    library = sentencepiece.SentencePieceProcessor(model_file=str(ours.file))
+    rng = random.Random(1)
+    words = [*"\n \t,.(,。、é\u0301の", "  ", "the", "def", "return", "day", "今天", "365", "x", "\r\n", "。\n", "café"]
+    for _ in range(2000):
+        text = "".join(rng.choices(words, k=rng.randrange(60)))
+        assert ours.encode(text) == library.encode(text)
+
+
+def test_batch_equals_one_by_one(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode_batch(NASTY) == [tokenizer.encode(text) for text in NASTY]
+    assert tokenizer.encode_batch([]) == []
+
+
+def test_bytes_that_are_no_text_decode_to_replacement(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("😀")
+    assert len(ids) > 1
+    assert "\ufffd" in tokenizer.decode(ids[:1])
+    assert b"".join(map(tokenizer.token_bytes, ids)) == "😀".encode()
+
+
+def test_wrong_arguments_are_user_errors(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="lone surrogate at character 2"):
+        tokenizer.encode("ab\ud800")
+    for token_id in (-1, tokenizer.vocab_size):
+        with pytest.raises(UserError, match=f"token id {token_id} "):
+            tokenizer.decode([token_id])
+
+
+def test_shard_folder_and_file_load_alike(sentencepiece_folder: Path, huggingface_file: Path, tmp_path: Path) -> None:
+    for file in (sentencepiece_folder / "tokenizer.model", huggingface_file):
+        assert load_tokenizer(file).encode("the day") == load_tokenizer(file.parent).encode("the day")
+        assert load_tokenizer(file.parent).file == file
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match=r"holds both"):
+        load_tokenizer(tmp_path)
+
+
+def test_truncated_model_is_refused_at_every_length(sentencepiece_folder: Path, tmp_path: Path) -> None:
+    data = (sentencepiece_folder / "tokenizer.model").read_bytes()
+    file = tmp_path / "tokenizer.model"
+    for length in [*range(0, len(data), 97), *range(len(data) - 200, len(data) - 20)]:
+        file.write_bytes(data[:length])
+        with pytest.raises(UserError, match=r"tokenizer\.model"):
+            load_tokenizer(file)
+
+
+def test_model_that_is_not_the_one_described_is_refused(sentencepiece_folder: Path, tmp_path: Path) -> None:
+    for file in sentencepiece_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    load_tokenizer(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "sha256": "0" * 64}))
+    with pytest.raises(UserError, match="damaged or was replaced"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json is damaged"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", b'{"version": "1.0", "tru', "damaged"),
+        ("tokenizer.json", b"\xff\xfe", "damaged"),
+        ("tokenizer.json", b"[]", "damaged"),
+        ("tokenizer.model", b"not a model at all", "damaged"),
+        ("tokenizer.txt", b"", "is no tokenizer"),
+        ("tokenizer_config.json", b"{}", "is no tokenizer"),
+    ],
+)
+def test_wrong_file_is_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_tokenizer(tmp_path / name)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_absent_file_and_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_tokenizer(tmp_path / "tokenizer.model")
+    with pytest.raises(UserError, match=r"holds neither"):
+        load_tokenizer(tmp_path)
+
+
+def test_tokenizers_without_our_special_tokens_are_refused(tmp_path: Path) -> None:
+    import io
+
+    import sentencepiece
+
+    model = tokenizers.Tokenizer(models.BPE())
+    model.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"no special token <\|endoftext\|>"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+    data = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=data, model_type="bpe", vocab_size=100, minloglevel=5
+    )
+    (tmp_path / "tokenizer.model").write_bytes(data.getvalue())
+    with pytest.raises(UserError, match="does not begin with"):
+        load_tokenizer(tmp_path / "tokenizer.model")

@@ -1,0 +1,127 @@
+"""Training a tokenizer: the traps of SentencePiece, determinism, sampling, the command."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep.train_tokenizer import cut_sentences, sample_sentences, save_tokenizer, train_tokenizer
+from minimind.errors import UserError
+from minimind.data.tokenizer import BLANK, SPECIAL_TOKENS, Tokenizer, load_tokenizer
+
+ENGLISH = "The cat sat on the mat, and the dog sat on the log.\n\n    They were 12345 days old.\n" * 20
+
+
+def train(documents: list[str], folder: Path, vocab_size: int = 320) -> Tokenizer:
+    save_tokenizer(train_tokenizer(list(cut_sentences(documents)), vocab_size), folder, vocab_size)
+    return load_tokenizer(folder)
+
+
+def run(*flags: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "data_prep.train_tokenizer", *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_vocabulary_has_the_asked_size_and_learns_words(tmp_path: Path) -> None:
+    tokenizer = train([ENGLISH], tmp_path)
+    assert tokenizer.vocab_size == 320
+    assert len(tokenizer.encode(" the")) == 1
+    assert len(tokenizer.encode(".\n\n")) == 1
+    assert len(tokenizer.encode("12345")) == 5  # each digit by itself
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        "你好世界今天天气很好" * 30,  # no space: the piece for it must be there all the same
+        f"{BLANK}{BLANK}the mark {BLANK} of a space " * 30,
+        "\u2585 the unknown mark of the library " * 30,
+        "nul \0 and tab \t and <0x41> <0xFF> <unk> as text " * 30,
+        "<|im_start|>user\n<|im_end|>\n<|endoftext|> the words between " * 30,
+        "x" * 20_000 + " a line longer than the library takes " * 30,
+        "\r\n".join(["dos lines"] * 50),
+        "".join(chr(0x4E00 + i) for i in range(5000)) + "more characters than tokens " * 30,
+    ],
+)
+def test_any_training_text_gives_an_exact_tokenizer(tmp_path: Path, document: str) -> None:
+    tokenizer = train([document], tmp_path, 280)
+    for text in (document, ENGLISH, " ", f" {BLANK} \u2585\0\t"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.decode(tokenizer.encode(text, allow_special=False)) == text
+
+
+def test_special_tokens_are_not_learnt_as_text(tmp_path: Path) -> None:
+    tokenizer = train(["<|im_start|>user says<|im_end|>\n" * 50 + ENGLISH], tmp_path)
+    pieces = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in range(3, tokenizer.vocab_size)]
+    assert not any("<|" in piece or "|>" in piece for piece in pieces)
+
+
+def test_same_text_gives_the_same_bytes() -> None:
+    sentences = list(cut_sentences([ENGLISH, "另一个文档"]))
+    assert train_tokenizer(sentences, 320) == train_tokenizer(sentences, 320)
+
+
+def test_too_large_a_vocabulary_and_no_text_are_user_errors() -> None:
+    with pytest.raises(UserError, match=r"--vocab-size 6400 is too large .* at most \d+"):
+        train_tokenizer(["the cat"], 6400)
+    with pytest.raises(UserError, match="no text"):
+        train_tokenizer([], 320)
+    with pytest.raises(UserError, match="no text"):
+        train_tokenizer(["\n"], 320)
+
+
+def test_sentences_hold_all_text_but_the_special_tokens() -> None:
+    document = ENGLISH + "<|endoftext|>" + "长" * 10_000
+    sentences = list(cut_sentences([document]))
+    assert "".join(sentences) == document.replace(SPECIAL_TOKENS[0], "")
+    assert max(map(len, sentences)) <= 4000
+
+
+def test_sample_is_bounded_and_depends_on_the_sentences_alone() -> None:
+    sentences = [f"sentence number {i}, of some length" for i in range(5000)]
+    sample = sample_sentences(sentences, 40_000)
+    assert 15_000 < sum(map(len, sample)) <= 40_000
+    assert sorted(sample_sentences(reversed(sentences), 40_000)) == sorted(sample)
+    assert sample == [s for s in sentences if s in set(sample)]
+    assert sample_sentences(sentences, 10**9) == sentences
+
+
+def test_command_writes_model_and_description(tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text(json.dumps({"body": ENGLISH}) + "\n")
+    flags = ("--input", source, "--output", tmp_path / "tok", "--vocab-size", 300, "--text-field", "body")
+    first = run(*flags)
+    assert first.returncode == 0, first.stderr
+    tokenizer = load_tokenizer(tmp_path / "tok")
+    config = json.loads((tmp_path / "tok" / "tokenizer_config.json").read_text())
+    assert config["vocab_size"] == tokenizer.vocab_size == 300
+    assert config["special_tokens"] == {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
+    assert {file.name for file in (tmp_path / "tok").iterdir()} == {"tokenizer.model", "tokenizer_config.json"}
+
+    second = run(*flags)
+    assert second.returncode == 2
+    assert "--overwrite" in second.stderr and "Traceback" not in second.stderr
+    before = (tmp_path / "tok" / "tokenizer.model").read_bytes()
+    assert run(*flags, "--overwrite").returncode == 0
+    assert (tmp_path / "tok" / "tokenizer.model").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--input", "absent.jsonl"), "absent.jsonl does not exist"),
+        (("--input", __file__), "no known format"),
+        (("--input", "{tmp}/a.jsonl", "--vocab-size", "100"), "--vocab-size 100 is too small"),
+        (("--input", "{tmp}/a.jsonl", "--output", "{tmp}/a.jsonl/tok", "--vocab-size", "270"), "cannot write"),
+        (("--input", "{tmp}/a.jsonl", "--text-field", "body"), "above --max-bad-fraction"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "the cat sat on the mat, the cat sat"}\n')
+    result = run("--output", tmp_path / "tok", *(flag.format(tmp=tmp_path) for flag in flags))
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and message in lines[0]
+    assert not (tmp_path / "tok").exists()

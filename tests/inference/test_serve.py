@@ -1,0 +1,438 @@
+"""The server, as clients see it: the official openai client against the real command, and the page in a browser."""
+
+from repository import ROOT
+import asyncio
+import contextlib
+import dataclasses
+import http.client
+import json
+import os
+import queue
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind import errors
+from minimind.inference.batching import Batcher, QueueFull, Request, Update
+from minimind.inference.chat import Message, encode_chat
+from minimind.inference.decoding import Decoding
+from minimind.errors import UserError
+from minimind.generate import GenerationOptions, generate
+from minimind.model import PRESETS, MiniMindForCausalLM
+from minimind.checkpoints.formats.load_model import load_model
+from minimind.serve import listen, main
+from minimind.data.tokenizer import load_tokenizer
+from tests.tokenizers_for_tests import save_byte_level
+
+openai = pytest.importorskip("openai")
+uvicorn = pytest.importorskip("uvicorn")
+http_api = pytest.importorskip("minimind.inference.http_api")
+httpx = pytest.importorskip("httpx2" if openai.__version__.startswith("3") else "httpx")
+
+KEY = "a secret"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    """A random model that says something of every prompt, and says it long."""
+    folder = tmp_path_factory.mktemp("served") / "tiny-model"
+    tokenizer = load_tokenizer(save_byte_level(folder))
+    torch.manual_seed(0)
+    config = dataclasses.replace(PRESETS["tiny"], vocab_size=tokenizer.vocab_size, initializer_range=0.3)
+    MiniMindForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@dataclasses.dataclass
+class Server:
+    """The command, running."""
+
+    url: str
+    process: subprocess.Popen
+
+    def client(self, **options) -> "openai.OpenAI":
+        settings = {"base_url": f"{self.url}/v1", "api_key": KEY, "max_retries": 0, "timeout": 60, **options}
+        return openai.OpenAI(**settings)
+
+    def memory(self) -> int:
+        """Resident bytes."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        match = re.search(r"VmRSS:\s+(\d+) kB", status)
+        assert match
+        return int(match[1]) * 1024
+
+    def waiting(self) -> int:
+        return int(httpx.get(f"{self.url}/health").json()["waiting"])
+
+
+@pytest.fixture(scope="module")
+def server(exported) -> Iterator[Server]:
+    command = [sys.executable, "-m", "minimind.serve", "--checkpoint", str(exported), "--port", "0", "--device", "cpu"]
+    command += ["--max-waiting", "60", "--max-new-tokens", "24"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "MINIMIND_API_KEY": KEY}, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        line = process.stdout.readline()
+        match = re.search(r"http://\S+:\d+", line)
+        assert match, line
+        yield Server(match[0], process)
+    finally:
+        process.terminate()
+        assert process.wait(20) == -signal.SIGTERM  # uvicorn ends what runs, then passes the signal on
+
+
+@pytest.fixture(scope="module")
+def model(exported):
+    return load_model(exported)[0], load_tokenizer(exported)
+
+
+def expected_answer(model, question: str, max_new_tokens: int = 24) -> str:
+    options = GenerationOptions(temperature=0.0, max_new_tokens=max_new_tokens)
+    prompt = encode_chat(model[1], [Message("user", question)])
+    return generate(model[0], model[1], [prompt], options)[0].text
+
+
+def ask(client, question: str, **options):
+    messages = [{"role": "user", "content": question}]
+    return client.chat.completions.create(model="tiny-model", messages=messages, temperature=0, **options)
+
+
+def test_the_official_client_gets_what_generation_gives(server, model):
+    client = server.client()
+    assert [entry.id for entry in client.models.list()] == ["tiny-model"]
+    assert client.models.retrieve("tiny-model").owned_by == "minimind"
+    answer = ask(client, "the fox")
+    assert answer.choices[0].message.content == expected_answer(model, "the fox")
+    assert answer.choices[0].finish_reason == "length" and answer.usage.completion_tokens == 24
+    pieces = list(ask(client, "the fox", stream=True, stream_options={"include_usage": True}))
+    text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+    assert text == answer.choices[0].message.content and len(pieces) > 5
+    assert pieces[-1].usage == answer.usage and pieces[-2].choices[0].finish_reason == "length"
+
+
+def test_completions_take_texts_and_token_ids(server, model):
+    client = server.client()
+    options = GenerationOptions(temperature=0.0, max_new_tokens=9)
+    (expected,) = generate(*model, ["the fox"], options)
+    for prompt in ("the fox", ["the fox"], model[1].encode("the fox")):
+        found = client.completions.create(model="tiny-model", prompt=prompt, max_tokens=9, temperature=0)
+        assert found.choices[0].text == expected.text and found.usage.completion_tokens == 9
+    stream = client.completions.create(model="tiny-model", prompt="the fox", max_tokens=9, temperature=0, stream=True)
+    assert "".join(piece.choices[0].text for piece in stream) == expected.text
+    stop = expected.text[3:6]
+    stopped = client.completions.create(model="tiny-model", prompt="the fox", max_tokens=9, temperature=0, stop=stop)
+    assert stopped.choices[0].text == expected.text[: expected.text.index(stop)]
+    assert stopped.choices[0].finish_reason == "stop"
+    seeded = [
+        client.completions.create(model="tiny-model", prompt="x", seed=seed, extra_body={"top_k": 50}).choices[0].text
+        for seed in (1, 1, 2)
+    ]
+    assert seeded[0] == seeded[1] != seeded[2]
+
+
+def test_fifty_at_once_are_all_answered_and_none_is_mixed_up(server, model):
+    questions = [f"{number} " + "the quick brown fox " * (number % 13) for number in range(50)]
+    limits = [1 + number % 24 for number in range(50)]
+
+    async def ask_all() -> list[str]:
+        settings = {"base_url": f"{server.url}/v1", "api_key": KEY, "timeout": 120, "max_retries": 0}
+        async with openai.AsyncOpenAI(**settings) as client:
+
+            async def ask_one(number: int) -> str:
+                shared = {"model": "tiny-model", "temperature": 0, "max_tokens": limits[number]}
+                messages = [{"role": "user", "content": questions[number]}]
+                if number % 2:
+                    stream = await client.chat.completions.create(messages=messages, stream=True, **shared)
+                    return "".join([piece.choices[0].delta.content or "" async for piece in stream])
+                answer = await client.chat.completions.create(messages=messages, **shared)
+                return answer.choices[0].message.content
+
+            return await asyncio.gather(*(ask_one(number) for number in range(50)))
+
+    expected = [expected_answer(model, *pair) for pair in zip(questions, limits, strict=True)]
+    assert asyncio.run(ask_all()) == expected and len(set(expected)) > 20
+    before = server.memory()
+    for _ in range(2):
+        assert asyncio.run(ask_all()) == expected
+    assert server.waiting() == 0
+    assert server.memory() - before < 8 << 20, "two more rounds of fifty should take no more memory than the first"
+
+
+class RecordingBatcher(Batcher):
+    """Says which requests were given up: their tokens by then."""
+
+    def __init__(self, *args, **options) -> None:
+        self.given_up: queue.Queue[int] = queue.Queue()
+        super().__init__(*args, **options)
+
+    def give_up(self, request: Request) -> None:
+        super().give_up(request)
+        self.given_up.put(request._tokens)
+
+
+@pytest.fixture
+def gate(monkeypatch) -> Iterator[threading.Event]:
+    """No token is decoded before it is set."""
+    gate, step = threading.Event(), Decoding.step
+
+    def step_behind_gate(decoding: Decoding):
+        gate.wait()
+        return step(decoding)
+
+    monkeypatch.setattr(Decoding, "step", step_behind_gate)
+    yield gate
+    gate.set()
+
+
+@pytest.fixture
+def gated(model, gate) -> Iterator[tuple[RecordingBatcher, str]]:
+    """The application over a batcher behind the gate, and its address."""
+    batcher = RecordingBatcher(*model, max_batch_size=1, max_waiting=3)
+    options = GenerationOptions(temperature=0.0, max_new_tokens=24)
+    app = http_api.build_app(batcher, model[1], model_name="tiny-model", defaults=options, api_key=KEY)
+    listener = listen("127.0.0.1", 0)
+    uvicorn_server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=uvicorn_server.run, args=([listener],))
+    thread.start()
+    yield batcher, f"127.0.0.1:{listener.getsockname()[1]}"
+    gate.set()
+    uvicorn_server.should_exit = True
+    thread.join()
+    batcher.close()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_frees_its_place(gated, gate, model, stream):
+    batcher, address = gated
+    body = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0, "stream": stream}
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    with contextlib.closing(http.client.HTTPConnection(address)) as connection:
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        if stream:
+            assert b"assistant" in connection.getresponse().readline()
+    # No token can have come: the gate is shut. Only the client's going can free the place.
+    assert batcher.given_up.get(timeout=60) == 0
+    gate.set()
+    client = openai.OpenAI(base_url=f"http://{address}/v1", api_key=KEY, max_retries=0, timeout=60)
+    assert ask(client, "the fox").choices[0].message.content == expected_answer(model, "the fox")
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"{", "JSON"),
+        (b"[]", "valid dictionary"),
+        (b'{"messages": []}', "messages: List should have at least 1 item"),
+        (b'{"messages": [{"role": "tool", "content": "x"}]}', "role 'tool'"),
+        (b'{"messages": [{"role": "user", "content": 3}]}', "messages.0.content"),
+        (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "content of type 'image_url'"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "lone surrogate"),
+        ({"model": "gpt-4"}, "there is no model 'gpt-4', only 'tiny-model'"),
+        ({"n": 2}, "n is 2"),
+        ({"tools": [{}]}, "tools is not supported"),
+        ({"logprobs": True}, "logprobs is not supported"),
+        ({"temperature": -1}, "temperature is -1.0"),
+        ({"top_p": 2}, "top_p is 2.0"),
+        ({"max_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_tokens": 100000}, "beyond the model's 512"),
+        ({"content": "x " * 600}, "beyond the model's 512"),
+        ({"stop": ["x"] * 17}, "stop"),
+    ],
+)
+def test_a_wrong_request_is_a_4xx_with_the_reason(server, body, said):
+    if isinstance(body, dict):
+        content = body.pop("content", "x")
+        body = json.dumps({"messages": [{"role": "user", "content": content}], **body}).encode()
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=headers)
+    assert 400 <= answer.status_code < 500 and said in answer.json()["error"]["message"], answer.text
+
+
+def test_keys_sizes_and_unknown_places(server):
+    def post(size: int, key: str = KEY) -> "httpx.Response":
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        return httpx.post(f"{server.url}/v1/completions", content=b" " * size, headers=headers)
+
+    for key in ("x", "wrong", KEY + "x"):
+        assert post(10, key).status_code == 401
+    assert httpx.get(f"{server.url}/v1/models").status_code == 401
+    with pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"):
+        server.client(api_key="wrong").models.list()
+    assert post((1 << 20) + 1).status_code == 413
+    headers = {"Authorization": f"Bearer {KEY}"}
+    chunked = httpx.post(f"{server.url}/v1/completions", content=iter([b"{}"]), headers=headers)
+    assert chunked.status_code == 411
+    assert httpx.get(f"{server.url}/v1/nothing", headers=headers).status_code == 404
+    assert httpx.get(f"{server.url}/v1/models/other", headers=headers).json()["error"]["message"].startswith("there is")
+    page = httpx.get(server.url)
+    assert page.status_code == 200 and "v1/chat/completions" in page.text
+
+
+# --- the queue --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def batcher(model) -> Iterator[Batcher]:
+    batcher = Batcher(*model, max_batch_size=2, max_waiting=3)
+    yield batcher
+    batcher.close()
+
+
+def test_the_queue_is_bounded_and_a_place_given_up_is_free(batcher, model):
+    updates: dict[int, list[Update]] = {number: [] for number in range(7)}
+    options = GenerationOptions(temperature=0.0, max_new_tokens=400)
+
+    def submit(number: int) -> Request:
+        request = Request(model[1].encode(f"{number} fox"), options, updates[number].append)
+        batcher.submit(request)
+        return request
+
+    first = submit(0)
+    while batcher.num_waiting:
+        time.sleep(0.001)
+    waiting = [submit(number) for number in (1, 2, 3)]
+    with pytest.raises(QueueFull):
+        submit(4)
+    batcher.give_up(waiting[0])
+    assert batcher.num_waiting == 2
+    submit(4)
+    batcher.give_up(first)
+    deadline = time.monotonic() + 60
+    while not all(updates[n] and updates[n][-1].reason for n in (2, 3, 4)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (expected,) = generate(*model, [model[1].encode("4 fox")], options)
+    assert "".join(update.text for update in updates[4]) == expected.text and updates[4][-1].num_tokens == 400
+    assert not updates[1] and not any(update.reason for update in updates[0])
+
+
+def test_what_does_not_fit_together_is_decoded_apart(batcher, model):
+    """A long prompt and a long answer, each right alone, are beyond the model's positions side by side."""
+    done: list[Update] = []
+    long_prompt = Request([5] * 500, GenerationOptions(max_new_tokens=5), done.append)
+    long_answer = Request([5] * 5, GenerationOptions(max_new_tokens=300), done.append)
+    for request in (long_prompt, long_answer):
+        batcher.submit(request)
+    deadline = time.monotonic() + 60
+    while sum(update.reason is not None for update in done) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert all(update.reason in (None, "length", "stop") for update in done)
+    with pytest.raises(UserError, match="beyond the model's 512"):
+        batcher.submit(Request([5] * 510, GenerationOptions(max_new_tokens=5), done.append))
+
+
+def test_an_error_of_the_model_reaches_the_client_and_the_server_goes_on(exported, model):
+    broken, tokenizer = load_model(exported)[0], model[1]
+    norm = broken.model.norm.weight.detach().clone()
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("nan"))
+    batcher = Batcher(broken, tokenizer, max_batch_size=2, max_waiting=3)
+    for reason in ("error", "length"):
+        done: list[Update] = []
+        batcher.submit(Request([5, 6], GenerationOptions(max_new_tokens=3, temperature=0.0), done.append))
+        while not done or done[-1].reason is None:
+            time.sleep(0.005)
+        assert done[-1].reason == reason
+        with torch.no_grad():
+            broken.model.norm.weight.copy_(norm)
+    batcher.close()
+    with pytest.raises(QueueFull):
+        batcher.submit(Request([5], GenerationOptions(), done.append))
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--port", "99999"], "port is 99999"),
+        (["--max-waiting", "0"], "max_waiting is 0"),
+        (["--stop-token-ids", "3"], "stop_token_ids has no effect"),
+        (["--api-key-file", "/nowhere"], "/nowhere cannot be read"),
+        (["--host", "256.0.0.1"], "256.0.0.1"),
+        (["--checkpoint", "/nowhere", "--port", "0"], "/nowhere does not exist"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(capsys, exported, flags, said):
+    with pytest.raises(SystemExit) as caught:
+        errors.run_main(lambda: main(["--checkpoint", str(exported), *flags]))
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and out == ""
+    assert said in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port}: Address already in use"):
+            main(["--checkpoint", "/nowhere", "--port", str(port)])
+    with listen("127.0.0.1", 0) as starting, pytest.raises(UserError, match="Address already in use"):
+        listen("127.0.0.1", starting.getsockname()[1])
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+SERVER_OF_THE_PAGE = """
+import asyncio
+import contextlib
+from pathlib import Path
+from minimind import serve
+from minimind.inference import http_api
+
+http_api.PAGE = Path(__file__).with_name("page.html")
+build_app = http_api.build_app
+
+def build_with_wait(*args, **options):
+    app, done = build_app(*args, **options), asyncio.Event()
+    async def say_done():
+        done.set()
+    async def wait():
+        await done.wait()
+    app.get("/done")(say_done)
+    app.get("/wait")(wait)
+    return app
+
+serve.build_app = build_with_wait
+serve.main()
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium in PATH (Debian: apt-get install chromium)")
+def test_the_page_holds_a_conversation_in_a_browser(exported, model, tmp_path):
+    """The page's own script, with a line that asks; an image keeps the page loading until the answer is there."""
+    page = (ROOT / "minimind/inference/chat_page.html").read_text(encoding="utf-8")
+    asked = 'at("temperature").value = "0"; at("limit").value = "12"; ask("the fox").then(() => fetch("done"));'
+    page = page.replace("\nloadName();\n</script>", f"\nloadName();\n{asked}</script><img src=wait>")
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    (tmp_path / "server.py").write_text(SERVER_OF_THE_PAGE, encoding="utf-8")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import server"
+    command = [sys.executable, "-c", code, "--checkpoint", str(exported), "--port", "0"]
+    process = subprocess.Popen([*command, "--device", "cpu"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        url = re.search(r"http://\S+:\d+/", process.stdout.readline())[0]
+        browser = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+        done = subprocess.run([*browser, "--dump-dom", url], capture_output=True, text=True, timeout=120)
+    finally:
+        process.terminate()
+        process.wait(20)
+    shown = re.findall(r'<div class="turn (\w+)">(.*?)</div>', done.stdout, re.S)
+    expected = expected_answer(model, "the fox", 12)
+    assert shown[0] == ("user", "the fox"), done.stdout + done.stderr
+    kind, text = shown[1]
+    assert kind == "assistant" and text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&") == expected
+    assert '<h1 id="name">tiny-model</h1>' in done.stdout

@@ -1,0 +1,212 @@
+"""Every way attention is computed, against one plain reference."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from minimind.errors import UserError
+from minimind.model import PRESETS, KVCache, MiniMindForCausalLM, products
+from minimind.model.attention import attend_by_products, attend_fused, attend_plainly
+from minimind.model.attention_mask import Visibility, causal, group_segments, segment_positions, within_documents
+
+TINY = dataclasses.replace(PRESETS["tiny"], vocab_size=120, num_hidden_layers=2)
+
+
+def make_model(**changes):
+    torch.manual_seed(0)
+    return MiniMindForCausalLM(dataclasses.replace(TINY, initializer_range=0.2, **changes)).eval()
+
+
+def tokens(*shape):
+    return torch.randint(3, TINY.vocab_size, shape, generator=torch.Generator().manual_seed(1))
+
+
+def reference(queries, keys, values, mask):
+    """One query head at a time, in float64."""
+    group = queries.shape[1] // keys.shape[1]
+    out = torch.empty_like(queries, dtype=torch.float64)
+    for head in range(queries.shape[1]):
+        scores = queries[:, head].double() @ keys[:, head // group].double().mT / queries.shape[-1] ** 0.5
+        out[:, head] = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ values[:, head // group].double()
+    return out.float()
+
+
+@pytest.mark.parametrize("attend", [attend_fused, attend_plainly])
+@pytest.mark.parametrize("num_kv_heads", [6, 3, 2, 1])
+@pytest.mark.parametrize(("num_read", "num_new"), [(0, 9), (5, 4), (8, 1)])
+def test_heads_and_lengths(attend, num_kv_heads, num_read, num_new):
+    length = num_read + num_new
+    queries = torch.randn(2, 6, num_new, 16)
+    keys, values = torch.randn(2, 2, num_kv_heads, length, 16)
+    visibility = causal(num_new, num_read, None, queries.device)
+    mask = torch.arange(length) <= torch.arange(num_read, length)[:, None]
+    expected = reference(queries, keys, values, mask)
+    torch.testing.assert_close(attend(queries, keys, values, visibility, 0.0), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_kv_heads", [6, 3, 1])
+@pytest.mark.parametrize("length", [1, 7, 64])
+def test_products_give_the_plain_attention(monkeypatch, num_kv_heads, length):
+    """In float32 exactly; in bfloat16, where a CPU that has it takes them, within its rounding of the exact values."""
+    monkeypatch.setattr(products, "multiplies", lambda dtype: True)
+    torch.manual_seed(0)
+    shapes = [(2, 6, length, 16), (2, num_kv_heads, length, 16), (2, num_kv_heads, length, 16)]
+    exact = [torch.randn(shape).requires_grad_() for shape in shapes]
+    wanted = attend_plainly(*exact, Visibility(), 0.0)
+    direction = torch.randn_like(wanted)
+    wanted_grads = torch.autograd.grad(wanted, exact, direction)
+    found = attend_by_products(*exact)
+    torch.testing.assert_close(found, wanted)
+    for left, right in zip(torch.autograd.grad(found, exact, direction), wanted_grads, strict=True):
+        torch.testing.assert_close(left, right)
+
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    half = attend_fused(*rounded, Visibility(), 0.0)
+    assert torch.equal(half, attend_by_products(*rounded))
+    assert (half - wanted).norm() < 1e-2 * wanted.norm()
+    for left, right in zip(torch.autograd.grad(half, rounded, direction.bfloat16()), wanted_grads, strict=True):
+        assert (left - right).norm() < 2e-2 * right.norm() + 1e-6
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_plain_attention_gives_the_fused_losses_and_gradients(num_kv_heads, qk_norm):
+    fused = make_model(num_key_value_heads=num_kv_heads, qk_norm=qk_norm)
+    plain = make_model(num_key_value_heads=num_kv_heads, qk_norm=qk_norm, flash_attn=False)
+    input_ids, labels = tokens(2, 20), tokens(2, 20)
+    losses = [model(input_ids, labels).loss for model in (fused, plain)]
+    torch.testing.assert_close(losses[0], losses[1])
+    for loss in losses:
+        loss.backward()
+    for left, right in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(left.grad, right.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("flash_attn", [True, False])
+@pytest.mark.parametrize("cuts", [(1, 2, 3), (7,), (6, 7, 8), (10,)])
+def test_cached_pieces_give_the_whole(flash_attn, cuts):
+    model, input_ids = make_model(flash_attn=flash_attn), tokens(2, 11)
+    whole = model(input_ids).logits
+    cache = KVCache(model.config, 2, 12)
+    pieces = [model(piece, cache=cache).logits for piece in input_ids.tensor_split(cuts, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-4)
+    assert cache.length == 11
+    cache.length = 4  # forget, and read again
+    torch.testing.assert_close(model(input_ids[:, 4:9], cache=cache).logits, whole[:, 4:9], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("flash_attn", [True, False])
+def test_left_padding_changes_nothing(flash_attn):
+    model = make_model(flash_attn=flash_attn)
+    long, short = tokens(1, 9), tokens(1, 5)
+    input_ids = torch.cat((long, torch.cat((torch.zeros(1, 4, dtype=torch.long), short), dim=1)))
+    attention_mask = torch.ones(2, 9, dtype=torch.long)
+    attention_mask[1, :4] = 0
+    expected_long, expected_short = model(long).logits[0], model(short).logits[0]
+
+    logits = model(input_ids, attention_mask=attention_mask).logits
+    torch.testing.assert_close(logits[0], expected_long, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[1, 4:], expected_short, rtol=1e-4, atol=1e-4)
+    assert logits.isfinite().all()
+
+    cache = KVCache(model.config, 2, 9)
+    for start, end in ((0, 6), (6, 7), (7, 9)):
+        piece = model(input_ids[:, start:end], attention_mask=attention_mask[:, :end], cache=cache).logits
+        torch.testing.assert_close(piece[0], expected_long[start:end], rtol=1e-4, atol=1e-4)
+        real = max(start, 4)
+        torch.testing.assert_close(piece[1, real - start :], expected_short[real - 4 : end - 4], rtol=1e-4, atol=1e-4)
+
+
+def test_a_full_cache_and_too_long_a_sequence_are_refused():
+    model, input_ids = make_model(), tokens(1, 6)
+    cache = KVCache(model.config, 1, 8)
+    model(input_ids, cache=cache)
+    with pytest.raises(UserError, match="max_length=8"):
+        model(input_ids[:, :3], cache=cache)
+    assert cache.length == 6
+    with pytest.raises(UserError, match="max_position_embeddings=512"):
+        model(tokens(1, 513))
+
+
+# Borders in 2 rows of 150 tokens: documents of 1 token, of equal and of different lengths, a row of one document.
+BORDERS = {
+    "mixed": [0, 1, 2, 9, 70, 139, 150, 215, 280, 300],
+    "whole rows": [0, 150, 300],
+    "one row whole": [0, 150, 151, 300],
+    "short": [*range(0, 150, 13), *range(150, 301, 15)],
+}
+
+
+@pytest.mark.parametrize("borders", BORDERS.values(), ids=BORDERS.keys())
+@pytest.mark.parametrize("flash_attn", [True, False])
+@torch.no_grad()
+def test_documents_are_read_as_if_alone(borders, flash_attn):
+    model, input_ids = make_model(flash_attn=flash_attn), tokens(2, 150)
+    cu_seqlens = torch.tensor(borders, dtype=torch.int32)
+    logits = model(input_ids, cu_seqlens=cu_seqlens).logits.flatten(0, 1)
+    for start, end in itertools.pairwise(borders):
+        alone = model(input_ids.flatten()[None, start:end]).logits[0]
+        torch.testing.assert_close(logits[start:end], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("borders", BORDERS.values(), ids=BORDERS.keys())
+def test_grouped_documents_give_the_masked_gradients(borders):
+    grouped, masked = make_model(), make_model(flash_attn=False)
+    input_ids, labels = tokens(2, 150), tokens(2, 150)
+    cu_seqlens = torch.tensor(borders, dtype=torch.int32)
+    losses = [model(input_ids, labels, cu_seqlens=cu_seqlens).loss for model in (grouped, masked)]
+    torch.testing.assert_close(losses[0], losses[1])
+    for loss in losses:
+        loss.backward()
+    for left, right in zip(grouped.parameters(), masked.parameters(), strict=True):
+        torch.testing.assert_close(left.grad, right.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_grouping_places_every_token_once_and_skips_the_masked_work():
+    cu_seqlens = torch.tensor(BORDERS["mixed"], dtype=torch.int32)
+    groups = group_segments(cu_seqlens)
+    flat = torch.cat([batch.flatten() for batch in groups.batches])
+    assert flat[groups.inverse].tolist() == list(range(300))
+    masked_scores = 2 * 150 * 150
+    assert sum(batch.shape[0] * batch.shape[1] ** 2 for batch in groups.batches) < masked_scores
+    assert segment_positions(cu_seqlens, 300).tolist() == [
+        token - max(border for border in BORDERS["mixed"] if border <= token) for token in range(300)
+    ]
+
+
+def test_kernel_and_mask_describe_the_same_documents():
+    cu_seqlens = torch.tensor(BORDERS["mixed"], dtype=torch.int32)
+    visibility = within_documents(cu_seqlens, tokens(2, 150), kernel=False)
+    queries, keys = torch.randn(2, 4, 150, 16), torch.randn(2, 2, 150, 16)
+    expected = attend_plainly(queries, keys, keys, visibility, 0.0)
+    for row in range(2):
+        borders = [border - 150 * row for border in BORDERS["mixed"] if 150 * row <= border <= 150 * (row + 1)]
+        for start, end in itertools.pairwise(borders):
+            piece = [x[row : row + 1, :, start:end] for x in (queries, keys, keys)]
+            alone = attend_plainly(*piece, Visibility(), 0.0)
+            torch.testing.assert_close(expected[row : row + 1, :, start:end], alone)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("borders", BORDERS.values(), ids=BORDERS.keys())
+def test_variable_length_kernel_gives_the_masked_result(borders):
+    model = make_model().cuda().bfloat16()
+    input_ids, labels = tokens(2, 150).cuda(), tokens(2, 150).cuda()
+    cu_seqlens = torch.tensor(borders, dtype=torch.int32, device="cuda")
+    assert model.model._has_document_kernel(model.model.embed_tokens(input_ids))
+    by_kernel = model(input_ids, cu_seqlens=cu_seqlens).logits
+    model.model.config = dataclasses.replace(model.config, flash_attn=False)
+    torch.testing.assert_close(by_kernel, model(input_ids, cu_seqlens=cu_seqlens).logits, rtol=5e-2, atol=5e-2)
+    model.model.config = model.config
+    model(input_ids, labels, cu_seqlens=cu_seqlens).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_attention_dropout_acts_in_training_only():
+    model, input_ids = make_model(attention_dropout=0.5), tokens(1, 12)
+    assert torch.equal(model(input_ids).logits, model(input_ids).logits)
+    model.train()
+    assert not torch.equal(model(input_ids).logits, model(input_ids).logits)

@@ -1,0 +1,179 @@
+"""The plan: its table for the shipped models, its figures, its advice, and its mistakes in one line."""
+
+from repository import ROOT
+import json
+from pathlib import Path
+
+import pytest
+from training_runs import flags_for, train
+
+from minimind import plan
+from minimind.reports.plan import planned_run as planning
+from minimind.reports.plan.advice import usual_learning_rate
+from minimind.checkpoints.manifest import list_checkpoints, verify
+from minimind.config.run_config import RunConfig
+from minimind.config.resolve import Resolved
+from minimind.errors import UserError
+from minimind.reports.plan.memory import format_bytes
+from minimind.model.config import PRESETS
+from minimind.reports.plan.planned_run import PlanOptions, make_plan, parse_bytes, with_stage
+from minimind.reports.plan.cost import checkpoint_bytes, format_hours, kept_checkpoints
+
+ON_8 = ["--num-gpus", "8", "--gpu-memory", "80GiB", "--seq-len", "2048", "--micro-batch-size", "4"]
+
+
+def run(capsys, *flags: str) -> tuple[int, str]:
+    code = plan.main(list(flags))
+    return code, capsys.readouterr().out
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """The memory table, by its first column."""
+    lines = text.split("\n\n")[1].splitlines()
+    return {line[:20].strip(): [line[i : i + 12].strip() for i in range(20, len(line), 12)] for line in lines}
+
+
+@pytest.mark.parametrize("model", ["minimind3", "minimind3-moe", "large"])
+def test_the_table_of_a_model_on_eight_gpus(capsys, model):
+    code, text = run(capsys, "--model", model, *ON_8)
+    table, params = rows(text), PRESETS[model].num_params()
+    assert code == 0 and table["a rank"] == [
+        "ZeRO 0", "ZeRO 1*", "ZeRO 2", "ZeRO 3", "2 +offload", "3 +offload", "3 +both"
+    ]  # fmt: skip
+    whole, part = format_bytes(2 * params), format_bytes(params // 8 * 2)
+    assert table["parameters"] == [format_bytes(4 * params), whole, whole, part, whole, part, "0"]
+    share = format_bytes(params // 8 * 12)
+    assert table["optimizer"] == [format_bytes(8 * params), share, share, share, "0", "0", "0"]
+    assert ("of which experts" in table) == PRESETS[model].use_moe
+    assert table["fits"] == ["yes"] * 7 and table["host"][:4] == ["0"] * 4
+    assert all(int(cell) >= 4 for cell in table["largest micro-batch"])
+
+
+def test_the_largest_micro_batch_of_the_table_is_the_plans_own_fit(capsys):
+    largest = int(rows(run(capsys, "--model", "large", *ON_8)[1])["largest micro-batch"][1])
+    flags = ["--model", "large", *ON_8[:-1]]
+    assert run(capsys, *flags, str(largest))[0] == 0
+    code, text = run(capsys, *flags, str(largest + 1))
+    assert code == 1 and f"lower --micro-batch-size {largest + 1} to {largest}" in text
+
+
+def test_time_cost_and_disk(capsys):
+    code, text = run(
+        capsys, "--model", "minimind3", *ON_8, "--tokens", "1.048576e9", "--tokens-per-second", "1e6", "--price", "2",
+        "--save-every", "1000", "--num-nodes", "2",
+    )  # fmt: skip
+    assert code == 0
+    assert "17 minutes: 1,048,576,000 tokens, 8,000 steps, at 1,000,000 tokens/s" in text
+    hours = 1.048576e9 / 1e6 / 3600
+    assert f"cost      {16 * hours:,.1f} GPU-hours, {32 * hours:,.2f} at 2 a GPU-hour" in text
+    size = PRESETS["minimind3"].num_params() * 14
+    assert f"disk      {format_bytes(size)} a checkpoint; up to {format_bytes(5 * size)} for 4 kept" in text
+
+
+def test_the_speed_follows_from_mfu_and_the_data_sheet(capsys):
+    _, text = run(capsys, "--model", "minimind3", *ON_8, "--tokens", "1e9", "--gpu", "H100", "--mfu", "0.4")
+    speed = 0.4 * 989e12 * 8 / PRESETS["minimind3"].flops_per_token(2048)
+    assert f"at {speed:,.0f} tokens/s = 40% of 8 x H100" in text
+
+
+ADVICE = {
+    "too large for": ["--tokens", "5e7", "--gradient-accumulation-steps", "2"],
+    "tokens a parameter": ["--tokens", "1e8"],
+    "too few steps": ["--steps", "100", "--global-batch-size", "8", "--micro-batch-size", "1"],
+    "is as long as the run": ["--tokens", "6553600", "--warmup-steps", "100"],
+    "of the run; 1% to 5%": ["--steps", "5000", "--warmup-steps", "2500"],
+    "far above": ["--lr", "0.05"],
+    "far below": ["--lr", "1e-6"],
+    "ZeRO 3 sends every weight twice": ["--ds-config", "ds_configs/zero3.json"],
+    "offload costs much speed": ["--ds-config", "ds_configs/zero2_offload.json"],
+    "weights cross the network": ["--ds-config", "ds_configs/zero3.json", "--num-nodes", "2"],
+    "larger than models of this size profit from": ["--global-batch-size", "4096"],
+    "tokens an expert in a forward": ["--model", "moe-64e", "--seq-len", "128", "--micro-batch-size", "1"],
+    "the micro-batch may grow": ["--gradient-accumulation-steps", "8"],
+    "the run fits without it": ["--activation-checkpointing"],
+    "fp32 runs many times slower": ["--precision", "fp32"],
+    "whatever the micro-batch": ["--model", "large", "--gpu-memory", "10GiB", "--micro-batch-size", "1"],
+}
+
+
+@pytest.mark.parametrize("said", ADVICE)
+def test_an_expert_warns(capsys, monkeypatch, said):
+    monkeypatch.chdir(ROOT)
+    _, text = run(capsys, "--model", "minimind3", *ON_8, *ADVICE[said])
+    assert said in text, text
+
+
+def test_a_sound_plan_has_no_warning(capsys):
+    flags = ["--model", "medium", "--num-gpus", "8", "--seq-len", "2048", "--micro-batch-size", "16"]
+    _, text = run(capsys, *flags, "--gpu-memory", "80GiB", "--tokens", "20e9", "--lr", "6e-4")
+    assert "warning" not in text, text
+
+
+def test_the_usual_rate_falls_with_size():
+    assert usual_learning_rate(10**9) == pytest.approx(3.5e-4, rel=0.02)
+    assert usual_learning_rate(10**8) > usual_learning_rate(10**10) > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num-gpus", "0"], "num_gpus: 0"),
+        (["--gpu-memory", "lots"], "gpu_memory: 'lots'"),
+        (["--gpu", "H1000"], "did you mean 'H100'?"),
+        (["--mfu", "40"], "mfu: 40 is not a share"),
+        (["--mfu", "0.4", "--tokens-per-second", "5"], "mfu: not together"),
+        (["--tokens", "1e9", "--steps", "3"], "tokens: 1e+09 disagree with 3 steps"),
+        (["--tokenz", "1"], "unknown flag --tokenz; did you mean '--tokens'?"),
+        (["--micro-batch-size", "3", "--global-batch-size", "4"], "global_batch_size"),
+    ],
+)
+def test_a_mistake_is_one_line(flags, words):
+    with pytest.raises(UserError) as error:
+        plan.main(["--model", "minimind3", *flags])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_stage_that_cannot_run_this_has_no_column():
+    ds = json.loads((ROOT / "ds_configs" / "zero2_muon.json").read_text())
+    found = make_plan(RunConfig(model=PRESETS["minimind3"]), ds, PlanOptions(num_gpus=2, gpu_memory="80GiB"))
+    assert "ZeRO 0" not in found.without and "ZeRO 2" in found.without
+    assert planning.configured_column(found) == "ZeRO 2"
+
+
+def test_the_other_stages_leave_the_users_file_alone():
+    ds = {
+        "zero_optimization": {
+            "stage": 3,
+            "offload_param": {"device": "nvme", "nvme_path": "/x"},
+            "reduce_bucket_size": 5,
+        }
+    }
+    changed = with_stage(ds, 2, ("optimizer",))
+    assert changed["zero_optimization"] == {
+        "stage": 2, "reduce_bucket_size": 5, "offload_optimizer": {"device": "cpu"}
+    }  # fmt: skip
+    assert ds["zero_optimization"]["stage"] == 3
+
+
+def test_figures_for_people():
+    assert [parse_bytes(text, "x") for text in ("80GiB", "80 gb", "1.5G", "512MiB")] == [
+        80 * 2**30, 80 * 2**30, 3 * 2**29, 2**29
+    ]  # fmt: skip
+    assert [format_hours(hours) for hours in (0.001, 0.5, 7.25, 100)] == [
+        "less than a minute", "30 minutes", "7.2 hours", "4.2 days"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "bf16")])
+def test_the_size_of_a_checkpoint_is_that_of_a_real_one(tiny_corpus, tmp_path, stage, precision):
+    wide = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    flags = flags_for(tiny_corpus, tmp_path / "run", stage=stage, precision=precision, steps=1, warmup_steps=1, **wide)
+    train(flags)
+    (folder,) = list_checkpoints(tmp_path / "run")
+    real = sum(record.size for record in verify(folder).files)
+    content = json.loads((tmp_path / "run" / "run_config.json").read_text())
+    content.pop("shard_fingerprint")
+    ds = json.loads((tmp_path / "run" / "ds_config.json").read_text())
+    resolved = Resolved(run=RunConfig.from_dict(content), ds=ds, notes=())
+    assert checkpoint_bytes(resolved) == pytest.approx(real, rel=0.1)
+    assert kept_checkpoints(resolved.run.train, 10) == 4

@@ -1,0 +1,92 @@
+"""A process that trains small models and says what it held: for tests/reports/plan/test_memory_measured.py.
+
+python tests/support/memory_trial.py < cases.json       a line of JSON for each case
+"""
+
+from repository import ROOT
+import dataclasses
+import gc
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from minimind.config import resolve as ds_config  # noqa: E402
+from minimind.training import trainer  # noqa: E402
+from minimind.reports.plan import trial  # noqa: E402
+from minimind.config.run_config import DataConfig, RunConfig, TrainConfig  # noqa: E402
+from minimind.distributed.environment import find_device, process_group, read_environment  # noqa: E402
+from minimind.config.resolve import Resolved  # noqa: E402
+from minimind.model.config import PRESETS  # noqa: E402
+
+
+def resolve_case(case: dict[str, Any], device_type: str, world_size: int = 1) -> Resolved:
+    """The run of a case: {preset, model, stage, zero, seq_len, train}."""
+    ds = json.loads((ROOT / "ds_configs" / f"zero{case['stage']}.json").read_text())
+    ds["zero_optimization"].update(case.get("zero", {}))
+    run = RunConfig(
+        model=dataclasses.replace(PRESETS[case["preset"]], **case.get("model", {})),
+        data=DataConfig(seq_len=case["seq_len"]),
+        train=TrainConfig(**case["train"]),
+    )
+    return ds_config.resolve(run, ds, world_size=world_size, device_type=device_type, bf16_supported=True)
+
+
+def measure(case: dict[str, Any]) -> dict[str, int]:
+    """Bytes held beyond the start: before the update (states), and at the peak of a step."""
+    env = read_environment()
+    device = find_device(env)
+    resolved = resolve_case(case, device.type, env.world_size)
+    # Libraries load and kernels are made; small, as DeepSpeed's BF16 optimizer is never given back.
+    small = {**case.get("model", {}), "num_hidden_layers": 1, "hidden_size": 64, "vocab_size": 512}
+    _train(resolve_case({**case, "model": small}, device.type, env.world_size), env, device, {})
+    gc.collect()
+    base, found = trial.held_bytes(device), {}
+    _train(resolved, env, device, found)
+    return {name: value - base for name, value in found.items()}
+
+
+def _settled_bytes(device: torch.device) -> int:
+    """The least held in half a second: gloo's thread drops a reduced buffer only after it has said that it is done."""
+    readings = []
+    for _ in range(10):
+        time.sleep(0.05)
+        readings.append(trial.held_bytes(device))
+    return min(readings)
+
+
+def _train(resolved: Resolved, env: Any, device: torch.device, found: dict[str, int]) -> None:
+    real_step = trainer.optimizer_step
+
+    def step(engine: Any, resolved: Resolved) -> Any:
+        found["states"] = _settled_bytes(device)
+        return real_step(engine, resolved)
+
+    trainer.optimizer_step = step
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            made = trial.make_trainer(resolved, env, device, Path(folder))
+            for number in range(3):
+                if number == 2:
+                    trial.reset_peak(device)
+                made.train_step(made.loader.step_batches(number))
+            found["peak"] = trial.peak_bytes(device)
+            made.engine.destroy()
+    finally:
+        trainer.optimizer_step = real_step
+
+
+if __name__ == "__main__":
+    environment = read_environment()
+    trial.return_freed_memory()
+    with process_group(environment, find_device(environment)):
+        for line in json.load(sys.stdin):
+            result = measure(line)
+            if environment.is_first:
+                print(json.dumps(result), flush=True)

@@ -1,0 +1,97 @@
+"""Every mistake on a command line is one line that names the flag; --help is for people."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import tyro
+
+from minimind.errors import UserError
+from minimind.cli import parse_flags, parse_known_flags
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Do something."""
+
+    output: Path
+    """Where to write."""
+    steps: int = 3
+    """How often."""
+    rate: float | None = None
+    """How fast."""
+    betas: tuple[float, float] | None = None
+    """Two numbers."""
+    kind: Literal["plain", "fancy"] = "plain"
+    """How."""
+    loud: bool = False
+    """Say more."""
+
+
+def parse(*args: str) -> Flags:
+    return parse_flags(Flags, args, default=tyro.MISSING_NONPROP, prog="python -m thing")
+
+
+def test_flags_become_fields():
+    flags = parse("--output", "here", "--rate", "1e-3", "--betas", "0.9", "0.99", "--loud", "--kind=fancy")
+    assert flags == Flags(Path("here"), rate=1e-3, betas=(0.9, 0.99), loud=True, kind="fancy")
+    assert parse("--output", "here", "--steps", "1", "--steps", "2").steps == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--output", "x", "--stesp", "3"], "unknown flag --stesp; did you mean '--steps'?"),
+        (["--output", "x", "--stesp=3"], "unknown flag --stesp; did you mean '--steps'?"),
+        (["--output", "x", "--zzzz"], "unknown flag --zzzz"),
+        (["--output", "x", "-z"], "unknown flag -z"),
+        (["--output", "x", "stray"], "unexpected argument 'stray'"),
+        (["--output", "x", "--loud", "yes"], "unexpected argument 'yes'"),
+        ([], "missing --output"),
+        (["--stesp", "3"], "unknown flag --stesp; missing --output"),
+        (["--output"], "--output: a value is missing"),
+        (["--output", "x", "--steps"], "--steps: a value is missing"),
+        (["--output", "x", "--steps", "1.5"], "--steps: '1.5' is not INT"),
+        (["--output", "x", "--rate", "fast"], "--rate: 'fast' is not FLOAT"),
+        (["--output", "x", "--rate="], "--rate: '' is not FLOAT"),
+        (["--output", "x", "--betas", "0.9"], "--betas: '0.9' is not FLOAT FLOAT"),
+        (["--output", "x", "--betas", "0.9,0.95"], "--betas: '0.9,0.95' is not FLOAT FLOAT"),
+        (["--output", "x", "--kind", "odd"], "--kind: 'odd' is not one of fancy, plain"),
+    ],
+)
+@pytest.mark.parametrize("columns", ["20", "200"])
+def test_a_mistake_is_one_line_on_any_terminal(monkeypatch, capsys, args, words, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(UserError) as error:
+        parse(*args)
+    assert str(error.value) == f"{words} (flags: python -m thing --help)"
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_words_survive_a_box_of_unicode(monkeypatch):
+    """tyro draws other boxes where the output is UTF-8; here standard output is none."""
+    import tyro._fmtlib
+
+    monkeypatch.setattr(tyro._fmtlib, "_FORCE_UTF8_BOXES", True)
+    with pytest.raises(UserError, match=r"^unknown flag --stesp; did you mean '--steps'\? \(flags"):
+        parse("--output", "x", "--stesp", "3")
+    with pytest.raises(UserError, match=r"^--rate: 'fast' is not FLOAT \(flags"):
+        parse("--output", "x", "--rate", "fast")
+
+
+def test_help_names_the_command_each_flag_and_its_default(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse("--help")
+    assert not exit_.value.code
+    text = capsys.readouterr().out
+    assert text.startswith("usage: python -m thing")
+    for word in ("Do something.", "--output", "Where to write.", "--steps INT", "(default: 3)"):
+        assert word in text
+
+
+def test_known_flags_pass_over_the_others():
+    args = ["--help", "--output", "x", "--stesp", "3", "--rate", "0.5"]
+    assert parse_known_flags(Flags, args, default=Flags(Path("y"))) == Flags(Path("x"), rate=0.5)
+    with pytest.raises(UserError, match="--rate: 'fast' is not FLOAT"):
+        parse_known_flags(Flags, ["--rate", "fast"], default=Flags(Path("y")))

@@ -1,0 +1,47 @@
+"""Files that are either whole or not there."""
+
+import hashlib
+import os
+
+import pytest
+
+from minimind.files import fsync_folder, hash_file, replace_file
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "file"
+    replace_file(path, "old")
+    replace_file(path, "नया 🙂")
+    assert path.read_text(encoding="utf-8") == "नया 🙂"
+    replace_file(path, b"\0\xff")
+    assert path.read_bytes() == b"\0\xff"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step):
+    path = tmp_path / "file"
+    replace_file(path, "old")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(OSError, match="No space left"):
+        replace_file(path, "new")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_errors_of_the_system_go_through(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        replace_file(tmp_path / "nowhere" / "file", b"")
+    with pytest.raises(FileNotFoundError):
+        fsync_folder(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError):
+        hash_file(tmp_path / "nowhere")
+
+
+def test_a_file_of_many_chunks_has_the_hash_of_its_content(tmp_path):
+    content = os.urandom((1 << 21) + 17)
+    replace_file(tmp_path / "file", content)
+    assert hash_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()

@@ -1,0 +1,33 @@
+"""The load of experts in figures."""
+
+import math
+
+import torch
+from pytest import approx
+
+from minimind.training.expert_load import count_choices, load_of, summarize_load
+from minimind.model import CausalLMOutput
+
+
+def test_counts_add_up_over_micro_batches():
+    first = CausalLMOutput(expert_load=torch.tensor([[3, 1], [2, 2]]), dropped=torch.tensor([1, 0]))
+    second = CausalLMOutput(expert_load=torch.tensor([[1, 3], [4, 0]]))
+    counts = count_choices(second, count_choices(first, None))
+    assert counts.tolist() == [[4, 4, 1], [6, 2, 0]]
+    assert load_of(counts).tolist() == [[4, 4], [6, 2]]
+
+
+def test_figures_of_a_load():
+    found = summarize_load(torch.tensor([[5, 5, 5, 5, 2], [20, 0, 0, 0, 10], [10, 10, 0, 0, 0]]))
+    assert found["expert_load"] == [[5, 5, 5, 5], [20, 0, 0, 0], [10, 10, 0, 0]]
+    layers = found["expert_balance"]
+    assert layers["min"] == [5, 0, 0] and layers["max"] == [5, 20, 10]
+    assert layers["entropy"] == approx([1.0, 0.0, 0.5])
+    assert layers["dropped"] == approx([0.1, 0.5, 0.0])
+    assert found["load_entropy"] == approx(0.5) and found["dropped_share"] == approx(0.2)
+
+
+def test_one_expert_is_always_balanced():
+    assert summarize_load(torch.tensor([[7, 0]]))["load_entropy"] == 1.0
+    uneven = summarize_load(torch.tensor([[3, 1, 0]]))["load_entropy"]
+    assert uneven == approx((0.75 * math.log(4 / 3) + 0.25 * math.log(4)) / math.log(2))

@@ -1,0 +1,37 @@
+"""A profile of a few steps: a trace that Chrome's viewer reads, a table whose parts are those of the step."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from training_runs import RankPool, flags_for, rank_pool, train
+
+from minimind.training.profiler import PARTS
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[RankPool]:
+    yield from rank_pool(2)
+
+
+def read_table(text: str) -> dict[str, float]:
+    return {line.split()[0]: float(line.split()[1]) for line in text.splitlines()[1:]}
+
+
+def test_each_rank_writes_a_trace_and_a_table(tiny_corpus, tmp_path, two_ranks):
+    two_ranks.run(train, flags_for(tiny_corpus, tmp_path / "run", steps=8, profile_steps=3, save_every=0))
+    for rank in (0, 1):
+        base = tmp_path / "run" / "profile" / f"rank_{rank:04d}"
+        names = [event.get("name", "") for event in json.loads(base.with_suffix(".json").read_text())["traceEvents"]]
+        assert names.count("step.forward") == names.count("step.backward") == 3 * 2  # two micro-batches a step
+        assert names.count("step.optimizer") == 3
+        table = read_table(base.with_suffix(".txt").read_text())
+        assert set(table) == {*PARTS, "idle", "communication"}
+        assert table["forward"] > 0 and table["backward"] > 0 and table["optimizer"] > 0 and table["communication"] > 0
+
+
+def test_a_run_without_it_leaves_none_and_a_short_one_ends_well(tiny_corpus, tmp_path):
+    train(flags_for(tiny_corpus, tmp_path / "plain", steps=2))
+    assert not (tmp_path / "plain" / "profile").exists()
+    code, printed = train(flags_for(tiny_corpus, tmp_path / "run", steps=6, profile_steps=2))
+    assert code == 0 and "ms a step" in printed

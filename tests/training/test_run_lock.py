@@ -1,0 +1,111 @@
+"""One job in a run folder: the second is refused, a dead owner is followed, wherever it ran."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from minimind.training import run_lock
+from minimind.training.run_lock import LOCK_NAME, RunLock, RunLockError, hold_run_folder
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(run_lock, "PATIENCE_SECONDS", 0.6)
+
+
+def write_owner(folder, **changes):
+    owner = {**run_lock._this_process(), "token": "other", "beat": 0, **changes}
+    (folder / LOCK_NAME).write_text(json.dumps(owner))
+    return owner
+
+
+def test_the_second_job_is_refused_and_the_folder_is_free_afterwards(tmp_path):
+    with hold_run_folder(tmp_path), pytest.raises(RunLockError, match=f"process {os.getpid()} on"):
+        RunLock(tmp_path / LOCK_NAME).acquire()
+    with hold_run_folder(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_owner_of_this_host_is_followed_at_once(tmp_path):
+    code = f"""
+import sys, time
+sys.path.insert(0, {os.getcwd()!r})
+from pathlib import Path
+from minimind.training.run_lock import RunLock
+RunLock(Path({str(tmp_path)!r}) / "run.lock").acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None and owner.stdout.readline() == b"held\n"
+        with pytest.raises(RunLockError):
+            RunLock(tmp_path / LOCK_NAME).acquire()
+        owner.kill()
+        owner.wait()
+    with hold_run_folder(tmp_path):
+        pass
+
+
+def test_another_process_with_the_number_of_a_dead_owner_does_not_hold_the_lock(tmp_path):
+    write_owner(tmp_path, started="1")
+    with hold_run_folder(tmp_path):
+        pass
+
+
+def test_an_owner_elsewhere_is_dead_when_its_count_stands_still(tmp_path, quick):
+    write_owner(tmp_path, host="elsewhere")
+    with hold_run_folder(tmp_path) as lock:
+        assert not lock.is_lost
+
+
+def test_an_owner_elsewhere_that_counts_keeps_the_lock(tmp_path, quick):
+    owner = write_owner(tmp_path, host="elsewhere")
+    ended = threading.Event()
+
+    def beat():
+        while not ended.wait(0.05):
+            owner["beat"] += 1
+            run_lock.replace_file(tmp_path / LOCK_NAME, json.dumps(owner))
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(RunLockError, match="elsewhere"):
+            RunLock(tmp_path / LOCK_NAME).acquire()
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_an_owner_notices_that_it_was_taken_over_and_leaves_the_new_lock_alone(tmp_path, quick):
+    lock = RunLock(tmp_path / LOCK_NAME)
+    lock.acquire()
+    write_owner(tmp_path, token="new")
+    deadline = time.monotonic() + 10
+    while not lock.is_lost and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert lock.is_lost
+    lock.release()
+    assert json.loads((tmp_path / LOCK_NAME).read_text())["token"] == "new"
+
+
+def test_a_faster_job_keeps_the_lock_it_took_from_the_dead_owner(tmp_path):
+    slow = RunLock(tmp_path / LOCK_NAME)
+    dead = write_owner(tmp_path, token="dead", started="1")
+    write_owner(tmp_path, token="faster")
+    slow._take_away(dead)
+    assert json.loads((tmp_path / LOCK_NAME).read_text())["token"] == "faster"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_lock_cut_short_by_a_crash_is_followed(tmp_path, quick, content):
+    (tmp_path / LOCK_NAME).write_text(content)
+    with hold_run_folder(tmp_path):
+        pass
