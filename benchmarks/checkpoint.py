@@ -17,11 +17,13 @@ import tyro
 from engines import build
 from measure import Claim, environment, report
 
-from minimind.checkpoints.saving import CheckpointSaver, Corpus, TrainState
-from minimind.config.run_config import preset
-from minimind.distributed.environment import find_device, process_group, read_environment
+from minimind.checkpoints.run_state import TrainState
+from minimind.checkpoints.saving import CheckpointSaver, Corpus
 from minimind.config.resolve import Resolved
-from minimind.parallel.engine import optimizer_step
+from minimind.config.run_config import preset
+from minimind.distributed.environment import find_device, read_environment
+from minimind.distributed.process_group import process_group
+from minimind.parallel.optimizer import optimizer_step
 
 
 @dataclass

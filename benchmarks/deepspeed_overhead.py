@@ -3,7 +3,8 @@
     python benchmarks/deepspeed_overhead.py [--precision fp32] [--micro-batches 8]
 
 The bare loop is torch alone: forward, backward, clipping, fused AdamW; in bf16 with float32 master weights and
-gradients, as ZeRO keeps them. All of them have what `minimind.train` gives a process on a CPU (`minimind.distributed.cpu_tuning`).
+gradients, as ZeRO keeps them. All of them have what `minimind.train` gives a process on a CPU
+(`minimind.distributed.cpu_tuning`).
 A ratio is the bare loop's turn over the stage's in the same round.
 """
 
@@ -21,11 +22,13 @@ from engines import build
 from measure import ROOT, Claim, core_threads, environment, ratios, report
 from turns import Contestant, started, take_turns
 
+from minimind import openmp_environment
 from minimind.config.run_config import preset
-from minimind.distributed.environment import find_device, process_group, read_environment
-from minimind.parallel.engine import optimizer_step, parameter_groups
-from minimind.distributed.cpu_tuning import keep_freed_memory, openmp_environment
+from minimind.distributed.cpu_tuning import keep_freed_memory
+from minimind.distributed.environment import find_device, read_environment
+from minimind.distributed.process_group import process_group
 from minimind.model import MiniMindForCausalLM
+from minimind.parallel.optimizer import optimizer_step, parameter_groups
 
 TARGETS = {0: None, 1: 0.95, 2: 0.95, 3: 0.85}
 PATTERN = r"^step (?P<step>\d+)"

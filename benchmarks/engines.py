@@ -6,11 +6,11 @@ import deepspeed
 import torch
 from measure import ROOT
 
+from minimind.config.resolve import Resolved, load_ds_config, resolve_run
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
 from minimind.distributed.environment import RankEnvironment
-from minimind.config.resolve import Resolved, load, resolve
-from minimind.parallel.engine import build_engine, build_model
 from minimind.model.config import ModelConfig
+from minimind.parallel.engine import build_engine, build_model
 
 
 def build(
@@ -27,9 +27,9 @@ def build(
 
     `train`: fields of TrainConfig. Every rank calls this, inside a process group.
     """
-    resolved = resolve(
+    resolved = resolve_run(
         RunConfig(model=model, data=DataConfig(seq_len=seq_len), train=TrainConfig(**train)),
-        load(ds_config or str(ROOT / "ds_configs" / f"zero{stage}.json")),
+        load_ds_config(ds_config or str(ROOT / "ds_configs" / f"zero{stage}.json")),
         world_size=env.world_size,
         local_world_size=env.local_world_size,
         device_type=device.type,

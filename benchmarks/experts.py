@@ -3,8 +3,8 @@
     python benchmarks/experts.py [--tokens 4096] [--precision fp32 bf16]
 
 All ways to run the same experts take turns in one process: ours (sorted tokens, grouped products), a plain loop over
-experts, transformers' grouped path, and DeepSpeed's two backends as `minimind.parallel.experts` builds them. The router is
-random and nearly balanced. A ratio is the dense block's seconds over the experts' in the same round.
+experts, transformers' grouped path, and DeepSpeed's two backends as `minimind.parallel.experts` builds them. The
+router is random and nearly balanced. A ratio is the dense block's seconds over the experts' in the same round.
 """
 
 import functools
@@ -22,9 +22,10 @@ from engines import build
 from measure import Claim, computes_in_bf16, environment, ratios, report
 from torch import Tensor, nn
 
-from minimind.distributed.environment import RankEnvironment, find_device, process_group, read_environment
-from minimind.errors import UserError
 from minimind.distributed.cpu_tuning import keep_freed_memory
+from minimind.distributed.environment import RankEnvironment, find_device, read_environment
+from minimind.distributed.process_group import process_group
+from minimind.errors import UserError
 from minimind.model import MiniMindForCausalLM
 from minimind.model.config import ModelConfig
 from minimind.model.layers import FeedForward

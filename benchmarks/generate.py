@@ -21,15 +21,15 @@ import tyro
 from measure import Claim, environment, ratios, report
 
 from minimind import export
-from minimind.data.dataset import TokenDataset
-from minimind.inference.decoding import Decoding
-from minimind.evaluate import evaluate, shards_of_texts
-from minimind.model.kernels.packed_weights import prepare_decoding, quantize_int8
 from minimind.checkpoints.formats.huggingface_config import to_huggingface
-from minimind.model import PRESETS, MiniMindForCausalLM
 from minimind.checkpoints.formats.load_model import load_model
 from minimind.checkpoints.safetensors import write_shards
+from minimind.data.dataset import TokenDataset
+from minimind.inference.decoding import Decoding
+from minimind.inference.evaluation import evaluate, shards_of_texts
 from minimind.inference.sampling import SamplingOptions
+from minimind.model import PRESETS, MiniMindForCausalLM
+from minimind.model.kernels.packed_weights import prepare_decoding, quantize_int8
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -31,9 +31,9 @@ from measure import ROOT, Claim, environment, ratios, report
 from peer import Peer, read_texts
 from texts import find_text, make_shards
 
+from minimind.checkpoints.formats.load_model import load_model
 from minimind.config.run_config import preset
 from minimind.model import MiniMindForCausalLM
-from minimind.checkpoints.formats.load_model import load_model
 
 HELD_OUT = 400  # texts
 HIDDEN_SIZE, LAYERS = 256, 4

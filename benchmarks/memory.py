@@ -116,9 +116,10 @@ def measure_ours(kind: str, tokens: Any, vocab_size: int, device: Any) -> int:
     from engines import build
 
     from minimind.config.run_config import preset
-    from minimind.distributed.environment import process_group, read_environment
-    from minimind.parallel.engine import optimizer_step
     from minimind.distributed.cpu_tuning import keep_freed_memory
+    from minimind.distributed.environment import read_environment
+    from minimind.distributed.process_group import process_group
+    from minimind.parallel.optimizer import optimizer_step
 
     if device.type == "cpu":
         keep_freed_memory()  # as `minimind.train` does
@@ -174,7 +175,7 @@ def build_qwen3(_peer: Path, vocab_size: int) -> Any:
 
 def resident_peak(device: Any) -> int:
     """Bytes: the most that this process has held until now."""
-    from minimind.training.record.metrics import peak_memory_bytes
+    from minimind.training.step_record import peak_memory_bytes
 
     return peak_memory_bytes(device)
 

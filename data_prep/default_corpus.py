@@ -4,7 +4,6 @@ Python's own documentation and docstrings, the descriptions and docstrings of in
 documents; one section a line. Reads files only: imports none of them, and no network. Knows nothing of tokens.
 """
 
-from minimind.files import ROOT
 import hashlib
 import importlib.metadata
 import json
@@ -21,11 +20,11 @@ import tyro
 from tqdm import tqdm
 
 from data_prep.local_text.docstrings import find_docstrings
-from data_prep.writing.pool import count_cores, map_ordered
 from data_prep.local_text.prose import is_prose, pack_pieces, split_sections
-from minimind.files import replace_file
-from minimind.errors import UserError, run_main
+from data_prep.writing.pool import count_cores, map_ordered
 from minimind.cli import parse_flags
+from minimind.errors import UserError, run_main
+from minimind.files import ROOT, replace_file
 
 _DOCUMENT_SUFFIXES = (".md", ".rst", ".txt")
 _LARGEST_FILE = 1 << 21

@@ -15,20 +15,20 @@ import tyro
 from tqdm import tqdm
 
 from data_prep.reading.chunks import cut_source
-from data_prep.writing.corpus_folder import BAD_DOCUMENTS_NAME, CorpusFolder
-from data_prep.writing.corpus_writer import CorpusWriter
 from data_prep.reading.documents import BadDocuments, open_log
-from data_prep.writing.encode_chunk import EncodeOptions, Task, encode_chunk, start_worker
-from data_prep.writing.pool import count_cores, map_ordered
 from data_prep.reading.records import ReadOptions
 from data_prep.reading.sources import DATASET, Source, resolve_sources
 from data_prep.verify_shards import format_totals
-from minimind.files import hash_file
+from data_prep.writing.corpus_folder import BAD_DOCUMENTS_NAME, CorpusFolder
+from data_prep.writing.corpus_writer import CorpusWriter
+from data_prep.writing.encode_chunk import EncodeOptions, Task, encode_chunk, start_worker
+from data_prep.writing.pool import count_cores, map_ordered
+from minimind.cli import parse_flags
 from minimind.data.manifest import Manifest
 from minimind.data.shards import DEFAULT_SHARD_TOKENS, SPLITS, ShardError
-from minimind.errors import UserError, run_main
-from minimind.cli import parse_flags
 from minimind.data.tokenizer import Tokenizer, load_tokenizer
+from minimind.errors import UserError, run_main
+from minimind.files import hash_file
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,10 +21,10 @@ from tqdm import tqdm
 from data_prep.reading.documents import BadDocuments, read_documents
 from data_prep.reading.records import ReadOptions
 from data_prep.reading.sources import resolve_sources
-from minimind.files import replace_file
-from minimind.errors import UserError, run_main
 from minimind.cli import parse_flags
 from minimind.data.tokenizer import BLANK, CONFIG_NAME, MODEL_NAME, SPECIAL_TOKENS, load_tokenizer
+from minimind.errors import UserError, run_main
+from minimind.files import replace_file
 
 UNKNOWN_TOKEN = "<unk>"
 _RESERVED_PIECES = len(SPECIAL_TOKENS) + 1 + 256

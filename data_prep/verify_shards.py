@@ -13,9 +13,9 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
+from minimind.cli import parse_flags
 from minimind.data.shards import SPLITS, Manifest, ShardError, find_split, verify
 from minimind.errors import run_main
-from minimind.cli import parse_flags
 
 
 def verify_corpus(folder: Path) -> dict[str, Manifest]:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from minimind.config import run_config
+from minimind.config.resolve import load_ds_config, resolve_run
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig, preset
-from minimind.config.resolve import load, resolve
-from minimind.reports.plan.memory import MemoryEstimate, estimate_memory, format_bytes
-from minimind.model.config import PRESETS, ModelConfig
+from minimind.model.config import ModelConfig
+from minimind.model.presets import PRESETS
+from minimind.reports.plan.memory import MemoryEstimate, estimate_memory
+from minimind.units import format_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -101,9 +103,9 @@ def estimate_plan(model: str, stage: int, seq_len: int) -> MemoryEstimate:
 
 
 def _estimate(run: RunConfig, stage: int, world_size: int, device_type: str) -> MemoryEstimate:
-    ds = load(ROOT / "ds_configs" / f"zero{stage}.json")
+    ds = load_ds_config(ROOT / "ds_configs" / f"zero{stage}.json")
     on_gpu = device_type == "cuda"
-    resolved = resolve(run, ds, world_size=world_size, device_type=device_type, bf16_supported=on_gpu)
+    resolved = resolve_run(run, ds, world_size=world_size, device_type=device_type, bf16_supported=on_gpu)
     return estimate_memory(resolved, world_size, device_type)
 
 

@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from minimind.distributed.environment import is_first_rank
 from minimind.errors import run_main
-from minimind.distributed.launchers.shell_words import unpack_words
+from minimind.distributed.launchers.deepspeed import unpack_words
 from minimind.train import main
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import tyro
 
+from minimind.cli import parse_flags
+from minimind.errors import run_main
 from minimind.reports.doctor import machine as health_machine
 from minimind.reports.doctor import software as health_software
-from minimind.errors import run_main
-from minimind.cli import parse_flags
 from minimind.reports.doctor.finding import Finding
 
 

@@ -53,3 +53,8 @@ def run_main(main: Callable[[], int | None], *, quiet: bool = False) -> None:
         sys.stderr.close()
         code = 141
     sys.exit(code)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

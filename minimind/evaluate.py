@@ -8,138 +8,32 @@ Every token of the data is predicted once, in windows of `seq_len` tokens. Knows
 
 import contextlib
 import json
-import math
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import tyro
-from tqdm import tqdm
 
-from minimind.files import replace_file
-from minimind.data.dataset import TokenDataset
-from minimind.data.loader import eval_batches
-from minimind.data.manifest import MANIFEST_NAME
-from minimind.data.shards import ShardReader, ShardWriter, open_split
-from minimind.distributed.environment import (
-    RankEnvironment,
-    all_reduce_sum,
-    find_device,
-    is_first_rank,
-    process_group,
-    read_environment,
-)
-from minimind.errors import UserError, run_main
-from minimind.model.kernels.packed_weights import quantize_int8
+from minimind.checkpoints.formats.load_model import load_model
 from minimind.cli import parse_flags
-from minimind.distributed.out_of_memory import full_memory_named
-from minimind.model import MiniMindForCausalLM
-from minimind.inference.multiple_choice import ChoiceScore, read_questions, score_choices
-from minimind.checkpoints.formats.load_model import choose_device, load_model
+from minimind.data.dataset import TokenDataset
+from minimind.data.shards import ShardReader
 from minimind.data.tokenizer import load_tokenizer
+from minimind.distributed.environment import RankEnvironment, find_device, is_first_rank, read_environment
+from minimind.distributed.out_of_memory import full_memory_named
+from minimind.distributed.process_group import process_group
+from minimind.errors import UserError, run_main
+from minimind.files import replace_file
+from minimind.inference.device import choose_device
+from minimind.inference.evaluation import Evaluation, check_vocabulary, evaluate, open_shards, shards_of_texts
+from minimind.inference.multiple_choice import ChoiceScore, read_questions, score_choices
+from minimind.model import MiniMindForCausalLM
+from minimind.model.kernels.packed_weights import quantize_int8
 
 OUTPUT_NAME = "evaluation.json"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured. `bits_per_byte` does not depend on the tokenizer, so it compares models of all kinds."""
-
-    loss: float
-    """Mean negative log-likelihood of a token, in nats."""
-    perplexity: float
-    """exp(loss)."""
-    bits_per_byte: float
-    """The loss in bits, times the tokens that one byte of UTF-8 text takes (end tokens included)."""
-    num_targets: int
-    """Tokens predicted."""
-    num_samples: int
-    """Windows read."""
-
-
-@torch.no_grad()
-def evaluate(
-    model: MiniMindForCausalLM,
-    dataset: TokenDataset,
-    *,
-    micro_batch_size: int = 8,
-    max_samples: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Evaluation:
-    """Measure `model` on the windows of `dataset`; with several ranks, every one calls this and gets the same answer.
-
-    Raises `UserError` when the loss is NaN or infinite, or no token counts.
-    """
-    device = model.lm_head.weight.device
-    was_training = model.training
-    model.eval()
-    num_samples = min(max_samples or len(dataset), len(dataset))
-    totals = torch.zeros(2, dtype=torch.float64)  # sum of the losses, number of targets
-    batches = eval_batches(dataset, micro_batch_size, rank, world_size, max_samples=num_samples)
-    num_batches = -(-num_samples // (micro_batch_size * world_size))
-    quiet = rank != 0 or not sys.stderr.isatty()
-    try:
-        for batch in tqdm(batches, total=num_batches, desc="evaluating", unit="batch", disable=quiet):
-            moved = batch.to(device)
-            output = model(
-                moved.input_ids,
-                moved.labels,
-                position_ids=moved.position_ids,
-                cu_seqlens=moved.cu_seqlens,
-                loss_reduction="sum",
-            )
-            totals += torch.tensor([float(output.loss), batch.num_targets], dtype=torch.float64)
-    finally:
-        model.train(was_training)
-    if world_size > 1:
-        totals = all_reduce_sum(totals)
-    loss_sum, num_targets = totals.tolist()
-    if num_targets == 0 or not math.isfinite(loss_sum):
-        raise UserError(
-            f"the loss over {num_targets:.0f} tokens is {loss_sum}: the model's weights or the data are bad"
-        )
-    loss = loss_sum / num_targets
-    bytes_per_token = dataset.reader.manifest.bytes_per_token
-    bits_per_byte = loss / math.log(2) / bytes_per_token if bytes_per_token else math.nan
-    return Evaluation(loss, math.exp(min(loss, 700.0)), bits_per_byte, int(num_targets), num_samples)
-
-
-@contextlib.contextmanager
-def shards_of_texts(files: Sequence[Path], tokenizer_file: Path) -> Iterator[ShardReader]:
-    """Text files as shards, each file one document; they lie in a temporary folder until the context is left.
-
-    Raises `UserError` for a file that cannot be read, is not UTF-8, or is empty.
-    """
-    tokenizer = load_tokenizer(tokenizer_file)
-    with tempfile.TemporaryDirectory(prefix="minimind-text-") as folder:
-        with ShardWriter(
-            Path(folder, "text"),
-            vocab_size=tokenizer.vocab_size,
-            eos_token_id=tokenizer.eos_token_id,
-            tokenizer_file=tokenizer_file,
-        ) as writer:
-            for file in files:
-                text = _read_text(file)
-                writer.add_document(np.array(tokenizer.encode(text, allow_special=False)), len(text.encode()))
-        yield ShardReader(Path(folder, "text"))
-
-
-def _read_text(file: Path) -> str:
-    try:
-        text = file.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from None
-    if not text:
-        raise UserError(f"{file} is empty: there is nothing to predict")
-    return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,18 +138,6 @@ def measure(model: MiniMindForCausalLM, reader: ShardReader, flags: EvaluateFlag
         rank=env.rank,
         world_size=env.world_size,
     )
-
-
-def open_shards(folder: Path, split: str) -> ShardReader:
-    """The split of a corpus, or the shard folder given itself, whatever its name."""
-    return ShardReader(folder) if (folder / MANIFEST_NAME).exists() else open_split(folder, split)
-
-
-def check_vocabulary(model: MiniMindForCausalLM, reader: ShardReader) -> None:
-    """Raise `UserError` when the data has token ids that the model lacks."""
-    there, here = reader.manifest.vocab_size, model.config.vocab_size
-    if there > here:
-        raise UserError(f"the data has a vocabulary of {there} tokens and the model one of {here}: another tokenizer")
 
 
 def report_choices(score: ChoiceScore, flags: EvaluateFlags) -> None:

@@ -6,84 +6,16 @@
 Copies tensors one by one; what each format is made of stands in its own module. Knows nothing of engines.
 """
 
-import contextlib
-import json
-import re
-import shutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Sequence
 
-import torch
 import tyro
-from torch import Tensor
-from tqdm import tqdm
 
-from minimind.files import replace_file
-from minimind.checkpoints.manifest import checkpoint_name, checkpoints_folder
-from minimind.checkpoints.retention import partial_folder, publish
+from minimind.checkpoints.formats.export import ExportFlags, choose_checkpoint, export
+from minimind.checkpoints.formats.source import open_source
+from minimind.cli import parse_flags
 from minimind.config.run_config import preset
 from minimind.errors import UserError, run_main
-from minimind.cli import parse_flags
-from minimind.generate import GenerationOptions, end_tokens
-from minimind.checkpoints.formats.huggingface_config import choose_architecture, to_huggingface
-from minimind.model.config import ModelConfig
-from minimind.model.pretrained import CONFIG_FILE, MODEL_TYPE
-from minimind.model.router import BIAS_NAME
-from minimind.checkpoints.formats.source import ModelSource, find_tokenizer, open_source
-from minimind.checkpoints.formats.pth import choose_form, file_name, write_pth
-from minimind.checkpoints.safetensors import write_shards
-from minimind.checkpoints.formats.layout import Layout, cut_part, keep_last, lay_out
-from minimind.data.tokenizer import CONFIG_NAME, load_tokenizer
-from minimind.checkpoints.formats.huggingface_tokenizer import tokenizer_files
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-_LAYOUTS: dict[str, Layout] = {"ernie4_5_moe": "ernie4_5_moe", "glm4_moe": "glm4_moe"}
-# MiniMind's own form is one file whatever its size: nothing but this project reads it, tensor by tensor.
-_ONE_FILE = 1 << 62
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportFlags:
-    """Write a model as a folder: for the Hugging Face tools, for this project, or as a .pth of jingyaogong/minimind."""
-
-    run_dir: Path | None = None
-    """A run's folder; its newest sound checkpoint is exported."""
-    step: int | None = None
-    """With --run-dir: the checkpoint of this step instead."""
-    checkpoint: Path | None = None
-    """In place of --run-dir: a checkpoint, an export, a Llama, Qwen3 or Qwen3-MoE folder, or a .pth."""
-    output: Path
-    """The folder to make."""
-    format: Literal["hf", "minimind", "pth"] = "hf"
-    """hf: config, safetensors and tokenizer for transformers, vLLM, llama.cpp; minimind: this project's own."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Type of the weights."""
-    max_shard_size: str = "5GB"
-    """hf: most bytes of one file of weights, such as 500MB."""
-    tokenizer: Path | None = None
-    """Tokenizer file or folder, where none lies beside the weights."""
-    model: str | None = None
-    """Of a .pth: the preset that says what shapes do not tell (heads, experts a token) [default: by its form]."""
-
-    def __post_init__(self) -> None:
-        if (self.run_dir is None) == (self.checkpoint is None):
-            raise UserError("give either --run-dir RUN or --checkpoint PATH")
-        if self.step is not None and self.run_dir is None:
-            raise UserError("step needs --run-dir")
-        parse_size(self.max_shard_size)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `500MB`, `2GB` or `1000`. Raises `UserError` for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]B)?", text.strip().upper())
-    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
-    if size < 1:
-        raise UserError(f"max_shard_size: {text!r} is no size; give one such as 500MB or 5GB")
-    return size
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -98,147 +30,6 @@ def main(args: Sequence[str] | None = None) -> None:
         raise UserError("model: only a .pth needs a preset; every other checkpoint says what it is")
     kind = export(source, flags)
     print(f"wrote {flags.output}: {kind}, {source.config.num_params():,} parameters, {flags.dtype}")
-
-
-def choose_checkpoint(flags: ExportFlags) -> Path:
-    """The path that the flags name."""
-    if flags.checkpoint is not None:
-        return flags.checkpoint
-    assert flags.run_dir is not None
-    if not checkpoints_folder(flags.run_dir).is_dir():
-        raise UserError(f"run_dir: {flags.run_dir} is no run's folder; for anything else give --checkpoint")
-    if flags.step is None:
-        return flags.run_dir
-    folder = checkpoints_folder(flags.run_dir) / checkpoint_name(flags.step)
-    if not folder.is_dir():
-        raise UserError(f"step: {flags.run_dir} has no checkpoint of step {flags.step}; list them with "
-                        f"python -m minimind.checkpoint list {flags.run_dir}")  # fmt: skip
-    return folder
-
-
-def export(source: ModelSource, flags: ExportFlags) -> str:
-    """Write `source` as the flags say; gives what the result is. The folder appears when it is complete.
-
-    Raises:
-        UserError: the format has no such model, a weight does not fit the type, or the folder cannot be written.
-    """
-    write = {"hf": write_huggingface, "minimind": write_own, "pth": write_as_pth}[flags.format]
-    partial = partial_folder(flags.output)
-    try:
-        partial.mkdir(parents=True)
-        kind = write(source, flags, partial)
-        publish(partial, flags.output)
-        return kind
-    except OSError as error:
-        raise UserError(f"output {flags.output}: cannot be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(partial)
-
-
-def write_huggingface(source: ModelSource, flags: ExportFlags, folder: Path) -> str:
-    """config.json, generation_config.json, safetensors and the tokenizer's files."""
-    kind = choose_architecture(source.config)
-    tokenizer_file = find_given_tokenizer(source, flags.tokenizer)
-    if tokenizer_file is None:
-        raise UserError(f"{source.where}: no tokenizer lies beside it; name one with --tokenizer")
-    files = tokenizer_files(tokenizer_file, source.config.max_position_embeddings)
-    write_weights(source, flags, folder, _LAYOUTS.get(kind, "per_expert"), parse_size(flags.max_shard_size))
-    dtype = str(_DTYPES[flags.dtype]).removeprefix("torch.")
-    # Both names of the type: transformers 5 reads the first, older programs the second.
-    write_json(folder / CONFIG_FILE, {**to_huggingface(source.config), "dtype": dtype, "torch_dtype": dtype})
-    write_json(folder / "generation_config.json", generation_config(source.config, tokenizer_file))
-    for name, content in files.items():
-        replace_file(folder / name, content)
-    return kind
-
-
-def generation_config(config: ModelConfig, tokenizer_file: Path) -> dict[str, Any]:
-    """What `minimind.generate` does by default, in transformers' words."""
-    defaults, tokenizer = GenerationOptions(), load_tokenizer(tokenizer_file)
-    return {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(end_tokens(tokenizer)),
-        "pad_token_id": tokenizer.eos_token_id,
-        "do_sample": True,
-        "temperature": defaults.temperature,
-        "top_p": defaults.top_p,
-        "max_new_tokens": defaults.max_new_tokens,
-    }
-
-
-def write_own(source: ModelSource, flags: ExportFlags, folder: Path) -> str:
-    """config.json, model.safetensors, and the tokenizer as it is."""
-    write_weights(source, flags, folder, "fused", _ONE_FILE)
-    write_json(folder / CONFIG_FILE, {"model_type": MODEL_TYPE, **source.config.to_dict()})
-    copy_tokenizer(source, flags, folder)
-    return MODEL_TYPE
-
-
-def write_as_pth(source: ModelSource, flags: ExportFlags, folder: Path) -> str:
-    """One file of weights under their scripts' name, beside it the config as JSON, and the tokenizer as it is."""
-    form = choose_form(source.config)
-    path = folder / file_name(source.config)
-    write_pth(path, source.config, reader(source, form, _DTYPES[flags.dtype]))
-    write_json(path.with_suffix(".json"), {"model_type": MODEL_TYPE, **source.config.to_dict()})
-    copy_tokenizer(source, flags, folder)
-    return f"{path.name} of jingyaogong/minimind ({'present' if source.config.qk_norm else 'older'} form)"
-
-
-def write_weights(source: ModelSource, flags: ExportFlags, folder: Path, layout: Layout, max_bytes: int) -> None:
-    """The weights in a layout, one tensor in memory at a time."""
-    parts = lay_out(source.config, layout)
-    exact = {part.name for part in parts if part.name.endswith(BIAS_NAME)}
-    dtype = _DTYPES[flags.dtype]
-    shapes = {part.name: part.shape for part in parts}
-    read = reader(source, layout, dtype)
-    write_shards(folder, shapes, read, dtype=dtype, max_shard_bytes=max_bytes, exact=exact)
-
-
-def reader(source: ModelSource, layout: Layout, dtype: torch.dtype) -> Callable[[str], Tensor]:
-    """Tensors of a layout by their names, as `dtype` (a selection bias stays float32)."""
-    parts = {part.name: part for part in lay_out(source.config, layout)}
-    read_own = keep_last(source.read)
-    bar = tqdm(total=len(parts), unit="tensor", desc="exporting", disable=None, leave=False)
-
-    def read(name: str) -> Tensor:
-        bar.update()
-        tensor = cut_part(parts[name], read_own)
-        wanted = torch.float32 if name.endswith(BIAS_NAME) else dtype
-        converted = tensor.to(wanted)
-        if wanted == torch.float16 and not converted.isfinite().all() and tensor.isfinite().all():
-            largest = float(tensor.abs().max())
-            raise UserError(f"dtype: {name} holds {largest:.3g}, which fp16 cannot; give --dtype bf16 or fp32")
-        return converted
-
-    return read
-
-
-def find_given_tokenizer(source: ModelSource, given: Path | None) -> Path | None:
-    """The tokenizer that was named, or the one beside the weights, if there is one."""
-    if given is None:
-        return source.tokenizer_file
-    found = find_tokenizer(given) if given.is_dir() else given
-    if found is None or not found.is_file():
-        raise UserError(f"tokenizer: there is none at {given}")
-    return found
-
-
-def copy_tokenizer(source: ModelSource, flags: ExportFlags, folder: Path) -> None:
-    """The tokenizer's file, and of a SentencePiece model its settings; a model may come without any."""
-    file = find_given_tokenizer(source, flags.tokenizer)
-    if file is None:
-        print(f"note: no tokenizer lies beside {source.where}, so none is in the export", file=sys.stderr)
-        return
-    replace_file(folder / file.name, file.read_bytes())
-    settings = file.with_name(CONFIG_NAME)
-    if settings.is_file():
-        replace_file(folder / CONFIG_NAME, settings.read_bytes())
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """A JSON file, whole or not at all."""
-    replace_file(path, json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

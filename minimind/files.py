@@ -7,8 +7,16 @@ nothing of what the files mean; errors of the operating system go through unchan
 import contextlib
 import errno
 import hashlib
+import json
 import os
+import shutil
+import uuid
 from pathlib import Path
+from typing import Any
+
+from minimind.errors import UserError
+
+PARTIAL_SUFFIX = ".partial"
 
 ROOT = Path(__file__).resolve().parent.parent
 """The repository, or the folder that the package is installed in."""
@@ -59,3 +67,42 @@ def hash_file(path: str | os.PathLike[str]) -> str:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """A JSON file, whole or not at all."""
+    replace_file(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: str | os.PathLike[str], what: str) -> Any:
+    """The parsed JSON of a file that the user named.
+
+    Raises:
+        UserError: it cannot be read, or is no JSON (naming line and column).
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{what} {path}: {error.strerror or error}; give the path of a readable file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{what} {path}: not UTF-8 text; give a JSON file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{what} {path}: line {error.lineno} column {error.colno}: {error.msg}") from None
+
+
+def partial_folder(final: Path) -> Path:
+    """A name beside `final` that nothing reads and nobody else uses: a job that is still dying may be writing too."""
+    return final.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a folder its name, durably. One that had the name steps aside first and is then deleted."""
+    if final.exists():
+        aside = partial_folder(final)
+        os.replace(final, aside)
+        os.replace(partial, final)
+        fsync_folder(final.parent)
+        shutil.rmtree(aside)
+    else:
+        os.replace(partial, final)
+        fsync_folder(final.parent)

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,132 +18,17 @@ from typing import Literal
 import torch
 import tyro
 
-from minimind.inference.chat import Chat, Message, converse, encode_chat
-from minimind.inference.decoding import Decoding
-from minimind.errors import UserError, run_main
-from minimind.model.kernels.packed_weights import prepare_decoding
+from minimind.checkpoints.formats.load_model import load_model, stretch_context
 from minimind.cli import parse_flags
+from minimind.data.chat_template import Message, encode_chat
+from minimind.data.tokenizer import Tokenizer, load_tokenizer
 from minimind.distributed.out_of_memory import full_memory_named
+from minimind.errors import UserError, run_main
+from minimind.inference.chat import Chat, converse
+from minimind.inference.device import choose_device
+from minimind.inference.generation import Completion, GenerationOptions, Prompt, generate, stream
 from minimind.model import MiniMindForCausalLM
-from minimind.checkpoints.formats.load_model import choose_device, load_model, stretch_context
-from minimind.inference.sampling import SamplingOptions
-from minimind.inference.text_stream import TextStream
-from minimind.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
-
-
-@dataclass(frozen=True)
-class GenerationOptions(SamplingOptions):
-    """How a continuation is made, and where it ends."""
-
-    max_new_tokens: int = 256
-    """Most tokens of a continuation."""
-    stop: tuple[str, ...] = ()
-    """Texts before which a continuation ends."""
-    stop_token_ids: tuple[int, ...] | None = None
-    """Token ids before which a continuation ends; None: the end of a document and the end of a turn."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One finished continuation. `reason`: "stop" (a stop token or text) or "length" (max_new_tokens)."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    reason: Literal["stop", "length"]
-
-
-Prompt = str | Sequence[int]
-
-
-def generate(
-    model: MiniMindForCausalLM,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
-    options: GenerationOptions | None = None,
-) -> list[Completion]:
-    """Continue prompts (texts or token ids), all in one batch; each gets what it would get alone.
-
-    An empty text continues the beginning of a document. Raises `UserError` for prompts that cannot be continued.
-    """
-    batch = _Batch(model, tokenizer, prompts, options or GenerationOptions())
-    for _ in batch.pieces():
-        pass
-    return batch.completions()
-
-
-def stream(
-    model: MiniMindForCausalLM, tokenizer: Tokenizer, prompt: Prompt, options: GenerationOptions | None = None
-) -> Iterator[str]:
-    """Continue one prompt; yields text as soon as it is sure, whole characters only."""
-    for _, piece in _Batch(model, tokenizer, [prompt], options or GenerationOptions()).pieces():
-        yield piece
-
-
-class _Batch:
-    """Prompts being continued: decoding, and one text stream a row."""
-
-    def __init__(
-        self, model: MiniMindForCausalLM, tokenizer: Tokenizer, prompts: Sequence[Prompt], options: GenerationOptions
-    ) -> None:
-        rows = [_encode_prompt(tokenizer, prompt) for prompt in prompts]
-        stop_token_ids = options.stop_token_ids
-        if stop_token_ids is None:
-            stop_token_ids = end_tokens(tokenizer)
-        seeds = [None if options.seed is None else options.seed + row for row in range(len(rows))]
-        self._model = model
-        self._decoding = Decoding(
-            model,
-            rows,
-            [dataclasses.replace(options, seed=seed) for seed in seeds],
-            max_new_tokens=options.max_new_tokens,
-            stop_token_ids=stop_token_ids,
-            vocab_size=tokenizer.vocab_size,
-        )
-        self._streams = [TextStream(tokenizer, row, options.stop) for row in rows]
-        self._token_ids: list[list[int]] = [[] for _ in rows]
-        self._max_new_tokens = options.max_new_tokens
-
-    def pieces(self) -> Iterator[tuple[int, str]]:
-        """(row, text) as they come, until every row has ended."""
-        was_training = self._model.training
-        self._model.eval()
-        try:
-            while not self._decoding.is_done:
-                for row, token in enumerate(self._decoding.step()):
-                    if token is None:
-                        continue
-                    self._token_ids[row].append(token)
-                    if piece := self._streams[row].push(token):
-                        yield row, piece
-                    if self._streams[row].is_stopped:
-                        self._decoding.end(row)
-            for row, text in enumerate(self._streams):
-                if piece := text.finish():
-                    yield row, piece
-        finally:
-            self._model.train(was_training)
-
-    def completions(self) -> list[Completion]:
-        return [
-            Completion(
-                text.text,
-                tuple(token_ids),
-                "length" if len(token_ids) == self._max_new_tokens and not text.is_stopped else "stop",
-            )
-            for text, token_ids in zip(self._streams, self._token_ids, strict=True)
-        ]
-
-
-def end_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end a document and a turn, as far as the tokenizer has them."""
-    ends = (SPECIAL_TOKENS[0], SPECIAL_TOKENS[2])
-    return tuple(tokenizer.special_ids[end] for end in ends if end in tokenizer.special_ids)
-
-
-def _encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    if isinstance(prompt, str):
-        return tokenizer.encode(prompt) or [tokenizer.eos_token_id]
-    return list(prompt)
+from minimind.model.kernels.packed_weights import prepare_decoding
 
 
 @dataclass(frozen=True, kw_only=True)

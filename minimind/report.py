@@ -11,12 +11,13 @@ from pathlib import Path
 
 import tyro
 
-from minimind.files import replace_file
-from minimind.errors import UserError, run_main
 from minimind.cli import parse_flags
-from minimind.reports.run.charts import CHARTS, STYLES, Chart, draw_chart, draw_expert_load, plot_area, to_png, to_svg
-from minimind.reports.run.data import AXES, RunData, name_runs, read_run
-from minimind.reports.run.page import Drawing, compose_page
+from minimind.errors import UserError, run_main
+from minimind.files import replace_file
+from minimind.reports.run.charts import STYLES
+from minimind.reports.run.data import name_runs, read_run
+from minimind.reports.run.drawing import draw_all, write_pictures
+from minimind.reports.run.page import compose_page
 
 
 @dataclass(frozen=True)
@@ -50,36 +51,6 @@ def main(args: Sequence[str] | None = None) -> int:
     except OSError as error:
         raise UserError(f"output {flags.output}: {error.strerror}; give a path that can be written") from None
     return 0
-
-
-def draw_all(runs: Sequence[RunData]) -> list[Drawing]:
-    """Every chart that the runs have something for, over each axis."""
-    drawings = []
-    for chart in CHARTS:
-        figures = {axis: draw_chart(chart, runs, axis) for axis in AXES}
-        svgs = {axis: to_svg(figure, f"{chart.key}-{axis}") for axis, figure in figures.items() if figure is not None}
-        if svgs:
-            areas = {axis: plot_area(figure) for axis, figure in figures.items() if figure is not None}
-            drawings.append(Drawing(chart, svgs, areas))
-    for number, run in enumerate(runs):
-        figure = draw_expert_load(run)
-        if figure is not None:
-            chart = Chart(f"experts-{number}", f"Expert load of {run.name}", ())
-            drawings.append(Drawing(chart, {"": to_svg(figure, chart.key)}, {}))
-    return drawings
-
-
-def write_pictures(runs: Sequence[RunData], folder: Path) -> str:
-    """A PNG of each chart by step, and of each run's expert load; what was written, in words."""
-    folder.mkdir(exist_ok=True)
-    figures = {chart.key: draw_chart(chart, runs, "step") for chart in CHARTS}
-    figures |= {f"experts_{number}": draw_expert_load(run) for number, run in enumerate(runs)}
-    written = 0
-    for name, figure in figures.items():
-        if figure is not None:
-            replace_file(folder / f"{name}.png", to_png(figure))
-            written += 1
-    return f"{folder}/: {written}"
 
 
 if __name__ == "__main__":

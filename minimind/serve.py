@@ -15,14 +15,15 @@ from typing import Literal
 
 import tyro
 
-from minimind.inference.batching import Batcher
-from minimind.errors import UserError, run_main
-from minimind.model.kernels.packed_weights import prepare_decoding
+from minimind.checkpoints.formats.load_model import load_model
 from minimind.cli import parse_flags
-from minimind.distributed.out_of_memory import full_memory_named
-from minimind.generate import GenerationOptions
-from minimind.checkpoints.formats.load_model import choose_device, load_model
 from minimind.data.tokenizer import load_tokenizer
+from minimind.distributed.out_of_memory import full_memory_named
+from minimind.errors import UserError, run_main
+from minimind.inference.batching import Batcher
+from minimind.inference.device import choose_device
+from minimind.inference.generation import GenerationOptions
+from minimind.model.kernels.packed_weights import prepare_decoding
 
 try:
     import uvicorn

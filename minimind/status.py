@@ -4,30 +4,16 @@ Reads only the run folders, also while they are written: configuration, the end 
 the checkpoints, the lock's age. Asks no process and no device.
 """
 
-import json
-import math
-import statistics
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 
-from minimind.checkpoints.manifest import list_checkpoints, step_of
-from minimind.errors import UserError, run_main
-from minimind.training.record.events import Event, read_events
 from minimind.cli import parse_flags
-from minimind.training.record.metrics import METRICS_NAME, format_duration, parse_records
-from minimind.training.run_folder import RUN_CONFIG_NAME
-from minimind.training.run_lock import LOCK_NAME, PATIENCE_SECONDS
-
-TAIL_BYTES = 2**19
-TREND_STEPS = 50
-# Of a run that nothing else says how it goes on: no lock on this file system, but a step a moment ago.
-FRESH_SECONDS = 60.0
+from minimind.errors import UserError, run_main
+from minimind.reports.status import find_runs, format_table, read_status
 
 
 @dataclass(frozen=True)
@@ -36,26 +22,6 @@ class _Flags:
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Run folders, or folders of them."""
-
-
-@dataclass(frozen=True)
-class RunStatus:
-    """What a run folder says."""
-
-    name: str
-    state: str
-    """running, finished, stopped, failed, crashed, starting, or never started."""
-    step: int
-    total_steps: int | None
-    loss: float | None
-    trend: str
-    eval_loss: float | None
-    tokens_per_second: float | None
-    mfu: float | None
-    seconds_left: float | None
-    checkpoint: int | None
-    """Step of the newest."""
-    health: str
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -69,159 +35,6 @@ def main(args: Sequence[str] | None = None) -> int:
     for line in format_table(found):
         print(line)
     return int(any(status.state in ("failed", "crashed") for status in found))
-
-
-def find_runs(path: Path) -> list[Path]:
-    """The run folder itself, or the runs inside a folder of runs.
-
-    Raises:
-        UserError: no such folder.
-    """
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder; give a run's folder, the --run-dir of its training")
-    if is_run(path):
-        return [path]
-    inside = sorted(folder for folder in path.iterdir() if folder.is_dir() and is_run(folder))
-    return inside or [path]
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a training has ever been started there."""
-    return (folder / RUN_CONFIG_NAME).exists() or (folder / METRICS_NAME).exists()
-
-
-def read_status(folder: Path) -> RunStatus:
-    """The state of a run as its folder tells it now."""
-    records, events = read_tail(folder / METRICS_NAME), read_events(folder)
-    steps = [record for record in records if "loss" in record]
-    evaluations = [record for record in records if "eval_loss" in record]
-    last = steps[-1] if steps else {}
-    total = _total_steps(folder)
-    checkpoints = list_checkpoints(folder)
-    state = find_state(folder, steps, events)
-    step = int(last.get("step", 0))
-    seconds = [value for record in steps[-TREND_STEPS:] if (value := _number(record, "step_seconds")) is not None]
-    left = None
-    if state == "running" and total and seconds:
-        left = max(0, total - step) * statistics.median(seconds)
-    return RunStatus(
-        name=folder.name or str(folder),
-        state=state,
-        step=step,
-        total_steps=total,
-        loss=_number(last, "loss"),
-        trend=describe_trend(steps),
-        eval_loss=_number(evaluations[-1], "eval_loss") if evaluations else None,
-        tokens_per_second=_number(last, "tokens_per_second"),
-        mfu=_number(last, "mfu"),
-        seconds_left=left,
-        checkpoint=step_of(checkpoints[-1]) if checkpoints else None,
-        health=describe_health(state, events, step),
-    )
-
-
-def find_state(folder: Path, steps: Sequence[Mapping[str, Any]], events: Sequence[Event]) -> str:
-    """What the run does, from its lock's age and its last event."""
-    if not is_run(folder):
-        return "never started"
-    last = next((event for event in reversed(events) if event.event not in ("alarm", "save")), None)
-    lock = _age(folder / LOCK_NAME)
-    if lock is not None and lock < PATIENCE_SECONDS:
-        return "running" if steps else "starting"
-    ended = {"finish": "finished", "stop": "stopped", "fail": "failed"}
-    if last is not None and last.event in ended:
-        return ended[last.event]
-    age = _age(folder / METRICS_NAME)
-    if lock is None and last is None and (age is None or age > FRESH_SECONDS):
-        return "never started" if not steps else "ended"
-    return "running" if lock is None and age is not None and age < FRESH_SECONDS else "crashed"
-
-
-def describe_trend(steps: Sequence[Mapping[str, Any]]) -> str:
-    """falling, rising or flat: the loss of the newest steps beside those before them, by the spread of either."""
-    losses = [value for record in steps[-2 * TREND_STEPS :] if (value := _number(record, "loss")) is not None]
-    if len(losses) < 8:
-        return ""
-    half = len(losses) // 2
-    before, now = losses[:half], losses[half:]
-    change = statistics.fmean(now) - statistics.fmean(before)
-    error = math.hypot(statistics.stdev(before) / half**0.5, statistics.stdev(now) / len(now) ** 0.5)
-    if abs(change) <= 2 * error:
-        return "flat"
-    return "falling" if change < 0 else "rising"
-
-
-def describe_health(state: str, events: Sequence[Event], step: int) -> str:
-    """ "ok", or the newest alarms and failures since the last start."""
-    begun = max((i for i, event in enumerate(events) if event.event in ("start", "resume")), default=0)
-    since = events[begun:]
-    if state == "failed":
-        return next(event.message for event in reversed(since) if event.event == "fail")
-    if state == "crashed":
-        return "ended without a word; the same command continues it"
-    alarms = {event.kind: event for event in since if event.event == "alarm"}
-    if not alarms:
-        return "ok"
-    return "; ".join(f"{kind} at step {event.step}" for kind, event in alarms.items())
-
-
-def read_tail(path: Path) -> list[dict[str, Any]]:
-    """The newest records of a metrics file, however long it is; its last line may be half written."""
-    if not path.exists():
-        return []
-    with open(path, "rb") as file:
-        file.seek(0, 2)
-        start = max(0, file.tell() - TAIL_BYTES)
-        file.seek(start)
-        text = file.read().decode("utf-8", errors="replace")
-    return parse_records(text.split("\n", 1)[-1] if start else text)
-
-
-def format_table(found: Sequence[RunStatus]) -> list[str]:
-    """A heading and a line for each run, in columns."""
-    rows = [("run", "state", "step", "loss", "eval", "tokens/s", "MFU", "ETA", "checkpoint", "health")]
-    for status in found:
-        total = f"/{status.total_steps}" if status.total_steps else ""
-        loss = "" if status.loss is None else f"{status.loss:.4f} {status.trend}".strip()
-        rows.append(
-            (
-                status.name,
-                status.state,
-                f"{status.step}{total}" if status.step or total else "",
-                loss,
-                "" if status.eval_loss is None else f"{status.eval_loss:.4f}",
-                "" if status.tokens_per_second is None else f"{status.tokens_per_second:,.0f}",
-                "" if status.mfu is None else f"{status.mfu:.1%}",
-                "" if status.seconds_left is None else format_duration(status.seconds_left),
-                "" if status.checkpoint is None else str(status.checkpoint),
-                status.health if status.state != "never started" else "",
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    return [
-        ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)) + "  " + row[-1]).rstrip()
-        for row in rows
-    ]
-
-
-def _total_steps(folder: Path) -> int | None:
-    try:
-        content = json.loads((folder / RUN_CONFIG_NAME).read_text(encoding="utf-8"))
-        return int(content["train"]["steps"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _age(path: Path) -> float | None:
-    try:
-        return time.time() - path.stat().st_mtime
-    except OSError:
-        return None
-
-
-def _number(record: Mapping[str, Any], name: str) -> float | None:
-    value = record.get(name)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
 if __name__ == "__main__":

@@ -1,24 +1,23 @@
 """What the benchmarks stand on: verdicts, turns, the arithmetic of larger worlds. Their figures are no tests."""
 
-from repository import ROOT
 import dataclasses
 import json
 import signal
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
+from repository import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from measure import Claim, format_table, ratios, report  # noqa: E402
-from peer import micro_batches  # noqa: E402
-from scaling import STAGES, Cluster, Job, step_seconds, wire_bytes, write_page  # noqa: E402
-from turns import Contestant, started, take_turns  # noqa: E402
+from measure import Claim, format_table, ratios, report
+from peer import micro_batches
+from scaling import STAGES, Cluster, Job, step_seconds, wire_bytes, write_page
+from turns import Contestant, started, take_turns
 
-from minimind.config.run_config import preset  # noqa: E402
+from minimind.config.run_config import preset
 
 COUNTING = "import time\nfor n in range(1, 10**6):\n    print(f'step {n}', flush=True)\n    time.sleep({pause})\n"
 

@@ -7,8 +7,8 @@ from typing import Literal
 import pytest
 import tyro
 
-from minimind.errors import UserError
 from minimind.cli import parse_flags, parse_known_flags
+from minimind.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,22 +28,22 @@ from docs_pages import (
     without_blocks,
 )
 
-from minimind.reports.plan.activations import layer_activations_per_token
 from minimind.checkpoints.manifest import CheckpointManifest
 from minimind.config.run_config import DataConfig, TrainConfig
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import BatchLoader
 from minimind.data.shards import Manifest, ShardInfo, TokenizerInfo, open_split
-from minimind.training.record.metrics import _TENSORBOARD_NAMES
+from minimind.inference.sampling import Sampler, SamplingOptions
 from minimind.model import PRESETS, ModelConfig
+from minimind.model.attention_mask import causal
 from minimind.model.layers import FeedForward, RMSNorm
 from minimind.model.loss import LMHead
 from minimind.model.moe import MoEFeedForward
 from minimind.model.rope import attention_factor, inverse_frequencies, rotary_tables, rotate
 from minimind.model.router import route, router_aux_loss
-from minimind.model.attention_mask import causal
-from minimind.inference.sampling import Sampler, SamplingOptions
+from minimind.reports.plan.activations import layer_activations_per_token
 from minimind.training.lr_schedule import learning_rate
+from minimind.training.record.metrics import _TENSORBOARD_NAMES
 
 sys.path.insert(0, str(ROOT / "docs"))
 

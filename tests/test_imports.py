@@ -1,6 +1,5 @@
-"""Who may import whom: the order of layers of the design, held by reading every import."""
+"""Who may import whom: a room imports the rooms above it in ROOMS, and inside a room no files form a circle."""
 
-from repository import ROOT
 import ast
 import subprocess
 import sys
@@ -8,42 +7,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
-DEFAULT_LAYER = 5
-
-# Modules of a layer import lower layers, and one another without a circle. What is not named here belongs to a running
-# engine or to a model's files: layer 5.
-LAYERS = {
-    0: "errors atomic schema flags host_tuning tokenizer data.manifest data.array_file data.shard_writer data.shards "
-    "model.config model.arithmetic model.limits",
-    1: "config cpu_gather distributed rendezvous lifeline lifeline_server ds_sections ds_communication ds_overlaps "
-    "ds_experts",
-    2: "ds_config expert_names schedule data.order data.dataset data.loader model model.attention model.cache "
-    "model.cpu_experts model.cpu_layers model.grouped model.layers model.loss model.moe model.pretrained "
-    "model.products model.rope model.routing model.transformer model.visibility",
-    3: "experts native_experts",
-    4: "engine",
-    6: "trainer",
-    7: "train generate evaluate export serve http_api batching checkpoint plan doctor status report trial micro_batch",
-}
-LAYER_OF = {f"minimind.{name}": layer for layer, names in LAYERS.items() for name in names.split()}
-
-MAY_IMPORT_DEEPSPEED = {
-    "minimind.distributed.launchers.deepspeed", "minimind.distributed.environment", "minimind.parallel.engine", "minimind.parallel.experts", "minimind.export",
-    "minimind.parallel.deepspeed_moe", "minimind.checkpoints.portable_loading", "minimind.checkpoints.formats.init_from", "minimind.checkpoints.engine_files",
-}  # fmt: skip
-WITHOUT_TORCH = [name for name, layer in LAYER_OF.items() if layer == 0]
+# From the ground up. A room within another (`model/kernels`) follows the room that it lies in.
+ROOMS = [
+    "ground", "model", "model/kernels", "data", "config", "distributed", "distributed/launchers", "parallel",
+    "inference", "checkpoints", "checkpoints/formats", "training/record", "training/objectives", "training",
+    "reports/plan", "reports/doctor", "reports/run", "reports", "commands",
+]  # fmt: skip
+COMMANDS = {"train", "generate", "evaluate", "export", "serve", "plan", "doctor", "status", "report", "checkpoint"}
+GROUND = {"__init__", "errors", "schema", "files", "units", "cli"}
+# `config` asks the model for nothing but its shape.
+CONFIG_MAY_IMPORT = {"minimind.model.config", "minimind.model.presets", "minimind.model.flops"}
 
 
 def find_modules(package: str) -> dict[str, Path]:
-    found = {}
-    for path in sorted((ROOT / package).rglob("*.py")):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sorted((ROOT / package).rglob("*.py"))
+    }
 
 
 MODULES = {**find_modules("minimind"), **find_modules("data_prep")}
+OURS = [name for name in MODULES if name.startswith("minimind")]
 
 
 def imports_of(name: str) -> Iterator[tuple[str, bool]]:
@@ -66,8 +52,11 @@ def imports_of(name: str) -> Iterator[tuple[str, bool]]:
     return walk(ast.parse(MODULES[name].read_text(encoding="utf-8")), False)
 
 
-def layer_of(name: str) -> int:
-    return LAYER_OF.get(name, DEFAULT_LAYER)
+def room_of(name: str) -> str:
+    folder = MODULES[name].relative_to(ROOT / "minimind").parent.as_posix()
+    if folder == ".":
+        return "ground" if MODULES[name].stem in GROUND else "commands"
+    return folder
 
 
 def top(name: str) -> str:
@@ -75,20 +64,26 @@ def top(name: str) -> str:
 
 
 def test_the_walk_sees_what_is_there():
-    assert len(MODULES) > 40
     assert ("minimind.config.resolve", False) in imports_of("minimind.parallel.engine")
     assert ("deepspeed", False) in imports_of("minimind.parallel.engine")
-    assert ("deepspeed", False) not in imports_of("minimind.training.trainer"), "an import for the type checker was counted"
+    assert ("deepspeed", False) not in imports_of("minimind.training.trainer"), "a type checker's import was counted"
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if top(name) == "minimind"])
-def test_imports_go_down(name):
+def test_every_file_has_its_room():
+    assert {room_of(name) for name in OURS} == set(ROOMS)
+    assert {MODULES[name].stem for name in OURS if room_of(name) == "commands"} == COMMANDS
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_room_imports_only_what_stands_above_it(name):
+    floor = ROOMS.index(room_of(name))
     for imported, inside in imports_of(name):
-        if top(imported) not in ("minimind", "data_prep"):
-            continue
-        assert not inside, f"{name} imports {imported} inside a function"
-        assert top(imported) == "minimind", f"{name} imports {imported}: training knows nothing of preparing"
-        assert layer_of(imported) <= layer_of(name), f"{name} imports {imported}, which stands above it"
+        assert top(imported) != "data_prep", f"{name} imports {imported}: training does not depend on preparation"
+        if top(imported) == "minimind":
+            assert not inside, f"{name} imports {imported} inside a function"
+            assert ROOMS.index(room_of(imported)) <= floor, f"{name} imports {imported}, which stands below it"
+            if room_of(name) == "config" and room_of(imported).startswith("model"):
+                assert imported in CONFIG_MAY_IMPORT, f"{name} imports {imported}"
 
 
 def test_no_circles():
@@ -107,34 +102,23 @@ def test_no_circles():
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if top(name) == "data_prep"])
-def test_preparation_imports_only_the_ground_floor(name):
+def test_preparation_needs_only_the_ground_and_the_data(name):
     for imported, inside in imports_of(name):
         assert top(imported) not in ("torch", "deepspeed"), f"{name} imports {imported}"
         if top(imported) == "minimind":
             assert not inside, f"{name} imports {imported} inside a function"
-            assert layer_of(imported) == 0 or imported == "minimind.config.run_config", f"{name} imports {imported}"
+            assert room_of(imported) in ("ground", "data", "config"), f"{name} imports {imported}"
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_few_know_deepspeed_and_the_model_knows_little(name):
-    tops = {top(imported) for imported, _ in imports_of(name)}
-    if name not in MAY_IMPORT_DEEPSPEED and not name.startswith("minimind.checkpoint"):
-        assert "deepspeed" not in tops
-    assert "transformers" not in tops
-    if name in WITHOUT_TORCH:
-        assert "torch" not in tops
-    if name.startswith("minimind.model."):
-        assert not tops & {"argparse", "tyro"}
+def test_the_rooms_below_the_ranks_run_without_deepspeed():
+    """In a process where its import fails; reading a run, without torch too."""
+    below = [name for name in OURS if ROOMS.index(room_of(name)) < ROOMS.index("distributed")]
+    run_without(["deepspeed", "transformers"], [*below, *(name for name in MODULES if top(name) == "data_prep")])
+    run_without(["deepspeed", "torch"], ["minimind", "minimind.training.record.run_files", "minimind.status"])
 
 
-def test_the_model_the_data_and_the_configuration_run_without_deepspeed():
-    """In a process where its import fails."""
-    below = [
-        name for name in MODULES
-        if layer_of(name) <= 2 and name != "minimind.distributed.environment" and top(name) == "minimind"
-    ]  # fmt: skip
-    program = "import sys, importlib\nsys.modules['deepspeed'] = None\n" + "".join(
-        f"importlib.import_module({name!r})\n" for name in [*below, *(n for n in MODULES if top(n) == "data_prep")]
-    )
+def run_without(missing: list[str], names: list[str]) -> None:
+    program = "import sys, importlib\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in missing)
+    program += "".join(f"importlib.import_module({name!r})\n" for name in names)
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -10,7 +10,16 @@ import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO, Protocol
 
-from data_prep.reading.records import CHUNK_BYTES, ReadOptions, Record, Rejected, Text, find_column, find_text, reject_long
+from data_prep.reading.records import (
+    CHUNK_BYTES,
+    ReadOptions,
+    Record,
+    Rejected,
+    Text,
+    find_column,
+    find_text,
+    reject_long,
+)
 from data_prep.reading.sources import Source
 from minimind.errors import UserError
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.reading.sources import Source
-from minimind.files import fsync_folder, replace_file
 from minimind.data.manifest import MANIFEST_NAME
 from minimind.data.shards import SPLITS
 from minimind.errors import UserError
+from minimind.files import fsync_folder, replace_file
 
 PARTIAL_NAME = ".partial"
 STATE_NAME = "state.json"

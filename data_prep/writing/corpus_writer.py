@@ -13,8 +13,8 @@ from data_prep.writing.digests import DIGEST_BYTES, DigestSet
 from data_prep.writing.encode_chunk import EncodedChunk
 from minimind.data.manifest import MANIFEST_NAME, Manifest
 from minimind.data.shards import ShardWriter
-from minimind.errors import UserError
 from minimind.data.tokenizer import Tokenizer
+from minimind.errors import UserError
 
 
 class CorpusWriter:

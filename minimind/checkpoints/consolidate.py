@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from minimind.checkpoints.manifest import CLIENT_STATE_KEY, CheckpointError, CheckpointManifest, read_manifest
-from minimind.parallel.expert_names import Part, find_part
-from minimind.model.config import ModelConfig
-from minimind.checkpoints.zero_partitions import WEIGHT, EngineTensors, FlatTensors, SplitTensors, WholeTensors
 from minimind.checkpoints.safe_load import read_states
+from minimind.checkpoints.zero_partitions import WEIGHT, EngineTensors, FlatTensors, SplitTensors, WholeTensors
+from minimind.model.config import ModelConfig
+from minimind.parallel.expert_names import Part, find_part
 
 Index = tuple[int | slice, ...]
 _EXPERT_NUMBER = re.compile(r"(\.deepspeed_experts\.)\d+\.")

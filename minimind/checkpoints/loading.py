@@ -13,10 +13,9 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
-from minimind.checkpoints.manifest import (
-    CLIENT_STATE_KEY,
-    CheckpointError,
-    CheckpointManifest,
+from minimind.checkpoints.consolidate import TrainingCheckpoint
+from minimind.checkpoints.engine_files import use_state_files
+from minimind.checkpoints.folder import (
     check_latest,
     checkpoints_folder,
     list_checkpoints,
@@ -24,15 +23,13 @@ from minimind.checkpoints.manifest import (
     step_of,
     verify,
 )
-from minimind.checkpoints.saving import TrainState
-from minimind.checkpoints.consolidate import TrainingCheckpoint
-from minimind.distributed.environment import log
-from minimind.config.resolve import Resolved
-from minimind.parallel.loss_scale import set_grad_scaler
+from minimind.checkpoints.manifest import CLIENT_STATE_KEY, CheckpointError, CheckpointManifest
 from minimind.checkpoints.portable_loading import load_neutral, part_of
 from minimind.checkpoints.probe import agrees, probe_loss
-from minimind.checkpoints.run_state import Corpus, describe_layout, describe_sampling
-from minimind.checkpoints.engine_files import use_state_files
+from minimind.checkpoints.run_state import TrainState
+from minimind.config.resolve import Resolved
+from minimind.distributed.collectives import log
+from minimind.parallel.loss_scale import set_grad_scaler
 
 
 def find_resume(run_dir: Path, resume: str, report: Callable[[str], Any] = log) -> Path | None:
@@ -78,57 +75,6 @@ def _check_nothing_newer(run_dir: Path, chosen: Path) -> None:
             f"--resume {chosen}: {run_dir} also holds {', '.join(newer)}, which a later --resume auto would continue "
             "from; delete them, or give another --run-dir"
         )
-
-
-def check_same_run(
-    manifest: CheckpointManifest, resolved: Resolved, corpus: Corpus, *, allow_data_change: bool
-) -> None:
-    """Refuse to continue what cannot be continued: another model, other shards, another tokenizer.
-
-    Raises:
-        CheckpointError: listing every difference.
-    """
-    differences = []
-    model = resolved.run.model.to_dict()
-    for key in sorted(set(model) | set(manifest.model)):
-        if model.get(key) != manifest.model.get(key) and key not in RUNTIME_FIELDS:
-            differences.append(f"{key} {manifest.model.get(key)!r} there, {model.get(key)!r} here")
-    for key, value in describe_sampling(resolved).items():
-        if value != manifest.sampling.get(key, value):
-            differences.append(f"{key} {manifest.sampling[key]!r} there, {value!r} here")
-    if manifest.tokenizer_sha256 != corpus.tokenizer_sha256:
-        differences.append(f"tokenizer {manifest.tokenizer_sha256[:12]} there, {corpus.tokenizer_sha256[:12]} here")
-    elif manifest.shard_fingerprint != corpus.fingerprint and not allow_data_change:
-        differences.append(
-            f"shards {manifest.shard_fingerprint[:12]} there, {corpus.fingerprint[:12]} here (--allow-data-change if "
-            "that is meant)"
-        )
-    if differences:
-        raise CheckpointError(f"checkpoint of step {manifest.step}: cannot continue this run: {'; '.join(differences)}")
-
-
-_TRAINING_FIELDS = ("initializer_range", "router_aux_loss_coef", "router_z_loss_coef", "seq_aux")
-RUNTIME_FIELDS = frozenset(("flash_attn", "dropout", "attention_dropout", *_TRAINING_FIELDS))
-"""Fields of the model that change neither a weight nor what the model computes from them."""
-
-
-def changes_topology(manifest: CheckpointManifest, resolved: Resolved) -> list[str]:
-    """What about the ranks, the stage and DeepSpeed's layout is not as it was; nothing: DeepSpeed's files fit."""
-    there = {
-        "world_size": manifest.world_size,
-        "zero_stage": manifest.zero_stage,
-        "ep_size": manifest.ep_size,
-        "precision": manifest.precision,
-        **manifest.layout,
-    }
-    here = {
-        "world_size": torch.distributed.get_world_size(),
-        "zero_stage": resolved.zero_stage,
-        "ep_size": resolved.run.train.ep_size or 1,
-        "precision": resolved.run.train.precision,
-        **describe_layout(resolved),
-    }
-    return [f"{key} {there.get(key)} -> {here.get(key)}" for key in here if there.get(key) != here.get(key)]
 
 
 def load(

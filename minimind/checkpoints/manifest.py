@@ -9,23 +9,17 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from minimind.files import hash_file, replace_file
 from minimind.errors import UserError
+from minimind.files import hash_file
 from minimind.schema import check_fields
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-LATEST_NAME = "latest"
-PARTIAL_SUFFIX = ".partial"
 CLIENT_STATE_KEY = "minimind"
 """Under which our own state lies in DeepSpeed's files."""
-_NAME = re.compile(r"step_(\d{8,})")
-_NEUTRAL_NAME = re.compile(r"neutral_(\d{8,})")
 # Stands in the manifest for its own sha256 while that is computed.
 _NO_SEAL = "0" * 64
 _HASHING_THREADS = 4
@@ -76,48 +70,6 @@ class CheckpointManifest:
         """The text of manifest.json. Its `sha256` is that of this text with 64 zeros in its place."""
         text = json.dumps({"sha256": _NO_SEAL, **dataclasses.asdict(self)}, indent=2) + "\n"
         return text.replace(_NO_SEAL, hashlib.sha256(text.encode()).hexdigest(), 1)
-
-
-def checkpoint_name(step: int) -> str:
-    """`step_00001000` for 1000."""
-    return f"step_{step:08d}"
-
-
-def checkpoints_folder(run_dir: Path) -> Path:
-    """Where a run keeps its checkpoints."""
-    return run_dir / "checkpoints"
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoint folders of a run by their names, oldest first; whether they are sound is not looked at."""
-    folder = checkpoints_folder(run_dir)
-    if not folder.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if path.is_dir()]
-
-
-def neutral_folder(folder: Path) -> Path:
-    """Where the topology-free form of a checkpoint is kept, beside it."""
-    return folder.with_name(f"neutral_{step_of(folder):08d}")
-
-
-def list_neutral(run_dir: Path) -> list[Path]:
-    """The topology-free forms that a run keeps."""
-    folder = checkpoints_folder(run_dir)
-    return [path for path in folder.iterdir() if _NEUTRAL_NAME.fullmatch(path.name)] if folder.is_dir() else []
-
-
-def step_of(folder: Path) -> int:
-    """The step in the name of a checkpoint's folder.
-
-    Raises:
-        CheckpointError: the folder is not named like a checkpoint.
-    """
-    match = _NAME.fullmatch(folder.name)
-    if match is None:
-        raise CheckpointError(f"{folder}: not a checkpoint; expected a folder named like step_00001000")
-    return int(match[1])
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:
@@ -171,19 +123,6 @@ def check_record(folder: Path, record: FileRecord, *, hashes: bool = True) -> st
     return None
 
 
-def verify(folder: Path, *, hashes: bool = True) -> CheckpointManifest:
-    """Compare a checkpoint with its manifest: every file there, no other, sizes and (`hashes`) contents.
-
-    Raises:
-        CheckpointError: naming the first file that is wrong.
-    """
-    manifest = read_manifest(folder)
-    if manifest.step != step_of(folder):
-        raise CheckpointError(f"{folder}: its manifest is of step {manifest.step}")
-    verify_files(folder, manifest, hashes=hashes)
-    return manifest
-
-
 def verify_files(folder: Path, manifest: CheckpointManifest, *, hashes: bool = True) -> None:
     """Compare the files of a folder with a manifest, several at a time.
 
@@ -198,42 +137,3 @@ def verify_files(folder: Path, manifest: CheckpointManifest, *, hashes: bool = T
             if wrong:
                 pool.shutdown(cancel_futures=True)
                 raise CheckpointError(f"{folder}: {wrong}")
-
-
-def newest_sound(run_dir: Path, report: Callable[[str], Any]) -> Path | None:
-    """The newest checkpoint that agrees with its manifest; each one passed over is reported with the reason.
-
-    Raises:
-        CheckpointError: there are checkpoints, and none is sound: starting anew is for the user to decide.
-    """
-    folders = list_checkpoints(run_dir)
-    for folder in reversed(folders):
-        try:
-            verify(folder)
-        except CheckpointError as error:
-            report(f"checkpoint passed over: {error}")
-        else:
-            return folder
-    if folders:
-        raise CheckpointError(
-            f"{checkpoints_folder(run_dir)}: {len(folders)} checkpoints and none is sound; repair or remove them, "
-            "or start anew with another --run-dir"
-        )
-    return None
-
-
-def check_latest(run_dir: Path, newest: Path, report: Callable[[str], Any]) -> None:
-    """Report and repair a file `latest` that does not name `newest`. Nothing of ours is loaded by it; tools use it."""
-    path = checkpoints_folder(run_dir) / LATEST_NAME
-    try:
-        there = path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError as error:
-        there = error.strerror or "not readable"
-    if there != newest.name:
-        report(f"{path}: {there[:80] or 'empty'!r} instead of {newest.name}; corrected")
-        point_latest(run_dir, newest)
-
-
-def point_latest(run_dir: Path, folder: Path) -> None:
-    """Name `folder` in the file `latest`, which DeepSpeed's own tools read."""
-    replace_file(checkpoints_folder(run_dir) / LATEST_NAME, folder.name)

@@ -14,22 +14,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from minimind.files import fsync_folder, hash_file, replace_file
+from minimind.checkpoints.consolidate import TrainingCheckpoint
+from minimind.checkpoints.folder import neutral_folder
 from minimind.checkpoints.manifest import (
     CLIENT_STATE_KEY,
     MANIFEST_NAME,
     CheckpointError,
     CheckpointManifest,
     FileRecord,
-    neutral_folder,
     read_manifest,
     verify_files,
 )
-from minimind.checkpoints.retention import partial_folder, publish
-from minimind.checkpoints.consolidate import TrainingCheckpoint
-from minimind.parallel.expert_names import Part
+from minimind.checkpoints.safetensors import write_safetensors
 from minimind.checkpoints.zero_partitions import WEIGHT
-from minimind.checkpoints.safetensors_stream import write_safetensors
+from minimind.files import fsync_folder, hash_file, partial_folder, publish, replace_file
+from minimind.parallel.expert_names import Part
 
 # The file of what a model carries beside its parameters.
 _BUFFERS = "buffers"

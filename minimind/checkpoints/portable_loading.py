@@ -18,11 +18,11 @@ from deepspeed.utils import (
 )
 
 from minimind.checkpoints.manifest import CheckpointError
+from minimind.checkpoints.portable import ENGINE_COUNTERS, NeutralCheckpoint
+from minimind.checkpoints.zero_partitions import MUON_KEY, WEIGHT
 from minimind.config.resolve import Resolved
 from minimind.parallel.expert_names import Part, find_part
 from minimind.parallel.loss_scale import set_grad_scaler, set_loss_scaler
-from minimind.checkpoints.portable import ENGINE_COUNTERS, NeutralCheckpoint
-from minimind.checkpoints.zero_partitions import MUON_KEY, WEIGHT
 
 
 def load_neutral(engine: deepspeed.DeepSpeedEngine, folder: Path, resolved: Resolved) -> None:

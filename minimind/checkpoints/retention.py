@@ -7,42 +7,19 @@ inside them but their manifests.
 import contextlib
 import os
 import shutil
-import uuid
 from pathlib import Path
 
-from minimind.files import fsync_folder
-from minimind.checkpoints.manifest import (
-    PARTIAL_SUFFIX,
-    CheckpointError,
-    CheckpointManifest,
+from minimind.checkpoints.folder import (
     checkpoint_name,
     checkpoints_folder,
     list_checkpoints,
     list_neutral,
     neutral_folder,
-    read_manifest,
     step_of,
     verify,
-    verify_files,
 )
-
-
-def partial_folder(final: Path) -> Path:
-    """A name beside `final` that nothing reads and nobody else uses: a job that is still dying may be writing too."""
-    return final.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
-
-
-def publish(partial: Path, final: Path) -> None:
-    """Give a folder its name, durably. One that had the name steps aside first and is then deleted."""
-    if final.exists():
-        aside = partial_folder(final)
-        os.replace(final, aside)
-        os.replace(partial, final)
-        fsync_folder(final.parent)
-        shutil.rmtree(aside)
-    else:
-        os.replace(partial, final)
-        fsync_folder(final.parent)
+from minimind.checkpoints.manifest import CheckpointError, CheckpointManifest, read_manifest, verify_files
+from minimind.files import PARTIAL_SUFFIX, fsync_folder, partial_folder
 
 
 def remove_checkpoint(folder: Path) -> None:

@@ -6,9 +6,16 @@ With these a continuation is compared. Knows nothing of engines, files or ranks.
 from dataclasses import dataclass
 from typing import Any
 
-from minimind.config.resolve import Resolved
+import torch
+
+from minimind.checkpoints.manifest import CheckpointError, CheckpointManifest
 from minimind.config.deepspeed_keys import offload_device
+from minimind.config.resolve import Resolved
 from minimind.errors import UserError
+
+_TRAINING_FIELDS = ("initializer_range", "router_aux_loss_coef", "router_z_loss_coef", "seq_aux")
+RUNTIME_FIELDS = frozenset(("flash_attn", "dropout", "attention_dropout", *_TRAINING_FIELDS))
+"""Fields of the model that change neither a weight nor what the model computes from them."""
 
 
 @dataclass(frozen=True)
@@ -55,3 +62,58 @@ def describe_sampling(resolved: Resolved) -> dict[str, Any]:
         "seed": train.seed,
         "global_batch_size": train.global_batch_size,
     }
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands. Only what is global: anything of one rank is derived from it."""
+
+    step: int = 0
+    consumed_samples: int = 0
+    tokens_seen: int = 0
+
+
+def check_same_run(
+    manifest: CheckpointManifest, resolved: Resolved, corpus: Corpus, *, allow_data_change: bool
+) -> None:
+    """Refuse to continue what cannot be continued: another model, other shards, another tokenizer.
+
+    Raises:
+        CheckpointError: listing every difference.
+    """
+    differences = []
+    model = resolved.run.model.to_dict()
+    for key in sorted(set(model) | set(manifest.model)):
+        if model.get(key) != manifest.model.get(key) and key not in RUNTIME_FIELDS:
+            differences.append(f"{key} {manifest.model.get(key)!r} there, {model.get(key)!r} here")
+    for key, value in describe_sampling(resolved).items():
+        if value != manifest.sampling.get(key, value):
+            differences.append(f"{key} {manifest.sampling[key]!r} there, {value!r} here")
+    if manifest.tokenizer_sha256 != corpus.tokenizer_sha256:
+        differences.append(f"tokenizer {manifest.tokenizer_sha256[:12]} there, {corpus.tokenizer_sha256[:12]} here")
+    elif manifest.shard_fingerprint != corpus.fingerprint and not allow_data_change:
+        differences.append(
+            f"shards {manifest.shard_fingerprint[:12]} there, {corpus.fingerprint[:12]} here (--allow-data-change if "
+            "that is meant)"
+        )
+    if differences:
+        raise CheckpointError(f"checkpoint of step {manifest.step}: cannot continue this run: {'; '.join(differences)}")
+
+
+def changes_topology(manifest: CheckpointManifest, resolved: Resolved) -> list[str]:
+    """What about the ranks, the stage and DeepSpeed's layout is not as it was; nothing: DeepSpeed's files fit."""
+    there = {
+        "world_size": manifest.world_size,
+        "zero_stage": manifest.zero_stage,
+        "ep_size": manifest.ep_size,
+        "precision": manifest.precision,
+        **manifest.layout,
+    }
+    here = {
+        "world_size": torch.distributed.get_world_size(),
+        "zero_stage": resolved.zero_stage,
+        "ep_size": resolved.run.train.ep_size or 1,
+        "precision": resolved.run.train.precision,
+        **describe_layout(resolved),
+    }
+    return [f"{key} {there.get(key)} -> {here.get(key)}" for key in here if there.get(key) != here.get(key)]

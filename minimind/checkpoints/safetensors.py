@@ -15,10 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minimind.files import replace_file
 from minimind.errors import UserError
+from minimind.files import replace_file
 from minimind.model.pretrained import WEIGHTS_FILE
-from minimind.checkpoints.safetensors_stream import write_safetensors
+
+_TYPES = {torch.float32: ("F32", 4), torch.bfloat16: ("BF16", 2), torch.float16: ("F16", 2)}
 
 INDEX_FILE = WEIGHTS_FILE + ".index.json"
 
@@ -113,3 +114,40 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a readable index of shards: {error}") from None
     return index
+
+
+def write_safetensors(
+    path: Path,
+    shapes: Mapping[str, Sequence[int]],
+    read: Callable[[str], torch.Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    exact: Collection[str] = (),
+) -> None:
+    """Write the tensors `read(name)` of the given shapes as `dtype`, and flush them to the disk. Not atomic.
+
+    Args:
+        exact: names of tensors that are written as float32 whatever `dtype` is.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+        ValueError: a tensor has another shape than was said.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        kind, width = _TYPES[torch.float32 if name in exact else dtype]
+        begin, end = end, end + math.prod(shape) * width
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            tensor = read(name)
+            if tuple(tensor.shape) != tuple(shape):
+                raise ValueError(f"{name}: {tuple(tensor.shape)} instead of {tuple(shape)}")
+            converted = tensor.to(torch.float32 if name in exact else dtype).contiguous()
+            file.write(converted.view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())

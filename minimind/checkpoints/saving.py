@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import shutil
 import time
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,38 +22,34 @@ from deepspeed.checkpoint.constants import (
     UNIVERSAL_CHECKPOINT_VERSION_VALUE,
 )
 
-from minimind.files import fsync_folder, replace_file
+from minimind.checkpoints.engine_files import (
+    HostCopies,
+    States,
+    count_bytes,
+    record_written,
+    use_state_files,
+    write_states,
+)
+from minimind.checkpoints.folder import checkpoint_name, checkpoints_folder, point_latest
 from minimind.checkpoints.manifest import (
     CLIENT_STATE_KEY,
     MANIFEST_NAME,
     CheckpointError,
     CheckpointManifest,
     FileRecord,
-    checkpoint_name,
-    checkpoints_folder,
-    point_latest,
     verify_files,
 )
-from minimind.checkpoints.retention import partial_folder, prune, publish
-from minimind.distributed.environment import broadcast_object, gather_objects
+from minimind.checkpoints.retention import prune
+from minimind.checkpoints.run_state import Corpus, TrainState, describe_layout, describe_sampling
 from minimind.config.resolve import Resolved
+from minimind.distributed.collectives import broadcast_object, gather_objects
+from minimind.files import fsync_folder, partial_folder, publish, replace_file
 from minimind.parallel.loss_scale import read_grad_scaler
-from minimind.checkpoints.run_state import Corpus, describe_layout, describe_sampling
-from minimind.checkpoints.engine_files import HostCopies, States, count_bytes, record_written, use_state_files, write_states
 
 OFFLOADED_FOLDER = "offloaded_tensors"
 """Where DeepSpeed copies its NVMe swap files to."""
 # A network file system may show a file of another host a little later.
 SECONDS_UNTIL_VISIBLE = 60.0
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """Where a run stands. Only what is global: anything of one rank is derived from it."""
-
-    step: int = 0
-    consumed_samples: int = 0
-    tokens_seen: int = 0
 
 
 class CheckpointSaver:

@@ -7,9 +7,9 @@ left to DeepSpeed's detection. Does not import deepspeed; knows neither ranks no
 import math
 from typing import Any
 
-from minimind.config.run_config import RunConfig, TrainConfig
-from minimind.config.overlaps import Overlaps
 from minimind.config.deepspeed_keys import AUTO, offload_device, zero_stage
+from minimind.config.overlaps import Overlaps
+from minimind.config.run_config import RunConfig, TrainConfig
 from minimind.errors import UserError
 from minimind.model.config import ModelConfig
 from minimind.schema import nearest

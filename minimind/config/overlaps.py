@@ -5,8 +5,8 @@ Every disagreement is collected and reported at once. Does not import deepspeed;
 
 from typing import Any
 
-from minimind.config.run_config import RunConfig
 from minimind.config.deepspeed_keys import AUTO, PRECISION_SECTIONS, optimizer_name
+from minimind.config.run_config import RunConfig
 from minimind.errors import UserError
 
 DEFAULT_MICRO_BATCH_SIZE = 8

@@ -12,12 +12,12 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from minimind.config.run_config import RunConfig, TrainConfig, check_run, read_json
-from minimind.config.ds_communication import settle_communication
+from minimind.config.deepspeed_keys import AUTO, check_sections, settle_communication, zero_stage
 from minimind.config.expert_parallel import check_experts, take_experts, write_experts
 from minimind.config.overlaps import Overlaps, resolve_batch, take_optimizer, take_precision, take_schedule
-from minimind.config.deepspeed_keys import AUTO, check_sections, zero_stage
+from minimind.config.run_config import RunConfig, TrainConfig, check_run
 from minimind.errors import UserError
+from minimind.files import read_json
 from minimind.schema import check_fields
 
 DEFAULTS: dict[str, Any] = {
@@ -53,7 +53,7 @@ class Resolved:
         return zero_stage(self.ds)
 
 
-def load(path: str | os.PathLike[str] | None) -> dict[str, Any]:
+def load_ds_config(path: str | os.PathLike[str] | None) -> dict[str, Any]:
     """The DeepSpeed JSON of a path, or the default one for None.
 
     Raises:
@@ -67,7 +67,7 @@ def load(path: str | os.PathLike[str] | None) -> dict[str, Any]:
     return content
 
 
-def resolve(
+def resolve_run(
     run: RunConfig,
     ds: dict[str, Any],
     *,
@@ -252,3 +252,30 @@ def _advice(run: RunConfig, ds: dict[str, Any]) -> list[str]:
     if accumulates and ds.get("bf16", {}).get("enabled") and ds.get("data_types", {}).get("grad_accum_dtype") is None:
         notes.append('gradients accumulate in bf16; "data_types": {"grad_accum_dtype": "fp32"} keeps them exact')
     return notes
+
+
+def resolved_steps(resolved: Resolved, num_samples: int) -> Resolved:
+    """Fill in what depends on the data: `steps` from `epochs`, and the length of the warm-up.
+
+    Raises:
+        UserError: fewer samples than one optimizer step takes, or a warm-up longer than the run.
+    """
+    train = resolved.run.train
+    assert train.global_batch_size is not None
+    steps = train.steps
+    if steps is None:
+        steps = int(train.epochs * num_samples // train.global_batch_size)
+        if steps < 1:
+            raise UserError(
+                f"global_batch_size: {train.global_batch_size} samples a step, but {train.epochs:g} epochs of the"
+                f" shards hold {int(train.epochs * num_samples)}; lower it, shorten --seq-len, or give --steps"
+            )
+    warmup = train.warmup_steps
+    if warmup is None and train.schedule != "deepspeed":
+        warmup = max(1, steps // 50)
+    if warmup is not None and warmup > steps:
+        raise UserError(f"warmup_steps: {warmup} is longer than the run of {steps} steps; lower it")
+    run = dataclasses.replace(
+        resolved.run, train=dataclasses.replace(train, steps=steps, epochs=train.epochs, warmup_steps=warmup)
+    )
+    return dataclasses.replace(resolved, run=run)

@@ -1,24 +1,21 @@
 """The run's configuration: one typed place for everything a run can be told.
 
 `RunConfig(model, data, train)` is read from a JSON file, flags override it, and flags are generated from the fields
-below. A field that is None was not set by the user: `minimind.config.resolve` fills it from the DeepSpeed JSON or from its
-documented default. Knows nothing of torch, ranks or files other than the configuration file itself.
+below. A field that is None was not set by the user: `minimind.config.resolve` fills it from the DeepSpeed JSON or
+from its documented default. Knows nothing of torch, ranks or files other than the configuration file itself.
 """
 
 import dataclasses
-import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from minimind.errors import UserError
-from minimind.cli import parse_flags, parse_known_flags
-from minimind.model.config import PRESETS, ModelConfig
+from minimind.model.config import ModelConfig
+from minimind.model.presets import PRESETS
 from minimind.schema import check_fields, nearest
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -26,8 +23,6 @@ Schedule = Literal["cosine", "linear", "constant", "wsd", "step", "exponential",
 OptimizerName = Literal["adamw", "muon", "deepspeed"]
 MoeBackend = Literal["autoep", "deepspeed"]
 GateNoise = Literal["none", "jitter", "rsample"]
-
-PROGRAM = "python -m minimind.train"
 
 SHARD_FINGERPRINT = "shard_fingerprint"
 """Key of run_config.json that is no setting: the shards that the run was trained on."""
@@ -200,14 +195,6 @@ class RunConfig:
         )
 
 
-@dataclass(frozen=True)
-class CommandLine:
-    """A parsed command line: the run, and what is asked of this one invocation."""
-
-    run: RunConfig
-    dry_run: bool
-
-
 def preset(name: str) -> ModelConfig:
     """The model preset of that name.
 
@@ -217,101 +204,6 @@ def preset(name: str) -> ModelConfig:
     if not isinstance(name, str) or name not in PRESETS:
         raise UserError(f"model: no preset '{name}'{nearest(str(name), list(PRESETS))} (presets: {', '.join(PRESETS)})")
     return PRESETS[name]
-
-
-def read_json(path: str | os.PathLike[str], what: str) -> Any:
-    """The parsed JSON of a file that the user named.
-
-    Raises:
-        UserError: it cannot be read, or is no JSON (naming line and column).
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{what} {path}: {error.strerror or error}; give the path of a readable file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{what} {path}: not UTF-8 text; give a JSON file") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{what} {path}: line {error.lineno} column {error.colno}: {error.msg}") from None
-
-
-_MODEL_HELP = f"Model preset, one of {', '.join(PRESETS)}; any field of the model below overrides it."
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Flags that choose the defaults of all others, read in a first pass."""
-
-    config: Annotated[str | None, _default("none")] = None
-    """JSON file with defaults, such as the run_config.json of another run; flags override it."""
-    model: Annotated[str | None, _default("minimind3", _MODEL_HELP)] = None
-
-
-@dataclass(frozen=True)
-class _Start:
-    """As `Selection`; a field of `TrainConfig` that also chooses the defaults of the model's."""
-
-    init_from: str | None = None
-
-
-@dataclass(frozen=True)
-class _Flags:
-    """Train a MiniMind language model under DeepSpeed."""
-
-    selection: Annotated[Selection, tyro.conf.arg(name="")]
-    data: Annotated[DataConfig, tyro.conf.arg(name="")]
-    train: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    fields: Annotated[ModelConfig, tyro.conf.arg(name="")]
-    dry_run: bool = False
-    """Print the resolved run, its size and its memory, and exit."""
-
-
-def parse_command_line(args: Sequence[str]) -> CommandLine:
-    """Flags and, under them, the file of `--config`, as one run configuration.
-
-    Raises:
-        UserError: unknown flag, field or preset, a wrong type, or a file that is no JSON.
-        SystemExit: code 0 after `--help`.
-    """
-    selection, base = read_selection(args, PROGRAM)
-    default = _Flags(selection=selection, data=base.data, train=base.train, fields=base.model)
-    flags = parse_flags(_Flags, args, default=default, prog=PROGRAM)
-    run = RunConfig(model=flags.fields, data=flags.data, train=flags.train)
-    check_run(run)
-    return CommandLine(run=run, dry_run=flags.dry_run)
-
-
-def read_selection(args: Sequence[str], program: str) -> tuple[Selection, RunConfig]:
-    """The flags `--config` and `--model`, and the run that they name: the defaults of every other flag.
-
-    Raises:
-        UserError: no such preset, or a file that is no run configuration.
-    """
-    selection = parse_known_flags(Selection, args, default=Selection(), prog=program)
-    base = RunConfig()
-    if selection.config is not None:
-        content = read_json(selection.config, "--config")
-        if isinstance(content, dict):
-            content.pop(SHARD_FINGERPRINT, None)
-        base = RunConfig.from_dict(content, where=selection.config)
-    start = parse_known_flags(_Start, args, default=_Start(), prog=program).init_from
-    if selection.model is not None:
-        base = dataclasses.replace(base, model=preset(selection.model))
-    elif start is not None:
-        base = dataclasses.replace(base, model=_model_of(start))
-    return selection, base
-
-
-def _model_of(folder: str) -> ModelConfig:
-    """The config of a model's folder in this project's own form."""
-    path = Path(folder) / "config.json"
-    values = read_json(path, "init_from:")
-    if not isinstance(values, dict) or values.pop("model_type", None) != "minimind":
-        raise UserError(
-            f"init_from: {folder} is not in this project's own form; make such a folder with python -m minimind.export "
-            f"--checkpoint {folder} --output DIR --format minimind"
-        )
-    return ModelConfig.from_dict(values)
 
 
 def check_run(run: RunConfig) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minimind.files import hash_file, temporary_name
 from minimind.data.manifest import ShardError
+from minimind.files import hash_file, temporary_name
 
 HEADER_BYTES = 128
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from minimind.files import replace_file
 from minimind.errors import UserError
+from minimind.files import replace_file
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from minimind.files import fsync_folder, hash_file, replace_file
 from minimind.data.array_file import ArrayFile, check_array_file
 from minimind.data.manifest import MANIFEST_NAME, Manifest, ShardError, ShardInfo, TokenizerInfo
+from minimind.files import fsync_folder, hash_file, replace_file
 
 UNFINISHED_NAME = "unfinished.jsonl"
 DEFAULT_SHARD_TOKENS = 1 << 26

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from minimind.files import hash_file
 from minimind.data.array_file import check_array_file, map_array_file
 from minimind.data.manifest import MANIFEST_NAME, Manifest, ShardError, ShardInfo, TokenizerInfo
 from minimind.data.shard_writer import DEFAULT_SHARD_TOKENS, UNFINISHED_NAME, ShardWriter
+from minimind.files import hash_file
 
 __all__ = [
     "DEFAULT_SHARD_TOKENS",

@@ -1,31 +1,13 @@
-"""Two settings of the C library and of OpenMP that cost a CPU training time where they are left alone.
-
-Neither changes a result. Imports nothing heavy: the one is read when torch is loaded, so it comes before torch.
-"""
+"""A setting of the C library that costs a CPU training time where it is left alone; it changes no result."""
 
 import ctypes
 import os
-from collections.abc import Mapping
 
 # glibc's <malloc.h>.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _NEVER = -1
 _LARGEST = 2**31 - 1
 _GROWTH = 64 * 2**20
-
-
-def openmp_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables to add before torch is loaded, so that the threads of a product keep waiting for the next one.
-
-    libgomp waits in a short loop between two parallel regions, but nearly gives that up once a process has more threads
-    in teams than cores, and every small operation takes twice as long from then on. ACTIVE with libgomp's usual count
-    keeps it waiting over some ten microseconds even then, though not over the longer pauses of ZeRO 3: `cpu_gather`
-    keeps gloo from founding such teams. LLVM's OpenMP gets its usual 200 ms. Empty where somebody has chosen already.
-    """
-    if "OMP_WAIT_POLICY" in environment:
-        return {}
-    usual = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"}
-    return {name: value for name, value in usual.items() if name not in environment}
 
 
 def keep_freed_memory() -> bool:

@@ -1,6 +1,5 @@
 """What one rank's host has: versions, code, device, room. Compared by the preflight; knows nothing of other ranks."""
 
-from minimind.files import ROOT
 import hashlib
 import os
 import platform
@@ -14,7 +13,7 @@ import torch
 
 from minimind.distributed.environment import RankEnvironment
 from minimind.distributed.store import node_name
-
+from minimind.files import ROOT
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from minimind.errors import OneRankError
-from minimind.reports.plan.memory import format_bytes
+from minimind.units import format_bytes
 
 
 @contextlib.contextmanager

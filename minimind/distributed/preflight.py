@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from minimind.distributed.environment import RankEnvironment
-from minimind.errors import OneRankError, UserError
 from minimind.distributed.host_report import HostReport
-from minimind.distributed.watchdog_server import describe_ranks
-from minimind.reports.plan.memory import format_bytes
 from minimind.distributed.store import node_name
+from minimind.distributed.watchdog_server import describe_ranks
+from minimind.errors import OneRankError, UserError
+from minimind.units import format_bytes
 
 JOIN_MINUTES = 10.0
 """How long ranks that started early wait for those that have not come."""

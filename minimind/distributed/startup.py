@@ -10,13 +10,15 @@ from pathlib import Path
 
 import torch
 
-from minimind.distributed.environment import RankEnvironment, log, open_store
 from minimind.config.resolve import Resolved
-from minimind.errors import OneRankError, UserError
+from minimind.distributed.collectives import log
+from minimind.distributed.environment import RankEnvironment
 from minimind.distributed.host_report import examine
-from minimind.distributed.watchdog import Lifeline, hold_lifeline
 from minimind.distributed.preflight import JOIN_MINUTES, announce_failure, run_preflight
+from minimind.distributed.process_group import open_store
 from minimind.distributed.store import node_name
+from minimind.distributed.watchdog import Lifeline, hold_lifeline
+from minimind.errors import OneRankError, UserError
 
 ANNOUNCE_MINUTES = 0.25
 CHECKPOINT_BYTES_PER_PARAMETER = 14

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from minimind.errors import EXIT_LOST, EXIT_USER_ERROR, UserError
 from minimind.distributed.watchdog_server import (
     BEAT_SECONDS,
     CUT_SECONDS,
@@ -25,6 +24,7 @@ from minimind.distributed.watchdog_server import (
     encode,
     keep_watch,
 )
+from minimind.errors import EXIT_LOST, EXIT_USER_ERROR, UserError
 
 GRACE_SECONDS = 30.0
 """After another rank was lost, this one may still finish what it writes."""

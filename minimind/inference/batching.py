@@ -10,12 +10,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from minimind.inference.decoding import Decoding, check_prompts
-from minimind.errors import UserError
-from minimind.generate import GenerationOptions, end_tokens
-from minimind.model import MiniMindForCausalLM
-from minimind.inference.text_stream import TextStream
 from minimind.data.tokenizer import Tokenizer
+from minimind.errors import UserError
+from minimind.inference.decoding import Decoding, check_prompts
+from minimind.inference.generation import GenerationOptions, end_tokens
+from minimind.inference.text_stream import TextStream
+from minimind.model import MiniMindForCausalLM
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from minimind.data.chat_template import Message, encode_chat
+from minimind.data.tokenizer import Tokenizer
 from minimind.errors import UserError
-from minimind.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 
-_START, _END = SPECIAL_TOKENS[1:]
 HELP = """\
 /help           these lines
 /system TEXT    set the system message (empty: none) and start again
@@ -22,34 +22,8 @@ HELP = """\
 /exit           leave (as does Ctrl-D); Ctrl-C stops an answer"""
 
 
-@dataclass(frozen=True)
-class Message:
-    """One turn: `role` is "system", "user" or "assistant"."""
-
-    role: str
-    content: str
-
-
 Respond = Callable[[list[int]], Iterable[str]]
 """Token ids of a conversation that an answer should follow -> pieces of the answer."""
-
-
-def encode_chat(tokenizer: Tokenizer, messages: Iterable[Message]) -> list[int]:
-    """The token ids of a conversation and of the opening of the assistant's next turn.
-
-    Raises:
-        UserError: the tokenizer lacks the marks of a turn.
-    """
-    missing = [mark for mark in (_START, _END) if mark not in tokenizer.special_ids]
-    if missing:
-        raise UserError(f"tokenizer {tokenizer.file} has no {missing[0]}: it cannot be used for chat")
-    start, end = tokenizer.special_ids[_START], tokenizer.special_ids[_END]
-    line_break = tokenizer.encode("\n", allow_special=False)
-    token_ids: list[int] = []
-    for message in messages:
-        turn = tokenizer.encode(f"{message.role}\n{message.content}", allow_special=False)
-        token_ids += [start, *turn, end, *line_break]
-    return [*token_ids, start, *tokenizer.encode("assistant\n", allow_special=False)]
 
 
 @dataclass

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from minimind.errors import UserError
-from minimind.model import CausalLMOutput, KVCache, MiniMindForCausalLM
 from minimind.inference.sampling import Sampler, SamplingOptions
+from minimind.model import CausalLMOutput, KVCache, MiniMindForCausalLM
 
 
 class Decoding:

@@ -22,11 +22,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from minimind.inference.batching import Batcher, QueueFull, Request, Update
-from minimind.inference.chat import Message, encode_chat
-from minimind.errors import UserError
-from minimind.generate import GenerationOptions
+from minimind.data.chat_template import Message, encode_chat
 from minimind.data.tokenizer import Tokenizer
+from minimind.errors import UserError
+from minimind.inference.batching import Batcher, QueueFull, Request, Update
+from minimind.inference.generation import GenerationOptions
 
 PAGE = Path(__file__).with_name("chat_page.html")
 MAX_BODY_BYTES = 1 << 20

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from minimind.distributed.environment import all_reduce_sum
+from minimind.data.tokenizer import Tokenizer
+from minimind.distributed.collectives import all_reduce_sum
 from minimind.errors import UserError
 from minimind.model import MiniMindForCausalLM
-from minimind.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
-from minimind.model.kv_cache import KVCache
-from minimind.model.config import ModelConfig
-from minimind.model.layers import Linear, RMSNorm, residual_std
-from minimind.model.kernels.matmul import is_better_widened
-from minimind.model.rope import rotate
 from minimind.model.attention_mask import SegmentGroups, Visibility
+from minimind.model.config import ModelConfig
+from minimind.model.kernels.matmul import is_better_widened
+from minimind.model.kv_cache import KVCache
+from minimind.model.layers import Linear, RMSNorm, residual_std
+from minimind.model.rope import rotate
 
 # torch 2.10 to 2.13 spell causality and grouped heads in different ways.
 _PARAMETERS = inspect.signature(varlen_attn).parameters

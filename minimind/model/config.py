@@ -4,12 +4,60 @@ Standard library only, so that a plan, a flag parser or a shard check can know a
 how the model is computed, trained or stored.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NoReturn
 
-from minimind.model import arithmetic, limits
+from minimind.errors import UserError
+from minimind.model.flops import count_active_params, count_flops_per_token, count_params
 from minimind.schema import check_fields
+
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_original_max_position_embeddings",
+    "rope_beta_fast",
+    "rope_beta_slow",
+    "rope_attention_factor",
+    "initializer_range",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "routed_scaling_factor",
+)
+_NOT_NEGATIVE = (
+    "z_loss_coef",
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+    "router_bias_update_rate",
+    "n_shared_experts",
+    "first_k_dense_replace",
+)
+# What only an MoE layer reads: set on a dense model it would be ignored, and an ignored setting is an error.
+_EXPERT_FIELDS = (
+    "num_experts",
+    "num_experts_per_tok",
+    "n_shared_experts",
+    "moe_residual",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "scoring_func",
+    "routed_scaling_factor",
+    "router_aux_loss_coef",
+    "seq_aux",
+    "router_z_loss_coef",
+    "router_bias_update_rate",
+    "first_k_dense_replace",
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +160,7 @@ class ModelConfig:
     def feed_forward_size(self) -> int:
         """Width of the dense feed-forward."""
         if self.intermediate_size is None:
-            return arithmetic.default_intermediate_size(self.hidden_size)
+            return default_intermediate_size(self.hidden_size)
         return self.intermediate_size
 
     @property
@@ -126,11 +174,11 @@ class ModelConfig:
 
     def num_params(self) -> int:
         """Trainable parameters of the whole model; a tied embedding counts once."""
-        return arithmetic.count_params(self)
+        return count_params(self)
 
     def num_active_params(self) -> int:
         """Parameters that one token uses: all but the routed experts it does not visit."""
-        return arithmetic.count_active_params(self)
+        return count_active_params(self)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Floating-point operations of training (forward and backward) on one token in sequences of `seq_len` tokens.
@@ -139,7 +187,7 @@ class ModelConfig:
         matrix included, the embedding look-up not; causal attention counted as the (seq_len + 1) / 2 keys that a
         token sees on average. Recomputation under activation checkpointing is no useful work and is not counted.
         """
-        return arithmetic.count_flops_per_token(self, seq_len)
+        return count_flops_per_token(self, seq_len)
 
     def to_dict(self) -> dict[str, Any]:
         """Every field and its value, fit for JSON."""
@@ -153,92 +201,68 @@ class ModelConfig:
     def validate(self) -> None:
         """Raise `UserError` naming the first field whose value cannot work, the value, and what would."""
         check_fields(type(self), asdict(self), "model config")
-        limits.check_config(self)
+        check_config(self)
 
 
-# minimind*: the published MiniMind models. tiny, quickstart: for tests and for the first minutes on a CPU.
-# small, medium, large: sizes to grow into, of present-day shape (deep and narrow, GQA, QK-norm, tied, widths that are
-# multiples of 128). A vocabulary of 32000 gives shorter sequences for the same text than one of 6400, but its matrix
-# would be a quarter of `small`; in `medium` it is a sixth, in `large` a sixteenth, so they take it.
-PRESETS: dict[str, ModelConfig] = {
-    "tiny": ModelConfig(
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    ),
-    "quickstart": ModelConfig(
-        hidden_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-    ),
-    "minimind2-small": ModelConfig(
-        hidden_size=512,
-        num_hidden_layers=8,
-        num_key_value_heads=2,
-        intermediate_size=1408,
-        rms_norm_eps=1e-5,
-        qk_norm=False,
-    ),
-    "minimind2": ModelConfig(
-        hidden_size=768,
-        num_hidden_layers=16,
-        num_key_value_heads=2,
-        intermediate_size=2048,
-        rms_norm_eps=1e-5,
-        qk_norm=False,
-    ),
-    "minimind3": ModelConfig(),
-    "small": ModelConfig(hidden_size=512, num_hidden_layers=14, intermediate_size=1664),
-    "medium": ModelConfig(vocab_size=32000, hidden_size=1024, num_hidden_layers=14, intermediate_size=2816),
-    "large": ModelConfig(
-        vocab_size=32000,
-        hidden_size=2048,
-        num_hidden_layers=20,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        intermediate_size=5632,
-    ),
-    # 4 routed experts in each layer, one a token.
-    "minimind3-moe": ModelConfig(use_moe=True),
-    "minimind2-moe": ModelConfig(
-        hidden_size=640,
-        num_hidden_layers=8,
-        num_key_value_heads=2,
-        intermediate_size=1728,
-        rms_norm_eps=1e-5,
-        qk_norm=False,
-        use_moe=True,
-        num_experts_per_tok=2,
-        n_shared_experts=1,
-        seq_aux=True,
-        router_aux_loss_coef=0.01,
-    ),
-    "tiny-moe": ModelConfig(
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        use_moe=True,
-        num_experts=8,
-        num_experts_per_tok=2,
-        n_shared_experts=1,
-        moe_intermediate_size=64,
-        router_aux_loss_coef=0.01,
-    ),
-    # Many small experts, for work on scaling (arXiv 2401.06066).
-    "moe-64e": ModelConfig(
-        hidden_size=512,
-        num_hidden_layers=8,
-        use_moe=True,
-        num_experts=64,
-        num_experts_per_tok=4,
-        n_shared_experts=1,
-        moe_intermediate_size=256,
-        router_aux_loss_coef=1e-3,
-    ),
-}
+def default_intermediate_size(hidden_size: int) -> int:
+    """MiniMind's feed-forward width: hidden_size * pi, rounded up to a multiple of 64."""
+    return math.ceil(hidden_size * math.pi / 64) * 64
+
+
+def check_config(config: "ModelConfig") -> None:
+    """Raise `UserError` for the first field whose value cannot work."""
+    _check_ranges(config)
+    _check_attention(config)
+    _check_experts(config)
+
+
+def _refuse(config: "ModelConfig", name: str, fix: str) -> NoReturn:
+    raise UserError(f"model config: {name}={getattr(config, name)!r} {fix}")
+
+
+def _check_ranges(config: "ModelConfig") -> None:
+    for name in _POSITIVE:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < float("inf"):
+            _refuse(config, name, "must be a finite number above 0")
+    for name in _NOT_NEGATIVE:
+        if not 0 <= getattr(config, name) < float("inf"):
+            _refuse(config, name, "must be 0 or a finite number above")
+    for name in ("dropout", "attention_dropout"):
+        if not 0 <= getattr(config, name) < 1:
+            _refuse(config, name, "must be at least 0 and below 1")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if not 0 <= getattr(config, name) < config.vocab_size:
+            _refuse(config, name, f"must be a token id below vocab_size={config.vocab_size}")
+
+
+def _check_attention(config: "ModelConfig") -> None:
+    heads = config.num_attention_heads
+    if config.head_dim is None and config.hidden_size % heads:
+        _refuse(config, "hidden_size", f"does not divide by num_attention_heads={heads}; change one or set head_dim")
+    if config.head_size % 2:
+        name = "hidden_size" if config.head_dim is None else "head_dim"
+        _refuse(config, name, f"gives heads of odd width {config.head_size}; rotary positions need an even one")
+    if heads % config.num_key_value_heads:
+        _refuse(config, "num_key_value_heads", f"does not divide num_attention_heads={heads}")
+    if config.rope_scaling_factor < 1 or config.rope_scaling_factor == float("inf"):
+        _refuse(config, "rope_scaling_factor", "must be 1 (no YaRN) or above")
+    if config.rope_beta_fast <= config.rope_beta_slow:
+        _refuse(config, "rope_beta_fast", f"must be above rope_beta_slow={config.rope_beta_slow}")
+    if config.rope_attention_factor is not None and config.rope_scaling_factor == 1:
+        _refuse(config, "rope_attention_factor", "has no effect without YaRN; set rope_scaling_factor above 1")
+
+
+def _check_experts(config: "ModelConfig") -> None:
+    if not config.use_moe:
+        for field in fields(config):
+            if field.name in _EXPERT_FIELDS and getattr(config, field.name) != field.default:
+                _refuse(config, field.name, f"has no effect on a dense model; set use_moe or leave it {field.default}")
+        return
+    if config.scoring_func not in ("softmax", "sigmoid"):
+        _refuse(config, "scoring_func", "must be 'softmax' or 'sigmoid'")
+    if config.num_experts_per_tok > config.num_experts:
+        _refuse(config, "num_experts_per_tok", f"is above num_experts={config.num_experts}")
+    if config.first_k_dense_replace >= config.num_hidden_layers:
+        layers = config.num_hidden_layers
+        _refuse(config, "first_k_dense_replace", f"leaves no layer for experts; give less than {layers}")

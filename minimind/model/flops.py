@@ -3,16 +3,10 @@
 Standard library only. Refuses to know torch: that the counts are those of the real modules is held by the tests.
 """
 
-import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from minimind.model.config import ModelConfig
-
-
-def default_intermediate_size(hidden_size: int) -> int:
-    """MiniMind's feed-forward width: hidden_size * pi, rounded up to a multiple of 64."""
-    return math.ceil(hidden_size * math.pi / 64) * 64
 
 
 def count_attention_matrices(config: "ModelConfig") -> int:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimind.model.config import ModelConfig
-from minimind.model.layers import Linear
 from minimind.model.kernels.matmul import add_product, product
+from minimind.model.layers import Linear
 
 IGNORE_INDEX = -100
 

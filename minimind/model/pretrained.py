@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minimind.files import fsync_folder, replace_file, temporary_name
 from minimind.errors import UserError
+from minimind.files import fsync_folder, replace_file, temporary_name
 from minimind.model.config import ModelConfig
 
 CONFIG_FILE = "config.json"

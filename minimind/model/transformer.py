@@ -14,15 +14,15 @@ from torch.utils.checkpoint import checkpoint
 
 from minimind.errors import UserError
 from minimind.model.attention import Attention
-from minimind.model.kv_cache import KVCache
+from minimind.model.attention_mask import Visibility, causal, segment_positions, within_documents
 from minimind.model.config import ModelConfig
+from minimind.model.kv_cache import KVCache
 from minimind.model.layers import Embedding, FeedForward, RMSNorm
 from minimind.model.loss import LMHead
 from minimind.model.moe import MoEFeedForward, ResidualFeedForward
 from minimind.model.pretrained import check_fit, read_pretrained, write_pretrained
 from minimind.model.rope import rotary_tables
 from minimind.model.router import RouterRecord, step_bias
-from minimind.model.attention_mask import Visibility, causal, segment_positions, within_documents
 
 
 class CausalLMOutput(NamedTuple):

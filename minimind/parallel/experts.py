@@ -18,14 +18,14 @@ from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_gr
 from deepspeed.utils import groups
 from torch import nn
 
-from minimind.config.resolve import Resolved
 from minimind.config.expert_parallel import draws_experts
-from minimind.parallel.expert_names import find_part
+from minimind.config.resolve import Resolved
 from minimind.model import MiniMindForCausalLM
 from minimind.model.kernels.experts import cpu_experts_of_rows, takes_cpu_experts
 from minimind.model.moe import MoEFeedForward
 from minimind.model.router import BIAS_NAME, Router
 from minimind.parallel.deepspeed_moe import GateRecord, NativeExperts
+from minimind.parallel.expert_names import find_part
 
 
 def take_over_experts(resolved: Resolved, model: MiniMindForCausalLM) -> None:

@@ -6,6 +6,8 @@ A scale that began anew would skip the next steps until it has come down. Knows 
 from collections.abc import Mapping
 from typing import Any
 
+import deepspeed
+
 
 def read_grad_scaler(engine: Any) -> dict[str, Any] | None:
     """The state of torch's scaler as plain numbers, or None where the engine has none."""
@@ -25,3 +27,11 @@ def set_loss_scaler(engine: Any, saved: Mapping[str, Any] | None) -> None:
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     if saved and getattr(scaler, "dynamic", False):
         vars(scaler).update(saved)
+
+
+def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float | None:
+    """The dynamic loss scale of fp16, or None in other precisions."""
+    scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
+    if scaler is not None:
+        return float(scaler.get_scale())
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 import torch
 
-from minimind.distributed.environment import RankEnvironment
 from minimind.config.resolve import Resolved
-from minimind.errors import OneRankError
+from minimind.distributed.environment import RankEnvironment
 from minimind.distributed.out_of_memory import describe, is_full_memory
 from minimind.distributed.watchdog import Lifeline
+from minimind.errors import OneRankError
 
 
 @contextlib.contextmanager

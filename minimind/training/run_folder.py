@@ -11,20 +11,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from minimind.files import replace_file
+from minimind.checkpoints.loading import find_resume
 from minimind.checkpoints.manifest import CheckpointManifest, read_manifest
-from minimind.checkpoints.loading import RUNTIME_FIELDS, changes_topology, check_same_run, find_resume
-from minimind.checkpoints.retention import clear_partials
-from minimind.config.run_config import RunConfig, read_json
-from minimind.data.shards import ShardReader
-from minimind.distributed.environment import log
-from minimind.config.resolve import Resolved
-from minimind.errors import UserError
 from minimind.checkpoints.portable import make_neutral
-from minimind.checkpoints.run_state import Corpus
-
-RUN_CONFIG_NAME = "run_config.json"
-DS_CONFIG_NAME = "ds_config.json"
+from minimind.checkpoints.retention import clear_partials
+from minimind.checkpoints.run_state import RUNTIME_FIELDS, Corpus, changes_topology, check_same_run
+from minimind.config.resolve import Resolved
+from minimind.config.run_config import RunConfig
+from minimind.data.shards import ShardReader
+from minimind.distributed.collectives import log
+from minimind.errors import UserError
+from minimind.files import read_json, replace_file
+from minimind.training.record.run_files import DS_CONFIG_NAME, RUN_CONFIG_NAME
 
 # What decides which samples a step takes and what the optimizer's state means: with another value it is another run.
 # The model and the shards are compared by the checkpoint's manifest too.

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minimind.files import replace_file
 from minimind.errors import UserError
+from minimind.files import replace_file
 
 LOCK_NAME = "run.lock"
 BEAT_SECONDS = 5.0

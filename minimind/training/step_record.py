@@ -3,12 +3,12 @@
 Knows nothing of files, ranks and the loop.
 """
 
+import resource
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from minimind.training.record.metrics import peak_memory_bytes
 
 
 @dataclass
@@ -58,3 +58,11 @@ def make_record(
     if item.loss_scale is not None:
         record["loss_scale"] = item.loss_scale
     return record
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory that this rank has held: device memory on CUDA, resident memory on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

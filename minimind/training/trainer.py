@@ -15,25 +15,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from minimind.checkpoints.manifest import step_of
+from minimind.checkpoints.folder import step_of
 from minimind.checkpoints.loading import engine_probe_loss
-from minimind.checkpoints.saving import CheckpointSaver, TrainState
+from minimind.checkpoints.run_state import TrainState
+from minimind.checkpoints.saving import CheckpointSaver
+from minimind.config.expert_parallel import draws_experts
+from minimind.config.resolve import Resolved
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import Batch, BatchLoader, eval_batches
-from minimind.distributed.environment import all_reduce_sum, gather_objects
-from minimind.config.resolve import Resolved
-from minimind.config.expert_parallel import draws_experts
-from minimind.parallel.engine import loss_scale, optimizer_step, set_learning_rate
-from minimind.errors import UserError
-from minimind.training.expert_load import count_choices, load_of, summarize_load
-from minimind.distributed.watchdog import Lifeline
-from minimind.training.record.metrics import MetricsLog
-from minimind.training.profiler import StepProfiler
-from minimind.training.run_lock import RunLock, RunLockError
-from minimind.training.lr_schedule import learning_rate
+from minimind.distributed.collectives import all_reduce_sum, gather_objects
 from minimind.distributed.stop_requests import Outside, Requests
-from minimind.training.step_timer import StepClock, describe_times
+from minimind.distributed.watchdog import Lifeline
+from minimind.errors import UserError
+from minimind.parallel.loss_scale import loss_scale
+from minimind.parallel.optimizer import optimizer_step, set_learning_rate
+from minimind.training.expert_load import count_choices, load_of, summarize_load
+from minimind.training.lr_schedule import learning_rate
+from minimind.training.profiler import StepProfiler
+from minimind.training.record.metrics import MetricsLog
+from minimind.training.run_lock import RunLock, RunLockError
 from minimind.training.step_record import PendingStep, make_record
+from minimind.training.step_timer import StepClock, describe_times
 
 if TYPE_CHECKING:
     import deepspeed

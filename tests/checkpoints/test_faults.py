@@ -18,13 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_runs import PRELOAD, RankPool, flags_for, free_port, losses, rank_pool, read_metrics, train, train_rank
 
 from minimind.checkpoints import portable as neutral_form
-from minimind.checkpoints.manifest import (
-    CheckpointError,
-    checkpoints_folder,
-    list_checkpoints,
-    neutral_folder,
-    verify,
-)
+from minimind.checkpoints.folder import checkpoints_folder, list_checkpoints, neutral_folder, verify
+from minimind.checkpoints.manifest import CheckpointError
 from minimind.checkpoints.saving import write_states
 from minimind.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from minimind.training.trainer import Trainer
@@ -222,9 +217,9 @@ def test_the_loss_scale_of_fp16_continues(tmp_path):
 
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-    from minimind.parallel.loss_scale import read_grad_scaler, set_grad_scaler, set_loss_scaler
-    from minimind.checkpoints.zero_partitions import FlatTensors
     from minimind.checkpoints.safe_load import read_states
+    from minimind.checkpoints.zero_partitions import FlatTensors
+    from minimind.parallel.loss_scale import read_grad_scaler, set_grad_scaler, set_loss_scaler
 
     def make_scaler() -> DynamicLossScaler:
         return DynamicLossScaler(2.0**16, 1000, 1, 2, False)

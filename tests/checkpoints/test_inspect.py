@@ -8,11 +8,13 @@ import pytest
 import torch
 from training_runs import EXPERTS, RankPool, flags_for, losses, rank_pool, train, weights
 
-from minimind.checkpoints.manifest import checkpoints_folder, list_checkpoints
-from minimind.config.run_config import parse_command_line
-from minimind.distributed.environment import process_group, read_environment
-from minimind.config.resolve import Resolved, load, resolve
-from minimind.parallel.engine import build_engine, build_model, optimizer_step
+from minimind.checkpoints.folder import checkpoints_folder, list_checkpoints
+from minimind.config.command_line import parse_command_line
+from minimind.config.resolve import Resolved, load_ds_config, resolve_run
+from minimind.distributed.environment import read_environment
+from minimind.distributed.process_group import process_group
+from minimind.parallel.engine import build_engine, build_model
+from minimind.parallel.optimizer import optimizer_step
 
 CPU = torch.device("cpu")
 # DeepSpeed's universal form carries parameters and no buffers, so the selection biases of the routers are lost in it.
@@ -45,7 +47,7 @@ def load_with_deepspeed(flags: list[str], folder: str, *, universal: bool = Fals
     command = parse_command_line(flags)
     env = read_environment()
     torch.set_num_threads(1)
-    resolved = resolve(command.run, load(command.run.train.ds_config), world_size=env.world_size)
+    resolved = resolve_run(command.run, load_ds_config(command.run.train.ds_config), world_size=env.world_size)
     if universal:
         resolved = Resolved(resolved.run, {**resolved.ds, "checkpoint": {"load_universal": True}}, resolved.notes)
     with process_group(env, CPU):

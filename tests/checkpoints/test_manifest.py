@@ -8,22 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from minimind.checkpoints.manifest import (
-    MANIFEST_NAME,
-    CheckpointError,
-    CheckpointManifest,
-    FileRecord,
+from minimind.checkpoints.folder import (
     check_latest,
     checkpoint_name,
     checkpoints_folder,
     list_checkpoints,
     newest_sound,
     point_latest,
-    read_manifest,
     step_of,
     verify,
 )
-from minimind.checkpoints.retention import clear_partials, partial_folder, prune
+from minimind.checkpoints.manifest import MANIFEST_NAME, CheckpointError, CheckpointManifest, FileRecord, read_manifest
+from minimind.checkpoints.retention import clear_partials, prune
+from minimind.files import partial_folder
 
 FILES = {
     "mp_rank_00_model_states.pt": b"model" * 100,

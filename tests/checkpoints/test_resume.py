@@ -28,15 +28,16 @@ from training_runs import (
     weights,
 )
 
-from minimind.files import hash_file
-from minimind.checkpoints.manifest import CheckpointError, FileRecord, list_checkpoints, read_manifest, verify
-from minimind.checkpoints.loading import engine_probe_loss
 from minimind.checkpoints.consolidate import TrainingCheckpoint
-from minimind.data.loader import Batch, BatchLoader, hash_stream
-from minimind.errors import EXIT_STOPPED, UserError
+from minimind.checkpoints.folder import list_checkpoints, verify
 from minimind.checkpoints.formats.load_model import load_model
+from minimind.checkpoints.loading import engine_probe_loss
+from minimind.checkpoints.manifest import CheckpointError, FileRecord, read_manifest
 from minimind.checkpoints.probe import probe_batch
 from minimind.checkpoints.safe_load import read_states
+from minimind.data.loader import Batch, BatchLoader, hash_stream
+from minimind.errors import EXIT_STOPPED, UserError
+from minimind.files import hash_file
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Saving when something goes wrong, the command line on a run, and other people's tools on our folders."""
 
-from repository import ROOT
 import multiprocessing
 import os
 import shutil
@@ -13,27 +12,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from repository import ROOT
 from training_runs import RankPool, flags_for, rank_pool, train, weights
 
 from minimind import checkpoint
 from minimind.checkpoints import portable as neutral_form
-from minimind.files import hash_file
-from minimind.checkpoints.manifest import (
-    CheckpointError,
-    checkpoints_folder,
-    list_checkpoints,
-    neutral_folder,
-    read_manifest,
-    verify,
-)
 from minimind.checkpoints.consolidate import TrainingCheckpoint
-from minimind.errors import UserError
-from minimind.parallel.expert_names import Part
-from minimind.checkpoints.portable import NeutralCheckpoint, make_neutral
-from minimind.checkpoints.formats.load_model import load_model
-from minimind.training.run_lock import hold_run_folder
-from minimind.distributed.stop_requests import SAME_REQUEST_SECONDS, listen
 from minimind.checkpoints.engine_files import HashedFile, HostCopies, count_bytes
+from minimind.checkpoints.folder import checkpoints_folder, list_checkpoints, neutral_folder, verify
+from minimind.checkpoints.formats.load_model import load_model
+from minimind.checkpoints.manifest import CheckpointError, read_manifest
+from minimind.checkpoints.portable import NeutralCheckpoint, make_neutral
+from minimind.distributed.stop_requests import SAME_REQUEST_SECONDS, listen
+from minimind.errors import UserError
+from minimind.files import hash_file
+from minimind.parallel.expert_names import Part
+from minimind.training.run_lock import hold_run_folder
 
 
 @pytest.fixture(scope="module")

@@ -1,19 +1,17 @@
 """DeepSpeed's JSON beside the run: who decides what, and what is refused before anything starts."""
 
-from repository import ROOT
 import copy
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
+from repository import ROOT
 
-from minimind.config import resolve as ds_config
+from minimind.config.resolve import DEFAULTS, Resolved, load_ds_config, resolve_run, zero_stage
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
-from minimind.config.resolve import DEFAULTS, Resolved
-from minimind.parallel.engine import check_ds_config
 from minimind.errors import UserError
+from minimind.parallel.deepspeed_check import check_ds_config
 
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 STAGE_1 = {"zero_optimization": {"stage": 1}}
@@ -23,7 +21,7 @@ def resolve(ds: dict[str, Any], *, world_size: int = 1, **train: Any) -> Resolve
     """As the command does it, on a CPU unless told."""
     device = {name: train.pop(name) for name in ("device_type", "bf16_supported", "local_world_size") if name in train}
     before = copy.deepcopy(ds)
-    resolved = ds_config.resolve(RunConfig(train=TrainConfig(**train)), ds, world_size=world_size, **device)
+    resolved = resolve_run(RunConfig(train=TrainConfig(**train)), ds, world_size=world_size, **device)
     assert ds == before, "the user's own mapping was touched"
     check_ds_config(resolved.ds)
     return resolved
@@ -137,7 +135,7 @@ def test_batches_that_do_not_divide(run, json_, world, words):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_shipped_file_serves_every_precision_and_batch(path, precision):
-    ds = ds_config.load(path)
+    ds = load_ds_config(path)
     train = {} if "muon" in path.stem else {"max_grad_norm": 0.7}
     resolved = resolve(
         ds, world_size=4, local_world_size=2, device_type="cuda", precision=precision, micro_batch_size=2, lr=3e-4,
@@ -165,7 +163,7 @@ def test_every_shipped_file_serves_every_precision_and_batch(path, precision):
 def test_shipped_files_are_the_ones_promised_and_hpz_follows_the_node():
     names = {"zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_hpz", "zero3_nvme"}
     assert names | {"zero2_muon"} <= {path.stem for path in FILES}
-    hpz = ds_config.load(FILES[0].with_name("zero3_hpz.json"))
+    hpz = load_ds_config(FILES[0].with_name("zero3_hpz.json"))
     resolved = resolve(hpz, world_size=8, local_world_size=4)
     assert resolved.ds["zero_optimization"]["zero_hpz_partition_size"] == 4
 
@@ -304,18 +302,18 @@ def test_files_that_are_no_json_objects(tmp_path):
     for content, words in (("{,}", "line 1 column 2"), ("[1]", "expected a JSON object, found list"), ("", "line 1")):
         path.write_text(content)
         with pytest.raises(UserError, match=f"--ds-config .*{re.escape(words)}"):
-            ds_config.load(path)
+            load_ds_config(path)
     with pytest.raises(UserError, match="No such file"):
-        ds_config.load(tmp_path / "nowhere.json")
-    assert ds_config.zero_stage(ds_config.load(None)) == 1
-    ds_config.load(None)["zero_optimization"]["stage"] = 3
-    assert ds_config.zero_stage(ds_config.load(None)) == 1, "the default can be changed from outside"
+        load_ds_config(tmp_path / "nowhere.json")
+    assert zero_stage(load_ds_config(None)) == 1
+    load_ds_config(None)["zero_optimization"]["stage"] = 3
+    assert zero_stage(load_ds_config(None)) == 1, "the default can be changed from outside"
 
 
 def test_the_resolved_pair_resolves_to_itself():
     """run_config.json and ds_config.json of a run folder, given again, mean the same run."""
     for path in FILES:
-        first = resolve(ds_config.load(path), world_size=2, local_world_size=2, global_batch_size=16)
-        again = ds_config.resolve(first.run, first.ds, world_size=2, local_world_size=2)
+        first = resolve(load_ds_config(path), world_size=2, local_world_size=2, global_batch_size=16)
+        again = resolve_run(first.run, first.ds, world_size=2, local_world_size=2)
         assert again.run == first.run and again.ds == first.ds
-    assert ds_config.resolve(RunConfig(data=DataConfig(seq_len=3)), {}, world_size=1).run.data.seq_len == 3
+    assert resolve_run(RunConfig(data=DataConfig(seq_len=3)), {}, world_size=1).run.data.seq_len == 3

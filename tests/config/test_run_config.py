@@ -5,9 +5,11 @@ import json
 
 import pytest
 
-from minimind.config.run_config import PROGRAM, DataConfig, RunConfig, TrainConfig, check_run, parse_command_line, preset
+from minimind.config.command_line import PROGRAM, parse_command_line
+from minimind.config.run_config import DataConfig, RunConfig, TrainConfig, check_run, preset
 from minimind.errors import UserError
-from minimind.model.config import PRESETS, ModelConfig
+from minimind.model.config import ModelConfig
+from minimind.model.presets import PRESETS
 
 
 def parse(line: str) -> RunConfig:

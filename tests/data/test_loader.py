@@ -8,13 +8,13 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from shard_folders import EOS, make_documents, stream_of, write
 
 from minimind.data.dataset import IGNORED_LABEL, TokenDataset
 from minimind.data.loader import Batch, BatchLoader, collate, eval_batches, hash_stream
-from minimind.data.shuffle import GlobalOrder
 from minimind.data.shards import ShardError, ShardReader
+from minimind.data.shuffle import GlobalOrder
 from minimind.errors import UserError
-from tests.shard_folders import EOS, make_documents, stream_of, write
 
 SEQ_LEN = 16
 FROZEN_ORDER = [151203, 792347, 857318, 189059, 35870, 319443]

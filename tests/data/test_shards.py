@@ -1,6 +1,5 @@
 """Token shards: round trips, damage, interruption, size."""
 
-from repository import ROOT
 import json
 import os
 import resource
@@ -12,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from repository import ROOT
+from shard_folders import EOS, make_documents, open_writer, stream_of, write
 
-from minimind.files import hash_file
 from minimind.data.array_file import npy_header
 from minimind.data.manifest import ShardInfo, TokenizerInfo
 from minimind.data.shards import Manifest, ShardError, ShardReader, find_split, open_split, verify
-from tests.shard_folders import EOS, make_documents, open_writer, stream_of, write
+from minimind.files import hash_file
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def test_a_killed_writer_is_continued(tmp_path, tokenizer_file):
     program = """
 import os, signal, sys
 from pathlib import Path
-from tests.shard_folders import make_documents, open_writer
+from shard_folders import make_documents, open_writer
 writer = open_writer(Path(sys.argv[1]), Path(sys.argv[2]))
 for document in make_documents()[:30]:
     writer.add_document(document, 3 * len(document))
@@ -276,7 +276,7 @@ def test_a_full_disk_is_one_line_and_the_finished_shards_stay(tmp_path, tokenize
 import resource, sys
 from pathlib import Path
 from minimind.data.shards import ShardError
-from tests.shard_folders import make_documents, open_writer
+from shard_folders import make_documents, open_writer
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 try:
     with open_writer(Path(sys.argv[1]), Path(sys.argv[2]), shard_tokens=400_000) as writer:

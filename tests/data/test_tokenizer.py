@@ -7,40 +7,11 @@ from pathlib import Path
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers_for_tests import NASTY, TEXTS
 
 from data_prep.train_tokenizer import cut_sentences, save_tokenizer, train_tokenizer
-from minimind.errors import UserError
 from minimind.data.tokenizer import BLANK, SPECIAL_TOKENS, Tokenizer, load_tokenizer
-
-TEXTS = [
-    "The quick brown fox jumps over the lazy dog.\n\nIt does so every day, 365 days a year.\n",
-    "def f(x):\n    return x  # twice\n\nclass A:\n\tpass\r\n",
-    "今天天气很好,我们去公园散步。你好,世界!\n机器学习是人工智能的一个分支。",
-]
-NASTY = [
-    "",
-    " ",
-    "   leading and trailing   ",
-    "\n",
-    "\r\n\r\n\t\t \n",
-    "a\tb\t\tc",
-    "x" + " " * 100 + "y" + "\n" * 50,
-    f"the blank itself {BLANK}{BLANK} and {BLANK} beside a space {BLANK}",
-    "\u2585\u2047 unknown marks",
-    "null \0 inside\0",
-    "\ufeffbyte order mark \ufeff",
-    "👩‍👩‍👧‍👦 family, flags 🇨🇳, skin 👍🏽",
-    "e\u0301 is not é, ﬁ is not fi, Ａ is not A, ² is not 2",
-    "\u202eright to left\u202c \u200bzero width\u200d \u00ad",
-    "\ue000private\U0010fffd \ufffe\uffff\U0001ffff noncharacters \ufffd",
-    "\x01\x1b[0m\x7f\x85\u2028\u2029\u3000\u00a0",
-    "<0x41><unk><s></s> <0xE2><0x96><0x81>",
-    "<|im_start|>user\n你好<|im_end|>\n<|endoftext|><|im_",
-    "a" * 40_000,
-    "长" * 40_000,
-    "word " * 10_000,
-    " " * 40_000,
-]
+from minimind.errors import UserError
 
 
 @pytest.fixture(scope="module")

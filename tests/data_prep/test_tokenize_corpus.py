@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 
 import data_prep.reading.chunks
+from data_prep.tokenize_corpus import main
+from data_prep.train_tokenizer import cut_sentences, save_tokenizer, train_tokenizer
 from data_prep.writing.corpus_folder import CorpusFolder
 from data_prep.writing.corpus_writer import CorpusWriter
 from data_prep.writing.digests import DigestSet
 from data_prep.writing.pool import map_ordered
-from data_prep.tokenize_corpus import main
-from data_prep.train_tokenizer import cut_sentences, save_tokenizer, train_tokenizer
 from minimind.data.shards import ShardReader, ShardWriter, find_split, open_split, verify
-from minimind.errors import UserError
 from minimind.data.tokenizer import load_tokenizer
+from minimind.errors import UserError
 
 WORDS = [
     "the",

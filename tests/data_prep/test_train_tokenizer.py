@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.train_tokenizer import cut_sentences, sample_sentences, save_tokenizer, train_tokenizer
-from minimind.errors import UserError
 from minimind.data.tokenizer import BLANK, SPECIAL_TOKENS, Tokenizer, load_tokenizer
+from minimind.errors import UserError
 
 ENGLISH = "The cat sat on the mat, and the dog sat on the log.\n\n    They were 12345 days old.\n" * 20
 

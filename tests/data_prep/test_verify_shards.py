@@ -1,17 +1,16 @@
 """The command that reads a prepared corpus whole."""
 
-from repository import ROOT
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from repository import ROOT
+from shard_folders import make_documents, write
 
 from data_prep.verify_shards import format_totals, verify_corpus
 from minimind.data.shards import ShardError
-from tests.shard_folders import make_documents, write
-
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from training_runs import RankPool, rank_pool
 
 from minimind.distributed import cpu_gather
 from minimind.distributed.cpu_gather import gather_in_place
-from minimind.distributed.environment import process_group, read_environment
+from minimind.distributed.environment import read_environment
+from minimind.distributed.process_group import process_group
 
 RANKS = 3
 

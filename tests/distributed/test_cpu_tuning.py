@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from minimind.distributed.cpu_tuning import openmp_environment
+from minimind import openmp_environment
 
 # How many pages the system has to give when 256 MiB are freed and wanted again, four times over.
 FAULTS = """
@@ -56,7 +56,9 @@ def _huge_pages() -> str:
 
 @pytest.mark.parametrize("chosen", [{"MALLOC_ARENA_MAX_": "1"}, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}])
 def test_a_choice_of_malloc_stays(chosen):
-    assert run("from minimind.distributed.cpu_tuning import keep_freed_memory; print(keep_freed_memory())", **chosen) == ["False"]
+    assert run(
+        "from minimind.distributed.cpu_tuning import keep_freed_memory; print(keep_freed_memory())", **chosen
+    ) == ["False"]
 
 
 def test_openmp_is_told_before_torch_is_loaded():

@@ -9,7 +9,6 @@ import torch
 
 from minimind.distributed import preflight
 from minimind.distributed.environment import RankEnvironment
-from minimind.errors import OneRankError, UserError
 from minimind.distributed.host_report import HostReport, examine, hash_source
 from minimind.distributed.preflight import (
     Sight,
@@ -19,6 +18,7 @@ from minimind.distributed.preflight import (
     format_table,
     run_preflight,
 )
+from minimind.errors import OneRankError, UserError
 
 WORLD = RankEnvironment(world_size=2, num_nodes=2)
 

@@ -9,7 +9,8 @@ import torch
 from training_runs import rank_pool
 
 from minimind.distributed import environment as distributed
-from minimind.distributed.environment import RankEnvironment, find_device, process_group, read_environment, share_cores
+from minimind.distributed.environment import RankEnvironment, find_device, read_environment
+from minimind.distributed.process_group import process_group, share_cores
 from minimind.errors import UserError
 
 TORCHRUN = {

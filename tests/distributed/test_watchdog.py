@@ -1,19 +1,17 @@
 """The line between ranks: who died, who failed, who is merely silent, and what hangs, each told to the others."""
 
-from repository import ROOT
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 from minimind.distributed import watchdog_server as lifeline_server
 from minimind.distributed.watchdog import Lifeline
 from minimind.distributed.watchdog_server import LifelineServer, describe_ranks, encode
-
 
 RANK = """
 import sys, time

@@ -1,11 +1,12 @@
 """MiniMind's chat format, and the conversation in a terminal."""
 
 import pytest
+from tokenizers_for_tests import save_byte_level, save_sentencepiece
 
-from minimind.inference.chat import HELP, Chat, Message, converse, encode_chat
-from minimind.errors import UserError
+from minimind.data.chat_template import Message, encode_chat
 from minimind.data.tokenizer import Tokenizer, load_tokenizer
-from tests.tokenizers_for_tests import save_byte_level, save_sentencepiece
+from minimind.errors import UserError
+from minimind.inference.chat import HELP, Chat, converse
 
 
 @pytest.fixture(scope="module", params=[save_sentencepiece, save_byte_level])

@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 
-from minimind.inference.decoding import Decoding
-from minimind.errors import UserError
-from minimind.model import PRESETS, MiniMindForCausalLM, ModelConfig
 from minimind.checkpoints.formats.load_model import stretch_context
+from minimind.errors import UserError
+from minimind.inference.decoding import Decoding
 from minimind.inference.sampling import Sampler, SamplingOptions
+from minimind.model import PRESETS, MiniMindForCausalLM, ModelConfig
 
 GREEDY = SamplingOptions(temperature=0.0)
 SHARP = SamplingOptions(temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.3, seed=11)

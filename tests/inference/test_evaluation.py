@@ -1,6 +1,5 @@
 """Loss, perplexity and bits per byte, against the plain sum over all tokens."""
 
-from repository import ROOT
 import dataclasses
 import itertools
 import json
@@ -15,15 +14,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from repository import ROOT
+from tokenizers_for_tests import TEXT, save_sentencepiece
 
 from minimind import errors
 from minimind.data.dataset import TokenDataset
 from minimind.data.shards import ShardReader, ShardWriter
-from minimind.errors import UserError
-from minimind.evaluate import evaluate, main, output_folder, shards_of_texts
-from minimind.model import PRESETS, MiniMindForCausalLM
 from minimind.data.tokenizer import load_tokenizer
-from tests.tokenizers_for_tests import TEXT, save_sentencepiece
+from minimind.errors import UserError
+from minimind.evaluate import main, output_folder
+from minimind.inference.evaluation import evaluate, shards_of_texts
+from minimind.model import PRESETS, MiniMindForCausalLM
 
 SEQ_LEN = 32
 

@@ -1,6 +1,5 @@
 """Text from a model: the Python interface and the command."""
 
-from repository import ROOT
 import dataclasses
 import json
 import subprocess
@@ -9,15 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from repository import ROOT
+from tokenizers_for_tests import save_byte_level, save_sentencepiece
 
 from minimind import errors
-from minimind.inference.chat import Message, encode_chat
-from minimind.errors import UserError
-from minimind.generate import Completion, GenerationOptions, generate, main, stream
-from minimind.model import PRESETS, MiniMindForCausalLM
-from minimind.checkpoints.formats.load_model import choose_device, load_model
+from minimind.checkpoints.formats.load_model import load_model
+from minimind.data.chat_template import Message, encode_chat
 from minimind.data.tokenizer import Tokenizer, load_tokenizer
-from tests.tokenizers_for_tests import save_byte_level, save_sentencepiece
+from minimind.errors import UserError
+from minimind.generate import main
+from minimind.inference.device import choose_device
+from minimind.inference.generation import Completion, GenerationOptions, generate, stream
+from minimind.model import PRESETS, MiniMindForCausalLM
 
 GREEDY = GenerationOptions(temperature=0.0, max_new_tokens=24, stop_token_ids=())
 PROMPTS = ["the quick brown fox", "你好", "x", "def f(x):\n    return", "", "lazy dog. " * 5]

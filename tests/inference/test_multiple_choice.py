@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers_for_tests import save_sentencepiece
 
+from minimind.data.tokenizer import load_tokenizer
 from minimind.errors import UserError
 from minimind.evaluate import main as evaluate_main
 from minimind.export import main as export_main
-from minimind.model import PRESETS, MiniMindForCausalLM
 from minimind.inference.multiple_choice import Question, encode_pair, log_likelihood, read_questions, score_choices
-from minimind.data.tokenizer import load_tokenizer
-from tests.tokenizers_for_tests import save_sentencepiece
+from minimind.model import PRESETS, MiniMindForCausalLM
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "你好", "世界", "def", "return", "x"]
 

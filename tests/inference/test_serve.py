@@ -1,6 +1,5 @@
 """The server, as clients see it: the official openai client against the real command, and the page in a browser."""
 
-from repository import ROOT
 import asyncio
 import contextlib
 import dataclasses
@@ -21,18 +20,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from repository import ROOT
+from tokenizers_for_tests import save_byte_level
 
 from minimind import errors
-from minimind.inference.batching import Batcher, QueueFull, Request, Update
-from minimind.inference.chat import Message, encode_chat
-from minimind.inference.decoding import Decoding
-from minimind.errors import UserError
-from minimind.generate import GenerationOptions, generate
-from minimind.model import PRESETS, MiniMindForCausalLM
 from minimind.checkpoints.formats.load_model import load_model
-from minimind.serve import listen, main
+from minimind.data.chat_template import Message, encode_chat
 from minimind.data.tokenizer import load_tokenizer
-from tests.tokenizers_for_tests import save_byte_level
+from minimind.errors import UserError
+from minimind.inference.batching import Batcher, QueueFull, Request, Update
+from minimind.inference.decoding import Decoding
+from minimind.inference.generation import GenerationOptions, generate
+from minimind.model import PRESETS, MiniMindForCausalLM
+from minimind.serve import listen, main
 
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")

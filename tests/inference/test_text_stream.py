@@ -3,10 +3,10 @@
 import random
 
 import pytest
+from tokenizers_for_tests import KINDS
 
-from minimind.inference.text_stream import REPLACEMENT, TextStream
 from minimind.data.tokenizer import Tokenizer, load_tokenizer
-from tests.tokenizers_for_tests import KINDS
+from minimind.inference.text_stream import REPLACEMENT, TextStream
 
 TEXTS = ["the quick fox", "你好，世界！", "😀👨‍👩‍👧 x 龘龘", " leading\n\n  and\ttabs ", "éß\u0301 a", "<|im_start|>"]
 

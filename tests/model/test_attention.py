@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from minimind.errors import UserError
-from minimind.model import PRESETS, KVCache, MiniMindForCausalLM, products
+from minimind.model import PRESETS, KVCache, MiniMindForCausalLM
 from minimind.model.attention import attend_by_products, attend_fused, attend_plainly
 from minimind.model.attention_mask import Visibility, causal, group_segments, segment_positions, within_documents
+from minimind.model.kernels import matmul
 
 TINY = dataclasses.replace(PRESETS["tiny"], vocab_size=120, num_hidden_layers=2)
 
@@ -50,7 +51,7 @@ def test_heads_and_lengths(attend, num_kv_heads, num_read, num_new):
 @pytest.mark.parametrize("length", [1, 7, 64])
 def test_products_give_the_plain_attention(monkeypatch, num_kv_heads, length):
     """In float32 exactly; in bfloat16, where a CPU that has it takes them, within its rounding of the exact values."""
-    monkeypatch.setattr(products, "multiplies", lambda dtype: True)
+    monkeypatch.setattr(matmul, "multiplies", lambda dtype: True)
     torch.manual_seed(0)
     shapes = [(2, 6, length, 16), (2, num_kv_heads, length, 16), (2, num_kv_heads, length, 16)]
     exact = [torch.randn(shape).requires_grad_() for shape in shapes]

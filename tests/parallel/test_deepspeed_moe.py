@@ -9,11 +9,12 @@ import torch
 from deepspeed.moe.layer import MoE
 from expert_runs import EXPERTS, resolve
 
-from minimind.distributed.environment import RankEnvironment, process_group
-from minimind.parallel.engine import build_engine, build_model
-from minimind.parallel.experts import take_over_experts, watch_experts
+from minimind.distributed.environment import RankEnvironment
+from minimind.distributed.process_group import process_group
 from minimind.model import MiniMindForCausalLM, ModelConfig
 from minimind.model.layers import FeedForward
+from minimind.parallel.engine import build_engine, build_model
+from minimind.parallel.experts import take_over_experts, watch_experts
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(3, 64, (4, 17), generator=torch.Generator().manual_seed(2))

@@ -13,23 +13,16 @@ import torch
 from deepspeed.utils import get_z3_leaf_modules, safe_get_full_fp32_param
 from torch import nn
 
-from minimind.config import resolve as ds_config
+from minimind.config.resolve import Resolved, load_ds_config, resolve_run
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
-from minimind.distributed.environment import RankEnvironment, process_group
-from minimind.config.resolve import Resolved
-from minimind.parallel.engine import (
-    build_engine,
-    build_model,
-    clip_gradients,
-    gathers_by_block,
-    loss_scale,
-    optimizer_step,
-    parameter_groups,
-    set_learning_rate,
-)
+from minimind.distributed.environment import RankEnvironment
+from minimind.distributed.process_group import process_group
 from minimind.errors import UserError
 from minimind.model import MiniMindForCausalLM, ModelConfig
 from minimind.model.transformer import Block
+from minimind.parallel.engine import build_engine, build_model, gathers_by_block
+from minimind.parallel.loss_scale import loss_scale
+from minimind.parallel.optimizer import clip_gradients, optimizer_step, parameter_groups, set_learning_rate
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(
@@ -61,7 +54,7 @@ def resolve(stage: int, *, ds: dict[str, Any] | None = None, model: ModelConfig 
     if stage:
         section["data_types"] = {"grad_accum_dtype": "fp32"}
     run = RunConfig(model=model, data=DataConfig(seq_len=16), train=TrainConfig(**settings))
-    return ds_config.resolve(run, {**section, **(ds or {})}, world_size=1)
+    return resolve_run(run, {**section, **(ds or {})}, world_size=1)
 
 
 def make_steps(count: int, micro_batches: int = 1, size: int = 4, seed: int = 0) -> list[Step]:
@@ -171,7 +164,7 @@ def test_every_stage_is_the_plain_loop(stage, micro_batches, clips):
 def test_the_shipped_files_are_the_plain_loop(stage):
     """With what "auto" becomes on one CPU rank, and with a NaN step that must leave no trace."""
     steps = make_steps(5, micro_batches=3)
-    shipped = ds_config.load(f"ds_configs/zero{stage}.json")["zero_optimization"]
+    shipped = load_ds_config(f"ds_configs/zero{stage}.json")["zero_optimization"]
     resolved = resolve(stage, gradient_accumulation_steps=3, ds={"zero_optimization": shipped})
     zero = resolved.ds["zero_optimization"]
     assert stage == 1 or (zero["reduce_scatter"], zero["overlap_comm"]) == (False, False)
@@ -262,7 +255,7 @@ def test_on_one_rank_nothing_is_averaged_and_no_sum_changes(monkeypatch, stage):
         return real(engine, bucket, *args, **others)
 
     monkeypatch.setattr(deepspeed.DeepSpeedEngine, "allreduce_bucket", watch)
-    shipped = ds_config.load(f"ds_configs/zero{stage}.json")
+    shipped = load_ds_config(f"ds_configs/zero{stage}.json")
     found = train(resolve(stage, ds={"bf16": shipped["bf16"]} if stage else None, **settings), steps, spoil_at=2)
     assert not averaged
     monkeypatch.setattr("minimind.parallel.engine.nothing_to_reduce", lambda *_: False)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from minimind.parallel.expert_names import find_part
 from minimind.model import MiniMindForCausalLM, ModelConfig
+from minimind.parallel.expert_names import find_part
 
 CONFIG = ModelConfig(
     vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, use_moe=True,

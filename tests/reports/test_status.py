@@ -11,8 +11,8 @@ from training_runs import flags_for, train
 
 from minimind import status
 from minimind.errors import UserError
+from minimind.reports.status import describe_trend, read_status, read_tail
 from minimind.training.record.events import EventLog
-from minimind.status import describe_trend, read_status, read_tail
 
 
 def write_run(folder: Path, steps: int = 40, total: int = 100, *, cut: bool = False, **values: Any) -> Path:

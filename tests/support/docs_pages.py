@@ -3,10 +3,11 @@
 Knows Markdown as far as these pages use it; nothing of the project's code.
 """
 
-from repository import ROOT
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from repository import ROOT
 
 LANGUAGES = ("en", "zh")
 PAGES = (

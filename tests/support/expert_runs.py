@@ -6,13 +6,14 @@ import deepspeed
 import torch
 from torch import nn
 
-from minimind.config import resolve as ds_config
+from minimind.config.resolve import Resolved, resolve_run
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
-from minimind.distributed.environment import process_group, read_environment
-from minimind.config.resolve import Resolved
-from minimind.parallel.engine import build_engine, build_model, optimizer_step
+from minimind.distributed.environment import read_environment
+from minimind.distributed.process_group import process_group
 from minimind.errors import UserError
 from minimind.model import MiniMindForCausalLM, ModelConfig
+from minimind.parallel.engine import build_engine, build_model
+from minimind.parallel.optimizer import optimizer_step
 
 CPU = torch.device("cpu")
 DENSE = {
@@ -84,7 +85,7 @@ def resolve(
         **SETTINGS, "micro_batch_size": ROWS // PARTS, "gradient_accumulation_steps": PARTS // world_size, **train
     }  # fmt: skip
     run = RunConfig(ModelConfig(**model), DataConfig(seq_len=SEQ_LEN), TrainConfig(**settings))
-    return ds_config.resolve(run, {**section, **(ds or {})}, world_size=world_size)
+    return resolve_run(run, {**section, **(ds or {})}, world_size=world_size)
 
 
 def take_step(engine: Any, resolved: Resolved, step: tuple[torch.Tensor, ...]) -> tuple[float, float]:

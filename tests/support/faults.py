@@ -32,7 +32,7 @@ import tyro  # noqa: E402
 from structured_corpus import write_corpus  # noqa: E402
 from training_runs import EXPERTS, PRELOAD, RankPool, flags_for, free_port, losses, train, train_rank  # noqa: E402
 
-from minimind.checkpoints.manifest import checkpoints_folder, list_checkpoints, verify  # noqa: E402
+from minimind.checkpoints.folder import checkpoints_folder, list_checkpoints, verify  # noqa: E402
 
 STEPS = 30
 SECONDS_TO_WAIT = 120.0

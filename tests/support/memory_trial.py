@@ -3,7 +3,6 @@
 python tests/support/memory_trial.py < cases.json       a line of JSON for each case
 """
 
-from repository import ROOT
 import dataclasses
 import gc
 import json
@@ -13,17 +12,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+from repository import ROOT
+
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
+import torch
 
-from minimind.config import resolve as ds_config  # noqa: E402
-from minimind.training import trainer  # noqa: E402
-from minimind.reports.plan import trial  # noqa: E402
-from minimind.config.run_config import DataConfig, RunConfig, TrainConfig  # noqa: E402
-from minimind.distributed.environment import find_device, process_group, read_environment  # noqa: E402
-from minimind.config.resolve import Resolved  # noqa: E402
-from minimind.model.config import PRESETS  # noqa: E402
+from minimind.config.resolve import Resolved, resolve_run
+from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
+from minimind.distributed.environment import find_device, read_environment
+from minimind.distributed.process_group import process_group
+from minimind.model.presets import PRESETS
+from minimind.reports.plan import trial
+from minimind.training import trainer
 
 
 def resolve_case(case: dict[str, Any], device_type: str, world_size: int = 1) -> Resolved:
@@ -35,7 +36,7 @@ def resolve_case(case: dict[str, Any], device_type: str, world_size: int = 1) ->
         data=DataConfig(seq_len=case["seq_len"]),
         train=TrainConfig(**case["train"]),
     )
-    return ds_config.resolve(run, ds, world_size=world_size, device_type=device_type, bf16_supported=True)
+    return resolve_run(run, ds, world_size=world_size, device_type=device_type, bf16_supported=True)
 
 
 def measure(case: dict[str, Any]) -> dict[str, int]:

@@ -7,9 +7,38 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data_prep.train_tokenizer import save_tokenizer, train_tokenizer
-from minimind.data.tokenizer import SPECIAL_TOKENS
+from minimind.data.tokenizer import BLANK, SPECIAL_TOKENS
 
 TEXT = "the quick brown fox jumps over the lazy dog. 你好，世界！ 我们在学习。 def f(x):\n    return x + 1\n" * 40
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.\n\nIt does so every day, 365 days a year.\n",
+    "def f(x):\n    return x  # twice\n\nclass A:\n\tpass\r\n",
+    "今天天气很好,我们去公园散步。你好,世界!\n机器学习是人工智能的一个分支。",
+]
+NASTY = [
+    "",
+    " ",
+    "   leading and trailing   ",
+    "\n",
+    "\r\n\r\n\t\t \n",
+    "a\tb\t\tc",
+    "x" + " " * 100 + "y" + "\n" * 50,
+    f"the blank itself {BLANK}{BLANK} and {BLANK} beside a space {BLANK}",
+    "\u2585\u2047 unknown marks",
+    "null \0 inside\0",
+    "\ufeffbyte order mark \ufeff",
+    "👩‍👩‍👧‍👦 family, flags 🇨🇳, skin 👍🏽",
+    "e\u0301 is not é, ﬁ is not fi, Ａ is not A, ² is not 2",
+    "\u202eright to left\u202c \u200bzero width\u200d \u00ad",
+    "\ue000private\U0010fffd \ufffe\uffff\U0001ffff noncharacters \ufffd",
+    "\x01\x1b[0m\x7f\x85\u2028\u2029\u3000\u00a0",
+    "<0x41><unk><s></s> <0xE2><0x96><0x81>",
+    "<|im_start|>user\n你好<|im_end|>\n<|endoftext|><|im_",
+    "a" * 40_000,
+    "长" * 40_000,
+    "word " * 10_000,
+    " " * 40_000,
+]
 
 
 def save_sentencepiece(folder: Path, vocab_size: int = 400) -> Path:

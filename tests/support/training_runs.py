@@ -1,6 +1,5 @@
 """Tiny runs for the tests of checkpoints: in this process (one rank), or on ranks that wait for work in their own."""
 
-from repository import ROOT
 import contextlib
 import io
 import json
@@ -14,6 +13,8 @@ import unittest.mock
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
+
+from repository import ROOT
 
 # Threads that wait for each other on busy cores make a tiny model a hundred times slower. Ranks inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -123,8 +124,8 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 def weights(run_dir: Path) -> dict[str, Any]:
     """The float32 weights of the newest checkpoint."""
-    from minimind.checkpoints.manifest import list_checkpoints
     from minimind.checkpoints.consolidate import TrainingCheckpoint
+    from minimind.checkpoints.folder import list_checkpoints
 
     return {name: tensor.clone() for name, tensor in TrainingCheckpoint(list_checkpoints(run_dir)[-1]).state_dict()}
 

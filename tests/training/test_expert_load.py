@@ -5,8 +5,8 @@ import math
 import torch
 from pytest import approx
 
-from minimind.training.expert_load import count_choices, load_of, summarize_load
 from minimind.model import CausalLMOutput
+from minimind.training.expert_load import count_choices, load_of, summarize_load
 
 
 def test_counts_add_up_over_micro_batches():

@@ -10,11 +10,11 @@ import torch
 from training_runs import flags_for, losses, train
 
 from minimind import evaluate, generate
-from minimind.checkpoints.manifest import list_checkpoints
-from minimind.errors import OneRankError, UserError
-from minimind.training.record.events import read_events
+from minimind.checkpoints.folder import list_checkpoints
 from minimind.distributed.out_of_memory import is_full_memory
+from minimind.errors import OneRankError, UserError
 from minimind.model import MiniMindForCausalLM
+from minimind.training.record.events import read_events
 
 TOO_MANY_BYTES = 1 << 45
 

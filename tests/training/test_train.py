@@ -16,13 +16,13 @@ from structured_corpus import write_corpus
 from training_runs import ROOT, flags_for, losses, read_metrics, train
 
 import minimind.train
-from minimind.checkpoints.manifest import list_checkpoints
+from minimind.checkpoints.folder import list_checkpoints
+from minimind.checkpoints.formats.load_model import load_model
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import BatchLoader
 from minimind.data.shards import open_split
 from minimind.errors import UserError, run_main
 from minimind.model import MiniMindForCausalLM, ModelConfig
-from minimind.checkpoints.formats.load_model import load_model
 from minimind.training.trainer import BadStepError
 
 # One start of this command line, on float32 on a CPU. Rounding differs a little from one machine to another.

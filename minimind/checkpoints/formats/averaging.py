@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minimind.files import replace_file
-from minimind.checkpoints.manifest import CheckpointError, CheckpointManifest
-from minimind.checkpoints.retention import partial_folder, publish
 from minimind.checkpoints.consolidate import TrainingCheckpoint
-from minimind.errors import UserError
-from minimind.model.pretrained import CONFIG_FILE, MODEL_TYPE, WEIGHTS_FILE
 from minimind.checkpoints.formats.load_model import find_tokenizer_file
-from minimind.checkpoints.safetensors_stream import write_safetensors
+from minimind.checkpoints.manifest import CheckpointError, CheckpointManifest
+from minimind.checkpoints.safetensors import write_safetensors
+from minimind.errors import UserError
+from minimind.files import partial_folder, publish, replace_file
+from minimind.model.pretrained import CONFIG_FILE, MODEL_TYPE, WEIGHTS_FILE
 
 
 def write_average(folders: Sequence[Path], output: Path) -> None:

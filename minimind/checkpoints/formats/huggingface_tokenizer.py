@@ -10,8 +10,8 @@ from typing import Any
 
 import sentencepiece
 
-from minimind.errors import UserError
 from minimind.data.tokenizer import BLANK, CONFIG_NAME, JSON_NAME, MODEL_NAME, SPECIAL_TOKENS, load_tokenizer
+from minimind.errors import UserError
 
 _END_OF_DOCUMENT, _START, _END = SPECIAL_TOKENS
 # As minimind.inference.chat writes a conversation.

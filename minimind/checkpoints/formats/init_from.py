@@ -8,10 +8,10 @@ from pathlib import Path
 import deepspeed
 import torch
 
+from minimind.checkpoints.formats.layout import own_shapes
+from minimind.checkpoints.formats.source import ModelSource, open_source
 from minimind.errors import UserError
 from minimind.model import MiniMindForCausalLM, ModelConfig
-from minimind.checkpoints.formats.source import ModelSource, open_source
-from minimind.checkpoints.formats.layout import own_shapes
 
 
 def check_starting_weights(config: ModelConfig, folder: Path) -> ModelSource:

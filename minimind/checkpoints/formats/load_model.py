@@ -10,16 +10,14 @@ from pathlib import Path
 
 import torch
 
-from minimind.checkpoints.manifest import CheckpointError
 from minimind.checkpoints.consolidate import TrainingCheckpoint
+from minimind.checkpoints.formats.source import ModelSource, find_tokenizer, open_source
+from minimind.checkpoints.manifest import CheckpointError
+from minimind.checkpoints.probe import agrees, probe_loss
+from minimind.data.tokenizer import JSON_NAME, MODEL_NAME
 from minimind.errors import UserError
 from minimind.model import MiniMindForCausalLM
 from minimind.model.router import BIAS_NAME
-from minimind.checkpoints.formats.source import ModelSource, find_tokenizer, open_source
-from minimind.checkpoints.probe import agrees, probe_loss
-from minimind.data.tokenizer import JSON_NAME, MODEL_NAME
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_model(
@@ -98,26 +96,6 @@ def find_tokenizer_file(place: Path) -> Path:
     if found is None or not found.is_file():
         raise UserError(f"{place} holds no tokenizer: neither {MODEL_NAME} nor {JSON_NAME}")
     return found
-
-
-def choose_device(device: str | None, precision: str | None, *, int8: bool = False) -> tuple[torch.device, torch.dtype]:
-    """The device and the arithmetic that the flags name, or the best there is; for 8-bit weights, what they need.
-
-    Raises:
-        UserError: the device is absent, or cannot do what is asked.
-    """
-    if int8:
-        device, precision = device or "cpu", precision or "bf16"
-    try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
-    if precision is None:
-        precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    if int8 and (chosen.type, precision) != ("cpu", "bf16"):
-        raise UserError("int8 works on a CPU in bf16 alone: leave out --precision, and give --device cpu or none")
-    return chosen, _DTYPES[precision]
 
 
 def stretch_context(model: MiniMindForCausalLM, factor: float, trained_length: int | None = None) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minimind.files import temporary_name
-from minimind.errors import UserError
-from minimind.model import arithmetic
-from minimind.model.config import PRESETS, ModelConfig
-from minimind.checkpoints.safe_load import load_states
 from minimind.checkpoints.formats.layout import Layout, lay_out
+from minimind.checkpoints.safe_load import load_states
+from minimind.errors import UserError
+from minimind.files import temporary_name
+from minimind.model.config import ModelConfig, default_intermediate_size
+from minimind.model.presets import PRESETS
 
 SUFFIXES = (".pth", ".pt")
 # Tables of rotary positions that some versions of their model saved.
@@ -105,7 +105,7 @@ def infer_config(path: Path, tensors: Mapping[str, Tensor], base: ModelConfig | 
     size = tensors[f"{first}self_attn.q_norm.weight"].numel() if qk_norm else query_size // base.num_attention_heads
     feed_forward = shape(f"{first}mlp.experts.0.gate_proj.weight" if moe else f"{first}mlp.gate_proj.weight")[0]
     heads = query_size // size
-    default_size = arithmetic.default_intermediate_size(hidden_size) if base.intermediate_size is None else 0
+    default_size = default_intermediate_size(hidden_size) if base.intermediate_size is None else 0
     fields: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,

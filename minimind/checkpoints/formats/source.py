@@ -13,16 +13,17 @@ from typing import Any
 
 from torch import Tensor
 
-from minimind.checkpoints.manifest import MANIFEST_NAME, checkpoints_folder, newest_sound, verify
 from minimind.checkpoints.consolidate import TrainingCheckpoint
-from minimind.errors import UserError
+from minimind.checkpoints.folder import checkpoints_folder, newest_sound, verify
 from minimind.checkpoints.formats.huggingface_config import from_huggingface
+from minimind.checkpoints.formats.layout import Layout, group_by_own, join_parts, lay_out, own_shapes
+from minimind.checkpoints.formats.pth import SUFFIXES, infer_config, layout_of, read_pth
+from minimind.checkpoints.manifest import MANIFEST_NAME
+from minimind.checkpoints.safetensors import INDEX_FILE, SafetensorsFolder
+from minimind.data.tokenizer import JSON_NAME, MODEL_NAME
+from minimind.errors import UserError
 from minimind.model.config import ModelConfig
 from minimind.model.pretrained import CONFIG_FILE, MODEL_TYPE, WEIGHTS_FILE
-from minimind.checkpoints.formats.pth import SUFFIXES, infer_config, layout_of, read_pth
-from minimind.checkpoints.safetensors import INDEX_FILE, SafetensorsFolder
-from minimind.checkpoints.formats.layout import Layout, group_by_own, join_parts, lay_out, own_shapes
-from minimind.data.tokenizer import JSON_NAME, MODEL_NAME
 
 _OTHER_LAYOUTS: dict[str, Layout] = {"ernie4_5_moe": "ernie4_5_moe", "glm4_moe": "glm4_moe"}
 # A second copy of the embedding, and what some versions of the Hugging Face tools saved beside the weights.

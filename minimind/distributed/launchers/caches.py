@@ -5,14 +5,14 @@ lock does not hold on every network file system, and code is compiled for the pr
 compiled.
 """
 
-from minimind.files import ROOT
 import os
 import re
 from pathlib import Path
 
 from minimind.distributed.environment import RankEnvironment
-from minimind.errors import OneRankError
 from minimind.distributed.store import node_name
+from minimind.errors import OneRankError
+from minimind.files import ROOT
 
 PER_HOST = {"TORCH_EXTENSIONS_DIR": "torch_extensions"}
 PER_RANK = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}

@@ -5,11 +5,13 @@ into that line is checked or packed first, every host is tried, and the exit cod
 ends it. Knows nothing of training.
 """
 
-from minimind.files import ROOT
 import argparse
+import base64
+import binascii
 import concurrent.futures
 import contextlib
 import ctypes
+import json
 import os
 import re
 import shlex
@@ -22,9 +24,11 @@ from pathlib import Path
 from deepspeed.launcher import runner
 from deepspeed.launcher.multinode_runner import PDSHRunner
 
-from minimind.errors import UserError, run_main
 from minimind.distributed.launchers.hosts import check_host, read_hostfile
-from minimind.distributed.launchers.shell_words import pack_words
+from minimind.errors import UserError, run_main
+from minimind.files import ROOT
+
+FLAG = "--words="
 
 SCRIPT = ROOT / "launch" / "pretrain.sh"
 SSH_SECONDS = 10
@@ -207,6 +211,29 @@ def run_and_wait(command: Sequence[str], environment: Mapping[str, str]) -> int:
         signal.signal(number, stop)
     code = process.wait()
     return 128 - code if code < 0 else code
+
+
+def pack_words(words: Sequence[str]) -> str:
+    """The words as one flag of letters, digits, `-`, `_` and `=`."""
+    return FLAG + base64.urlsafe_b64encode(json.dumps(list(words)).encode()).decode()
+
+
+def unpack_words(args: Sequence[str]) -> list[str]:
+    """`args` with every packed flag replaced by the words in it.
+
+    Raises:
+        UserError: a packed flag was damaged.
+    """
+    words: list[str] = []
+    for arg in args:
+        if not arg.startswith(FLAG):
+            words.append(arg)
+            continue
+        try:
+            words += json.loads(base64.urlsafe_b64decode(arg.removeprefix(FLAG)))
+        except (ValueError, binascii.Error):
+            raise UserError(f"{arg[:40]}: damaged on its way through a shell; start with launch/deepspeed") from None
+    return words
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Host names of a run, checked before any launcher hands them to ssh: `python -m minimind.distributed.launchers.hosts MPIRUN_FLAGS`.
+"""Host names of a run, checked before any launcher hands them to ssh.
+
+    python -m minimind.distributed.launchers.hosts MPIRUN_FLAGS
 
 A name that begins with a hyphen would be an option of ssh, and one with other characters could be a command. Knows
 nothing of ranks.

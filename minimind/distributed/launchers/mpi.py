@@ -11,8 +11,8 @@ import sys
 import mpi4py
 
 from minimind.distributed.environment import RankEnvironment
-from minimind.errors import OneRankError
 from minimind.distributed.store import node_name
+from minimind.errors import OneRankError
 
 # By launcher; mpi4py is linked against these names.
 _LIBRARIES = {"openmpi": "libmpi.so.40", "mpich": "libmpi.so.12"}

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from minimind.model import MiniMindForCausalLM
 from minimind.model.attention import Attention
+from minimind.model.kernels.matmul import has_onednn, onednn_product, pack
 from minimind.model.layers import FeedForward
 from minimind.model.loss import IGNORE_INDEX
-from minimind.model.kernels.matmul import has_onednn, onednn_product, pack
 from minimind.model.rope import rotate
 
 # Matrices that stay as they are: a router must choose as it was trained to, and so small ones gain nothing.

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from minimind.reports.doctor.finding import Finding
-from minimind.reports.plan.memory import format_bytes
+from minimind.units import format_bytes
 
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_MEMORY = 2**30

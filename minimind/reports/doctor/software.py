@@ -3,7 +3,6 @@
 Imports what may be broken only while it looks, and turns each failure into a finding.
 """
 
-from minimind.files import ROOT
 import importlib
 import importlib.metadata
 import os
@@ -18,9 +17,10 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 
-from minimind.reports.doctor.finding import Finding, Verdict
-from minimind.reports.plan.memory import format_bytes
+from minimind.files import ROOT
 from minimind.model.kernels.matmul import multiplies
+from minimind.reports.doctor.finding import Finding, Verdict
+from minimind.units import format_bytes
 
 REQUIREMENTS = ROOT / "requirements.txt"
 PYTHONS = ((3, 10), (3, 12))

@@ -7,8 +7,8 @@ compare the two. Knows nothing of ranks, ZeRO or optimizers.
 import torch
 
 from minimind.config.resolve import Resolved
-from minimind.model import products
 from minimind.model.config import ModelConfig
+from minimind.model.kernels import matmul
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -107,7 +107,7 @@ def _block_bytes(resolved: Resolved, device_type: str, has_experts: bool) -> int
     if device_type == "cpu":  # a number for every row that is normed
         total += 8 + 4 * model.qk_norm * (model.num_attention_heads + model.num_key_value_heads)
     # A processor without 16-bit products computes attention in float32, and rounds the outcome.
-    is_widened = device_type == "cpu" and compute == 2 and not products.multiplies(_DTYPES[train.precision or "bf16"])
+    is_widened = device_type == "cpu" and compute == 2 and not matmul.multiplies(_DTYPES[train.precision or "bf16"])
     inside = 4 if is_widened else compute
     total += 2 * (query + key) * inside + is_widened * query * compute + 4 * model.num_attention_heads
     seq_len = resolved.run.data.seq_len

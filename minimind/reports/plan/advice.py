@@ -5,12 +5,11 @@ file.
 """
 
 import math
-from dataclasses import dataclass
 
-from minimind.reports.plan.activations import precision_of
-from minimind.config.resolve import Resolved
 from minimind.config.deepspeed_keys import offload_device
-from minimind.reports.plan.memory import MemoryEstimate, format_bytes
+from minimind.reports.plan.activations import precision_of
+from minimind.reports.plan.planned_run import Planned
+from minimind.units import format_bytes
 
 FEWEST_STEPS = 1000
 """Below this, a schedule has hardly begun before it ends."""
@@ -18,27 +17,6 @@ LARGEST_BATCH_TOKENS = 4_000_000
 LONGEST_WARMUP = 0.1
 LR_FACTOR = 6.0
 FEWEST_TOKENS_PER_PARAMETER = 5.0
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A run as the plan knows it."""
-
-    resolved: Resolved
-    world_size: int
-    num_nodes: int
-    limit: int
-    """Bytes of device memory that a rank may use."""
-    memory: MemoryEstimate
-    without: dict[str, MemoryEstimate]
-    """The same run in the other ZeRO stages, by the names of the plan's columns."""
-    largest: dict[str, int]
-    """The largest micro-batch of each of them."""
-    steps: int | None
-    tokens: int | None
-    largest_micro_batch: int
-    recomputing_nothing: MemoryEstimate
-    """The same run without activation checkpointing."""
 
 
 def advise(plan: Planned) -> list[str]:

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from minimind.reports.plan.advice import Planned
-from minimind.config.run_config import TrainConfig
 from minimind.config.resolve import Resolved
+from minimind.config.run_config import TrainConfig
+from minimind.reports.plan.planned_run import Planned
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,3 @@ def kept_checkpoints(train: TrainConfig, steps: int | None) -> int:
         return saved
     milestones = steps // train.keep_every if train.keep_every else 0
     return min(saved, train.keep_last + milestones + train.keep_best)
-
-
-def format_hours(hours: float) -> str:
-    """0.5 -> '30 minutes', 7.25 -> '7.2 hours', 100 -> '4.2 days'."""
-    if hours < 1:
-        return f"{hours * 60:.0f} minutes" if hours * 60 >= 1 else "less than a minute"
-    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"

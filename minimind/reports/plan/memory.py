@@ -9,15 +9,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from minimind.reports.plan.activations import (
-    activation_bytes,
-    backward_peak,
-    loss_peak,
-    output_matrix_gradient,
-)
-from minimind.config.resolve import Resolved
 from minimind.config.deepspeed_keys import offload_device
+from minimind.config.resolve import Resolved
 from minimind.model.config import ModelConfig
+from minimind.reports.plan.activations import activation_bytes, backward_peak, loss_peak, output_matrix_gradient
+from minimind.units import format_bytes
 
 STAGE0_BUCKET = 500_000_000
 """Elements that DeepSpeed flattens at once where it averages whole gradients (its own fixed figure)."""
@@ -60,15 +56,6 @@ class MemoryEstimate:
 
 
 ITEMS = ("parameters", "gradients", "optimizer", "activations", "logits", "buckets", "gathered", "update")
-
-
-def format_bytes(count: float) -> str:
-    """1536 -> '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError
 
 
 def estimate_memory(

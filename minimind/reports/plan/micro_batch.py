@@ -1,7 +1,7 @@
 """The largest micro-batch that fits the present device, by real steps in processes of their own.
 
-Each try is `minimind.reports.plan.trial` in a child, so that running out of memory ends the child alone; the next size follows from
-what the earlier ones held, so the search stops below the limit instead of running into it.
+Each try is `minimind.reports.plan.trial` in a child, so that running out of memory ends the child alone; the next size
+follows from what the earlier ones held, so the search stops below the limit instead of running into it.
 """
 
 import copy
@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 
-from minimind.config import resolve as ds_config
-from minimind.config.run_config import RunConfig
-from minimind.config.resolve import Resolved
 from minimind.config.deepspeed_keys import AUTO
-from minimind.errors import UserError
+from minimind.config.resolve import Resolved, resolve_run
+from minimind.config.run_config import RunConfig
 from minimind.distributed.launchers.local import find_free_port
-from minimind.reports.plan.memory import format_bytes
+from minimind.errors import UserError
 from minimind.reports.plan.trial import EXIT_TOO_LARGE
+from minimind.units import format_bytes
 
 USABLE_DEVICE = 0.95
 USABLE_HOST = 0.8
@@ -115,7 +114,7 @@ def _resolve(run: RunConfig, ds: dict[str, Any], micro: int, ranks: int, device_
         global_batch_size=None,
         gradient_accumulation_steps=min(2, accumulation or 1),
     )
-    return ds_config.resolve(
+    return resolve_run(
         dataclasses.replace(run, train=train),
         ds,
         world_size=ranks,

@@ -5,21 +5,19 @@ What `minimind.plan` prints, as values. Touches no device but to ask the present
 
 import copy
 import dataclasses
-import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from minimind.config import resolve as ds_config
-from minimind.reports.plan.advice import Planned
-from minimind.config.run_config import RunConfig
-from minimind.config.resolve import Resolved
 from minimind.config.deepspeed_keys import AUTO, offload_device
+from minimind.config.resolve import Resolved, resolve_run
+from minimind.config.run_config import RunConfig
 from minimind.errors import UserError
-from minimind.reports.plan.memory import estimate_memory, largest_micro_batch
-from minimind.training.peak_flops import data_sheet_peak, known_accelerators
+from minimind.reports.plan.memory import MemoryEstimate, estimate_memory, largest_micro_batch
 from minimind.schema import nearest
+from minimind.training.peak_flops import data_sheet_peak, known_accelerators
+from minimind.units import parse_bytes
 
 USABLE = 0.92
 """Share of a GPU's memory that tensors may take: the rest is CUDA's context, NCCL and fragmentation."""
@@ -85,6 +83,27 @@ def check_options(options: PlanOptions) -> PlanOptions:
     return options
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A run as the plan knows it."""
+
+    resolved: Resolved
+    world_size: int
+    num_nodes: int
+    limit: int
+    """Bytes of device memory that a rank may use."""
+    memory: MemoryEstimate
+    without: dict[str, MemoryEstimate]
+    """The same run in the other ZeRO stages, by the names of the plan's columns."""
+    largest: dict[str, int]
+    """The largest micro-batch of each of them."""
+    steps: int | None
+    tokens: int | None
+    largest_micro_batch: int
+    recomputing_nothing: MemoryEstimate
+    """The same run without activation checkpointing."""
+
+
 def make_plan(run: RunConfig, ds: dict[str, Any], options: PlanOptions) -> Planned:
     """Everything that the plan says, as figures.
 
@@ -135,7 +154,7 @@ def make_plan(run: RunConfig, ds: dict[str, Any], options: PlanOptions) -> Plann
 
 def resolve_for(run: RunConfig, ds: dict[str, Any], options: PlanOptions) -> Resolved:
     """The run as training would resolve it on the planned ranks."""
-    return ds_config.resolve(
+    return resolve_run(
         run,
         ds,
         world_size=options.num_gpus * options.num_nodes,
@@ -173,18 +192,6 @@ def device_limit(options: PlanOptions) -> int:
     if torch.cuda.is_available():
         return round(torch.cuda.get_device_properties(0).total_memory * USABLE)
     return round(ASSUMED_GPU_MEMORY * USABLE)
-
-
-def parse_bytes(text: str, name: str) -> int:
-    """`80GiB`, `80GB` or `80G` (both 2**30, as GPUs are sold), `500MiB` -> bytes.
-
-    Raises:
-        UserError: anything else.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MGT])(?:i?B)?\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) <= 0:
-        raise UserError(f"{name}: {text!r} is no amount of memory; write it as 80GiB")
-    return round(float(match[1]) * 2 ** {"M": 20, "G": 30, "T": 40}[match[2].upper()])
 
 
 def configured_column(plan: Planned) -> str | None:

@@ -1,4 +1,6 @@
-"""Real optimizer steps on random tokens, to see what a run needs: `python -m minimind.reports.plan.trial` with the run on its input.
+"""Real optimizer steps on random tokens, to see what a run needs.
+
+    python -m minimind.reports.plan.trial < RUN
 
 Every rank builds the engine as training does, takes some steps, and rank 0 prints one line of JSON. Past the limit it
 leaves at once with code `EXIT_TOO_LARGE`, before the machine runs out of memory. Saves nothing; knows no flags.
@@ -22,19 +24,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from minimind.checkpoints.saving import CheckpointSaver, TrainState
+from minimind.checkpoints.run_state import Corpus, TrainState
+from minimind.checkpoints.saving import CheckpointSaver
+from minimind.config.resolve import Resolved, resolved_steps
 from minimind.config.run_config import RunConfig
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import BatchLoader
 from minimind.data.shards import ShardWriter, open_split
-from minimind.distributed.environment import RankEnvironment, find_device, is_first_rank, process_group, read_environment
-from minimind.config.resolve import Resolved
-from minimind.parallel.engine import build_engine, build_model
-from minimind.errors import run_main
-from minimind.distributed.watchdog import Lifeline
-from minimind.checkpoints.run_state import Corpus
-from minimind.config.run_length import resolved_steps
+from minimind.distributed.environment import RankEnvironment, find_device, is_first_rank, read_environment
+from minimind.distributed.process_group import process_group
 from minimind.distributed.stop_requests import Outside
+from minimind.distributed.watchdog import Lifeline
+from minimind.errors import run_main
+from minimind.parallel.engine import build_engine, build_model
 from minimind.training.trainer import Trainer
 
 EXIT_TOO_LARGE = 3

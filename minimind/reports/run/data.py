@@ -13,8 +13,7 @@ from typing import Any
 
 from minimind.errors import UserError
 from minimind.training.record.events import Event, read_events
-from minimind.training.record.metrics import METRICS_NAME, read_records
-from minimind.training.run_folder import DS_CONFIG_NAME, RUN_CONFIG_NAME
+from minimind.training.record.run_files import DS_CONFIG_NAME, METRICS_NAME, RUN_CONFIG_NAME, read_records
 
 MOST_POINTS = 1500
 AXES = ("step", "tokens", "hours")

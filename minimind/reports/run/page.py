@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from minimind.training.record.metrics import format_duration
 from minimind.reports.run.charts import AXIS_NAMES, STYLES, Chart
 from minimind.reports.run.data import AXES, RunData, find_differences
+from minimind.units import format_duration
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 _SHAPES = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "x": "✕"}

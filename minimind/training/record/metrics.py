@@ -8,8 +8,7 @@ import contextlib
 import json
 import math
 import os
-import resource
-import sys
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,17 +16,15 @@ from typing import Any, TextIO
 
 import torch
 from torch.utils.tensorboard.writer import SummaryWriter
-from tqdm import tqdm
 
-from minimind.training.record.alarms import AlarmWatch
-from minimind.files import fsync_folder, temporary_name
 from minimind.errors import UserError
-from minimind.training.record.event_files import put_in_the_past
+from minimind.training.record.alarms import AlarmWatch
 from minimind.training.record.events import EventLog
+from minimind.training.record.progress import Progress
+from minimind.training.record.run_files import METRICS_NAME, keep_until, read_records
 from minimind.training.record.wandb import WandbLog
 
-METRICS_NAME = "metrics.jsonl"
-SECONDS_BETWEEN_LINES = 10.0
+_NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\.(.+)")
 
 _TENSORBOARD_NAMES = {
     "loss": "train/loss",
@@ -162,97 +159,13 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl that may be written at this moment: a line that is not whole is passed over."""
-    return parse_records(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else []
-
-
-def parse_records(text: str) -> list[dict[str, Any]]:
-    """The records in the text of a metrics.jsonl; what is no whole record is passed over."""
-    records = []
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-    return records
-
-
-def keep_until(path: Path, step: int) -> None:
-    """Drop the lines of a metrics file beyond `step`, and a last line that a crash cut in two."""
-    if not path.exists():
-        return
-    temporary = temporary_name(path)
-    with open(path, encoding="utf-8", errors="replace") as old, open(temporary, "w", encoding="utf-8") as new:
-        for line in old:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            number = record.get("step") if isinstance(record, dict) else None
-            if line.endswith("\n") and isinstance(number, int) and number <= step:
-                new.write(line)
-        new.flush()
-        os.fsync(new.fileno())
-    os.replace(temporary, path)
-    fsync_folder(path.parent)
-
-
-class Progress:
-    """A bar on a terminal; elsewhere a line now and then (first, last, and at most one in ten seconds)."""
-
-    def __init__(self, start_step: int, total_steps: int) -> None:
-        self._total, self._start = total_steps, start_step
-        self._bar = (
-            tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, smoothing=0.05)
-            if sys.stderr.isatty()
-            else None
-        )
-        self._began = self._last_line = time.monotonic()
-        self._first = True
-
-    def show(self, record: Mapping[str, Any]) -> None:
-        """Show one step's loss, rate, speed, MFU, and when the run will end."""
-        step = record["step"]
-        text = f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  {record['tokens_per_second']:,.0f} tok/s"
-        if record.get("mfu") is not None:
-            text += f"  MFU {record['mfu']:.1%}"
-        if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(step - self._bar.n)
-            return
-        now = time.monotonic()
-        if self._first or step == self._total or now - self._last_line >= SECONDS_BETWEEN_LINES:
-            left = (self._total - step) * (now - self._began) / max(1, step - self._start)
-            eta = f"  ETA {format_duration(left)}" if not self._first and step < self._total else ""
-            print(f"step {step}/{self._total}  {text}{eta}", flush=True)
-            self._last_line, self._first = now, False
-
-    def say(self, message: str) -> None:
-        """Print a line beside the bar."""
-        if self._bar is not None:
-            self._bar.write(message)
-        else:
-            print(message, flush=True)
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        if self._bar is not None:
-            self._bar.close()
-
-
-def format_duration(seconds: float) -> str:
-    """65 -> 1:05, 4000 -> 1:06:40."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory that this rank has held: device memory on CUDA, resident memory on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def put_in_the_past(folder: Path, now: float) -> None:
+    """Rename the event files in `folder` that a file made `now` would not come after; their order stays."""
+    found = sorted(path for path in folder.glob("events.out.tfevents.*") if _NAME.fullmatch(path.name))
+    latest = int(now) - 1
+    for path in reversed(found):
+        match = _NAME.fullmatch(path.name)
+        assert match is not None
+        if int(match[1]) > latest:
+            os.replace(path, path.with_name(f"events.out.tfevents.{latest:010d}.{match[2]}"))
+        latest = min(latest, int(match[1])) - 1

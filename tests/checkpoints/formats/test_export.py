@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers_for_tests import save_byte_level, save_sentencepiece
+from training_runs import MODEL, flags_for, losses, rank_pool, train, weights
 
 from minimind import errors
+from minimind.checkpoints.formats.load_model import load_model
+from minimind.checkpoints.safetensors import plan_shards
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import BatchLoader
 from minimind.data.shards import open_split
-from minimind.inference.decoding import Decoding
 from minimind.errors import UserError
-from minimind.export import main, parse_size
-from minimind.model import PRESETS, MiniMindForCausalLM, ModelConfig
-from minimind.checkpoints.formats.load_model import load_model
-from minimind.checkpoints.safetensors import plan_shards
+from minimind.export import main
+from minimind.inference.decoding import Decoding
 from minimind.inference.sampling import SamplingOptions
-from tests import training_runs
-from tests.tokenizers_for_tests import save_byte_level, save_sentencepiece
-from tests.training_runs import flags_for, rank_pool, train, weights
+from minimind.model import PRESETS, MiniMindForCausalLM, ModelConfig
+from minimind.units import parse_size
 
 MOE = PRESETS["tiny-moe"]
 SHAPES = {
@@ -222,14 +222,14 @@ def test_a_run_begins_with_the_weights_of_another_model(stage, tiny_corpus, tmp_
     run_export("--checkpoint", tmp_path / "own", "--output", tmp_path / "hf")
     run_export("--checkpoint", tmp_path / "hf", "--output", tmp_path / "start", "--format", "minimind")
     flags = [flag for flag in flags_for(tiny_corpus, tmp_path / "run", stage=stage, steps=2) if flag]
-    for name in training_runs.MODEL:
+    for name in MODEL:
         place = flags.index("--" + name.replace("_", "-"))
         del flags[place : place + 2]
     train([*flags, "--init-from", str(tmp_path / "start"), "--lr", "1e-9"])
     batch = BatchLoader(TokenDataset(open_split(tiny_corpus, "train"), 16), 42, 4, 4).step_batches(0)[0]
     with torch.no_grad():
         expected = float(model(batch.input_ids, batch.labels).loss)
-    assert training_runs.losses(tmp_path / "run")[1] == pytest.approx(expected, rel=1e-5)
+    assert losses(tmp_path / "run")[1] == pytest.approx(expected, rel=1e-5)
     elsewhere = ["--run-dir", str(tmp_path / "other"), "--dry-run"]
     with pytest.raises(UserError, match="leave out --model and the flags of its shape"):
         train([*flags, "--init-from", str(tmp_path / "start"), "--num-hidden-layers", "2", *elsewhere])

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from minimind.errors import UserError
 from minimind.checkpoints.formats.huggingface_config import choose_architecture, from_huggingface, to_huggingface
+from minimind.errors import UserError
 from minimind.model import PRESETS, ModelConfig
 
 TINY_MOE = PRESETS["tiny-moe"]

@@ -5,12 +5,11 @@ import random
 from pathlib import Path
 
 import pytest
+from tokenizers_for_tests import NASTY, TEXT, TEXTS, save_byte_level, save_sentencepiece
 
-from minimind.inference.chat import Message, encode_chat
-from minimind.data.tokenizer import BLANK, Tokenizer, load_tokenizer
 from minimind.checkpoints.formats.huggingface_tokenizer import tokenizer_files
-from tests.test_tokenizer import NASTY, TEXTS
-from tests.tokenizers_for_tests import TEXT, save_byte_level, save_sentencepiece
+from minimind.data.chat_template import Message, encode_chat
+from minimind.data.tokenizer import BLANK, Tokenizer, load_tokenizer
 
 MIXED = "新的一天，Hello world! 😀👍🏽 def f(x):\n\treturn x ** 2  # 平方\n\n  “引号” café ﬁ 1234567 <|im_end|>\n"
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers_for_tests import save_byte_level
 
+from minimind.checkpoints.formats.load_model import build_model, load_model
+from minimind.checkpoints.formats.pth import choose_form
+from minimind.checkpoints.formats.source import open_source
 from minimind.errors import UserError
 from minimind.export import main
 from minimind.model import PRESETS, MiniMindForCausalLM, ModelConfig
-from minimind.checkpoints.formats.source import open_source
-from minimind.checkpoints.formats.load_model import build_model, load_model
-from minimind.checkpoints.formats.pth import choose_form
-from tests.tokenizers_for_tests import save_byte_level
 
 # The last commit of theirs with the older form.
 OLDER_COMMIT = "101d7df~1"

@@ -7,21 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers_for_tests import save_sentencepiece
 
 from minimind.checkpoints.formats.averaging import write_average
+from minimind.checkpoints.formats.load_model import load_model
+from minimind.checkpoints.formats.pth import read_pth
+from minimind.checkpoints.formats.source import open_source
+from minimind.checkpoints.portable import NeutralCheckpoint
+from minimind.checkpoints.safetensors import SafetensorsFolder
+from minimind.data.tokenizer import load_tokenizer
 from minimind.errors import UserError
 from minimind.evaluate import main as evaluate_main
 from minimind.export import main as export_main
 from minimind.generate import main as generate_main
 from minimind.model import PRESETS, MiniMindForCausalLM
 from minimind.model.pretrained import read_pretrained
-from minimind.checkpoints.formats.source import open_source
-from minimind.checkpoints.portable import NeutralCheckpoint
-from minimind.checkpoints.formats.load_model import load_model
-from minimind.checkpoints.formats.pth import read_pth
-from minimind.checkpoints.safetensors import SafetensorsFolder
-from minimind.data.tokenizer import load_tokenizer
-from tests.tokenizers_for_tests import save_sentencepiece
 
 
 class Hostile:
@@ -100,9 +100,11 @@ def test_code_in_a_file_of_any_name_is_not_run(kind, name, sound, tmp_path, monk
 
 
 def test_a_hostile_training_checkpoint_is_refused_also_with_a_manifest_that_fits(tiny_corpus, tmp_path):
+    from training_runs import flags_for, train
+
+    from minimind.checkpoints.folder import list_checkpoints
+    from minimind.checkpoints.manifest import CheckpointManifest, FileRecord, read_manifest
     from minimind.files import hash_file
-    from minimind.checkpoints.manifest import CheckpointManifest, FileRecord, list_checkpoints, read_manifest
-    from tests.training_runs import flags_for, train
 
     train(flags_for(tiny_corpus, tmp_path / "run", steps=2))
     (folder,) = list_checkpoints(tmp_path / "run")

@@ -3,7 +3,6 @@
 Everything is started in the foreground, keeps its state in a folder of the test, and is ended by its own process id.
 """
 
-from repository import ROOT
 import contextlib
 import os
 import re
@@ -18,8 +17,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from repository import ROOT
 
-from minimind.distributed.launchers.shell_words import unpack_words
+from minimind.distributed.launchers.deepspeed import unpack_words
 
 BIN = Path(sys.executable).parent
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -4,10 +4,9 @@ import subprocess
 
 import pytest
 
-from minimind.distributed.launchers.deepspeed import find_exports
-from minimind.errors import UserError
+from minimind.distributed.launchers.deepspeed import find_exports, pack_words, unpack_words
 from minimind.distributed.launchers.hosts import check_host, check_mpirun_flags, read_hostfile
-from minimind.distributed.launchers.shell_words import pack_words, unpack_words
+from minimind.errors import UserError
 
 
 @pytest.mark.parametrize("name", ["node1", "10.0.0.1", "gpu-07.cluster.example", "a_b"])

@@ -1,6 +1,5 @@
 """The ranks of one machine: their environment, their exit codes, and that none outlives another or its parent."""
 
-from repository import ROOT
 import os
 import signal
 import subprocess
@@ -9,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-
+from repository import ROOT
 
 
 def start(script: Path, ranks: int = 2) -> subprocess.Popen:

@@ -1,15 +1,13 @@
 """A rank whose launcher or reader has ended: it is told once, goes on writing, and loses no step by it."""
 
-from repository import ROOT
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 from minimind.distributed.launchers.watch import outlive_reader
-
 
 RANK = """
 import sys, time

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minimind.model import PRESETS, MiniMindForCausalLM, cpu_layers, layers
+from minimind.model import PRESETS, MiniMindForCausalLM, layers
 from minimind.model.config import ModelConfig
+from minimind.model.kernels import layers as cpu_layers
 from minimind.model.kernels.layers import gated_linear, is_recomputed, rms_norm
 from minimind.model.layers import FeedForward, RMSNorm
 

@@ -10,16 +10,17 @@ from expert_runs import DENSE, train_plainly, walk
 from pytest import approx
 from training_runs import RankPool, rank_pool
 
-from minimind.model import PRESETS, MiniMindForCausalLM, products
+from minimind.model import PRESETS, MiniMindForCausalLM
+from minimind.model.kernels import matmul
 from minimind.model.kernels.matmul import is_better_by_onednn, is_onednn_faster, linear, onednn_product, pack, product
 
-pytestmark = pytest.mark.skipif(not products.has_onednn(), reason="this torch has no oneDNN")
+pytestmark = pytest.mark.skipif(not matmul.has_onednn(), reason="this torch has no oneDNN")
 
 
 @pytest.fixture
 def always(monkeypatch):
-    monkeypatch.setattr(products, "is_onednn_faster", lambda: True)
-    monkeypatch.setattr(products, "_SMALLEST", 0)
+    monkeypatch.setattr(matmul, "is_onednn_faster", lambda: True)
+    monkeypatch.setattr(matmul, "_SMALLEST", 0)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_what_is_not_float32_on_a_cpu_is_left_to_torch(always):
 
 
 def test_small_products_are_left_to_torch(monkeypatch):
-    monkeypatch.setattr(products, "is_onednn_faster", lambda: True)
+    monkeypatch.setattr(matmul, "is_onednn_faster", lambda: True)
     assert not is_better_by_onednn(torch.randn(1, 768), torch.randn(768, 768))
     assert is_better_by_onednn(torch.randn(64, 768), torch.randn(768, 768))
 
@@ -79,10 +80,10 @@ def test_a_model_is_the_same(monkeypatch, preset):
     torch.manual_seed(0)
     model = MiniMindForCausalLM(dataclasses.replace(PRESETS[preset], vocab_size=300, num_hidden_layers=2))
     other, tokens = copy.deepcopy(model), torch.randint(3, 300, (2, 30))
-    monkeypatch.setattr(products, "_SMALLEST", 0)
+    monkeypatch.setattr(matmul, "_SMALLEST", 0)
     losses = []
     for one, is_on in ((model, False), (other, True)):
-        monkeypatch.setattr(products, "is_onednn_faster", lambda is_on=is_on: is_on)
+        monkeypatch.setattr(matmul, "is_onednn_faster", lambda is_on=is_on: is_on)
         output = one(tokens, tokens)
         total = output.loss if output.aux_loss is None else output.loss + output.aux_loss
         total.backward()
@@ -118,7 +119,7 @@ def test_every_zero_stage_trains_as_in_the_plain_loop(monkeypatch, pool: RankPoo
     """Large enough that both ranks multiply by oneDNN; the loop that they are compared with does not."""
     model = {**DENSE, "hidden_size": 256, "intermediate_size": 512}
     ranks = pool.run(walk, [(stage, model, {}) for stage in range(4)], 4)
-    monkeypatch.setattr(products, "is_onednn_faster", lambda: False)
+    monkeypatch.setattr(matmul, "is_onednn_faster", lambda: False)
     losses, norms = train_plainly(model, 4)
     for curves in ranks:
         for found in curves:

@@ -7,8 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minimind.inference.decoding import Decoding
 from minimind.errors import UserError
+from minimind.inference.decoding import Decoding
+from minimind.inference.device import choose_device
+from minimind.inference.sampling import SamplingOptions
+from minimind.model import PRESETS, MiniMindForCausalLM
 from minimind.model.kernels.packed_weights import (
     Int8Linear,
     PackedHead,
@@ -18,9 +21,6 @@ from minimind.model.kernels.packed_weights import (
     prepare_decoding,
     quantize_int8,
 )
-from minimind.model import PRESETS, MiniMindForCausalLM
-from minimind.checkpoints.formats.load_model import choose_device
-from minimind.inference.sampling import SamplingOptions
 
 SHAPES = {
     "tied": PRESETS["tiny"],

@@ -11,18 +11,19 @@ import torch
 import torch.nn.functional as F
 from pytest import approx
 
-from minimind.model import PRESETS, MiniMindForCausalLM, products
+from minimind.model import PRESETS, MiniMindForCausalLM
 from minimind.model.attention import attend_fused, attend_plainly
+from minimind.model.attention_mask import Visibility
+from minimind.model.kernels import matmul
 from minimind.model.kernels.grouped_mm import grouped_linear
 from minimind.model.kernels.matmul import add_product, is_better_widened, linear, product, write_product
-from minimind.model.attention_mask import Visibility
 
 SIXTEEN_BIT = [torch.bfloat16, torch.float16]
 ROUNDING = {torch.bfloat16: 2**-9, torch.float16: 2**-12}  # of one number, relative, at most
 
 
 def without_products(monkeypatch, *, has_products: bool = False) -> None:
-    monkeypatch.setattr(products, "multiplies", lambda dtype: has_products)
+    monkeypatch.setattr(matmul, "multiplies", lambda dtype: has_products)
 
 
 def off_by(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -108,11 +109,11 @@ def test_few_rows_are_widened_where_the_matrix_is_not_transposed(monkeypatch):
 
 
 def test_torch_is_asked_what_this_processor_has():
-    if not products.has_onednn():
-        assert products.multiplies(torch.bfloat16) and products.multiplies(torch.float16)
+    if not matmul.has_onednn():
+        assert matmul.multiplies(torch.bfloat16) and matmul.multiplies(torch.float16)
     else:
-        assert products.multiplies(torch.bfloat16) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        assert products.multiplies(torch.float16) == torch.ops.mkldnn._is_mkldnn_fp16_supported()
+        assert matmul.multiplies(torch.bfloat16) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        assert matmul.multiplies(torch.float16) == torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 @pytest.mark.parametrize("attend", [attend_fused, attend_plainly])

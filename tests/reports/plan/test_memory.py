@@ -6,20 +6,27 @@ from typing import Any
 import pytest
 import torch
 
-from minimind.config import resolve as ds_config
-from minimind.reports.plan.activations import CHUNK_LOGITS, LONGEST_BY_PRODUCTS, activation_bytes, layer_activations_per_token
+from minimind.config.resolve import resolve_run
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
+from minimind.model import MiniMindForCausalLM, attention, loss, moe
+from minimind.model.config import ModelConfig
+from minimind.model.kernels import matmul
+from minimind.model.kernels.experts import cpu_experts_of_rows
+from minimind.model.presets import PRESETS
+from minimind.reports.plan.activations import (
+    CHUNK_LOGITS,
+    LONGEST_BY_PRODUCTS,
+    activation_bytes,
+    layer_activations_per_token,
+)
 from minimind.reports.plan.memory import (
     MemoryEstimate,
     count_expert_params,
     estimate_memory,
-    format_bytes,
     largest_micro_batch,
     largest_tensor,
 )
-from minimind.model import MiniMindForCausalLM, attention, loss, moe, products
-from minimind.model.config import PRESETS, ModelConfig
-from minimind.model.kernels.experts import cpu_experts_of_rows
+from minimind.units import format_bytes
 
 MODEL = PRESETS["minimind3"]
 PARAMS = MODEL.num_params()
@@ -40,7 +47,7 @@ def resolve(
     if stage == 0:
         del ds["data_types"]
     run = RunConfig(model=model, data=DataConfig(seq_len=128), train=TrainConfig(**{"micro_batch_size": 2, **train}))
-    return ds_config.resolve(run, ds, world_size=world_size, device_type="cuda", bf16_supported=True)
+    return resolve_run(run, ds, world_size=world_size, device_type="cuda", bf16_supported=True)
 
 
 def estimate(stage: int, *, world_size: int = 1, ep_size: int | None = None, device: str = "cuda", **others: Any):
@@ -194,7 +201,7 @@ def test_the_activations_are_those_that_autograd_keeps(
     monkeypatch, preset, changes, bf16, has_products, activation_checkpointing
 ):
     # On a processor with 16-bit products and on one without, whichever this one is.
-    monkeypatch.setattr(products, "multiplies", lambda dtype: has_products)
+    monkeypatch.setattr(matmul, "multiplies", lambda dtype: has_products)
     monkeypatch.setattr(moe.Experts, "forward", run_experts_as_engines_do)
     config = dataclasses.replace(PRESETS[preset], vocab_size=256, num_hidden_layers=12, **changes)
     model = MiniMindForCausalLM(config).to(torch.bfloat16 if bf16 else torch.float32)

@@ -1,7 +1,6 @@
 """The memory estimate against what real training steps held, in a process of their own: states within 10%, the peak of
 a step within 20%."""
 
-from repository import ROOT
 import json
 import os
 import subprocess
@@ -11,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from memory_trial import resolve_case
+from repository import ROOT
 
 from minimind.reports.plan.memory import estimate_memory
-from tests.memory_trial import resolve_case
-
 
 
 def case(stage: int, precision: str, preset: str = "quickstart", **others: Any) -> dict[str, Any]:

@@ -1,23 +1,22 @@
 """The plan: its table for the shipped models, its figures, its advice, and its mistakes in one line."""
 
-from repository import ROOT
 import json
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 from training_runs import flags_for, train
 
 from minimind import plan
+from minimind.checkpoints.folder import list_checkpoints, verify
+from minimind.config.resolve import Resolved
+from minimind.config.run_config import RunConfig
+from minimind.errors import UserError
+from minimind.model.presets import PRESETS
 from minimind.reports.plan import planned_run as planning
 from minimind.reports.plan.advice import usual_learning_rate
-from minimind.checkpoints.manifest import list_checkpoints, verify
-from minimind.config.run_config import RunConfig
-from minimind.config.resolve import Resolved
-from minimind.errors import UserError
-from minimind.reports.plan.memory import format_bytes
-from minimind.model.config import PRESETS
-from minimind.reports.plan.planned_run import PlanOptions, make_plan, parse_bytes, with_stage
-from minimind.reports.plan.cost import checkpoint_bytes, format_hours, kept_checkpoints
+from minimind.reports.plan.cost import checkpoint_bytes, kept_checkpoints
+from minimind.reports.plan.planned_run import PlanOptions, make_plan, with_stage
+from minimind.units import format_bytes, format_hours, parse_bytes
 
 ON_8 = ["--num-gpus", "8", "--gpu-memory", "80GiB", "--seq-len", "2048", "--micro-batch-size", "4"]
 

@@ -14,11 +14,11 @@ from PIL import Image
 from training_runs import flags_for, read_metrics, train
 
 from minimind import report
-from minimind.reports.run import data as report_data
 from minimind.errors import UserError
-from minimind.training.record.events import EventLog
+from minimind.reports.run import data as report_data
 from minimind.reports.run.charts import smooth
 from minimind.reports.run.data import find_differences, name_runs, read_run
+from minimind.training.record.events import EventLog
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None

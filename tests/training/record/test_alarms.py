@@ -12,8 +12,8 @@ import torch
 from structured_corpus import write_corpus
 from training_runs import RankPool, flags_for, rank_pool, read_metrics, train
 
-from minimind.training.record import alarms
 from minimind.training import trainer
+from minimind.training.record import alarms
 from minimind.training.record.alarms import AlarmWatch, Limits
 from minimind.training.record.events import Event, EventLog, read_events
 

@@ -1,6 +1,6 @@
 """TensorBoard's files keep their order, and all come before one that is made now."""
 
-from minimind.training.record.event_files import put_in_the_past
+from minimind.training.record.metrics import put_in_the_past
 
 
 def names(folder):

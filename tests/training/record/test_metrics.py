@@ -8,9 +8,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from minimind.training.record import metrics
 from minimind.errors import UserError
-from minimind.training.record.metrics import METRICS_NAME, MetricsLog, keep_until, peak_memory_bytes
+from minimind.training.record import metrics
+from minimind.training.record.metrics import MetricsLog
+from minimind.training.record.run_files import METRICS_NAME, keep_until
+from minimind.training.step_record import peak_memory_bytes
 
 
 def record(step: int, **values) -> dict:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from training_runs import flags_for, read_metrics, train
 
-from minimind.training.record import wandb as wandb_log
 from minimind.errors import UserError
+from minimind.training.record import wandb as wandb_log
 from minimind.training.record.wandb import WandbLog, check_wandb
 
 # Stands in for the package: what it is given goes into a file.

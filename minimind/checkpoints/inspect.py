@@ -1,0 +1,122 @@
+"""What `minimind.checkpoint` shows: a run's checkpoints as a table, their verification, and the difference of two."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minimind.checkpoints.consolidate import TrainingCheckpoint
+from minimind.checkpoints.folder import checkpoints_folder, list_checkpoints, neutral_folder, newest_sound, verify
+from minimind.checkpoints.manifest import CheckpointError, CheckpointManifest
+from minimind.checkpoints.zero_partitions import WEIGHT
+from minimind.errors import UserError
+
+
+def list_run(run: Path) -> int:
+    """Print a line for each checkpoint, newest last."""
+    print(f"{'checkpoint':<15} {'size':>9} {'tokens':>15} {'eval loss':>9}  topology")
+    for folder in run_checkpoints(run):
+        try:
+            manifest = verify(folder, hashes=False)
+        except CheckpointError as error:
+            print(f"{folder.name:<15} damaged: {error}")
+            continue
+        size = sum(record.size for record in manifest.files)
+        loss = "" if manifest.eval_loss is None else f"{manifest.eval_loss:.4f}"
+        converted = "; topology-free form kept" if neutral_folder(folder).exists() else ""
+        print(
+            f"{folder.name:<15} {size / 1e6:>6.1f} MB {manifest.tokens_seen:>15,} {loss:>9}  "
+            f"{describe_topology(manifest)}{converted}"
+        )
+    return 0
+
+
+def describe_topology(manifest: CheckpointManifest) -> str:
+    """`2 ranks, ZeRO 1, bf16`."""
+    experts = f", ep {manifest.ep_size}" if manifest.ep_size > 1 else ""
+    return f"{manifest.world_size} ranks, ZeRO {manifest.zero_stage}, {manifest.precision}{experts}"
+
+
+def verify_all(path: Path) -> int:
+    """Print for each checkpoint whether it is sound."""
+    folders = run_checkpoints(path) if checkpoints_folder(path).is_dir() else [path]
+    damaged = 0
+    for folder in folders:
+        try:
+            manifest = verify(folder)
+            print(f"{folder.name}: sound ({len(manifest.files)} files)")
+        except CheckpointError as error:
+            damaged += 1
+            print(f"{folder.name}: damaged: {error}")
+    return 1 if damaged else 0
+
+
+def is_damaged(folder: Path) -> bool:
+    """Whether a checkpoint disagrees with its manifest."""
+    try:
+        verify(folder)
+    except CheckpointError:
+        return True
+    return False
+
+
+def diff(a: Path, b: Path, *, optimizer: bool) -> int:
+    """Print in what two checkpoints differ; 1 when they do."""
+    first, second = TrainingCheckpoint(a), TrainingCheckpoint(b)
+    lines = [*manifest_differences(first.manifest, second.manifest), *tensor_differences(first, second, optimizer)]
+    print("\n".join(lines) if lines else "equal")
+    return 1 if lines else 0
+
+
+def manifest_differences(a: CheckpointManifest, b: CheckpointManifest) -> Iterator[str]:
+    """Facts about two checkpoints that are not the same."""
+    for field in dataclasses.fields(a):
+        first, second = getattr(a, field.name), getattr(b, field.name)
+        if field.name == "files" or first == second:
+            continue
+        if isinstance(first, dict):
+            for key in sorted(first.keys() | second.keys()):
+                if first.get(key) != second.get(key):
+                    yield f"{field.name}.{key}: {first.get(key)} | {second.get(key)}"
+        else:
+            yield f"{field.name}: {first} | {second}"
+
+
+def tensor_differences(a: TrainingCheckpoint, b: TrainingCheckpoint, optimizer: bool) -> Iterator[str]:
+    """Tensors that are not the same, with the largest absolute difference."""
+    names = list(dict.fromkeys([*a.shapes, *b.shapes]))
+    for name in tqdm(names, unit="tensor", disable=None, leave=False):
+        if name not in a.shapes or name not in b.shapes:
+            yield f"{name}: only in the {'first' if name in a.shapes else 'second'}"
+        elif tuple(a.shapes[name]) != tuple(b.shapes[name]):
+            yield f"{name}: shape {tuple(a.shapes[name])} | {tuple(b.shapes[name])}"
+        else:
+            for key in a.keys_of(name) if optimizer else (WEIGHT,):
+                if key not in b.keys_of(name):
+                    yield f"{name} {key}: only in the first"
+                    continue
+                first, second = a.read(name, key), b.read(name, key)
+                if not torch.equal(first, second):
+                    yield f"{name} {key}: differs by up to {float((first - second).abs().max()):.3g}"
+
+
+def run_checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run. Raises `UserError` where there are none."""
+    folders = list_checkpoints(run)
+    if not folders:
+        raise UserError(f"{run}: no checkpoints in {checkpoints_folder(run)}; give a run's folder")
+    return folders
+
+
+def sound_checkpoint(path: Path) -> Path:
+    """A checkpoint compared with its manifest: `path` itself, or the newest sound one of a run."""
+    if checkpoints_folder(path).is_dir():
+        found = newest_sound(path, lambda message: print(message, file=sys.stderr))
+        if found is None:
+            raise UserError(f"{path}: the run has not saved any checkpoint")
+        return found
+    verify(path)
+    return path

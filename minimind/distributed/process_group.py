@@ -1,0 +1,98 @@
+"""The process group of a run: join it, leave it, and share the cores of a CPU host."""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+
+import deepspeed.comm
+import deepspeed.ops
+import torch.distributed
+
+from minimind.distributed.cpu_gather import gather_in_place
+from minimind.distributed.environment import DEFAULT_MASTER_PORT, RankEnvironment
+from minimind.distributed.store import connect_store, node_name
+from minimind.errors import OneRankError
+
+
+def open_store(env: RankEnvironment, timeout_minutes: float) -> torch.distributed.Store:
+    """Connect to the key-value store that rank 0 opens at MASTER_ADDR and MASTER_PORT. Every rank calls this.
+
+    Raises:
+        OneRankError: the port is taken, or nobody answers there in time.
+    """
+    address, port = env.master_addr or "127.0.0.1", env.master_port or DEFAULT_MASTER_PORT
+    return connect_store(env.rank, env.world_size, address, port, timeout_minutes)
+
+
+@contextlib.contextmanager
+def process_group(
+    env: RankEnvironment,
+    device: torch.device,
+    timeout_minutes: float = 30.0,
+    store: torch.distributed.Store | None = None,
+) -> Iterator[None]:
+    """Join the process group of the run, and leave it whatever happens. Every rank calls this.
+
+    A single process needs no port and no address. On CUDA, device tensors go through NCCL, host tensors through gloo.
+
+    Args:
+        store: where the ranks have met already; otherwise they meet now.
+
+    Raises:
+        UserError: the master cannot be reached, or its port is taken.
+    """
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        share_cores(env)
+    if store is None:
+        is_alone = env.world_size == 1 and env.master_addr is None
+        store = torch.distributed.HashStore() if is_alone else open_store(env, timeout_minutes)
+    with _told_by_environment(env):
+        try:
+            torch.distributed.init_process_group(
+                backend,
+                store=torch.distributed.PrefixStore("group", store),
+                rank=env.rank,
+                world_size=env.world_size,
+                timeout=datetime.timedelta(minutes=timeout_minutes),
+            )
+        except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise OneRankError(f"rank {env.rank} on {node_name()}: no process group: {reason}") from None
+        try:
+            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+            if backend == "gloo":
+                deepspeed.comm.comm.cdb.all_gather_function = gather_in_place
+            yield
+        finally:
+            # DeepSpeed's own call also forgets the groups that it keeps in globals: a second run in this process needs
+            # new ones.
+            deepspeed.comm.destroy_process_group()
+            deepspeed.comm.comm.cdb = None
+
+
+@contextlib.contextmanager
+def _told_by_environment(env: RankEnvironment) -> Iterator[None]:
+    """DeepSpeed and torch read the rank from these variables, whatever launcher brought it; afterwards they are as they
+    were, so that nothing in this process takes itself for a rank."""
+    told = {"RANK": str(env.rank), "WORLD_SIZE": str(env.world_size), "LOCAL_RANK": str(env.local_rank)}
+    before = {name: os.environ.get(name) for name in told}
+    os.environ.update(told)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def share_cores(env: RankEnvironment) -> None:
+    """Give each local CPU rank its share of the cores, unless OMP_NUM_THREADS says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // max(1, env.local_world_size)))

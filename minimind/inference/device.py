@@ -1,0 +1,27 @@
+"""The device and the precision that a command decodes or evaluates on."""
+
+import torch
+
+from minimind.errors import UserError
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(device: str | None, precision: str | None, *, int8: bool = False) -> tuple[torch.device, torch.dtype]:
+    """The device and the arithmetic that the flags name, or the best there is; for 8-bit weights, what they need.
+
+    Raises:
+        UserError: the device is absent, or cannot do what is asked.
+    """
+    if int8:
+        device, precision = device or "cpu", precision or "bf16"
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    if precision is None:
+        precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if int8 and (chosen.type, precision) != ("cpu", "bf16"):
+        raise UserError("int8 works on a CPU in bf16 alone: leave out --precision, and give --device cpu or none")
+    return chosen, _DTYPES[precision]

@@ -1,0 +1,166 @@
+"""Put a run together: configuration, data, engine, checkpoint, trainer."""
+
+import contextlib
+import socket
+from pathlib import Path
+
+import torch
+
+from minimind.checkpoints.formats.init_from import check_starting_weights, set_starting_weights
+from minimind.checkpoints.loading import load
+from minimind.checkpoints.run_state import TrainState, check_checkpoint_section
+from minimind.checkpoints.saving import CheckpointSaver
+from minimind.config.command_line import CommandLine
+from minimind.config.resolve import Resolved, load_ds_config, resolve_run
+from minimind.data.dataset import TokenDataset
+from minimind.data.loader import BatchLoader
+from minimind.data.shards import ShardReader, find_split, open_split
+from minimind.distributed.collectives import gather_objects, log, on_first_rank
+from minimind.distributed.environment import RankEnvironment
+from minimind.distributed.launchers.watch import LauncherWatch
+from minimind.distributed.stop_requests import listen
+from minimind.distributed.watchdog import Lifeline
+from minimind.errors import UserError
+from minimind.model.kernels.matmul import multiplies
+from minimind.parallel.deepspeed_check import check_ds_config
+from minimind.parallel.engine import build_engine, build_model
+from minimind.training.out_of_memory import full_memory_in_words
+from minimind.training.peak_flops import peak_flops
+from minimind.training.profiler import StepProfiler
+from minimind.training.record.metrics import MetricsLog
+from minimind.training.record.wandb import WandbLog, check_wandb
+from minimind.training.run_folder import check_run_folder, identify, open_run_folder
+from minimind.training.run_lock import RunLock, hold_run_folder
+from minimind.training.trainer import Trainer
+
+
+def prepare(
+    command: CommandLine, env: RankEnvironment, device: torch.device
+) -> tuple[Resolved, ShardReader, ShardReader | None]:
+    """Settle the configuration and open the shards; no process group is needed or made.
+
+    Raises:
+        UserError: anything wrong with flags, files, shards or the run folder.
+    """
+    run = command.run
+    resolved = resolve_run(
+        run,
+        load_ds_config(run.train.ds_config),
+        world_size=env.world_size,
+        local_world_size=env.local_world_size,
+        device_type=device.type,
+        bf16_supported=device.type == "cuda" and torch.cuda.is_bf16_supported(),
+    )
+    check_ds_config(resolved.ds)
+    check_checkpoint_section(resolved.ds)
+    check_wandb(run.train.wandb_project)
+    if run.data.shards is None:
+        raise UserError("shards: not given; pass --shards DIR, a folder made by python -m data_prep.tokenize_corpus")
+    folder = Path(run.data.shards)
+    train_reader = open_split(folder, "train")
+    eval_reader = open_split(folder, "val") if find_split(folder, "val") else None
+    if eval_reader is None and (run.train.eval_every or run.train.eval_samples):
+        raise UserError(f"eval_every: {folder} has no validation split; prepare one, or leave out the --eval flags")
+    vocab = train_reader.manifest.vocab_size
+    if vocab > run.model.vocab_size:
+        raise UserError(
+            f"vocab_size: the shards of {folder} have {vocab} tokens and the model only {run.model.vocab_size}; pass "
+            f"--vocab-size {vocab}"
+        )
+    check_run_folder(resolved, identify(train_reader))
+    if run.train.init_from is not None:
+        check_starting_weights(run.model, Path(run.train.init_from))
+    return resolved, train_reader, eval_reader
+
+
+def run_rank(
+    resolved: Resolved,
+    env: RankEnvironment,
+    device: torch.device,
+    dataset: TokenDataset,
+    eval_dataset: TokenDataset | None,
+    lifeline: Lifeline,
+    launcher: LauncherWatch,
+) -> bool:
+    """Build and train inside the process group; whether the run reached its last step. Every rank calls this."""
+    train, run_dir = resolved.run.train, Path(resolved.run.train.run_dir)
+    with contextlib.ExitStack() as stack:
+        outside = stack.enter_context(listen(run_dir if env.is_first else None))
+        launcher.start(outside.abandon)
+        stack.callback(launcher.close)
+        locks: list[RunLock] = []  # of rank 0
+        on_first_rank(lambda: locks.append(stack.enter_context(hold_run_folder(run_dir))))
+        notes = check_run_folder(resolved, identify(dataset.reader))
+        resume = on_first_rank(lambda: open_run_folder(resolved, dataset.reader, notes))
+        loader = BatchLoader(
+            dataset,
+            train.seed,
+            train.micro_batch_size or 1,
+            train.global_batch_size or 1,
+            env.rank,
+            env.world_size,
+            pin_memory=device.type == "cuda",
+        )
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train.precision or "", torch.float32)
+        peak, source = peak_flops(device, dtype)
+        log(f"peak of one device: {peak / 1e12:.3g} TFLOP/s in {train.precision} ({source})")
+        if device.type == "cpu" and dtype != torch.float32 and not multiplies(dtype):
+            log(f"this processor has no products in {train.precision}: computed in float32 and rounded, at its speed")
+        model = build_model(resolved, device)
+        if train.init_from is not None and resume is None:
+            set_starting_weights(model, Path(train.init_from))
+            log(f"weights of {train.init_from}")
+        engine = build_engine(resolved, model)
+        stack.callback(engine.destroy)
+        state = TrainState()
+        if resume is not None:
+            state = load(engine, resolved, resume.folder, resume.manifest, resume.neutral)
+            log(f"resumed from {resume.folder} at step {state.step}")
+        saver = CheckpointSaver(engine, resolved, identify(dataset.reader), asynchronous=train.async_save)
+        stack.callback(saver.close)
+        metrics = None
+        hosts = gather_objects(socket.gethostname())
+        if env.is_first:
+            steps = train.steps or 0
+            wandb = None
+            if train.wandb_project is not None:
+                wandb = WandbLog(train.wandb_project, run_dir, resolved.run.to_dict())
+            metrics = MetricsLog(run_dir, state.step, steps, tensorboard=train.tensorboard, hosts=hosts, wandb=wandb)
+            stack.callback(metrics.close)
+            began = f"resumed from {resume.folder.name}" if resume is not None else "started"
+            metrics.log_event("resume" if resume is not None else "start", state.step, began)
+        trainer = Trainer(
+            resolved=resolved,
+            engine=engine,
+            loader=loader,
+            eval_dataset=eval_dataset,
+            device=device,
+            metrics=metrics,
+            saver=saver,
+            outside=outside,
+            lifeline=lifeline,
+            lock=locks[0] if locks else None,
+            state=state,
+            flops_per_token=resolved.run.model.flops_per_token(resolved.run.data.seq_len),
+            peak_flops=peak,
+            tokens_per_byte=tokens_per_byte(eval_dataset),
+            last_checkpoint=resume.folder if resume is not None else None,
+        )
+        if train.profile_steps:
+            trainer.profiler = StepProfiler(run_dir, env.rank, train.profile_steps, device)
+            stack.callback(trainer.profiler.close)
+        try:
+            with full_memory_in_words(resolved, env, device, lifeline):  # said in the run's events too
+                return trainer.fit()
+        except UserError as error:
+            if metrics is not None:
+                metrics.log_event("fail", trainer.state.step, str(error))
+            raise
+
+
+def tokens_per_byte(eval_dataset: TokenDataset | None) -> float:
+    """Tokens of the validation split for one UTF-8 byte of its text: turns loss a token into loss a byte."""
+    if eval_dataset is None:
+        return 1.0
+    manifest = eval_dataset.reader.manifest
+    return manifest.total_tokens / max(1, manifest.total_bytes)
