@@ -12,7 +12,7 @@ def openmp_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
     libgomp waits in a short loop between two parallel regions, but nearly gives that up once a process has more threads
     in teams than cores, and every small operation takes twice as long from then on. ACTIVE with libgomp's usual count
-    keeps it waiting over some ten microseconds even then, though not over the longer pauses of ZeRO 3: `distributed.cpu_gather`
+    keeps it waiting over some ten microseconds even then, though not over the longer pauses of ZeRO 3: `cpu_gather`
     keeps gloo from founding such teams. LLVM's OpenMP gets its usual 200 ms. Empty where somebody has chosen already.
     """
     if "OMP_WAIT_POLICY" in environment:
