@@ -60,12 +60,12 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     timeout_minutes = resolved.run.train.timeout_minutes
     with (
-        meet(resolved, env, device, train_reader.fingerprint) as (store, lifeline),
+        meet(resolved, env, device, train_reader.fingerprint) as (store, watchdog),
         process_group(env, device, timeout_minutes, store),
-        lifeline.reporting(),
-        full_memory_in_words(resolved, env, device, lifeline),
+        watchdog.reporting(),
+        full_memory_in_words(resolved, env, device, watchdog),
     ):
-        finished = run_rank(resolved, env, device, dataset, eval_dataset, lifeline, launcher)
+        finished = run_rank(resolved, env, device, dataset, eval_dataset, watchdog, launcher)
     return 0 if finished else EXIT_STOPPED
 
 

@@ -1,4 +1,4 @@
-"""How the ranks of a run meet: the store at rank 0's address, the preflight, the lifeline. One rank meets nobody.
+"""How the ranks of a run meet: the store at rank 0's address, the preflight, the watchdog. One rank meets nobody.
 
 Everything here has a time limit and names who is missing. Knows nothing of engines or of the loop.
 """
@@ -17,7 +17,7 @@ from minimind.distributed.host_report import examine
 from minimind.distributed.preflight import JOIN_MINUTES, announce_failure, run_preflight
 from minimind.distributed.process_group import open_store
 from minimind.distributed.store import node_name
-from minimind.distributed.watchdog import Lifeline, hold_lifeline
+from minimind.distributed.watchdog import Watchdog, hold_watchdog
 from minimind.errors import OneRankError, UserError
 
 ANNOUNCE_MINUTES = 0.25
@@ -28,8 +28,8 @@ CHECKPOINT_BYTES_PER_PARAMETER = 14
 @contextlib.contextmanager
 def meet(
     resolved: Resolved, env: RankEnvironment, device: torch.device, shards: str
-) -> Iterator[tuple[torch.distributed.Store | None, Lifeline]]:
-    """The store that the process group is made with, and the lifeline, held while the block runs. Every rank calls
+) -> Iterator[tuple[torch.distributed.Store | None, Watchdog]]:
+    """The store that the process group is made with, and the watchdog, held while the block runs. Every rank calls
     this.
 
     Args:
@@ -40,7 +40,7 @@ def meet(
     """
     train = resolved.run.train
     if env.world_size == 1:
-        yield None, Lifeline()
+        yield None, Watchdog()
         return
     join_minutes = min(JOIN_MINUTES, train.timeout_minutes)
     store = open_store(env, join_minutes)
@@ -58,8 +58,8 @@ def meet(
     store.set_timeout(datetime.timedelta(minutes=train.timeout_minutes))
     address = env.master_addr or "127.0.0.1"
     speaks = env.local_rank == 0
-    with hold_lifeline(env.rank, node_name(), address, store, train.timeout_minutes, speaks=speaks) as lifeline:
-        yield store, lifeline
+    with hold_watchdog(env.rank, node_name(), address, store, train.timeout_minutes, speaks=speaks) as watchdog:
+        yield store, watchdog
 
 
 def report_absence(env: RankEnvironment, error: UserError) -> None:

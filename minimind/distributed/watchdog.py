@@ -19,7 +19,7 @@ from minimind.distributed.watchdog_server import (
     BEAT_SECONDS,
     CUT_SECONDS,
     SILENCE_SECONDS,
-    LifelineServer,
+    WatchdogServer,
     describe_position,
     encode,
     keep_watch,
@@ -34,7 +34,7 @@ MARGIN_SECONDS = 10.0
 """A collective raises its own error at the time-out; only if it does not, the rank is ended from outside."""
 
 
-class Lifeline:
+class Watchdog:
     """The line of one rank. Without `connect` it only remembers where the rank stands.
 
     Args:
@@ -65,7 +65,7 @@ class Lifeline:
         self._where = ""
         self._answered = threading.Event()
 
-    def at(self, step: int | None, phase: str) -> None:
+    def report(self, step: int | None, phase: str) -> None:
         """Note where this rank stands: a step, and what it does in it."""
         self._place = (step, phase, time.monotonic())
 
@@ -83,7 +83,7 @@ class Lifeline:
         self._connection = socket.create_connection((address, port), timeout=CUT_SECONDS)
         keep_watch(self._connection, min(CUT_SECONDS, self._timeout))
         self._send({"token": token, "rank": self._rank, "host": self._host, "pid": os.getpid()})
-        self._thread = threading.Thread(target=self._keep, name="lifeline", daemon=True)
+        self._thread = threading.Thread(target=self._keep, name="watchdog", daemon=True)
         self._thread.start()
 
     @contextlib.contextmanager
@@ -224,9 +224,9 @@ class Lifeline:
 
 
 @contextlib.contextmanager
-def hold_lifeline(
+def hold_watchdog(
     rank: int, host: str, address: str, store: Any, timeout_minutes: float, *, speaks: bool = True
-) -> Iterator[Lifeline]:
+) -> Iterator[Watchdog]:
     """Keep a line between all ranks while the block runs. Every rank calls this.
 
     Args:
@@ -239,12 +239,12 @@ def hold_lifeline(
     """
     with contextlib.ExitStack() as stack:
         if rank == 0:
-            server = LifelineServer(os.urandom(16).hex(), cut_seconds=min(CUT_SECONDS, timeout_minutes * 60))
+            server = WatchdogServer(os.urandom(16).hex(), cut_seconds=min(CUT_SECONDS, timeout_minutes * 60))
             server.start()
             stack.callback(server.close)
-            store.set("lifeline", f"{server.port} {server.token} {os.getpid()} {host}")
-        port, token, pid, first_host = store.get("lifeline").decode().split(maxsplit=3)
-        line = Lifeline(rank, host, timeout_minutes, first=f"rank 0 on {first_host} (process {pid})", speaks=speaks)
+            store.set("watchdog", f"{server.port} {server.token} {os.getpid()} {host}")
+        port, token, pid, first_host = store.get("watchdog").decode().split(maxsplit=3)
+        line = Watchdog(rank, host, timeout_minutes, first=f"rank 0 on {first_host} (process {pid})", speaks=speaks)
         try:
             line.connect(address, int(port), token)
         except OSError as error:

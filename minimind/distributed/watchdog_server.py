@@ -85,7 +85,7 @@ def describe_position(step: int | None, phase: str) -> str:
 
 
 @dataclass
-class LifelineServer:
+class WatchdogServer:
     """Listens on a free port from `start` to `close`, in a thread.
 
     Args:
@@ -107,7 +107,7 @@ class LifelineServer:
         self.port = self._listener.getsockname()[1]
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
-        self._thread = threading.Thread(target=self._serve, name="lifeline-server", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="watchdog-server", daemon=True)
         self._thread.start()
 
     def close(self) -> None:

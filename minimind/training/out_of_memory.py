@@ -8,13 +8,13 @@ import torch
 from minimind.config.resolve import Resolved
 from minimind.distributed.environment import RankEnvironment
 from minimind.distributed.out_of_memory import describe, is_full_memory
-from minimind.distributed.watchdog import Lifeline
+from minimind.distributed.watchdog import Watchdog
 from minimind.errors import OneRankError
 
 
 @contextlib.contextmanager
 def full_memory_in_words(
-    resolved: Resolved, env: RankEnvironment, device: torch.device, lifeline: Lifeline
+    resolved: Resolved, env: RankEnvironment, device: torch.device, watchdog: Watchdog
 ) -> Iterator[None]:
     """Turn an allocation that failed in the block into one line.
 
@@ -26,7 +26,7 @@ def full_memory_in_words(
     except (MemoryError, RuntimeError) as error:
         if not is_full_memory(error):
             raise
-        line = describe(error, device, cures(resolved), who=env.speaker, place=lifeline.position)
+        line = describe(error, device, cures(resolved), who=env.speaker, place=watchdog.position)
         raise OneRankError(line) from error
 
 

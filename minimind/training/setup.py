@@ -19,7 +19,7 @@ from minimind.distributed.collectives import gather_objects, log, on_first_rank
 from minimind.distributed.environment import RankEnvironment
 from minimind.distributed.launchers.watch import LauncherWatch
 from minimind.distributed.stop_requests import listen
-from minimind.distributed.watchdog import Lifeline
+from minimind.distributed.watchdog import Watchdog
 from minimind.errors import UserError
 from minimind.model.kernels.matmul import multiplies
 from minimind.parallel.deepspeed_check import check_ds_config
@@ -79,7 +79,7 @@ def run_rank(
     device: torch.device,
     dataset: TokenDataset,
     eval_dataset: TokenDataset | None,
-    lifeline: Lifeline,
+    watchdog: Watchdog,
     launcher: LauncherWatch,
 ) -> bool:
     """Build and train inside the process group; whether the run reached its last step. Every rank calls this."""
@@ -138,7 +138,7 @@ def run_rank(
             metrics=metrics,
             saver=saver,
             outside=outside,
-            lifeline=lifeline,
+            watchdog=watchdog,
             lock=locks[0] if locks else None,
             state=state,
             flops_per_token=resolved.run.model.flops_per_token(resolved.run.data.seq_len),
@@ -150,7 +150,7 @@ def run_rank(
             trainer.profiler = StepProfiler(run_dir, env.rank, train.profile_steps, device)
             stack.callback(trainer.profiler.close)
         try:
-            with full_memory_in_words(resolved, env, device, lifeline):  # said in the run's events too
+            with full_memory_in_words(resolved, env, device, watchdog):  # said in the run's events too
                 return trainer.fit()
         except UserError as error:
             if metrics is not None:

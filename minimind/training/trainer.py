@@ -25,7 +25,7 @@ from minimind.data.dataset import TokenDataset
 from minimind.data.loader import Batch, BatchLoader, eval_batches
 from minimind.distributed.collectives import all_reduce_sum, gather_objects
 from minimind.distributed.stop_requests import Outside, Requests
-from minimind.distributed.watchdog import Lifeline
+from minimind.distributed.watchdog import Watchdog
 from minimind.errors import UserError
 from minimind.parallel.loss_scale import loss_scale
 from minimind.parallel.optimizer import optimizer_step, set_learning_rate
@@ -62,7 +62,7 @@ class Trainer:
     metrics: MetricsLog | None
     saver: CheckpointSaver
     outside: Outside
-    lifeline: Lifeline
+    watchdog: Watchdog
     lock: RunLock | None
     state: TrainState
     flops_per_token: float
@@ -91,7 +91,7 @@ class Trainer:
         self._window_began = time.perf_counter()
         with contextlib.closing(self._batches()) as steps:
             while self.state.step < total:
-                self.lifeline.at(self.state.step + 1, "reading the batch")
+                self.watchdog.report(self.state.step + 1, "reading the batch")
                 with self._clock.waiting_for_data():
                     batches = next(steps)
                 self.train_step(batches)
@@ -99,7 +99,7 @@ class Trainer:
                     self.profiler.step()
                     self._tell_profile()
                 step = self.state.step
-                self.lifeline.at(step, "end of the step")
+                self.watchdog.report(step, "end of the step")
                 requests = self._agree()
                 is_last = step == total or requests.stop
                 evaluate_now = step == total or bool(train.eval_every and step % train.eval_every == 0)
@@ -133,7 +133,7 @@ class Trainer:
         loss, aux_loss = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         choices: torch.Tensor | None = None
         for batch in batches:
-            self.lifeline.at(step + 1, "forward and backward")
+            self.watchdog.report(step + 1, "forward and backward")
             moved = batch.to(self.device, non_blocking=True)
             with self._clock.forward():
                 output = self.engine(
@@ -153,7 +153,7 @@ class Trainer:
                 self.engine.backward(total)
             if batch is not batches[-1]:
                 self.engine.step()  # not at an accumulation boundary: counts the micro-batch
-        self.lifeline.at(step + 1, "optimizer step")
+        self.watchdog.report(step + 1, "optimizer step")
         with self._clock.part("optimizer"):
             grad_norm = optimizer_step(self.engine, self.resolved)
         scale_now = loss_scale(self.engine) if train.precision == "fp16" else None
@@ -179,7 +179,7 @@ class Trainer:
             self.loader.world_size,
             max_samples=train.eval_samples or None,
         ):
-            self.lifeline.at(self.state.step, "evaluating")
+            self.watchdog.report(self.state.step, "evaluating")
             moved = batch.to(self.device, non_blocking=True)
             output = self.engine(
                 moved.input_ids,
@@ -314,7 +314,7 @@ class Trainer:
 
     def _save(self, eval_loss: float | None, *, wait: bool) -> None:
         """Write a checkpoint. Every rank calls this; the pending steps are flushed and finite."""
-        self.lifeline.at(self.state.step, "saving")
+        self.watchdog.report(self.state.step, "saving")
         if self.metrics is not None:
             self.metrics.flush()
         began = time.monotonic()

@@ -9,18 +9,18 @@ import time
 import pytest
 from repository import ROOT
 
-from minimind.distributed import watchdog_server as lifeline_server
-from minimind.distributed.watchdog import Lifeline
-from minimind.distributed.watchdog_server import LifelineServer, describe_ranks, encode
+from minimind.distributed import watchdog_server as watchdog_server
+from minimind.distributed.watchdog import Watchdog
+from minimind.distributed.watchdog_server import WatchdogServer, describe_ranks, encode
 
 RANK = """
 import sys, time
-from minimind.distributed.watchdog import Lifeline
+from minimind.distributed.watchdog import Watchdog
 from minimind.errors import UserError
 rank, port, minutes, what = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
-line = Lifeline(rank, f"n{rank}", minutes)
+line = Watchdog(rank, f"n{rank}", minutes)
 line.connect("127.0.0.1", port, "secret")
-line.at(rank + 1, "optimizer step")
+line.report(rank + 1, "optimizer step")
 print("ready", flush=True)
 with line.reporting():
     if what == "fail":
@@ -38,8 +38,8 @@ line.close()
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(lifeline_server, "SILENCE_SECONDS", 3.0)
-    found = LifelineServer("secret")
+    monkeypatch.setattr(watchdog_server, "SILENCE_SECONDS", 3.0)
+    found = WatchdogServer("secret")
     found.start()
     yield found
     found.close()
@@ -75,7 +75,7 @@ def end(process: subprocess.Popen) -> tuple[int, str]:
 
 def test_a_killed_rank_is_named_with_its_place_and_the_others_end(start, monkeypatch):
     first, second = start(0), start(1)
-    time.sleep(lifeline_server.BEAT_SECONDS + 1)
+    time.sleep(watchdog_server.BEAT_SECONDS + 1)
     second.kill()
     for line in iter(first.stderr.readline, ""):
         if "error: " in line:
@@ -129,7 +129,7 @@ def test_strangers_are_not_listened_to(server):
     garbage.settimeout(20)
     garbage.sendall(b"\x00\xff\n")
     assert garbage.recv(100) == b""
-    friend = Lifeline(0, "n0")
+    friend = Watchdog(0, "n0")
     friend.connect("127.0.0.1", server.port, "secret")
     friend.close()
 

@@ -87,7 +87,7 @@ def train(flags: list[str], output: TextIO | None = None) -> tuple[int, str]:
         # What the device could do is measured in every run; here it would take longer than the run.
         with (
             contextlib.redirect_stdout(output or printed),
-            unittest.mock.patch("minimind.train.peak_flops") as peak_flops,
+            unittest.mock.patch("minimind.training.setup.peak_flops") as peak_flops,
         ):
             peak_flops.return_value = (1e12, "not measured")
             code = main(flags)

@@ -34,7 +34,7 @@ from minimind.data.shards import ShardWriter, open_split
 from minimind.distributed.environment import RankEnvironment, find_device, is_first_rank, read_environment
 from minimind.distributed.process_group import process_group
 from minimind.distributed.stop_requests import Outside
-from minimind.distributed.watchdog import Lifeline
+from minimind.distributed.watchdog import Watchdog
 from minimind.errors import run_main
 from minimind.parallel.engine import build_engine, build_model
 from minimind.training.trainer import Trainer
@@ -132,7 +132,7 @@ def make_trainer(resolved: Resolved, env: RankEnvironment, device: torch.device,
         metrics=None,
         saver=CheckpointSaver(engine, resolved, Corpus("", ""), asynchronous=False),
         outside=Outside(None),
-        lifeline=Lifeline(),
+        watchdog=Watchdog(),
         lock=None,
         state=TrainState(),
         flops_per_token=0.0,
