@@ -85,8 +85,8 @@ def run_rank(
     """Build and train inside the process group; whether the run reached its last step. Every rank calls this."""
     train, run_dir = resolved.run.train, Path(resolved.run.train.run_dir)
     with contextlib.ExitStack() as stack:
-        outside = stack.enter_context(listen(run_dir if env.is_first else None))
-        launcher.start(outside.abandon)
+        requests = stack.enter_context(listen(run_dir if env.is_first else None))
+        launcher.start(requests.launcher_gone)
         stack.callback(launcher.close)
         locks: list[RunLock] = []  # of rank 0
         on_first_rank(lambda: locks.append(stack.enter_context(hold_run_folder(run_dir))))
@@ -137,7 +137,7 @@ def run_rank(
             device=device,
             metrics=metrics,
             saver=saver,
-            outside=outside,
+            requests=requests,
             watchdog=watchdog,
             lock=locks[0] if locks else None,
             state=state,

@@ -24,7 +24,7 @@ from minimind.config.resolve import Resolved
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import Batch, BatchLoader, eval_batches
 from minimind.distributed.collectives import all_reduce_sum, gather_objects
-from minimind.distributed.stop_requests import Outside, Requests
+from minimind.distributed.stop_requests import Requests, StopRequests
 from minimind.distributed.watchdog import Watchdog
 from minimind.errors import UserError
 from minimind.parallel.loss_scale import loss_scale
@@ -61,7 +61,7 @@ class Trainer:
     device: torch.device
     metrics: MetricsLog | None
     saver: CheckpointSaver
-    outside: Outside
+    requests: StopRequests
     watchdog: Watchdog
     lock: RunLock | None
     state: TrainState
@@ -112,7 +112,7 @@ class Trainer:
                 if save_now:
                     self._save(eval_loss, wait=is_last)
                 if requests.save:
-                    self.outside.done()
+                    self.requests.done()
                 if requests.stop:
                     self._say(f"step {step}  stopped by {requests.reason}; start the same command again to continue")
                     self._log_event("stop", f"stopped by {requests.reason}")
@@ -305,7 +305,7 @@ class Trainer:
     def _agree(self) -> Requests:
         """What anybody asked of any rank; also takes a running save further. Every rank calls this."""
         busy, lost = int(not self.saver.is_idle), int(self.lock is not None and self.lock.is_lost)
-        requests, (busy, lost) = self.outside.agree((busy, lost))
+        requests, (busy, lost) = self.requests.all_reduce((busy, lost))
         if lost:
             raise RunLockError(f"{self.resolved.run.train.run_dir}: another job has taken this run over; stopped")
         if self.saver.is_saving and not busy:

@@ -33,7 +33,7 @@ from minimind.data.loader import BatchLoader
 from minimind.data.shards import ShardWriter, open_split
 from minimind.distributed.environment import RankEnvironment, find_device, is_first_rank, read_environment
 from minimind.distributed.process_group import process_group
-from minimind.distributed.stop_requests import Outside
+from minimind.distributed.stop_requests import StopRequests
 from minimind.distributed.watchdog import Watchdog
 from minimind.errors import run_main
 from minimind.parallel.engine import build_engine, build_model
@@ -131,7 +131,7 @@ def make_trainer(resolved: Resolved, env: RankEnvironment, device: torch.device,
         device=device,
         metrics=None,
         saver=CheckpointSaver(engine, resolved, Corpus("", ""), asynchronous=False),
-        outside=Outside(None),
+        requests=StopRequests(None),
         watchdog=Watchdog(),
         lock=None,
         state=TrainState(),
