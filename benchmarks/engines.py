@@ -30,7 +30,7 @@ def build(
     resolved = resolve_run(
         RunConfig(model=model, data=DataConfig(seq_len=seq_len), train=TrainConfig(**train)),
         load_ds_config(ds_config or str(ROOT / "ds_configs" / f"zero{stage}.json")),
-        world_size=env.world_size,
+        dp_size=env.world_size,
         local_world_size=env.local_world_size,
         device_type=device.type,
         bf16_supported=device.type == "cuda" and torch.cuda.is_bf16_supported(),

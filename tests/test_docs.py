@@ -188,7 +188,11 @@ def test_every_configuration_field_is_described_in_chinese_and_only_those():
     words |= {"micro batch x accumulation x ranks", "bf16 on a GPU that has it, otherwise fp32"}
     words |= {"autoep, for a model with experts"}
     fields = set()
-    for cls, file in ((ModelConfig, "model/config.py"), (DataConfig, "config.py"), (TrainConfig, "config.py")):
+    for cls, file in (
+        (ModelConfig, "model/config.py"),
+        (DataConfig, "config/run_config.py"),
+        (TrainConfig, "config/run_config.py"),
+    ):
         found = [field[0] for field in tables.documented_fields(cls, f"minimind/{file}")]
         assert found == list(cls.__dataclass_fields__), "a field without a line of documentation"
         fields |= set(found)

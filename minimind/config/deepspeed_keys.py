@@ -180,7 +180,7 @@ def _check_optimizer_params(ds: dict[str, Any]) -> None:
             raise UserError(f"DeepSpeed config: optimizer.params: unknown field '{key}'{nearest(key, sorted(known))}")
 
 
-def settle_communication(ds: dict[str, Any], *, world_size: int, device_type: str, has_experts: bool) -> None:
+def settle_communication(ds: dict[str, Any], *, dp_size: int, device_type: str, has_experts: bool) -> None:
     """Replace "auto" in `zero_optimization`, in place.
 
     | setting | GPU | CPU |
@@ -192,7 +192,7 @@ def settle_communication(ds: dict[str, Any], *, world_size: int, device_type: st
     No sum changes by any of them: with one rank there is nothing to sum, and the others only say when and how much.
 
     Args:
-        world_size: data-parallel ranks.
+        dp_size: data-parallel ranks.
         device_type: "cuda", "cpu"...
         has_experts: DeepSpeed reduces experts' gradients by reduce_scatter alone.
     """
@@ -201,7 +201,7 @@ def settle_communication(ds: dict[str, Any], *, world_size: int, device_type: st
     stage = zero_stage(ds)
     choices = {
         "overlap_comm": not on_cpu,
-        "reduce_scatter": has_experts or world_size > 1 or not on_cpu,
+        "reduce_scatter": has_experts or dp_size > 1 or not on_cpu,
         "reduce_bucket_size": (_BUCKET_ON_CPU if on_cpu else _BUCKET).get(stage, _BUCKET[1]),
     }
     for name, value in choices.items():

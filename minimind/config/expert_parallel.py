@@ -109,7 +109,7 @@ def draws_experts(train: TrainConfig) -> bool:
     return train.moe_random_selection or train.moe_sample_second or train.moe_gate_noise != "none"
 
 
-def check_experts(run: RunConfig, ds: dict[str, Any], world_size: int) -> None:
+def check_experts(run: RunConfig, ds: dict[str, Any], dp_size: int) -> None:
     """Refuse, before anything is started, what the backend cannot do.
 
     Raises:
@@ -117,7 +117,7 @@ def check_experts(run: RunConfig, ds: dict[str, Any], world_size: int) -> None:
     """
     if run.train.moe_backend is None:
         return
-    _check_ep_size(run, world_size)
+    _check_ep_size(run, dp_size)
     _check_gating(run)
     _check_zero(run, ds)
 
@@ -150,14 +150,14 @@ def _free(block: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in block.items() if key in _FREE_KEYS and value != AUTO}
 
 
-def _check_ep_size(run: RunConfig, world_size: int) -> None:
+def _check_ep_size(run: RunConfig, dp_size: int) -> None:
     ep_size, num_experts = run.train.ep_size or 1, run.model.num_experts
-    both = math.gcd(num_experts, world_size)
+    both = math.gcd(num_experts, dp_size)
     valid = ", ".join(str(size) for size in range(1, both + 1) if both % size == 0)
     if num_experts % ep_size:
         raise UserError(f"ep_size: {ep_size} does not divide the {num_experts} experts of a layer; possible: {valid}")
-    if world_size % ep_size:
-        raise UserError(f"ep_size: {ep_size} does not divide {world_size} ranks; possible: {valid}")
+    if dp_size % ep_size:
+        raise UserError(f"ep_size: {ep_size} does not divide {dp_size} ranks; possible: {valid}")
 
 
 def _check_gating(run: RunConfig) -> None:

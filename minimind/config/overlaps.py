@@ -45,7 +45,7 @@ def _equal(ours: Any, theirs: Any) -> bool:
 
 
 def resolve_batch(
-    micro: int | None, total: int | None, accumulation: int | None, world: int, overlaps: Overlaps
+    micro: int | None, total: int | None, accumulation: int | None, dp_size: int, overlaps: Overlaps
 ) -> dict[str, int]:
     """Any two of the three batch figures give the third; an inexact division names the nearest valid values."""
     for name, value in (
@@ -57,19 +57,19 @@ def resolve_batch(
             raise UserError(f"{name}: {value!r} is not a positive integer")
     if total is not None:
         if micro is None:
-            unit = world * (accumulation or 1)
-            _check_divides(total, unit, f"{world} ranks x accumulation {accumulation or 1}")
+            unit = dp_size * (accumulation or 1)
+            _check_divides(total, unit, f"{dp_size} ranks x accumulation {accumulation or 1}")
             share = total // unit
             if accumulation is not None:
                 micro = share
             else:
                 micro = max(size for size in range(1, min(DEFAULT_MICRO_BATCH_SIZE, share) + 1) if share % size == 0)
-        _check_divides(total, micro * world, f"micro batch {micro} x {world} ranks")
-        derived = total // (micro * world)
+        _check_divides(total, micro * dp_size, f"micro batch {micro} x {dp_size} ranks")
+        derived = total // (micro * dp_size)
         if accumulation is not None and accumulation != derived:
             overlaps.mismatches.append(
                 f"gradient_accumulation_steps is {accumulation}, but global_batch_size {total} / (micro_batch_size "
-                f"{micro} x {world} ranks) is {derived}"
+                f"{micro} x {dp_size} ranks) is {derived}"
             )
         accumulation = derived
     else:
@@ -77,7 +77,7 @@ def resolve_batch(
         accumulation = accumulation or 1
     return {
         "micro_batch_size": micro,
-        "global_batch_size": micro * accumulation * world,
+        "global_batch_size": micro * accumulation * dp_size,
         "gradient_accumulation_steps": accumulation,
     }
 

@@ -2,8 +2,8 @@
 
 DeepSpeed's file is the user's own and is handed over untouched, but for the settings that the run configuration also
 has (batch sizes, clipping, optimizer, precision, schedule). Those are resolved on a copy, and every disagreement is
-reported at once. Does not import deepspeed, and knows no rank: the world size and the device come as arguments. What
-the file may hold at all is `ds_sections`.
+reported at once. Does not import deepspeed, and knows no rank: their number and the device come as arguments. What the
+file may hold at all is `deepspeed_keys`.
 """
 
 import copy
@@ -71,7 +71,7 @@ def resolve_run(
     run: RunConfig,
     ds: dict[str, Any],
     *,
-    world_size: int,
+    dp_size: int,
     local_world_size: int = 1,
     device_type: str = "cpu",
     bf16_supported: bool = False,
@@ -86,7 +86,7 @@ def resolve_run(
     | set | explicit and different | an error that lists every mismatch |
 
     Args:
-        world_size: data-parallel ranks.
+        dp_size: data-parallel ranks.
         local_world_size: ranks of one node; what "auto" as ZeRO-3's hpZ partition size means.
         device_type: "cuda", "cpu"...; decides what precision is possible.
         bf16_supported: whether the device computes in bf16; decides the default precision.
@@ -105,7 +105,7 @@ def resolve_run(
         overlaps.take(
             "gradient_accumulation_steps", train.gradient_accumulation_steps, ds, "gradient_accumulation_steps"
         ),
-        world_size,
+        dp_size,
         overlaps,
     )
     values: dict[str, Any] = {
@@ -125,13 +125,13 @@ def resolve_run(
     resolved = dataclasses.replace(run, train=dataclasses.replace(train, **values))
     check_run(resolved)
     _check_schedule_fields(resolved.train)
-    _resolve_hpz(ds, world_size, local_world_size)
-    settle_communication(ds, world_size=world_size, device_type=device_type, has_experts=run.model.use_moe)
+    _resolve_hpz(ds, dp_size, local_world_size)
+    settle_communication(ds, dp_size=dp_size, device_type=device_type, has_experts=run.model.use_moe)
     notes = [f'{where}: "auto" left to DeepSpeed\'s default' for where in _drop_autos(ds)]
     _write_back(ds, resolved)
     write_experts(ds, resolved)
     _check_combinations(resolved, ds, device_type)
-    check_experts(resolved, ds, world_size)
+    check_experts(resolved, ds, dp_size)
     notes += _advice(resolved, ds)
     return Resolved(run=resolved, ds=ds, notes=tuple(notes))
 
@@ -165,15 +165,15 @@ def _check_schedule_fields(train: TrainConfig) -> None:
             )
 
 
-def _resolve_hpz(ds: dict[str, Any], world_size: int, local_world_size: int) -> None:
+def _resolve_hpz(ds: dict[str, Any], dp_size: int, local_world_size: int) -> None:
     """hpZ keeps a second copy of the weights inside a node: "auto" is the size of a node."""
     zero = ds.get("zero_optimization", {})
     size = zero.get("zero_hpz_partition_size", 1)
     if size == AUTO:
         size = zero["zero_hpz_partition_size"] = local_world_size
-    if not isinstance(size, int) or size < 1 or world_size % size:
+    if not isinstance(size, int) or size < 1 or dp_size % size:
         raise UserError(
-            f"DeepSpeed config: zero_optimization.zero_hpz_partition_size {size!r} does not divide {world_size} ranks; "
+            f"DeepSpeed config: zero_optimization.zero_hpz_partition_size {size!r} does not divide {dp_size} ranks; "
             'give the ranks of one node, or "auto"'
         )
 

@@ -55,33 +55,33 @@ class BatchLoader:
         seed: int,
         micro_batch_size: int,
         global_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
+        dp_rank: int = 0,
+        dp_size: int = 1,
         *,
         pin_memory: bool = False,
     ) -> None:
-        together = micro_batch_size * world_size
-        if min(micro_batch_size, global_batch_size, world_size) < 1 or global_batch_size % together:
+        together = micro_batch_size * dp_size
+        if min(micro_batch_size, global_batch_size, dp_size) < 1 or global_batch_size % together:
             raise UserError(
                 f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} "
-                f"x {world_size} ranks = {together}"
+                f"x {dp_size} ranks = {together}"
             )
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} of {world_size}")
+        if not 0 <= dp_rank < dp_size:
+            raise ValueError(f"data-parallel rank {dp_rank} of {dp_size}")
         self.dataset = dataset
         self.micro_batch_size = micro_batch_size
         self.global_batch_size = global_batch_size
         self.gradient_accumulation_steps = global_batch_size // together
-        self.rank = rank
-        self.world_size = world_size
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
         self.order = GlobalOrder(len(dataset), seed, dataset.reader.fingerprint)
         self._pin_memory = pin_memory
 
     def step_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of optimizer step `step` (from 0): micro-batch j stands at the places
-        step*G + (j*world_size + rank)*micro_batch_size onwards of the global order."""
-        micro, together = self.micro_batch_size, self.micro_batch_size * self.world_size
-        start = step * self.global_batch_size + self.rank * micro
+        step*G + (j*dp_size + dp_rank)*micro_batch_size onwards of the global order."""
+        micro, together = self.micro_batch_size, self.micro_batch_size * self.dp_size
+        start = step * self.global_batch_size + self.dp_rank * micro
         # (gradient_accumulation_steps, micro_batch_size)
         positions = start + np.arange(self.gradient_accumulation_steps)[:, None] * together + np.arange(micro)
         batches = []
@@ -106,8 +106,8 @@ class BatchLoader:
 def eval_batches(
     dataset: TokenDataset,
     micro_batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
+    dp_rank: int = 0,
+    dp_size: int = 1,
     *,
     max_samples: int | None = None,
 ) -> Iterator[Batch]:
@@ -117,8 +117,8 @@ def eval_batches(
     copy with no labels. The windows taken do not depend on the number of ranks or the batch size.
     """
     num_samples = len(dataset) if max_samples is None else min(max_samples, len(dataset))
-    for base in range(0, num_samples, micro_batch_size * world_size):
-        first = base + rank * micro_batch_size
+    for base in range(0, num_samples, micro_batch_size * dp_size):
+        first = base + dp_rank * micro_batch_size
         positions = [p if p < num_samples else -1 for p in range(first, first + micro_batch_size)]
         yield collate([_take(dataset, p, num_samples - 1) for p in positions], positions)
 

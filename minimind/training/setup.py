@@ -46,7 +46,7 @@ def prepare(
     resolved = resolve_run(
         run,
         load_ds_config(run.train.ds_config),
-        world_size=env.world_size,
+        dp_size=env.world_size,
         local_world_size=env.local_world_size,
         device_type=device.type,
         bf16_supported=device.type == "cuda" and torch.cuda.is_bf16_supported(),

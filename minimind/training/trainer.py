@@ -128,8 +128,9 @@ class Trainer:
         if train.schedule != "deepspeed":
             set_learning_rate(self.engine, self.resolved, lr)
         num_targets = self._count_targets(batches)  # () of the whole step, on every rank
-        # DeepSpeed divides by the accumulation and averages over ranks; this undoes both and divides by the targets.
-        scale = len(batches) * self.loader.world_size / num_targets
+        # DeepSpeed divides by the accumulation and averages over the data-parallel ranks (dp_size, not all processes);
+        # this undoes both and divides by the targets.
+        scale = len(batches) * self.loader.dp_size / num_targets
         loss, aux_loss = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         choices: torch.Tensor | None = None
         for batch in batches:
@@ -147,7 +148,7 @@ class Trainer:
             total = output.loss * scale
             if output.aux_loss is not None:  # a mean over this micro-batch: DeepSpeed's own averaging is right for it
                 total = total + output.aux_loss
-                aux_loss = aux_loss + output.aux_loss.detach() / (len(batches) * self.loader.world_size)
+                aux_loss = aux_loss + output.aux_loss.detach() / (len(batches) * self.loader.dp_size)
                 choices = count_choices(output, choices)
             with self._clock.part("backward"):
                 self.engine.backward(total)
@@ -175,8 +176,8 @@ class Trainer:
         for batch in eval_batches(
             self.eval_dataset,
             self.loader.micro_batch_size,
-            self.loader.rank,
-            self.loader.world_size,
+            self.loader.dp_rank,
+            self.loader.dp_size,
             max_samples=train.eval_samples or None,
         ):
             self.watchdog.report(self.state.step, "evaluating")
@@ -217,14 +218,14 @@ class Trainer:
         count = torch.tensor(float(sum(batch.num_targets for batch in batches)), device=self.device)
         if self.resolved.run.data.document_mask:
             return all_reduce_sum(count).clamp(min=1)
-        return count * self.loader.world_size  # without a mask every position of every window has a target
+        return count * self.loader.dp_size  # without a mask every position of every window has a target
 
     def _seed_dropout(self, step: int) -> None:
         """Dropout and a router's noise are functions of (seed, step, rank): a resume needs no saved random state."""
         model = self.resolved.run.model
         if model.dropout or model.attention_dropout or draws_experts(self.resolved.run.train):
             # Distinct for every (step, rank) of a run below 2**20 ranks; torch mixes the bits.
-            seed = (self.resolved.run.train.seed << 52 ^ step << 20 ^ self.loader.rank) % 2**63
+            seed = (self.resolved.run.train.seed << 52 ^ step << 20 ^ self.loader.dp_rank) % 2**63
             torch.manual_seed(seed)
 
     def _step_router_biases(self, choices: torch.Tensor | None, grad_norm: torch.Tensor | float | None) -> None:
@@ -245,8 +246,8 @@ class Trainer:
         local_bad = int((~torch.isfinite(losses)).nonzero()[0]) if not bool(torch.isfinite(losses).all()) else None
         auxiliary = torch.stack([item.aux_loss for item in pending])
         # Every rank's own times ride along, each in its place.
-        times = torch.zeros(self.loader.world_size, 2)
-        times[self.loader.rank] = torch.tensor(self._clock.read()) / len(pending)
+        times = torch.zeros(torch.distributed.get_world_size(), 2)
+        times[torch.distributed.get_rank()] = torch.tensor(self._clock.read()) / len(pending)
         summed = all_reduce_sum(torch.cat([losses, auxiliary, times.flatten().to(losses)])).tolist()
         means, aux_means = summed[: len(pending)], summed[len(pending) : 2 * len(pending)]
         counted = [item.choices for item in pending if item.choices is not None]
@@ -274,7 +275,7 @@ class Trainer:
             samples=samples,
             tokens=samples * self.resolved.run.data.seq_len,
             flops_per_token=self.flops_per_token,
-            peak_flops=self.peak_flops and self.peak_flops * self.loader.world_size,
+            peak_flops=self.peak_flops and self.peak_flops * torch.distributed.get_world_size(),
             device=self.device,
         )
 

@@ -107,7 +107,7 @@ def train_hashing(flags: list[str], folder: Path) -> tuple[int, str]:
 
     def step_batches(loader: BatchLoader, step: int) -> list[Batch]:
         batches = take(loader, step)
-        (folder / f"step{step}_rank{loader.rank}").write_text(str(hash_stream(batches)))
+        (folder / f"step{step}_rank{loader.dp_rank}").write_text(str(hash_stream(batches)))
         return batches
 
     with unittest.mock.patch.object(BatchLoader, "step_batches", step_batches):

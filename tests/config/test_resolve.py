@@ -21,7 +21,7 @@ def resolve(ds: dict[str, Any], *, world_size: int = 1, **train: Any) -> Resolve
     """As the command does it, on a CPU unless told."""
     device = {name: train.pop(name) for name in ("device_type", "bf16_supported", "local_world_size") if name in train}
     before = copy.deepcopy(ds)
-    resolved = resolve_run(RunConfig(train=TrainConfig(**train)), ds, world_size=world_size, **device)
+    resolved = resolve_run(RunConfig(train=TrainConfig(**train)), ds, dp_size=world_size, **device)
     assert ds == before, "the user's own mapping was touched"
     check_ds_config(resolved.ds)
     return resolved
@@ -314,6 +314,6 @@ def test_the_resolved_pair_resolves_to_itself():
     """run_config.json and ds_config.json of a run folder, given again, mean the same run."""
     for path in FILES:
         first = resolve(load_ds_config(path), world_size=2, local_world_size=2, global_batch_size=16)
-        again = resolve_run(first.run, first.ds, world_size=2, local_world_size=2)
+        again = resolve_run(first.run, first.ds, dp_size=2, local_world_size=2)
         assert again.run == first.run and again.ds == first.ds
-    assert resolve_run(RunConfig(data=DataConfig(seq_len=3)), {}, world_size=1).run.data.seq_len == 3
+    assert resolve_run(RunConfig(data=DataConfig(seq_len=3)), {}, dp_size=1).run.data.seq_len == 3

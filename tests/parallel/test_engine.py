@@ -54,7 +54,7 @@ def resolve(stage: int, *, ds: dict[str, Any] | None = None, model: ModelConfig 
     if stage:
         section["data_types"] = {"grad_accum_dtype": "fp32"}
     run = RunConfig(model=model, data=DataConfig(seq_len=16), train=TrainConfig(**settings))
-    return resolve_run(run, {**section, **(ds or {})}, world_size=1)
+    return resolve_run(run, {**section, **(ds or {})}, dp_size=1)
 
 
 def make_steps(count: int, micro_batches: int = 1, size: int = 4, seed: int = 0) -> list[Step]:

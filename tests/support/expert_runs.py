@@ -85,7 +85,7 @@ def resolve(
         **SETTINGS, "micro_batch_size": ROWS // PARTS, "gradient_accumulation_steps": PARTS // world_size, **train
     }  # fmt: skip
     run = RunConfig(ModelConfig(**model), DataConfig(seq_len=SEQ_LEN), TrainConfig(**settings))
-    return resolve_run(run, {**section, **(ds or {})}, world_size=world_size)
+    return resolve_run(run, {**section, **(ds or {})}, dp_size=world_size)
 
 
 def take_step(engine: Any, resolved: Resolved, step: tuple[torch.Tensor, ...]) -> tuple[float, float]:

@@ -59,9 +59,9 @@ ITEMS = ("parameters", "gradients", "optimizer", "activations", "logits", "bucke
 
 
 def estimate_memory(
-    resolved: Resolved, world_size: int, device_type: str = "cuda", *, ep_size: int | None = None
+    resolved: Resolved, dp_size: int, device_type: str = "cuda", *, ep_size: int | None = None
 ) -> MemoryEstimate:
-    """Memory of one rank of `world_size` in a training step of the resolved run.
+    """Memory of one of `dp_size` data-parallel ranks in a training step of the resolved run.
 
     Args:
         device_type: on a CPU what counts is resident memory: a buffer counts as far as it is used, and torch's
@@ -69,7 +69,7 @@ def estimate_memory(
         ep_size: ranks that share one set of experts; None: what the run says, or 1.
     """
     ep_size = ep_size or getattr(resolved.run.train, "ep_size", None) or 1
-    states = _States.of(resolved, world_size, ep_size)
+    states = _States.of(resolved, dp_size, ep_size)
     backward, kept_buffer = _gradient_buffers(states, resolved, device_type)
     gathered, prefetched = _gathered(states, resolved)
     activations = activation_bytes(resolved, device_type)
@@ -109,7 +109,7 @@ class _States:
     """What a rank keeps of the model, and the figures that the rest follows from."""
 
     stage: int
-    world_size: int
+    dp_size: int
     here: int
     """Parameters that a rank computes with: all of them but for experts on other ranks."""
     share: int
@@ -133,7 +133,7 @@ class _States:
     @property
     def reduces_whole(self) -> bool:
         """Whether whole gradients are flattened and averaged: not on one rank (`engine.nothing_to_reduce`)."""
-        return self.world_size > 1 or (self.stage == 0 and self.experts > 0)
+        return self.dp_size > 1 or (self.stage == 0 and self.experts > 0)
 
     @property
     def kept_gradients(self) -> int:
@@ -143,12 +143,12 @@ class _States:
         return self.gradients if self.stage == 3 else 0
 
     @classmethod
-    def of(cls, resolved: Resolved, world_size: int, ep_size: int) -> "_States":
+    def of(cls, resolved: Resolved, dp_size: int, ep_size: int) -> "_States":
         model, ds, stage = resolved.run.model, resolved.ds, resolved.zero_stage
         zero = ds.get("zero_optimization", {})
         total, experts = model.num_params(), count_expert_params(model)
         here = total - experts + experts // ep_size
-        share = total // world_size if stage >= 1 else here
+        share = total // dp_size if stage >= 1 else here
         sixteen = any(ds.get(key, {}).get("enabled") for key in ("bf16", "fp16"))
         weight_bytes = 2 if sixteen else 4
         fp32_gradients = ds.get("data_types", {}).get("grad_accum_dtype") == "fp32"
@@ -177,7 +177,7 @@ class _States:
             buffers = bucket * (grad_bytes if stage == 1 else weight_bytes) * (2 if zero.get("overlap_comm") else 1)
         return cls(
             stage=stage,
-            world_size=world_size,
+            dp_size=dp_size,
             here=here,
             share=share,
             largest=largest_tensor(model, ep_size),
@@ -207,7 +207,7 @@ def _gradient_buffers(states: _States, resolved: Resolved, device_type: str) -> 
         return states.gradients + flattened * (4 + weight), 0
     if states.stage == 3:
         whole = states.bucket * weight if device_type != "cpu" else filled * weight
-        return states.gradients + filled * weight + filled * states.grad_bytes // states.world_size, whole
+        return states.gradients + filled * weight + filled * states.grad_bytes // states.dp_size, whole
     staged = max(states.bucket_allocation if device_type != "cpu" else 0, filled * weight)
     if states.stage == 1:
         # All gradients wait for the last micro-batch: in the bucket where they fit, beside it where they do not.
@@ -223,7 +223,7 @@ def _gradient_buffers(states: _States, resolved: Resolved, device_type: str) -> 
 
 def _gathered(states: _States, resolved: Resolved) -> tuple[int, int]:
     """Bytes of whole weights under ZeRO-3, and of the buffer that they come in."""
-    if states.stage != 3 or (states.world_size == 1 and offload_device(resolved.ds, "param") is None):
+    if states.stage != 3 or (states.dp_size == 1 and offload_device(resolved.ds, "param") is None):
         return 0, 0
     zero: dict[str, Any] = resolved.ds["zero_optimization"]
     # A weight that is used again within the reuse distance is kept: a model smaller than it stays gathered as a whole.
@@ -269,7 +269,7 @@ def largest_gather(config: ModelConfig) -> int:
 
 
 def largest_micro_batch(
-    resolved: Resolved, world_size: int, limit: int, device_type: str = "cuda", *, ep_size: int | None = None
+    resolved: Resolved, dp_size: int, limit: int, device_type: str = "cuda", *, ep_size: int | None = None
 ) -> int:
     """The most sequences of a forward whose step stays below `limit` bytes a rank; 0 where not even one does.
 
@@ -279,7 +279,7 @@ def largest_micro_batch(
     def fits(micro: int) -> bool:
         train = dataclasses.replace(resolved.run.train, micro_batch_size=micro)
         changed = dataclasses.replace(resolved, run=dataclasses.replace(resolved.run, train=train))
-        return estimate_memory(changed, world_size, device_type, ep_size=ep_size).total <= limit
+        return estimate_memory(changed, dp_size, device_type, ep_size=ep_size).total <= limit
 
     if not fits(1):
         return 0

@@ -117,7 +117,7 @@ def _resolve(run: RunConfig, ds: dict[str, Any], micro: int, ranks: int, device_
     return resolve_run(
         dataclasses.replace(run, train=train),
         ds,
-        world_size=ranks,
+        dp_size=ranks,
         local_world_size=ranks,
         device_type=device_type,
         bf16_supported=device_type == "cuda" and torch.cuda.is_bf16_supported(),

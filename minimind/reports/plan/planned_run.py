@@ -157,7 +157,7 @@ def resolve_for(run: RunConfig, ds: dict[str, Any], options: PlanOptions) -> Res
     return resolve_run(
         run,
         ds,
-        world_size=options.num_gpus * options.num_nodes,
+        dp_size=options.num_gpus * options.num_nodes,
         local_world_size=options.num_gpus,
         device_type=options.device,
         bf16_supported=options.device == "cuda",

@@ -47,7 +47,7 @@ def resolve(
     if stage == 0:
         del ds["data_types"]
     run = RunConfig(model=model, data=DataConfig(seq_len=128), train=TrainConfig(**{"micro_batch_size": 2, **train}))
-    return resolve_run(run, ds, world_size=world_size, device_type="cuda", bf16_supported=True)
+    return resolve_run(run, ds, dp_size=world_size, device_type="cuda", bf16_supported=True)
 
 
 def estimate(stage: int, *, world_size: int = 1, ep_size: int | None = None, device: str = "cuda", **others: Any):
