@@ -1,15 +1,16 @@
-"""The corpus that every machine already has: python -m data_prep.default_corpus --output FILE.jsonl.
+"""A corpus from text that every Python installation has: python -m data_prep.default_corpus --output FILE.jsonl.
 
-Python's own documentation and docstrings, the descriptions and docstrings of installed packages, and this repository's
-documents; one section a line. Reads files only: imports none of them, and no network. Knows nothing of tokens.
+This repository's documents, Python's help topics, descriptions of installed packages, and docstrings, in that order.
+Source files are parsed, never imported, and no network is used.
 """
 
-import hashlib
+import ast
 import importlib.metadata
 import json
-import os
+import re
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,24 +20,31 @@ from typing import Any, NamedTuple
 import tyro
 from tqdm import tqdm
 
-from data_prep.local_text.docstrings import find_docstrings
-from data_prep.local_text.prose import is_prose, pack_pieces, split_sections
-from data_prep.writing.pool import count_cores, map_ordered
+from data_prep.writing.pool import count_workers, map_ordered
 from minimind.cli import parse_flags
 from minimind.errors import UserError, run_main
 from minimind.files import ROOT, replace_file
 
-_DOCUMENT_SUFFIXES = (".md", ".rst", ".txt")
+_DOCUMENT_CHARACTERS = 1000
+_LONGEST_DOCUMENT = 20_000
+_SHORTEST_DOCUMENT = 120
+_LEAST_LETTERS = 0.7
 _LARGEST_FILE = 1 << 21
-_SKIPPED_FOLDERS = frozenset(
-    ("__pycache__", "site-packages", "dist-packages", "test", "tests", "testing", "idle_test", "_vendor", "licenses")
-)
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "testing", "idle_test", "_vendor", "licenses"}
 _PROSE_PACKAGES = ("numpy", "pandas", "networkx")
-"""Their docstrings are long and written with care: they come before those of other packages."""
+"""Long and carefully written docstrings: taken before those of other packages."""
+_LICENCE = re.compile(r"copyright|licen[cs]ed? |warrant|all rights reserved|permission is", re.IGNORECASE)
+# A Markdown heading, or a line underlined by the next one.
+_HEADING = re.compile(r"^(?=#{1,6} \S)|^(?=[^\s].*\n(?:={3,}|-{3,}|~{3,}|\^{3,}|\*{3,})[ \t]*$)", re.MULTILINE)
+# Badges, pictures, raw HTML, link targets, table rows.
+_NO_TEXT = re.compile(
+    r"^[ \t]*(?:\[?!\[|<|\.\. (?:image|figure|_|\|)|:target:|:alt:|\[[^\]]+\]:[ \t]|\|.*\|[ \t]*$).*\n?", re.M
+)
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-class Section(NamedTuple):
-    """One document: its text, and where it was found."""
+class Document(NamedTuple):
+    """A text, and where it was found."""
 
     text: str
     source: str
@@ -44,14 +52,14 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DefaultCorpusFlags:
-    """Collect a small corpus of technical prose from what Python and its packages bring along."""
+    """Collect a small corpus of technical prose from Python and its installed packages."""
 
     output: Path
     """The JSONL file to write: {"text": ..., "source": ...} a line."""
     min_bytes: int = 5_000_000
     """Fail if less text is found."""
     max_bytes: int = 14_000_000
-    """Stop collecting when there is so much (and --min-bytes is reached)."""
+    """Stop collecting at this size (once --min-bytes is reached)."""
     workers: int = 0
     """Processes that read sources (0: one for each core)."""
     overwrite: bool = False
@@ -65,14 +73,14 @@ def main() -> None:
     if flags.output.exists() and not flags.overwrite:
         raise UserError(f"{flags.output} already exists: choose another --output or give --overwrite")
     lines: list[str] = []
-    total, wanted = 0, max(flags.min_bytes, flags.max_bytes)
-    with tqdm(total=wanted, desc="collecting", unit="B", unit_scale=True, disable=None) as progress:
-        for section in drop_repeated(collect_sections(flags.workers or count_cores())):
-            size = len(section.text.encode())
-            lines.append(json.dumps(section._asdict(), ensure_ascii=False) + "\n")
+    total, enough = 0, max(flags.min_bytes, flags.max_bytes)
+    with tqdm(total=enough, desc="collecting", unit="B", unit_scale=True, disable=None) as progress:
+        for document in drop_repeated(collect_documents(count_workers(flags.workers))):
+            size = len(document.text.encode())
+            lines.append(json.dumps(document._asdict(), ensure_ascii=False) + "\n")
             total += size
             progress.update(size)
-            if total >= wanted:
+            if total >= enough:
                 break
     if total < flags.min_bytes:
         raise UserError(f"only {total:,} bytes of text found on this machine, --min-bytes is {flags.min_bytes:,}")
@@ -84,95 +92,106 @@ def main() -> None:
     print(f"{flags.output}: {len(lines):,} documents, {total:,} bytes of text")
 
 
-def collect_sections(workers: int) -> Iterator[Section]:
-    """All sections, always in the same order on the same machine: the best prose first."""
-    yield from _read_documents(ROOT, [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+def collect_documents(workers: int) -> Iterator[Document]:
+    """Every document, best prose first; the same order on every run on one machine."""
+    for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]):
+        yield from _split_sections(_read(path), f"{ROOT.name}/{path.relative_to(ROOT)}")
     for name, topic in sorted(topics.topics.items()):
-        yield Section(_tidy(topic), f"python:{name}")
-    library = Path(sysconfig.get_path("stdlib"))
-    files = sorted(_walk(library))
-    yield from _read_documents(library, files)
-    distributions = _find_distributions()
-    for name in sorted(distributions):
-        yield from _read_description(distributions[name])
-    modules = [_name_module(path, library) for path in files if path.suffix == ".py"]
-    order = sorted(distributions, key=lambda name: (name not in _PROSE_PACKAGES, name))
-    for name in order:
-        modules += _find_modules(distributions[name])
-    for source, pieces in zip((m for _, m in modules), map_ordered(_parse_module, modules, workers), strict=False):
-        for text in pack_pieces(pieces):
-            yield Section(text, source)
-
-
-def drop_repeated(sections: Iterable[Section]) -> Iterator[Section]:
-    """Sections that are prose, each text once."""
-    seen: set[bytes] = set()
-    for section in sections:
-        digest = hashlib.blake2b(section.text.encode("utf-8", "replace"), digest_size=16).digest()
-        if digest not in seen and is_prose(section.text):
-            seen.add(digest)
-            yield section
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
-        yield from (Path(parent, name) for name in files if name.endswith((".py", *_DOCUMENT_SUFFIXES)))
-
-
-def _read_documents(root: Path, paths: Iterable[Path]) -> Iterator[Section]:
-    for path in sorted(paths):
-        if path.suffix in _DOCUMENT_SUFFIXES and (text := _read(path)):
-            for section in split_sections(text):
-                yield Section(section, f"{root.name}/{path.relative_to(root)}")
-
-
-def _find_distributions() -> dict[str, importlib.metadata.Distribution]:
-    found: dict[str, importlib.metadata.Distribution] = {}
+        yield Document(topic, f"python:{name}")
+    packages: dict[str, importlib.metadata.Distribution] = {}
     for distribution in importlib.metadata.distributions():
-        # Of two with the same name the first stands before the other on the path.
-        found.setdefault((distribution.metadata["Name"] or "").lower(), distribution)
-    return {name: distribution for name, distribution in found.items() if name}
+        # The first of two with one name is the one that Python would import.
+        packages.setdefault((distribution.metadata["Name"] or "").lower(), distribution)
+    for name in sorted(packages):
+        metadata: Any = packages[name].metadata
+        # Old metadata has the description in a header, each line indented.
+        header = (metadata.get("Description") or "").replace("\n        ", "\n")
+        yield from _split_sections(str(metadata.get_payload() or "") or header, f"description of {metadata['Name']}")
+    library = Path(sysconfig.get_path("stdlib"))
+    modules = [(path, library) for path in sorted(library.rglob("*.py")) if _is_wanted(path.relative_to(library))]
+    for name in sorted(packages, key=lambda name: (name not in _PROSE_PACKAGES, name)):
+        root = Path(str(packages[name].locate_file("")))
+        modules += [(root / file, root) for file in sorted(packages[name].files or [], key=str) if _is_wanted(file)]
+    pieces_of_modules = map_ordered(_parse_module, (path for path, _ in modules), workers)
+    for (path, root), pieces in zip(modules, pieces_of_modules, strict=False):
+        yield from _pack(pieces, ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"))
 
 
-def _read_description(distribution: importlib.metadata.Distribution) -> Iterator[Section]:
-    metadata: Any = distribution.metadata
-    # Old metadata carries it in a header, each line indented.
-    header = metadata.get("Description") or ""
-    text = str(metadata.get_payload() or "") or "\n".join(line.removeprefix("        ") for line in header.split("\n"))
-    for section in split_sections(_tidy(text)):
-        yield Section(section, f"description of {metadata['Name']}")
+def drop_repeated(documents: Iterable[Document]) -> Iterator[Document]:
+    """The documents that are prose, each text once."""
+    seen: set[str] = set()
+    for document in documents:
+        if document.text not in seen and is_prose(document.text):
+            seen.add(document.text)
+            yield document
 
 
-def _find_modules(distribution: importlib.metadata.Distribution) -> list[tuple[Path, str]]:
-    modules = []
-    for file in sorted(distribution.files or [], key=str):
-        if file.suffix == ".py" and not _SKIPPED_FOLDERS.intersection(file.parts) and ".." not in file.parts:
-            path = Path(str(distribution.locate_file(file)))
-            modules.append(_name_module(path, Path(str(distribution.locate_file("")))))
-    return modules
+def find_docstrings(source: str) -> list[str]:
+    """Docstrings under the name and arguments that they document, in order; none if the source does not parse."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    nodes = [node for node in ast.walk(tree) if isinstance(node, _Documented)]
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
+    found = []
+    for node in nodes:
+        paragraphs = (ast.get_docstring(node) or "").split("\n\n")
+        text = "\n\n".join(paragraph for paragraph in paragraphs if not _LICENCE.search(paragraph)).strip()
+        if text and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = f"{node.name}({ast.unparse(node.args)})\n\n{text}"
+        elif text and isinstance(node, ast.ClassDef):
+            text = f"class {node.name}\n\n{text}"
+        found += [text] if text else []
+    return found
 
 
-def _name_module(path: Path, root: Path) -> tuple[Path, str]:
-    parts = path.relative_to(root).with_suffix("").parts
-    return path, ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def is_prose(text: str) -> bool:
+    """Whether a text is long enough and mostly letters: no table of numbers, no encoded data, no odd characters."""
+    if len(text) < _SHORTEST_DOCUMENT or re.search("[\0\ud800-\udfff]", text) or re.search(r"[!-~]{201}", text):
+        return False
+    others = len(re.findall(r"[^\w\s]|[\d_]", text))
+    return 1 - others / max(len("".join(text.split())), 1) >= _LEAST_LETTERS
 
 
-def _parse_module(module: tuple[Path, str]) -> list[str]:
-    path, name = module
-    return find_docstrings(_read(path), name)
+def _is_wanted(path: Any) -> bool:
+    return path.suffix == ".py" and not _SKIPPED_FOLDERS.intersection(path.parts) and ".." not in path.parts
+
+
+def _split_sections(text: str, source: str) -> Iterator[Document]:
+    text = re.sub(r"\n{3,}", "\n\n", _NO_TEXT.sub("", text.replace("\r\n", "\n")))
+    yield from _pack(_HEADING.split(text), source)
+
+
+def _pack(pieces: Iterable[str], source: str) -> Iterator[Document]:
+    """Pieces joined in order to documents of about a thousand characters; a very long one is cut at a blank line."""
+    packed = ""
+    for piece in pieces:
+        packed = f"{packed}\n\n{piece.strip()}".lstrip("\n")
+        while len(packed) > _LONGEST_DOCUMENT:
+            end = packed.rfind("\n\n", 1, _LONGEST_DOCUMENT)
+            end = end if end > 0 else _LONGEST_DOCUMENT
+            yield Document(packed[:end], source)
+            packed = packed[end:].lstrip("\n")
+        if len(packed) >= _DOCUMENT_CHARACTERS:
+            yield Document(packed, source)
+            packed = ""
+    if packed:
+        yield Document(packed, source)
+
+
+def _parse_module(path: Path) -> list[str]:
+    return find_docstrings(_read(path))
 
 
 def _read(path: Path) -> str:
     """The text of a file, or nothing if it is no text, too large, or gone."""
     try:
-        return _tidy(path.read_text(encoding="utf-8")) if path.stat().st_size <= _LARGEST_FILE else ""
+        return path.read_text(encoding="utf-8") if path.stat().st_size <= _LARGEST_FILE else ""
     except (OSError, UnicodeDecodeError):
         return ""
-
-
-def _tidy(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\0", "")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from data_prep.verify_shards import format_totals
 from data_prep.writing.corpus_folder import BAD_DOCUMENTS_NAME, CorpusFolder
 from data_prep.writing.corpus_writer import CorpusWriter
 from data_prep.writing.encode_chunk import EncodeOptions, Task, encode_chunk, start_worker
-from data_prep.writing.pool import count_cores, map_ordered
+from data_prep.writing.pool import count_workers, map_ordered
 from minimind.cli import parse_flags
 from minimind.data.manifest import Manifest
 from minimind.data.shards import DEFAULT_SHARD_TOKENS, SPLITS, ShardError
@@ -96,7 +96,7 @@ def prepare_corpus(
         writer = stack.enter_context(CorpusWriter(folder, splits, tokenizer, flags.shard_tokens, flags.dedup))
         progress = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, mininterval=interval))
         tasks = read_tasks(sources, read, folder.first_chunks)
-        chunks = map_ordered(encode_chunk, tasks, flags.workers or count_cores(), start_worker, (options,))
+        chunks = map_ordered(encode_chunk, tasks, count_workers(flags.workers), start_worker, (options,))
         stack.enter_context(contextlib.closing(chunks))
         for index, chunk in enumerate(chunks):
             bad.add(len(chunk.is_val) + len(chunk.problems), chunk.problems)

@@ -21,9 +21,11 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def count_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+def count_workers(flag: int) -> int:
+    """What `--workers` means: 0 is one for each core that this process may use."""
+    if flag < 0:
+        raise UserError(f"--workers {flag}: must be at least 1, or 0 for one for each core")
+    return flag or len(os.sched_getaffinity(0))
 
 
 def map_ordered(

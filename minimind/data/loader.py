@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from minimind.data.dataset import IGNORED_LABEL, Sample, TokenDataset
-from minimind.data.shuffle import GlobalOrder
+from minimind.data.shuffle import ShuffledOrder
 from minimind.errors import UserError
 
 
@@ -74,7 +74,7 @@ class BatchLoader:
         self.gradient_accumulation_steps = global_batch_size // together
         self.dp_rank = dp_rank
         self.dp_size = dp_size
-        self.order = GlobalOrder(len(dataset), seed, dataset.reader.fingerprint)
+        self.order = ShuffledOrder(len(dataset), seed, dataset.reader.fingerprint)
         self._pin_memory = pin_memory
 
     def step_batches(self, step: int) -> list[Batch]:

@@ -12,7 +12,7 @@ import numpy as np
 _ROUNDS = 8
 
 
-class GlobalOrder:
+class ShuffledOrder:
     """The endless sequence of sample indices in [0, num_samples): epoch after epoch, each a permutation of its own.
 
     A Feistel network (Luby and Rackoff, 1988) over pairs (left, right) in Z_a x Z_b with a*b just above `num_samples`

@@ -13,7 +13,7 @@ from shard_folders import EOS, make_documents, stream_of, write
 from minimind.data.dataset import IGNORED_LABEL, TokenDataset
 from minimind.data.loader import Batch, BatchLoader, collate, eval_batches, hash_stream
 from minimind.data.shards import ShardError, ShardReader
-from minimind.data.shuffle import GlobalOrder
+from minimind.data.shuffle import ShuffledOrder
 from minimind.errors import UserError
 
 SEQ_LEN = 16
@@ -131,37 +131,37 @@ def test_an_unmasked_batch_has_no_segments(dataset):
 
 @pytest.mark.parametrize("n", [*range(1, 70), 127, 128, 129, 997, 1000, 1024, 4096, 10_007, 65_536, 65_537, 99_999])
 def test_each_epoch_is_a_permutation(n):
-    order = GlobalOrder(n, seed=3, fingerprint="f")
+    order = ShuffledOrder(n, seed=3, fingerprint="f")
     for epoch in (0, 1, 10**6):
         indices = order[np.arange(epoch * n, (epoch + 1) * n)]
         np.testing.assert_array_equal(np.sort(indices), np.arange(n))
 
 
 def test_a_place_does_not_depend_on_what_else_is_asked():
-    order = GlobalOrder(1000, seed=1, fingerprint="f")
+    order = ShuffledOrder(1000, seed=1, fingerprint="f")
     together = order[np.arange(500, 3500)]
     np.testing.assert_array_equal(together, [int(order[np.array(p)]) for p in range(500, 3500)])
-    np.testing.assert_array_equal(together, GlobalOrder(1000, seed=1, fingerprint="f")[np.arange(500, 3500)])
+    np.testing.assert_array_equal(together, ShuffledOrder(1000, seed=1, fingerprint="f")[np.arange(500, 3500)])
     np.testing.assert_array_equal(order[np.arange(6).reshape(2, 3)].shape, (2, 3))
 
 
 def test_the_order_never_changes():
     """These figures are part of the promise: a run that is resumed by a later version sees the same samples."""
-    order = GlobalOrder(1_000_003, seed=42, fingerprint="0" * 64)
+    order = ShuffledOrder(1_000_003, seed=42, fingerprint="0" * 64)
     assert order[np.array([0, 1, 2, 1_000_002, 1_000_003, 10**15])].tolist() == FROZEN_ORDER
 
 
 def test_seed_epoch_and_fingerprint_each_change_the_order():
     places = np.arange(1000)
-    base = GlobalOrder(1000, 1, "a")
-    others = [GlobalOrder(1000, 2, "a")[places], GlobalOrder(1000, 1, "b")[places], base[places + 1000]]
+    base = ShuffledOrder(1000, 1, "a")
+    others = [ShuffledOrder(1000, 2, "a")[places], ShuffledOrder(1000, 1, "b")[places], base[places + 1000]]
     for other in others:
         assert np.count_nonzero(other == base[places]) < 12  # 1 is expected of two independent permutations
 
 
 def test_the_order_looks_random():
     n = 2**16 + 1
-    indices = GlobalOrder(n, 7, "f")[np.arange(n)]
+    indices = ShuffledOrder(n, 7, "f")[np.arange(n)]
     steps = np.diff(indices)
     # In a random permutation about one neighbour pair in n follows on: Poisson with mean 1.
     assert np.count_nonzero(steps == 1) < 8 and np.count_nonzero(steps == -1) < 8
@@ -176,13 +176,13 @@ def test_the_order_looks_random():
 @pytest.mark.parametrize("n", [2, 3, 5, 50])
 def test_every_sample_comes_first_equally_often(n):
     epochs = 4000
-    firsts = GlobalOrder(n, 5, "f")[np.arange(epochs) * n]
+    firsts = ShuffledOrder(n, 5, "f")[np.arange(epochs) * n]
     counts = np.bincount(firsts, minlength=n)
     assert ((counts - epochs / n) ** 2 / (epochs / n)).sum() < (n - 1) + 5 * np.sqrt(2 * (n - 1))
 
 
 def test_a_trillion_samples_need_no_memory():
-    order = GlobalOrder(10**12, 1, "f")
+    order = ShuffledOrder(10**12, 1, "f")
     order[np.arange(2)]
     tracemalloc.start()
     indices = order[10**11 + np.arange(1000)]

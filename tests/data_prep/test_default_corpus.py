@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.default_corpus import Section, collect_sections, drop_repeated
-from data_prep.local_text.docstrings import find_docstrings
-from data_prep.local_text.prose import is_prose, pack_pieces, split_sections
+from data_prep.default_corpus import Document, collect_documents, drop_repeated, find_docstrings, is_prose
 
 SOURCE = '''
 """Module text.
@@ -17,9 +15,6 @@ SOURCE = '''
 Copyright somebody, all rights reserved.
 """
 
-# A comment that is long enough to be kept, because it explains something at
-# length: why the thing below is done as it is done, what else was tried, and
-# what went wrong with that. Nobody should have to find that out a second time.
 class Thing(Base):
     """What a thing is."""
 
@@ -34,11 +29,6 @@ async def outer():
     def inner(*args):
         r"""Inside \\d."""
 
-add_newdoc("package.module", "sin", """
-    Sine of x.
-
-    More.
-    """)
 print("not documentation " * 30)
 '''
 
@@ -49,40 +39,18 @@ def run(*flags: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_docstrings_come_with_their_names_in_order() -> None:
-    pieces = find_docstrings(SOURCE, "package.module")
-    comment = pieces.pop(1)
-    assert comment.startswith("A comment that is long enough") and "#" not in comment
-    assert pieces == [
-        "module package.module\n\nModule text.",
-        "class Thing(Base)\n\nWhat a thing is.",
-        "Thing.do(self, x: int=1)\n\nDo it.",
+    assert find_docstrings(SOURCE) == [
+        "Module text.",
+        "class Thing\n\nWhat a thing is.",
+        "do(self, x: int=1)\n\nDo it.",
         "outer()\n\nOutside.",
-        "outer.inner(*args)\n\nInside \\d.",
-        "sin\n\nSine of x.\n\nMore.",
+        "inner(*args)\n\nInside \\d.",
     ]
 
 
 @pytest.mark.parametrize("source", ["def broken(:", "x = '\\0\0'", "(" * 5000, ""])
 def test_source_that_does_not_parse_gives_nothing(source: str) -> None:
-    assert find_docstrings(source, "m") == []
-
-
-def test_sections_begin_with_their_headings_and_lose_no_text() -> None:
-    body = "A sentence of the section. " * 40
-    text = f"# First\n\n{body}\n\n## Second\n\n{body}\n\nThird\n=====\n\n{body}"
-    sections = list(split_sections("[![badge](x)](y)\n<img src='z'>\n" + text))
-    assert [section.split("\n")[0] for section in sections] == ["# First", "## Second", "Third"]
-    assert "".join(sections).replace("\n", "").count("A sentence of the section.") == 120
-    assert not any("badge" in section or "<img" in section for section in sections)
-
-
-def test_small_pieces_are_packed_and_large_ones_cut() -> None:
-    packed = list(pack_pieces([f"piece {i} " + "x" * 100 for i in range(100)]))
-    assert len(packed) < 15 and all(len(text) >= 1000 for text in packed[:-1])
-    large = "\n\n".join(["paragraph " * 50] * 200)
-    cut = list(pack_pieces([large]))
-    assert all(len(text) <= 22_000 for text in cut)
-    assert sum(text.count("paragraph") for text in cut) == 10_000
+    assert find_docstrings(source) == []
 
 
 def test_tables_and_encoded_data_are_no_prose() -> None:
@@ -93,35 +61,41 @@ def test_tables_and_encoded_data_are_no_prose() -> None:
     assert not is_prose("the key is " + "QUJDREVGR0hJSktMTU5PUA" * 20)
 
 
-def test_repeated_sections_are_dropped() -> None:
+def test_repeated_documents_are_dropped() -> None:
     text = "This is a sentence about nothing in particular, but it is one. " * 3
-    assert list(drop_repeated([Section(text, "a"), Section(text, "b"), Section(text + "!", "c")])) == [
-        Section(text, "a"),
-        Section(text + "!", "c"),
+    assert list(drop_repeated([Document(text, "a"), Document(text, "b"), Document(text + "!", "c")])) == [
+        Document(text, "a"),
+        Document(text + "!", "c"),
     ]
 
 
-def test_there_are_five_megabytes_in_the_same_order_each_time() -> None:
-    def collect(workers: int, min_bytes: int) -> list[Section]:
-        sections, total = [], 0
-        for section in drop_repeated(collect_sections(workers)):
-            sections.append(section)
-            total += len(section.text.encode())
-            if total >= min_bytes:
-                break
-        assert total >= min_bytes
-        return sections
+def collect(workers: int, min_bytes: int) -> list[Document]:
+    documents, total = [], 0
+    for document in drop_repeated(collect_documents(workers)):
+        documents.append(document)
+        total += len(document.text.encode())
+        if total >= min_bytes:
+            break
+    assert total >= min_bytes
+    return documents
 
-    sections = collect(2, 5_000_000)
-    assert len({section.text for section in sections}) == len(sections) > 1000
-    again = collect(1, 1_500_000)  # beyond the documents: docstrings too
-    assert again == sections[: len(again)]
+
+def test_there_are_five_megabytes_in_the_same_order_each_time() -> None:
+    documents = collect(2, 5_000_000)
+    assert len({document.text for document in documents}) == len(documents) > 1000
+    again = collect(1, 2_500_000)  # beyond the documents: docstrings too
+    assert again == documents[: len(again)]
+    # Small pieces are packed, large ones cut, badges and raw HTML left out.
+    assert all(len(doc.text) <= 22_000 for doc in documents if not doc.source.startswith("python:"))
+    assert sum(len(document.text) for document in documents) / len(documents) > 800
+    readme = [document.text for document in documents if document.source.endswith("/README.md")]
+    assert len(readme) > 5 and all(text.startswith("#") for text in readme) and "<!--" not in "".join(readme)
 
 
 def test_nothing_is_imported_to_read_it() -> None:
     code = (
-        "import sys; from data_prep.default_corpus import collect_sections\n"
-        "next(s for s in collect_sections(1) if s.source.startswith('asyncio.'))\n"
+        "import sys; from data_prep.default_corpus import collect_documents\n"
+        "next(s for s in collect_documents(1) if s.source.startswith('asyncio.'))\n"
         "print([m for m in ('asyncio.tasks', 'aifc', 'pandas', 'numpy', 'torch') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
