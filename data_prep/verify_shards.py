@@ -16,6 +16,7 @@ from tqdm import tqdm
 from minimind.cli import parse_flags
 from minimind.data.shards import SPLITS, Manifest, ShardError, find_split, verify
 from minimind.errors import run_main
+from minimind.units import format_table
 
 
 def verify_corpus(folder: Path) -> dict[str, Manifest]:
@@ -41,8 +42,7 @@ def format_totals(manifests: dict[str, Manifest]) -> str:
     for split, manifest in manifests.items():
         counts = (len(manifest.shards), manifest.total_documents, manifest.total_tokens, manifest.total_bytes)
         rows.append((split, *(f"{count:,}" for count in counts), f"{manifest.bytes_per_token:.3f}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return format_table(rows, ">")
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,11 @@ def parse_flags(cls: type[T], args: Sequence[str], *, default: T | None = None, 
     return _call(cls, args, lambda: tyro.cli(cls, args=args, prog=prog, default=given), prog)
 
 
+def without_local_rank(args: Sequence[str]) -> list[str]:
+    """`args` without the --local_rank=N that the deepspeed launcher adds; the environment has it too."""
+    return [arg for arg in args if not arg.startswith(("--local_rank=", "--local-rank="))]
+
+
 def parse_known_flags(cls: type[T], args: Sequence[str], *, default: T, prog: str | None = None) -> T:
     """As `parse_flags`, passing over flags that `cls` does not have (`--help` too)."""
     rest = [arg for arg in args if arg not in ("-h", "--help")]

@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from minimind.checkpoints.formats.load_model import load_model
-from minimind.cli import parse_flags
+from minimind.cli import parse_flags, without_local_rank
 from minimind.data.dataset import TokenDataset
 from minimind.data.shards import ShardReader
 from minimind.data.tokenizer import load_tokenizer
@@ -80,8 +80,7 @@ class EvaluateFlags:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command, as one process or as one of many ranks."""
-    args = sys.argv[1:] if args is None else args
-    args = [arg for arg in args if not arg.startswith(("--local_rank=", "--local-rank="))]  # from deepspeed's launcher
+    args = without_local_rank(sys.argv[1:] if args is None else args)
     env = read_environment()
     flags = parse_flags(EvaluateFlags, args, default=tyro.MISSING_NONPROP, prog="python -m minimind.evaluate")
     device, dtype = choose_device(flags.device, flags.precision, int8=flags.int8)

@@ -1,7 +1,7 @@
-"""Files that are either whole or not there.
+"""Files and folders that are written whole or not at all.
 
-Data goes under a temporary name in the same folder, is flushed to the disk, and takes its name in one step. Knows
-nothing of what the files mean; errors of the operating system go through unchanged (`OSError`).
+Data is written under a temporary name in the same folder, flushed to disk and renamed. Errors of the operating system
+(`OSError`) go through unchanged.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,13 @@ _CHUNK_BYTES = 1 << 20
 
 
 def temporary_name(path: str | os.PathLike[str]) -> Path:
-    """The name under which this process writes `path` until it is whole: hidden, in the same folder."""
+    """Where this process writes `path` until it is complete: hidden, in the same folder."""
     path = Path(path)
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def replace_file(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Write `data` (text as UTF-8) to `path`: a reader, or a crash at any moment, sees the old file or the new one."""
+    """Write `data` (text as UTF-8) to `path`; readers, and a crash at any moment, find the old file or the new one."""
     path = Path(path)
     temporary = temporary_name(path)
     try:
@@ -53,7 +54,7 @@ def fsync_folder(path: str | os.PathLike[str]) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network and user-space file systems have no fsync for folders; there is nothing more to do there.
+        # Some network and user-space file systems have no fsync for folders.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -70,7 +71,7 @@ def hash_file(path: str | os.PathLike[str]) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """A JSON file, whole or not at all."""
+    """Write a JSON file, whole or not at all."""
     replace_file(path, json.dumps(content, indent=2) + "\n")
 
 
@@ -91,12 +92,12 @@ def read_json(path: str | os.PathLike[str], what: str) -> Any:
 
 
 def partial_folder(final: Path) -> Path:
-    """A name beside `final` that nothing reads and nobody else uses: a job that is still dying may be writing too."""
+    """A unique name beside `final`: a dying job may still be writing under its own."""
     return final.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a folder its name, durably. One that had the name steps aside first and is then deleted."""
+    """Rename a folder to `final`, durably. An existing `final` is first renamed, then deleted."""
     if final.exists():
         aside = partial_folder(final)
         os.replace(final, aside)
@@ -106,3 +107,15 @@ def publish(partial: Path, final: Path) -> None:
     else:
         os.replace(partial, final)
         fsync_folder(final.parent)
+
+
+@contextlib.contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A folder to fill; it is published as `final` when the block ends, and removed if the block raises."""
+    partial = partial_folder(final)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        publish(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -20,7 +20,7 @@ from minimind.model.config import ModelConfig
 from minimind.reports.plan.micro_batch import find_micro_batch
 from minimind.reports.plan.planned_run import PlanOptions, check_options, make_plan
 from minimind.reports.plan.table import show_plan
-from minimind.units import parse_bytes
+from minimind.units import parse_size
 
 PROGRAM = "python -m minimind.plan"
 
@@ -47,7 +47,7 @@ def main(args: Sequence[str] | None = None) -> int:
     check_run(run)
     ds = load_ds_config(run.train.ds_config)
     if options.find_micro_batch:
-        limit = parse_bytes(options.gpu_memory, "gpu_memory") if options.gpu_memory else None
+        limit = parse_size(options.gpu_memory, "gpu_memory", memory=True) if options.gpu_memory else None
         find_micro_batch(run, ds, limit, num_ranks=options.num_gpus)
         return 0
     plan = make_plan(run, ds, options)

@@ -13,7 +13,7 @@ import tyro
 
 from minimind.cli import parse_flags
 from minimind.errors import UserError, run_main
-from minimind.reports.status import find_runs, format_table, read_status
+from minimind.reports.status import find_runs, read_status, status_table
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if not flags.runs:
         raise UserError("no run given; pass run folders, such as runs/mine")
     found = [read_status(folder) for run in flags.runs for folder in find_runs(run)]
-    for line in format_table(found):
-        print(line)
+    print(status_table(found))
     return int(any(status.state in ("failed", "crashed") for status in found))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from minimind.cli import without_local_rank
 from minimind.config.command_line import parse_command_line
 from minimind.config.resolve import Resolved, resolved_steps
 from minimind.data.dataset import TokenDataset
@@ -30,9 +31,7 @@ from minimind.training.setup import prepare, run_rank
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one rank from its command line (without the program's name); gives the exit code."""
-    args = sys.argv[1:] if args is None else args
-    # The deepspeed launcher adds --local_rank=N to what the user typed; the environment says the same.
-    args = [arg for arg in args if not arg.startswith(("--local_rank=", "--local-rank="))]
+    args = without_local_rank(sys.argv[1:] if args is None else args)
     launcher = LauncherWatch()
     env = read_environment()
     command = parse_command_line(args)

@@ -1,10 +1,9 @@
-"""Sizes, counts and durations, from text and to text."""
+"""Sizes, durations and tables as text, and sizes from text."""
 
 import re
+from collections.abc import Sequence
 
 from minimind.errors import UserError
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def format_bytes(count: float) -> str:
@@ -16,25 +15,42 @@ def format_bytes(count: float) -> str:
     raise AssertionError
 
 
-def parse_bytes(text: str, name: str) -> int:
-    """`80GiB`, `80GB` or `80G` (both 2**30, as GPUs are sold), `500MiB` -> bytes.
+def parse_size(text: str, name: str, *, memory: bool = False) -> int:
+    """`500MB`, `2GiB` or `1000` -> bytes.
+
+    KiB, MiB, GiB, TiB are powers of 1024; KB, MB, GB, TB (or K, M, G, T) powers of 1000, as of disks and files.
+
+    Args:
+        name: the flag, for the error.
+        memory: KB, MB, GB and TB are powers of 1024 too, as of GPUs, and a bare number is refused.
 
     Raises:
-        UserError: anything else.
+        UserError: the text is not a size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MGT])(?:i?B)?\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) <= 0:
-        raise UserError(f"{name}: {text!r} is no amount of memory; write it as 80GiB")
-    return round(float(match[1]) * 2 ** {"M": 20, "G": 30, "T": 40}[match[2].upper()])
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `500MB`, `2GB` or `1000`. Raises `UserError` for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]B)?", text.strip().upper())
-    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?B)?)?", text.strip().upper())
+    size = 0.0
+    if match is not None and (match[2] or not memory):
+        base = 1024 if memory or match[3] == "IB" else 1000
+        size = float(match[1]) * base ** " KMGT".index(match[2] or " ")
     if size < 1:
-        raise UserError(f"max_shard_size: {text!r} is no size; give one such as 500MB or 5GB")
-    return size
+        raise UserError(f"{name}: {text!r} is not a size; write one such as {'80GiB' if memory else '500MB or 5GB'}")
+    return round(size)
+
+
+def format_table(rows: Sequence[Sequence[str]], align: str = "<") -> str:
+    """Rows of cells as lines of text, two blanks between columns.
+
+    The last cell of a shorter row may run over the columns it lacks.
+
+    Args:
+        align: `<` or `>` for each column; the last one is repeated.
+    """
+    columns = max(map(len, rows))
+    sides = align.ljust(columns, align[-1])
+    counted = [row if len(row) == columns else row[:-1] for row in rows]
+    widths = [max((len(row[i]) for row in counted if i < len(row)), default=0) for i in range(columns)]
+    lines = ("  ".join(f"{row[i]:{sides[i]}{widths[i]}}" for i in range(len(row))) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def format_duration(seconds: float) -> str:

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from minimind.files import fsync_folder, hash_file, replace_file
+from minimind.files import fsync_folder, hash_file, new_folder, replace_file
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -45,3 +45,16 @@ def test_a_file_of_many_chunks_has_the_hash_of_its_content(tmp_path):
     content = os.urandom((1 << 21) + 17)
     replace_file(tmp_path / "file", content)
     assert hash_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
+    final = tmp_path / "runs" / "folder"
+    with pytest.raises(RuntimeError), new_folder(final) as folder:
+        (folder / "half").touch()
+        raise RuntimeError
+    assert os.listdir(final.parent) == []
+    for name in ("old", "new"):
+        with new_folder(final) as folder:
+            (folder / name).touch()
+            assert not (final / name).exists()
+        assert os.listdir(final.parent) == ["folder"] and os.listdir(final) == [name]

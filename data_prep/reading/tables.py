@@ -21,7 +21,7 @@ from data_prep.reading.records import (
     reject_long,
 )
 from data_prep.reading.sources import Source
-from minimind.errors import UserError
+from minimind.errors import UserError, first_line
 
 
 class LineStream(Protocol):
@@ -122,7 +122,7 @@ class ParquetTable:
         try:
             yield
         except self._error as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"{self._name} is not a Parquet file, or it is damaged: {reason}") from None
 
 
@@ -151,5 +151,5 @@ def read_dataset(source: Source, options: ReadOptions) -> Iterator[Record]:
     except UserError:
         raise
     except Exception as error:  # it raises whatever its back ends raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{source.name} is no local file, and datasets cannot load it: {reason}") from error

@@ -13,24 +13,24 @@ from minimind.checkpoints.folder import checkpoints_folder, list_checkpoints, ne
 from minimind.checkpoints.manifest import CheckpointError, CheckpointManifest
 from minimind.checkpoints.zero_partitions import WEIGHT
 from minimind.errors import UserError
+from minimind.units import format_table
 
 
 def list_run(run: Path) -> int:
     """Print a line for each checkpoint, newest last."""
-    print(f"{'checkpoint':<15} {'size':>9} {'tokens':>15} {'eval loss':>9}  topology")
+    rows = [["checkpoint", "size", "tokens", "eval loss", "topology"]]
     for folder in run_checkpoints(run):
         try:
             manifest = verify(folder, hashes=False)
         except CheckpointError as error:
-            print(f"{folder.name:<15} damaged: {error}")
+            rows.append([folder.name, f"damaged: {error}"])
             continue
         size = sum(record.size for record in manifest.files)
         loss = "" if manifest.eval_loss is None else f"{manifest.eval_loss:.4f}"
         converted = "; topology-free form kept" if neutral_folder(folder).exists() else ""
-        print(
-            f"{folder.name:<15} {size / 1e6:>6.1f} MB {manifest.tokens_seen:>15,} {loss:>9}  "
-            f"{describe_topology(manifest)}{converted}"
-        )
+        topology = describe_topology(manifest) + converted
+        rows.append([folder.name, f"{size / 1e6:.1f} MB", f"{manifest.tokens_seen:,}", loss, topology])
+    print(format_table(rows, "<>>><"))
     return 0
 
 

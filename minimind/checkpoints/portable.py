@@ -27,7 +27,7 @@ from minimind.checkpoints.manifest import (
 )
 from minimind.checkpoints.safetensors import write_safetensors
 from minimind.checkpoints.zero_partitions import WEIGHT
-from minimind.files import fsync_folder, hash_file, partial_folder, publish, replace_file
+from minimind.files import fsync_folder, hash_file, new_folder, replace_file
 from minimind.parallel.expert_names import Part
 
 # The file of what a model carries beside its parameters.
@@ -52,11 +52,9 @@ def make_neutral(folder: Path) -> Path:
             verify_files(target, manifest)
             return target
     checkpoint = TrainingCheckpoint(folder)
-    partial = partial_folder(target)
     try:
-        partial.mkdir()
-        _write(checkpoint, partial, source)
-        publish(partial, target)
+        with new_folder(target) as partial:
+            _write(checkpoint, partial, source)
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be written: {error.strerror or error}; free space") from None
     return target

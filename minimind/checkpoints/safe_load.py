@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from minimind.checkpoints.manifest import CheckpointError
+from minimind.errors import first_line
 
 # Classes of DeepSpeed in its files: a loss scale, an enumeration, two numbers.
 _DEEPSPEED_CLASSES = (
@@ -54,7 +55,7 @@ def load_states(path: Path, classes: Sequence[Any], *, mmap: bool) -> dict[str, 
             return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
         reason = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it refers to {reason[1]}" if reason else str(error).splitlines()[0]
+        what = f"it refers to {reason[1]}" if reason else first_line(error)
         raise CheckpointError(f"{path}: not loaded, because only tensors and plain values are safe: {what}") from None
     except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"{path}: cannot be read: {first_line(error)}") from None

@@ -17,7 +17,7 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
-from minimind.errors import UserError
+from minimind.errors import UserError, first_line
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 """The tokens that every tokenizer of this project has, with ids 0, 1 and 2."""
@@ -157,7 +157,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             self._model = tokenizers.Tokenizer.from_str(_read_file(file).decode("utf-8"))
         except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{file} is not a Hugging Face tokenizer, or it is damaged: {_first_line(error)}") from None
+            raise UserError(f"{file} is not a Hugging Face tokenizer, or it is damaged: {first_line(error)}") from None
         self._model.no_truncation()
         self._model.no_padding()
         vocabulary = self._model.get_vocab(with_added_tokens=True)
@@ -251,10 +251,6 @@ def _check_text(text: str) -> str:
     except UnicodeEncodeError as error:
         raise UserError(f"text is not valid Unicode: lone surrogate at character {error.start}") from None
     return text
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 _ONLY_BLANK = re.compile(f"({BLANK})")

@@ -20,8 +20,8 @@ from minimind.distributed.environment import RankEnvironment
 from minimind.distributed.host_report import HostReport
 from minimind.distributed.store import node_name
 from minimind.distributed.watchdog_server import describe_ranks
-from minimind.errors import OneRankError, UserError
-from minimind.units import format_bytes
+from minimind.errors import OneRankError, UserError, first_line
+from minimind.units import format_bytes, format_table
 
 JOIN_MINUTES = 10.0
 """How long ranks that started early wait for those that have not come."""
@@ -91,7 +91,7 @@ def run_preflight(
     try:
         reports = _gather_reports(env, store, join_minutes, say)
         problem = find_mismatch(reports, env, needed_bytes)
-        say(format_table(reports))
+        say(host_table(reports))
         if problem is None:
             made = _make_folders(run_dir)
             probe = run_dir / f".preflight-{uuid.uuid4().hex}"
@@ -167,7 +167,7 @@ def find_blindness(reports: list[HostReport], sights: list[Sight], run_dir: Path
     return None
 
 
-def format_table(reports: list[HostReport]) -> str:
+def host_table(reports: list[HostReport]) -> str:
     """One line a host (the first of very many)."""
     by_host: dict[tuple[str, str], list[HostReport]] = {}
     for report in reports:
@@ -178,11 +178,8 @@ def format_table(reports: list[HostReport]) -> str:
         device = f"{len(group)} x {one.device}" if one.device_type == "cuda" else f"cpu, {one.device}"
         ranks = describe_ranks([report.rank for report in group])
         rows.append((host, ranks, one.python, one.torch, one.deepspeed, one.git, device, format_bytes(one.free_bytes)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    if len(by_host) > LONGEST_TABLE:
-        lines.append(f"and {len(by_host) - LONGEST_TABLE} more hosts")
-    return "\n".join(lines)
+    more = f"\nand {len(by_host) - LONGEST_TABLE} more hosts" if len(by_host) > LONGEST_TABLE else ""
+    return format_table(rows) + more
 
 
 def _gather_reports(
@@ -232,9 +229,7 @@ def _get(store: Any, key: str, seconds: float) -> bytes:
         store.wait([key], datetime.timedelta(seconds=seconds))
         return store.get(key)
     except (torch.distributed.DistError, RuntimeError) as error:
-        raise UserError(
-            f"preflight: rank 0 or another rank stopped answering ({str(error).splitlines()[0][:200]})"
-        ) from None
+        raise UserError(f"preflight: rank 0 or another rank stopped answering ({first_line(error)[:200]})") from None
 
 
 def _hosts(reports: list[HostReport]) -> str:

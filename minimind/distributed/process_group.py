@@ -12,7 +12,7 @@ import torch.distributed
 from minimind.distributed.cpu_gather import gather_in_place
 from minimind.distributed.environment import DEFAULT_MASTER_PORT, RankEnvironment
 from minimind.distributed.store import connect_store, node_name
-from minimind.errors import OneRankError
+from minimind.errors import OneRankError, first_line
 
 
 def open_store(env: RankEnvironment, timeout_minutes: float) -> torch.distributed.Store:
@@ -60,7 +60,7 @@ def process_group(
                 timeout=datetime.timedelta(minutes=timeout_minutes),
             )
         except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise OneRankError(f"rank {env.rank} on {node_name()}: no process group: {reason}") from None
         try:
             deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

@@ -11,7 +11,7 @@ import time
 import torch
 import torch.distributed
 
-from minimind.errors import OneRankError
+from minimind.errors import OneRankError, first_line
 
 
 def node_name() -> str:
@@ -43,7 +43,7 @@ def connect_store(
             wait_for_workers=False,
         )
     except (OSError, torch.distributed.DistNetworkError, torch.distributed.DistStoreError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         if "EADDRINUSE" in str(error):
             reason = "the port is in use on this host; end what holds it, or set another MASTER_PORT"
         raise OneRankError(

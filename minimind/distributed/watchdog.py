@@ -24,7 +24,7 @@ from minimind.distributed.watchdog_server import (
     encode,
     keep_watch,
 )
-from minimind.errors import EXIT_LOST, EXIT_USER_ERROR, UserError
+from minimind.errors import EXIT_LOST, EXIT_USER_ERROR, UserError, first_line
 
 GRACE_SECONDS = 30.0
 """After another rank was lost, this one may still finish what it writes."""
@@ -101,7 +101,7 @@ class Watchdog:
             raise
         except Exception as error:
             self._leave_if_lost()
-            message = (str(error).splitlines() or [""])[0][:300]
+            message = first_line(error)[:300]
             self._fail(f"{type(error).__name__}: {message}", 1)
             raise
         except BaseException:

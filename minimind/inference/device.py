@@ -2,7 +2,7 @@
 
 import torch
 
-from minimind.errors import UserError
+from minimind.errors import UserError, first_line
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -19,7 +19,7 @@ def choose_device(device: str | None, precision: str | None, *, int8: bool = Fal
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"device {device} cannot be used: {first_line(error)}") from None
     if precision is None:
         precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if int8 and (chosen.type, precision) != ("cpu", "bf16"):

@@ -14,7 +14,7 @@ from minimind.errors import UserError
 from minimind.training.record.events import Event, read_events
 from minimind.training.record.run_files import METRICS_NAME, RUN_CONFIG_NAME, parse_records
 from minimind.training.run_lock import LOCK_NAME, PATIENCE_SECONDS
-from minimind.units import format_duration
+from minimind.units import format_duration, format_table
 
 TAIL_BYTES = 2**19
 TREND_STEPS = 50
@@ -148,7 +148,7 @@ def read_tail(path: Path) -> list[dict[str, Any]]:
     return parse_records(text.split("\n", 1)[-1] if start else text)
 
 
-def format_table(found: Sequence[RunStatus]) -> list[str]:
+def status_table(found: Sequence[RunStatus]) -> str:
     """A heading and a line for each run, in columns."""
     rows = [("run", "state", "step", "loss", "eval", "tokens/s", "MFU", "ETA", "checkpoint", "health")]
     for status in found:
@@ -168,11 +168,7 @@ def format_table(found: Sequence[RunStatus]) -> list[str]:
                 status.health if status.state != "never started" else "",
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    return [
-        ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=False)) + "  " + row[-1]).rstrip()
-        for row in rows
-    ]
+    return format_table(rows)
 
 
 def _total_steps(folder: Path) -> int | None:

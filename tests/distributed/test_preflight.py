@@ -15,7 +15,7 @@ from minimind.distributed.preflight import (
     announce_failure,
     find_blindness,
     find_mismatch,
-    format_table,
+    host_table,
     run_preflight,
 )
 from minimind.errors import OneRankError, UserError
@@ -48,7 +48,7 @@ def test_a_difference_is_one_line_that_names_the_host(change, words):
 def test_equal_hosts_pass_and_stand_in_a_table():
     reports = [report(0), report(1), report(2, host="n1")]
     assert find_mismatch(reports, dataclasses.replace(WORLD, world_size=3), needed_bytes=1000) is None
-    rows = format_table(reports).splitlines()
+    rows = host_table(reports).splitlines()
     assert len(rows) == 3 and rows[2].split()[:2] == ["n1", "1-2"]
 
 

@@ -89,7 +89,7 @@ def test_a_folder_of_runs_is_all_of_them(tmp_path, capsys):
 
 def test_only_the_end_of_a_long_file_is_read(tmp_path, monkeypatch):
     run = write_run(tmp_path / "long", steps=5000)
-    monkeypatch.setattr(status, "TAIL_BYTES", 2000)
+    monkeypatch.setattr("minimind.reports.status.TAIL_BYTES", 2000)
     tail = read_tail(run / "metrics.jsonl")
     assert 5 < len(tail) < 30 and tail[-1]["step"] == 5000
 

@@ -4,9 +4,6 @@ The mean of the last checkpoints often generalises better than any of them (Izma
 tensor is in memory at a time. Knows nothing of engines.
 """
 
-import contextlib
-import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +15,7 @@ from minimind.checkpoints.formats.load_model import find_tokenizer_file
 from minimind.checkpoints.manifest import CheckpointError, CheckpointManifest
 from minimind.checkpoints.safetensors import write_safetensors
 from minimind.errors import UserError
-from minimind.files import partial_folder, publish, replace_file
+from minimind.files import new_folder, replace_file, write_json
 from minimind.model.pretrained import CONFIG_FILE, MODEL_TYPE, WEIGHTS_FILE
 
 
@@ -43,25 +40,19 @@ def write_average(folders: Sequence[Path], output: Path) -> None:
         raise CheckpointError(f"{folders[0]}: a model with buffers ({', '.join(first.buffers())}) cannot be averaged")
     tokenizer_file = find_tokenizer_file(folders[0].parent.parent)
 
-    partial = partial_folder(output)
+    bar = tqdm(total=len(first.shapes), unit="tensor", disable=None, leave=False)
     try:
-        partial.mkdir(parents=True)
-        with tqdm(total=len(first.shapes), unit="tensor", disable=None, leave=False) as bar:
+        with new_folder(output) as folder, bar:
 
             def mean(name: str) -> torch.Tensor:
                 bar.update()
                 return torch.stack([checkpoint.read(name).double() for checkpoint in checkpoints]).mean(0).float()
 
-            write_safetensors(partial / WEIGHTS_FILE, first.shapes, mean)
-        replace_file(partial / tokenizer_file.name, tokenizer_file.read_bytes())
-        config = {"model_type": MODEL_TYPE, **first.manifest.model}
-        replace_file(partial / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
-        publish(partial, output)
+            write_safetensors(folder / WEIGHTS_FILE, first.shapes, mean)
+            replace_file(folder / tokenizer_file.name, tokenizer_file.read_bytes())
+            write_json(folder / CONFIG_FILE, {"model_type": MODEL_TYPE, **first.manifest.model})
     except OSError as error:
         raise UserError(f"output {output}: cannot be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(partial)
 
 
 def _check_same_model(a: CheckpointManifest, b: CheckpointManifest) -> None:

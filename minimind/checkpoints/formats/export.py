@@ -1,7 +1,5 @@
 """Write a trained model for other programs: Hugging Face folder, our own folder, or MiniMind's `.pth`."""
 
-import contextlib
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from minimind.checkpoints.formats.source import ModelSource, find_tokenizer
 from minimind.checkpoints.safetensors import write_shards
 from minimind.data.tokenizer import CONFIG_NAME, load_tokenizer
 from minimind.errors import UserError
-from minimind.files import partial_folder, publish, replace_file, write_json
+from minimind.files import new_folder, replace_file, write_json
 from minimind.inference.generation import GenerationOptions, end_tokens
 from minimind.model.config import ModelConfig
 from minimind.model.pretrained import CONFIG_FILE, MODEL_TYPE
@@ -62,7 +60,7 @@ class ExportFlags:
             raise UserError("give either --run-dir RUN or --checkpoint PATH")
         if self.step is not None and self.run_dir is None:
             raise UserError("step needs --run-dir")
-        parse_size(self.max_shard_size)
+        parse_size(self.max_shard_size, "max_shard_size")
 
 
 def choose_checkpoint(flags: ExportFlags) -> Path:
@@ -88,17 +86,11 @@ def export(source: ModelSource, flags: ExportFlags) -> str:
         UserError: the format has no such model, a weight does not fit the type, or the folder cannot be written.
     """
     write = {"hf": write_huggingface, "minimind": write_own, "pth": write_as_pth}[flags.format]
-    partial = partial_folder(flags.output)
     try:
-        partial.mkdir(parents=True)
-        kind = write(source, flags, partial)
-        publish(partial, flags.output)
-        return kind
+        with new_folder(flags.output) as folder:
+            return write(source, flags, folder)
     except OSError as error:
         raise UserError(f"output {flags.output}: cannot be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(partial)
 
 
 def write_huggingface(source: ModelSource, flags: ExportFlags, folder: Path) -> str:
@@ -108,7 +100,8 @@ def write_huggingface(source: ModelSource, flags: ExportFlags, folder: Path) -> 
     if tokenizer_file is None:
         raise UserError(f"{source.where}: no tokenizer lies beside it; name one with --tokenizer")
     files = tokenizer_files(tokenizer_file, source.config.max_position_embeddings)
-    write_weights(source, flags, folder, _LAYOUTS.get(kind, "per_expert"), parse_size(flags.max_shard_size))
+    shard_bytes = parse_size(flags.max_shard_size, "max_shard_size")
+    write_weights(source, flags, folder, _LAYOUTS.get(kind, "per_expert"), shard_bytes)
     dtype = str(_DTYPES[flags.dtype]).removeprefix("torch.")
     # Both names of the type: transformers 5 reads the first, older programs the second.
     write_json(folder / CONFIG_FILE, {**to_huggingface(source.config), "dtype": dtype, "torch_dtype": dtype})

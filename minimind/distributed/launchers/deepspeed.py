@@ -10,7 +10,6 @@ import base64
 import binascii
 import concurrent.futures
 import contextlib
-import ctypes
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from deepspeed.launcher import runner
 from deepspeed.launcher.multinode_runner import PDSHRunner
 
 from minimind.distributed.launchers.hosts import check_host, read_hostfile
+from minimind.distributed.launchers.local import end_with_parent
 from minimind.errors import UserError, run_main
 from minimind.files import ROOT
 
@@ -39,7 +39,6 @@ _PLAIN = re.compile(r"[\w@%+=:,./-]+")
 _NAME = re.compile(r"[A-Za-z_]\w*")
 # DeepSpeed puts a value with other characters between double quotes, in which these have a meaning.
 _UNSAFE = re.compile(r'["$`\\!\n\r]')
-_PR_SET_PDEATHSIG = 1
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -191,13 +190,12 @@ def run_and_wait(command: Sequence[str], environment: Mapping[str, str]) -> int:
 
     pdsh ends with this process, however it ends, and on SIGTERM, SIGINT and SIGUSR1; the ranks notice, save and end.
     """
-    libc = ctypes.CDLL(None)  # loaded before the fork: between fork and exec nothing may allocate
     process = subprocess.Popen(
         command,
         env=dict(environment),
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
+        preexec_fn=end_with_parent(),
     )
 
     def stop(number: int, _frame: object) -> None:

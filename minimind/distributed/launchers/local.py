@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 PATIENCE_SECONDS = 10.0
 """After a rank has failed, the others may end by themselves, with their own words, for this long."""
@@ -38,13 +39,19 @@ def main(args: list[str]) -> int:
 def find_free_port() -> int:
     """A TCP port that nobody listens on at this moment."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
-def start_rank(command: list[str], rank: int, world_size: int, port: str) -> subprocess.Popen:
-    """Start one rank, in a session of its own so that a terminal's Ctrl-C reaches it once, through us."""
-    environment = {
+def end_with_parent() -> Callable[[], object]:
+    """A `preexec_fn`: the kernel sends the child SIGTERM when this process ends, however it ends."""
+    libc = ctypes.CDLL(None)  # loaded before the fork: between fork and exec nothing may allocate
+    return lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def rank_environment(rank: int, world_size: int, port: str) -> dict[str, str]:
+    """The environment of one rank of this machine."""
+    return {
         **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -53,12 +60,15 @@ def start_rank(command: list[str], rank: int, world_size: int, port: str) -> sub
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }
-    libc = ctypes.CDLL(None)  # loaded before the fork: between fork and exec nothing may allocate
+
+
+def start_rank(command: list[str], rank: int, world_size: int, port: str) -> subprocess.Popen:
+    """Start one rank, in a session of its own so that a terminal's Ctrl-C reaches it once, through us."""
     return subprocess.Popen(
         [sys.executable, *command],
-        env=environment,
+        env=rank_environment(rank, world_size, port),
         start_new_session=True,
-        preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
+        preexec_fn=end_with_parent(),
     )
 
 

@@ -5,14 +5,14 @@ MPI's environment says who a rank is and not where the others are. MPI itself is
 
 import dataclasses
 import os
-import socket
 import sys
 
 import mpi4py
 
 from minimind.distributed.environment import RankEnvironment
+from minimind.distributed.launchers.local import find_free_port
 from minimind.distributed.store import node_name
-from minimind.errors import OneRankError
+from minimind.errors import OneRankError, first_line
 
 # By launcher; mpi4py is linked against these names.
 _LIBRARIES = {"openmpi": "libmpi.so.40", "mpich": "libmpi.so.12"}
@@ -38,7 +38,7 @@ def find_master(env: RankEnvironment) -> RankEnvironment:
         from mpi4py import MPI  # noqa: PLC0415  (loads the library that was chosen above)
     except (ImportError, RuntimeError) as error:
         raise OneRankError(
-            f"rank {env.rank} on {node_name()}: no library of {env.launcher} found ({str(error).splitlines()[0]}); set "
+            f"rank {env.rank} on {node_name()}: no library of {env.launcher} found ({first_line(error)}); set "
             "MPI4PY_LIBMPI to the libmpi that belongs to mpirun, or MASTER_ADDR to rank 0's host"
         ) from None
     MPI.Init()
@@ -51,12 +51,6 @@ def find_master(env: RankEnvironment) -> RankEnvironment:
         )
     hosts = world.allgather(MPI.Get_processor_name())
     address = "127.0.0.1" if len(set(hosts)) == 1 else hosts[0]
-    port = world.bcast(env.master_port if "MASTER_PORT" in os.environ else _free_port())
+    port = world.bcast(env.master_port if "MASTER_PORT" in os.environ else find_free_port())
     MPI.Finalize()
     return dataclasses.replace(env, master_addr=address, master_port=port, num_nodes=len(set(hosts)))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 
+from minimind.errors import first_line
 from minimind.files import ROOT
 from minimind.model.kernels.matmul import multiplies
 from minimind.reports.doctor.finding import Finding, Verdict
@@ -87,7 +88,7 @@ def check_ops(build: Sequence[str]) -> list[Finding]:
     try:
         builders: dict[str, Any] = importlib.import_module("deepspeed.ops.op_builder.all_ops").ALL_OPS
     except Exception as error:  # whatever keeps it from being imported is the finding
-        return [*found, Finding("deepspeed", "bad", f"cannot be imported: {_first_line(error)}", "pip install it anew")]
+        return [*found, Finding("deepspeed", "bad", f"cannot be imported: {first_line(error)}", "pip install it anew")]
     able = {name: _is_compatible(builder) for name, builder in sorted(builders.items())}
     found.append(Finding("can build", "ok", ", ".join(name for name, fits in able.items() if fits) or "none"))
     for name, use in NEEDED_OPS.items():
@@ -105,7 +106,7 @@ def build_op(name: str, builders: dict[str, Any]) -> Finding:
     try:
         builders[name].load(verbose=False)
     except Exception as error:  # compilers fail in many ways
-        return Finding(name, "bad", f"does not build: {_first_line(error)}", "see the compiler's own words above")
+        return Finding(name, "bad", f"does not build: {first_line(error)}", "see the compiler's own words above")
     return Finding(name, "ok", f"built and loaded in {time.monotonic() - began:.0f} s")
 
 
@@ -181,9 +182,7 @@ def check_backend(backend: str, device: torch.device) -> Finding:
         torch.distributed.all_reduce(tensor)
         works = bool((tensor == 1).all())
     except Exception as error:  # libraries and networks fail in many ways
-        return Finding(
-            backend, "bad", f"does not work: {_first_line(error)}", "see NCCL_DEBUG=INFO, GLOO_SOCKET_IFNAME"
-        )
+        return Finding(backend, "bad", f"does not work: {first_line(error)}", "see NCCL_DEBUG=INFO, GLOO_SOCKET_IFNAME")
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -195,10 +194,6 @@ def _is_compatible(builder: Any) -> bool:
         return bool(builder.is_compatible(verbose=False))
     except Exception:  # a builder that trips over this machine cannot build here
         return False
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _first_output(command: list[str]) -> str:

@@ -7,7 +7,6 @@ follows from what the earlier ones held, so the search stops below the limit ins
 import copy
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +18,7 @@ import torch
 from minimind.config.deepspeed_keys import AUTO
 from minimind.config.resolve import Resolved, resolve_run
 from minimind.config.run_config import RunConfig
-from minimind.distributed.launchers.local import find_free_port
+from minimind.distributed.launchers.local import find_free_port, rank_environment
 from minimind.errors import UserError
 from minimind.reports.plan.trial import EXIT_TOO_LARGE
 from minimind.units import format_bytes
@@ -134,20 +133,13 @@ def try_steps(resolved: Resolved, ranks: int, limit: int | None, steps: int = 3)
     port = str(find_free_port())
     processes = []
     for rank in range(ranks):
-        environment = {
-            **os.environ,
-            **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
-            **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks)),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
         process = subprocess.Popen(
             [sys.executable, "-m", "minimind.reports.plan.trial"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=rank_environment(rank, ranks, port),
         )
         # The kernel, where memory is short all the same, is to take this one.
         Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")

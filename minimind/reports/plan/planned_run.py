@@ -17,7 +17,7 @@ from minimind.errors import UserError
 from minimind.reports.plan.memory import MemoryEstimate, estimate_memory, largest_micro_batch
 from minimind.schema import nearest
 from minimind.training.peak_flops import data_sheet_peak, known_accelerators
-from minimind.units import parse_bytes
+from minimind.units import parse_size
 
 USABLE = 0.92
 """Share of a GPU's memory that tensors may take: the rest is CUDA's context, NCCL and fragmentation."""
@@ -188,7 +188,7 @@ def with_stage(ds: dict[str, Any], stage: int, offloaded: tuple[str, ...]) -> di
 def device_limit(options: PlanOptions) -> int:
     """Bytes that a rank's tensors may take."""
     if options.gpu_memory is not None:
-        return round(parse_bytes(options.gpu_memory, "gpu_memory") * USABLE)
+        return round(parse_size(options.gpu_memory, "gpu_memory", memory=True) * USABLE)
     if torch.cuda.is_available():
         return round(torch.cuda.get_device_properties(0).total_memory * USABLE)
     return round(ASSUMED_GPU_MEMORY * USABLE)

@@ -7,7 +7,7 @@ from minimind.reports.plan.cost import RunCost, checkpoint_bytes, estimate_cost,
 from minimind.reports.plan.memory import ITEMS, MemoryEstimate
 from minimind.reports.plan.planned_run import USABLE, VARIANTS, Planned, PlanOptions, configured_column
 from minimind.training.peak_flops import data_sheet_peak
-from minimind.units import format_bytes, format_hours
+from minimind.units import format_bytes, format_hours, format_table
 
 ASSUMED_MFU = 0.35
 
@@ -25,7 +25,7 @@ def show_plan(plan: Planned, options: PlanOptions) -> str:
         + (", activation checkpointing" if train.activation_checkpointing else ""),
         f"limit     {format_bytes(plan.limit)} a rank for tensors, {USABLE:.0%} of the device{assumed}",
         "",
-        *memory_table(plan),
+        memory_table(plan),
         "",
     ]
     cost = _cost(plan, options)
@@ -62,8 +62,8 @@ def _cost(plan: Planned, options: PlanOptions) -> RunCost | None:
     return estimate_cost(plan, options.tokens_per_second, mfu, peak, options.price)
 
 
-def memory_table(plan: Planned) -> list[str]:
-    """Lines of a table: an item a row, a ZeRO stage a column; the configured one is marked."""
+def memory_table(plan: Planned) -> str:
+    """An item a row, a ZeRO stage a column; the configured one is marked."""
     marked = configured_column(plan)
     columns: dict[str, MemoryEstimate | None] = {name: plan.without.get(name) for name, _, _ in VARIANTS}
     if marked is not None:
@@ -81,7 +81,7 @@ def memory_table(plan: Planned) -> list[str]:
     rows.append(("fits", ["-" if total is None else "yes" if total <= plan.limit else "no" for total in totals]))
     largest = {**plan.largest, **({marked: plan.largest_micro_batch} if marked else {})}
     rows.append(("largest micro-batch", [str(largest.get(name, "-")) for name in columns]))
-    return [f"{label:<20}" + "".join(f"{cell:>12}" for cell in cells) for label, cells in rows]
+    return format_table([[label, *cells] for label, cells in rows], "<>")
 
 
 def _cell(count: int | None) -> str:

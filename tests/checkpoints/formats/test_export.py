@@ -20,7 +20,6 @@ from minimind.export import main
 from minimind.inference.decoding import Decoding
 from minimind.inference.sampling import SamplingOptions
 from minimind.model import PRESETS, MiniMindForCausalLM, ModelConfig
-from minimind.units import parse_size
 
 MOE = PRESETS["tiny-moe"]
 SHAPES = {
@@ -184,7 +183,6 @@ def test_what_fp16_cannot_hold_is_named_and_nothing_is_left(tmp_path):
 
 def test_shards_keep_to_their_size():
     assert plan_shards({"a": 3, "b": 3, "c": 9, "d": 1, "e": 1}, 6) == [["a", "b"], ["c"], ["d", "e"]]
-    assert [parse_size(text) for text in ("500MB", "2 gb", "1000", "1.5KB")] == [500_000_000, 2 * 10**9, 1000, 1500]
 
 
 @pytest.mark.parametrize(
@@ -192,8 +190,8 @@ def test_shards_keep_to_their_size():
     [
         ([], "give either --run-dir RUN or --checkpoint PATH"),
         (["--checkpoint", "own", "--step", "3"], "step needs --run-dir"),
-        (["--checkpoint", "own", "--max-shard-size", "many"], "'many' is no size"),
-        (["--checkpoint", "own", "--max-shard-size", "0"], "'0' is no size"),
+        (["--checkpoint", "own", "--max-shard-size", "many"], "'many' is not a size"),
+        (["--checkpoint", "own", "--max-shard-size", "0"], "'0' is not a size"),
         (["--run-dir", "own"], "own is no run's folder"),
         (["--checkpoint", "nowhere"], "nowhere does not exist"),
         (["--checkpoint", "own", "--output", "own"], "own exists already"),

@@ -16,7 +16,7 @@ from minimind.reports.plan import planned_run as planning
 from minimind.reports.plan.advice import usual_learning_rate
 from minimind.reports.plan.cost import checkpoint_bytes, kept_checkpoints
 from minimind.reports.plan.planned_run import PlanOptions, make_plan, with_stage
-from minimind.units import format_bytes, format_hours, parse_bytes
+from minimind.units import format_bytes
 
 ON_8 = ["--num-gpus", "8", "--gpu-memory", "80GiB", "--seq-len", "2048", "--micro-batch-size", "4"]
 
@@ -152,15 +152,6 @@ def test_the_other_stages_leave_the_users_file_alone():
         "stage": 2, "reduce_bucket_size": 5, "offload_optimizer": {"device": "cpu"}
     }  # fmt: skip
     assert ds["zero_optimization"]["stage"] == 3
-
-
-def test_figures_for_people():
-    assert [parse_bytes(text, "x") for text in ("80GiB", "80 gb", "1.5G", "512MiB")] == [
-        80 * 2**30, 80 * 2**30, 3 * 2**29, 2**29
-    ]  # fmt: skip
-    assert [format_hours(hours) for hours in (0.001, 0.5, 7.25, 100)] == [
-        "less than a minute", "30 minutes", "7.2 hours", "4.2 days"
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "bf16")])
