@@ -1,6 +1,7 @@
 """The plan: its table for the shipped models, its figures, its advice, and its mistakes in one line."""
 
 import json
+import re
 
 import pytest
 from repository import ROOT
@@ -28,8 +29,8 @@ def run(capsys, *flags: str) -> tuple[int, str]:
 
 def rows(text: str) -> dict[str, list[str]]:
     """The memory table, by its first column."""
-    lines = text.split("\n\n")[1].splitlines()
-    return {line[:20].strip(): [line[i : i + 12].strip() for i in range(20, len(line), 12)] for line in lines}
+    cells = [re.split(r" {2,}", line) for line in text.split("\n\n")[1].splitlines()]
+    return {name: values for name, *values in cells}
 
 
 @pytest.mark.parametrize("model", ["minimind3", "minimind3-moe", "large"])
