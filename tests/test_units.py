@@ -13,9 +13,7 @@ def test_sizes_of_files_and_of_memory():
     assert {text: parse_size(text, "x", memory=True) for text in memory} == memory
 
 
-@pytest.mark.parametrize(
-    ("text", "memory"), [("many", False), ("0", False), ("-1GB", False), ("80", True)]
-)
+@pytest.mark.parametrize(("text", "memory"), [("many", False), ("0", False), ("-1GB", False), ("80", True)])
 def test_what_is_not_a_size_is_named(text, memory):
     with pytest.raises(UserError, match=f"^flag: '{text}' is not a size; write one such as "):
         parse_size(text, "flag", memory=memory)
