@@ -1,10 +1,84 @@
-"""MiniMind on DeepSpeed: a plain PyTorch language model, trained by DeepSpeed from outside."""
+"""MiniMind on DeepSpeed: a plain PyTorch language model, trained by DeepSpeed from outside.
 
+For Python and notebooks (see docs/en/python.md):
+
+    import minimind
+    m = minimind.load("runs/first")            # or a checkpoint, an export, a Hugging Face folder, a .pth
+    print(minimind.generate(m, "Once upon a time", max_new_tokens=100))
+
+Every name is imported when it is first used: `import minimind` alone loads no torch.
+"""
+
+import importlib
 import logging
 import os
+import sys
 from collections.abc import Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for editors and type checkers: the names of _HOMES
+    from minimind.checkpoints.formats.load_model import load
+    from minimind.checkpoints.formats.load_model import load_weights as load_weights
+    from minimind.data.dataset import load_shards
+    from minimind.inference.language_model import LanguageModel, generate, score, stream
+    from minimind.model.config import ModelConfig
+    from minimind.model.presets import PRESETS
+    from minimind.model.transformer import MiniMindForCausalLM
 
 __version__ = "0.1.0"
+__all__ = [
+    "PRESETS",
+    "LanguageModel",
+    "MiniMindForCausalLM",
+    "ModelConfig",
+    "generate",
+    "load",
+    "load_shards",
+    "score",
+    "stream",
+]
+
+_HOMES = {
+    "LanguageModel": "minimind.inference.language_model",
+    "MiniMindForCausalLM": "minimind.model.transformer",
+    "ModelConfig": "minimind.model.config",
+    "PRESETS": "minimind.model.presets",
+    "generate": "minimind.inference.language_model",
+    "load": "minimind.checkpoints.formats.load_model",
+    "load_shards": "minimind.data.dataset",
+    "load_weights": "minimind.checkpoints.formats.load_model",  # MiniMindForCausalLM.from_pretrained
+    "score": "minimind.inference.language_model",
+    "stream": "minimind.inference.language_model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'minimind' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps `minimind.generate` the function.
+
+    Python sets every submodule as an attribute of its package, so importing the command `minimind.generate` would put
+    the module in the function's place.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def openmp_environment(environment: Mapping[str, str]) -> dict[str, str]:

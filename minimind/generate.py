@@ -20,13 +20,12 @@ import tyro
 
 from minimind.checkpoints.formats.load_model import load_model, stretch_context
 from minimind.cli import parse_flags
-from minimind.data.chat_template import Message, encode_chat
 from minimind.data.tokenizer import Tokenizer, load_tokenizer
 from minimind.distributed.out_of_memory import full_memory_named
 from minimind.errors import UserError, run_main
-from minimind.inference.chat import Chat, converse
+from minimind.inference.chat import Chat, converse, encode_question
 from minimind.inference.device import choose_device
-from minimind.inference.generation import Completion, GenerationOptions, Prompt, generate, stream
+from minimind.inference.generation import Completion, GenerationOptions, Prompt, complete, stream_text
 from minimind.model import MiniMindForCausalLM
 from minimind.model.kernels.packed_weights import prepare_decoding
 
@@ -93,16 +92,15 @@ def run(flags: GenerateFlags, device: torch.device, dtype: torch.dtype) -> None:
         return
     prompts: list[Prompt] = list(flags.prompt)
     if flags.chat:
-        opening = [Message("system", flags.system)] if flags.system else []
-        prompts = [encode_chat(tokenizer, [*opening, Message("user", text)]) for text in flags.prompt]
+        prompts = [encode_question(tokenizer, text, flags.system) for text in flags.prompt]
     if flags.json:
-        print_completions(flags, generate(model, tokenizer, prompts, flags))
+        print_completions(flags, complete(model, tokenizer, prompts, flags))
     elif len(prompts) == 1:
-        for piece in stream(model, tokenizer, prompts[0], flags):
+        for piece in stream_text(model, tokenizer, prompts[0], flags):
             print(piece, end="", flush=True)
         print()
     else:
-        for text, completion in zip(flags.prompt, generate(model, tokenizer, prompts, flags), strict=True):
+        for text, completion in zip(flags.prompt, complete(model, tokenizer, prompts, flags), strict=True):
             print(f"--- {text}\n{completion.text}")
 
 
@@ -126,7 +124,7 @@ def print_completions(flags: GenerateFlags, completions: Sequence[Completion]) -
 def chat_in_terminal(model: MiniMindForCausalLM, tokenizer: Tokenizer, flags: GenerateFlags) -> None:
     """Chat until the person leaves; where the input is no terminal, each of its lines is a message."""
     room = model.config.max_position_embeddings - flags.max_new_tokens
-    chat = Chat(tokenizer, lambda prompt: stream(model, tokenizer, prompt, flags), room, flags.system)
+    chat = Chat(tokenizer, lambda prompt: stream_text(model, tokenizer, prompt, flags), room, flags.system)
     converse(chat, read_line, functools.partial(print, end="", flush=True))
 
 

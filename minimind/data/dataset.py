@@ -5,10 +5,11 @@ of order, batches or ranks.
 """
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 
-from minimind.data.shards import ShardError, ShardReader
+from minimind.data.shards import ShardError, ShardReader, open_split
 
 IGNORED_LABEL = -100
 
@@ -66,3 +67,14 @@ class TokenDataset:
         starts = starts[starts > 0]
         labels[starts - 1] = IGNORED_LABEL
         return Sample(input_ids, labels, starts[starts < length])
+
+
+def load_shards(
+    folder: str | Path, split: str = "train", *, seq_len: int = 512, document_mask: bool = False
+) -> TokenDataset:
+    """The windows of a corpus folder's `split`, or of a single shard folder (see `TokenDataset`).
+
+    Raises:
+        ShardError: the folder has no such split, is damaged, or is too small for a single window.
+    """
+    return TokenDataset(open_split(Path(folder), split), seq_len, document_mask)

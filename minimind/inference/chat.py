@@ -26,6 +26,12 @@ Respond = Callable[[list[int]], Iterable[str]]
 """Token ids of a conversation that an answer should follow -> pieces of the answer."""
 
 
+def encode_question(tokenizer: Tokenizer, question: str, system: str = "") -> list[int]:
+    """The token ids of a conversation's first question, up to where its answer begins."""
+    opening = [Message("system", system)] if system else []
+    return encode_chat(tokenizer, [*opening, Message("user", question)])
+
+
 @dataclass
 class Chat:
     """A conversation that grows. The oldest exchanges leave it when it no longer fits `max_prompt_tokens`."""

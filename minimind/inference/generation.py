@@ -1,4 +1,4 @@
-"""Continue prompts with a trained model: `generate` for a batch, `stream` for one text as it grows."""
+"""Continue prompts with a trained model: `complete` for a batch, `stream_text` for one text as it grows."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -35,7 +35,7 @@ class Completion:
     reason: Literal["stop", "length"]
 
 
-def generate(
+def complete(
     model: MiniMindForCausalLM,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
@@ -51,7 +51,7 @@ def generate(
     return batch.completions()
 
 
-def stream(
+def stream_text(
     model: MiniMindForCausalLM, tokenizer: Tokenizer, prompt: Prompt, options: GenerationOptions | None = None
 ) -> Iterator[str]:
     """Continue one prompt; yields text as soon as it is sure, whole characters only."""

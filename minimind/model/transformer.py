@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import minimind
 from minimind.errors import UserError
 from minimind.model.attention import Attention
 from minimind.model.attention_mask import Visibility, causal, segment_positions, within_documents
@@ -20,7 +21,7 @@ from minimind.model.kv_cache import KVCache
 from minimind.model.layers import Embedding, FeedForward, RMSNorm
 from minimind.model.loss import LMHead
 from minimind.model.moe import MoEFeedForward, ResidualFeedForward
-from minimind.model.pretrained import check_fit, read_pretrained, write_pretrained
+from minimind.model.pretrained import write_pretrained
 from minimind.model.rope import rotary_tables
 from minimind.model.router import RouterRecord, step_bias
 
@@ -230,21 +231,13 @@ class MiniMindForCausalLM(nn.Module):
     def from_pretrained(
         cls, folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> "MiniMindForCausalLM":
-        """The model in `folder`, written by `save_pretrained`, in evaluation mode.
+        """A trained model in evaluation mode, from anything that the commands' `--checkpoint` takes (`minimind.load`).
 
         Args:
-            dtype: what to convert the weights to; None keeps the stored one.
+            dtype: type to convert the weights to; None keeps the stored one.
 
         Raises:
             UserError: a file is missing, damaged, of another kind, or its weights do not fit the config.
         """
-        config, tensors = read_pretrained(folder, device)
-        with torch.device("meta"):
-            model = cls(config)
-        expected = model.state_dict()
-        if config.tie_word_embeddings:
-            del expected["lm_head.weight"]
-        check_fit(folder, expected, tensors)
-        model.load_state_dict(tensors, assign=True, strict=False)
-        model.tie_weights()
-        return model.to(dtype=dtype).eval()
+        # The formats import the model, so the model can reach them only through the package's lazy names.
+        return minimind.load_weights(folder, device=device, dtype=dtype)

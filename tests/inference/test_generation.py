@@ -18,7 +18,7 @@ from minimind.data.tokenizer import Tokenizer, load_tokenizer
 from minimind.errors import UserError
 from minimind.generate import main
 from minimind.inference.device import choose_device
-from minimind.inference.generation import Completion, GenerationOptions, generate, stream
+from minimind.inference.generation import Completion, GenerationOptions, complete, stream_text
 from minimind.model import PRESETS, MiniMindForCausalLM
 
 GREEDY = GenerationOptions(temperature=0.0, max_new_tokens=24, stop_token_ids=())
@@ -48,17 +48,17 @@ def tokenizer(exported) -> Tokenizer:
 
 def test_a_batch_of_texts_equals_single_runs(model, tokenizer):
     for options in (GREEDY, GenerationOptions(max_new_tokens=24, seed=5, repetition_penalty=1.2)):
-        together = generate(model, tokenizer, PROMPTS, options)
+        together = complete(model, tokenizer, PROMPTS, options)
         for row, prompt in enumerate(PROMPTS):
             seed = None if options.seed is None else options.seed + row
-            assert generate(model, tokenizer, [prompt], dataclasses.replace(options, seed=seed)) == [together[row]]
+            assert complete(model, tokenizer, [prompt], dataclasses.replace(options, seed=seed)) == [together[row]]
         assert len({completion.text for completion in together}) == len(PROMPTS)
 
 
 def test_the_stream_is_the_text(model, tokenizer):
     for prompt in PROMPTS:
-        pieces = list(stream(model, tokenizer, prompt, GREEDY))
-        (completion,) = generate(model, tokenizer, [prompt], GREEDY)
+        pieces = list(stream_text(model, tokenizer, prompt, GREEDY))
+        (completion,) = complete(model, tokenizer, [prompt], GREEDY)
         assert "".join(pieces) == completion.text and len(pieces) > 3
         prompt_ids = tokenizer.encode(prompt) or [tokenizer.eos_token_id]
         whole = tokenizer.decode([*prompt_ids, *completion.token_ids])
@@ -69,38 +69,38 @@ def test_the_stream_is_the_text(model, tokenizer):
 
 def test_token_ids_are_prompts_too(model, tokenizer):
     prompt = tokenizer.encode("the fox")
-    assert generate(model, tokenizer, [prompt], GREEDY) == generate(model, tokenizer, ["the fox"], GREEDY)
+    assert complete(model, tokenizer, [prompt], GREEDY) == complete(model, tokenizer, ["the fox"], GREEDY)
 
 
 def test_an_empty_prompt_begins_a_document(model, tokenizer):
-    assert generate(model, tokenizer, [""], GREEDY) == generate(model, tokenizer, ["<|endoftext|>"], GREEDY)
+    assert complete(model, tokenizer, [""], GREEDY) == complete(model, tokenizer, ["<|endoftext|>"], GREEDY)
 
 
 def test_stop_tokens_and_stop_texts_end_a_row(model, tokenizer):
-    (free,) = generate(model, tokenizer, ["the fox"], GREEDY)
+    (free,) = complete(model, tokenizer, ["the fox"], GREEDY)
     token = free.token_ids[7]
     first = free.token_ids.index(token)
     by_token = dataclasses.replace(GREEDY, stop_token_ids=(token,))
-    assert generate(model, tokenizer, ["the fox"], by_token)[0].token_ids == free.token_ids[:first]
-    assert generate(model, tokenizer, ["the fox"], by_token)[0].reason == "stop"
+    assert complete(model, tokenizer, ["the fox"], by_token)[0].token_ids == free.token_ids[:first]
+    assert complete(model, tokenizer, ["the fox"], by_token)[0].reason == "stop"
 
     text = free.text[5:8]
     by_text = dataclasses.replace(GREEDY, stop=("no such text", text))
-    (stopped,) = generate(model, tokenizer, ["the fox"], by_text)
+    (stopped,) = complete(model, tokenizer, ["the fox"], by_text)
     assert stopped.text == free.text[: free.text.index(text)] and stopped.reason == "stop"
-    assert len(stopped.token_ids) < 24 and "".join(stream(model, tokenizer, "the fox", by_text)) == stopped.text
+    assert len(stopped.token_ids) < 24 and "".join(stream_text(model, tokenizer, "the fox", by_text)) == stopped.text
 
 
 def test_by_default_the_end_of_a_document_or_turn_ends_it(model, tokenizer, monkeypatch):
     draws = iter([5, 6, 2, 7])
     monkeypatch.setattr("minimind.inference.sampling.Sampler.draw", lambda *_: torch.tensor([next(draws)]))
-    (completion,) = generate(model, tokenizer, ["the fox"])
+    (completion,) = complete(model, tokenizer, ["the fox"])
     assert completion == Completion(completion.text, (5, 6), "stop")
 
 
 def test_generation_does_not_disturb_training(model, tokenizer):
     model.train()
-    pieces = stream(model, tokenizer, "the fox", GREEDY)
+    pieces = stream_text(model, tokenizer, "the fox", GREEDY)
     next(pieces)
     pieces.close()
     assert model.training and all(module.training for module in model.modules())
@@ -112,7 +112,7 @@ def test_generation_does_not_disturb_training(model, tokenizer):
 
 def test_what_cannot_be_continued_is_one_error(model, tokenizer):
     with pytest.raises(UserError, match="beyond the model's 512"):
-        generate(model, tokenizer, ["x " * 600], GREEDY)
+        complete(model, tokenizer, ["x " * 600], GREEDY)
     with pytest.raises(UserError, match="device cuda:99 cannot be used"):
         choose_device("cuda:99", None)
     with pytest.raises(UserError, match="device nonsense"):
@@ -138,7 +138,7 @@ def test_weights_are_converted_on_request(exported):
     model, file = load_model(exported, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16} and not model.training
     tokenizer = load_tokenizer(file)
-    assert len(generate(model, tokenizer, PROMPTS, GREEDY)[1].token_ids) == 24
+    assert len(complete(model, tokenizer, PROMPTS, GREEDY)[1].token_ids) == 24
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -151,14 +151,14 @@ def run_main(capsys, exported: Path, *flags: str) -> str:
 
 def test_the_command_prints_the_continuation(capsys, exported, model, tokenizer):
     options = GenerationOptions(temperature=0.0, max_new_tokens=16)
-    (expected,) = generate(model, tokenizer, ["the fox"], options)
+    (expected,) = complete(model, tokenizer, ["the fox"], options)
     assert run_main(capsys, exported, "--prompt", "the fox") == expected.text + "\n"
 
 
 def test_the_command_prints_json(capsys, exported, model, tokenizer):
     lines = run_main(capsys, exported, "--json", "--prompt", "the fox", "你好").splitlines()
     options = GenerationOptions(temperature=0.0, max_new_tokens=16)
-    expected = generate(model, tokenizer, ["the fox", "你好"], options)
+    expected = complete(model, tokenizer, ["the fox", "你好"], options)
     for line, prompt, completion in zip(lines, ["the fox", "你好"], expected, strict=True):
         values = json.loads(line)
         assert values == {"prompt": prompt, **dataclasses.asdict(completion), "token_ids": list(completion.token_ids)}
@@ -167,7 +167,7 @@ def test_the_command_prints_json(capsys, exported, model, tokenizer):
 def test_a_prompt_can_be_a_question(capsys, exported, model, tokenizer):
     messages = [Message("system", "be brief"), Message("user", "the fox")]
     options = GenerationOptions(temperature=0.0, max_new_tokens=16)
-    (expected,) = generate(model, tokenizer, [encode_chat(tokenizer, messages)], options)
+    (expected,) = complete(model, tokenizer, [encode_chat(tokenizer, messages)], options)
     shown = run_main(capsys, exported, "--chat", "--system", "be brief", "--prompt", "the fox")
     assert shown == expected.text + "\n"
 

@@ -30,7 +30,7 @@ from minimind.data.tokenizer import load_tokenizer
 from minimind.errors import UserError
 from minimind.inference.batching import Batcher, QueueFull, Request, Update
 from minimind.inference.decoding import Decoding
-from minimind.inference.generation import GenerationOptions, generate
+from minimind.inference.generation import GenerationOptions, complete
 from minimind.model import PRESETS, MiniMindForCausalLM
 from minimind.serve import listen, main
 
@@ -101,7 +101,7 @@ def model(exported):
 def expected_answer(model, question: str, max_new_tokens: int = 24) -> str:
     options = GenerationOptions(temperature=0.0, max_new_tokens=max_new_tokens)
     prompt = encode_chat(model[1], [Message("user", question)])
-    return generate(model[0], model[1], [prompt], options)[0].text
+    return complete(model[0], model[1], [prompt], options)[0].text
 
 
 def ask(client, question: str, **options):
@@ -125,7 +125,7 @@ def test_the_official_client_gets_what_generation_gives(server, model):
 def test_completions_take_texts_and_token_ids(server, model):
     client = server.client()
     options = GenerationOptions(temperature=0.0, max_new_tokens=9)
-    (expected,) = generate(*model, ["the fox"], options)
+    (expected,) = complete(*model, ["the fox"], options)
     for prompt in ("the fox", ["the fox"], model[1].encode("the fox")):
         found = client.completions.create(model="tiny-model", prompt=prompt, max_tokens=9, temperature=0)
         assert found.choices[0].text == expected.text and found.usage.completion_tokens == 9
@@ -312,7 +312,7 @@ def test_the_queue_is_bounded_and_a_place_given_up_is_free(batcher, model):
     deadline = time.monotonic() + 60
     while not all(updates[n] and updates[n][-1].reason for n in (2, 3, 4)) and time.monotonic() < deadline:
         time.sleep(0.01)
-    (expected,) = generate(*model, [model[1].encode("4 fox")], options)
+    (expected,) = complete(*model, [model[1].encode("4 fox")], options)
     assert "".join(update.text for update in updates[4]) == expected.text and updates[4][-1].num_tokens == 400
     assert not updates[1] and not any(update.reason for update in updates[0])
 

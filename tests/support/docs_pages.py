@@ -16,6 +16,7 @@ PAGES = (
     "training_guide.md",
     "configuration.md",
     "data_format.md",
+    "python.md",
     "run_folder.md",
     "watching.md",
     "ds_configs.md",

@@ -9,10 +9,12 @@ import pytest
 import torch
 from training_runs import flags_for, losses, train
 
-from minimind import evaluate, generate
 from minimind.checkpoints.folder import list_checkpoints
 from minimind.distributed.out_of_memory import is_full_memory
 from minimind.errors import OneRankError, UserError
+from minimind.evaluate import OUTPUT_NAME
+from minimind.evaluate import main as evaluate
+from minimind.generate import main as generate
 from minimind.model import MiniMindForCausalLM
 from minimind.training.record.events import read_events
 
@@ -82,11 +84,11 @@ def test_generate_and_evaluate_say_what_helps_them(tiny_corpus, tmp_path, monkey
     questions.write_text('{"context": "a", "choices": ["b", "c"], "answer": 0}\n')
     start = "the host is out of memory (32.0 TiB more were wanted): "
     for command, flags, words in (
-        (generate.main, prompts, "pass --int8; give fewer than 2 prompts at once; lower --max-new-tokens 4"),
-        (generate.main, ["--prompt", "one", "--int8"], "lower --max-new-tokens 256"),
-        (evaluate.main, shards, "lower --micro-batch-size 8; shorten --seq-len 16"),
+        (generate, prompts, "pass --int8; give fewer than 2 prompts at once; lower --max-new-tokens 4"),
+        (generate, ["--prompt", "one", "--int8"], "lower --max-new-tokens 256"),
+        (evaluate, shards, "lower --micro-batch-size 8; shorten --seq-len 16"),
         (
-            evaluate.main,
+            evaluate,
             ["--multiple-choice", str(questions)],
             f"pass --precision bf16; shorten the questions of {questions}",
         ),
@@ -94,4 +96,4 @@ def test_generate_and_evaluate_say_what_helps_them(tiny_corpus, tmp_path, monkey
         with pytest.raises(UserError) as error:
             command([*asked, *flags])
         assert str(error.value) == start + words
-    assert not (tmp_path / evaluate.OUTPUT_NAME).exists()
+    assert not (tmp_path / OUTPUT_NAME).exists()

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from minimind.checkpoints.consolidate import TrainingCheckpoint
-from minimind.checkpoints.formats.load_model import build_model, prove
+from minimind.checkpoints.formats.load_model import build_from_source
 from minimind.checkpoints.formats.source import ModelSource
 from minimind.checkpoints.portable import NeutralCheckpoint, make_neutral
 from minimind.checkpoints.zero_partitions import WEIGHT
@@ -25,5 +25,5 @@ def convert(folder: Path) -> Path:
 
     shapes = {**checkpoint.shapes, **{name: tuple(buffer.shape) for name, buffer in buffers.items()}}
     config = ModelConfig.from_dict(checkpoint.manifest.model)
-    prove(build_model(ModelSource(made, config, shapes, read, None)), checkpoint)
+    build_from_source(ModelSource(made, config, shapes, read, None, checkpoint))
     return made

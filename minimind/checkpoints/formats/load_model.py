@@ -1,12 +1,9 @@
-"""A trained model from wherever it lies, with the tokenizer that belongs to it.
-
-What generation, evaluation and serving load a model through; what it may lie in is `model_source`'s matter. Knows
-nothing of prompts or data, and needs no DeepSpeed.
-"""
+"""Load a trained model and its tokenizer from any of the forms that `source` reads. Needs no DeepSpeed."""
 
 import dataclasses
 import math
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -14,10 +11,37 @@ from minimind.checkpoints.consolidate import TrainingCheckpoint
 from minimind.checkpoints.formats.source import ModelSource, find_tokenizer, open_source
 from minimind.checkpoints.manifest import CheckpointError
 from minimind.checkpoints.probe import agrees, probe_loss
-from minimind.data.tokenizer import JSON_NAME, MODEL_NAME
+from minimind.data.tokenizer import JSON_NAME, MODEL_NAME, load_tokenizer
 from minimind.errors import UserError
+from minimind.inference.device import choose_device
+from minimind.inference.language_model import LanguageModel
 from minimind.model import MiniMindForCausalLM
 from minimind.model.router import BIAS_NAME
+
+
+def load(
+    checkpoint: str | Path,
+    *,
+    device: str | None = None,
+    precision: Literal["fp32", "bf16", "fp16"] | None = None,
+    tokenizer: str | Path | None = None,
+) -> LanguageModel:
+    """A trained model with its tokenizer, ready to generate: what Python and notebooks load one with.
+
+    Args:
+        checkpoint: a run (its newest valid checkpoint), one checkpoint, a folder of `minimind.export` or of the
+            Hugging Face tools (Llama, Qwen3, Qwen3-MoE), or a `.pth` of jingyaogong/minimind.
+        device: "cpu", "cuda", "cuda:1"; None: a GPU if there is one.
+        precision: None: bf16 on a GPU that has it, otherwise fp32.
+        tokenizer: its file or folder, where none is stored beside the weights.
+
+    Raises:
+        UserError: there is no model, a file is missing or damaged, or the weights do not fit.
+    """
+    chosen, dtype = choose_device(device, precision)
+    place = None if tokenizer is None else Path(tokenizer)
+    model, tokenizer_file = load_model(Path(checkpoint), dtype=dtype, device=chosen, tokenizer=place)
+    return LanguageModel(model, load_tokenizer(tokenizer_file))
 
 
 def load_model(
@@ -27,29 +51,36 @@ def load_model(
     device: torch.device | str = "cpu",
     tokenizer: Path | None = None,
 ) -> tuple[MiniMindForCausalLM, Path]:
-    """The model in evaluation mode, and its tokenizer file.
+    """The model at `checkpoint` (see `load`) in evaluation mode, and its tokenizer file.
 
     Args:
-        checkpoint: an exported folder of ours or of the Hugging Face tools, a `.pth` of jingyaogong/minimind, a run's
-            folder (its newest sound checkpoint), or one checkpoint.
-        dtype: what to convert the weights to; None keeps the stored one (float32 in a checkpoint).
-        tokenizer: where it lies, if not beside the weights.
+        dtype: type to convert the weights to; None: the stored one (float32 in a checkpoint).
+        tokenizer: its file or folder, where none is stored beside the weights.
 
     Raises:
         UserError: there is no model, a file is missing or damaged, or the weights do not fit.
     """
     source = open_source(Path(checkpoint))
+    # Before the weights are read, which may take minutes.
     tokenizer_file = find_tokenizer_file(tokenizer or source.tokenizer_file or source.folder)
-    model = build_model(source, dtype=dtype, device=device)
-    if source.checkpoint is not None:
-        prove(model, source.checkpoint)
-    return model, tokenizer_file
+    return build_from_source(source, dtype=dtype, device=device), tokenizer_file
 
 
-def build_model(
+def load_weights(
+    checkpoint: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> MiniMindForCausalLM:
+    """`load_model` without a tokenizer, for `MiniMindForCausalLM.from_pretrained`."""
+    return build_from_source(open_source(Path(checkpoint)), dtype=dtype, device=device)
+
+
+def build_from_source(
     source: ModelSource, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> MiniMindForCausalLM:
-    """The model of `source` in evaluation mode, one tensor beside it in memory at a time."""
+    """The model of `source` in evaluation mode, one tensor beside it in memory at a time.
+
+    Raises:
+        CheckpointError: it is a training checkpoint and does not compute the loss that was stored when it was saved.
+    """
     with torch.device("meta"):
         model = MiniMindForCausalLM(source.config)
     tensors = {}
@@ -61,10 +92,13 @@ def build_model(
         tensors[name] = torch.empty_like(tensor, dtype=wanted, device=device).copy_(tensor)
     model.load_state_dict(tensors, assign=True, strict=False)
     model.tie_weights()
-    return model.eval()
+    model.eval()
+    if source.checkpoint is not None:
+        check_probe_loss(model, source.checkpoint)
+    return model
 
 
-def prove(model: MiniMindForCausalLM, checkpoint: TrainingCheckpoint) -> None:
+def check_probe_loss(model: MiniMindForCausalLM, checkpoint: TrainingCheckpoint) -> None:
     """Compare a model's loss on the probe batch with the one that was saved in its checkpoint.
 
     Raises:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tokenizers_for_tests import save_byte_level
 
-from minimind.checkpoints.formats.load_model import build_model, load_model
+from minimind.checkpoints.formats.load_model import build_from_source, load_model
 from minimind.checkpoints.formats.pth import choose_form
 from minimind.checkpoints.formats.source import open_source
 from minimind.errors import UserError
@@ -80,7 +80,7 @@ def test_every_tensor_finds_its_place_and_the_shapes_tell_the_config(form, tmp_p
     torch.save({**tensors, "model.freqs_cos": torch.zeros(3)}, tmp_path / "pretrain_64.pth")
     source = open_source(tmp_path / "pretrain_64.pth")
     assert source.config == config
-    model = build_model(source).state_dict()
+    model = build_from_source(source).state_dict()
     moved = 0
     for layer in range(2 if config.use_moe else 0):
         here = f"model.layers.{layer}.mlp"
@@ -207,7 +207,7 @@ def test_their_classes_give_the_same_logits(form, name, tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
     source = open_source(tmp_path / "theirs.pth")
     assert source.config == ours
-    model = build_model(source)
+    model = build_from_source(source)
     input_ids = torch.randint(0, 6400, (2, 128))
     with torch.no_grad():
         found, expected = model(input_ids).logits, theirs(input_ids).logits

@@ -21,7 +21,6 @@ from minimind.evaluate import main as evaluate_main
 from minimind.export import main as export_main
 from minimind.generate import main as generate_main
 from minimind.model import PRESETS, MiniMindForCausalLM
-from minimind.model.pretrained import read_pretrained
 
 
 class Hostile:
@@ -89,7 +88,7 @@ def test_code_in_a_file_of_any_name_is_not_run(kind, name, sound, tmp_path, monk
     for command, more in zip(commands, flags, strict=True):
         refuse(command, ["--checkpoint", str(folder), *more])
     if name == "model.safetensors":
-        refuse(read_pretrained, folder)
+        refuse(MiniMindForCausalLM.from_pretrained, folder)
         refuse(SafetensorsFolder, folder)
     if name == "manifest.json":
         refuse(NeutralCheckpoint, folder)
