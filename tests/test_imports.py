@@ -114,6 +114,8 @@ def test_the_rooms_below_the_ranks_run_without_deepspeed():
     """In a process where its import fails; reading a run, without torch too."""
     below = [name for name in OURS if ROOMS.index(room_of(name)) < ROOMS.index("distributed")]
     run_without(["deepspeed", "transformers"], [*below, *(name for name in MODULES if top(name) == "data_prep")])
+    # Generation too, in Python or by the command.
+    run_without(["deepspeed", "transformers"], ["minimind.checkpoints.formats.load_model", "minimind.generate"])
     run_without(["deepspeed", "torch"], ["minimind", "minimind.training.record.run_files", "minimind.status"])
 
 

@@ -1,4 +1,4 @@
-"""The names that `import minimind` offers, on a run, a checkpoint, an export and a `.pth`; docs/*/python.md as it stands."""
+"""What `import minimind` offers, on a run, a checkpoint, an export and a `.pth`; the code of docs/*/python.md."""
 
 import ast
 import math
@@ -13,7 +13,6 @@ from tokenizers_for_tests import TEXT, save_sentencepiece
 from training_runs import flags_for, train
 
 import minimind
-from data_prep.tokenize_corpus import main as tokenize_main
 from minimind.errors import UserError
 from minimind.export import main as export_main
 from minimind.inference.generation import GenerationOptions, complete
@@ -30,7 +29,8 @@ def home(tmp_path_factory):
     save_sentencepiece(home / "tokenizer")
     (home / "text.txt").write_text(TEXT)
     flags = ["--input", str(home / "text.txt"), "--tokenizer", str(home / "tokenizer")]
-    tokenize_main([*flags, "--output", str(home / "data/shards"), "--val-fraction", "0"])
+    flags += ["--output", str(home / "data/shards"), "--val-fraction", "0"]
+    subprocess.run([sys.executable, "-m", "data_prep.tokenize_corpus", *flags], cwd=ROOT, check=True)
     shape = {"vocab_size": 400, "hidden_size": 64, "max_position_embeddings": 128}
     train(flags_for(home / "data/shards", home / "runs/first", steps=4, **shape))
     for name, kind in (("export", "hf"), ("pth", "pth")):
@@ -116,7 +116,7 @@ def test_the_shards_are_the_text(at_home):
 
 
 def test_names_are_found_without_torch_and_stay_functions_beside_the_commands(home):
-    """In a fresh process: nothing heavy at the import, and `minimind.generate` is no module after its command's import."""
+    """In a fresh process; `import minimind.generate` would set the module as the package's attribute."""
     program = (
         "import sys, minimind\n"
         "assert set(minimind.__all__) <= set(dir(minimind))\n"

@@ -9,7 +9,7 @@ from minimind.data.tokenizer import Tokenizer
 from minimind.errors import UserError
 from minimind.inference.chat import encode_question
 from minimind.inference.generation import GenerationOptions, Prompt, complete, stream_text
-from minimind.inference.multiple_choice import encode_pair, log_likelihood
+from minimind.inference.likelihood import encode_pair, log_likelihood
 from minimind.model import MiniMindForCausalLM
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from minimind.data.tokenizer import load_tokenizer
 from minimind.errors import UserError
 from minimind.evaluate import main as evaluate_main
 from minimind.export import main as export_main
-from minimind.inference.multiple_choice import Question, encode_pair, log_likelihood, read_questions, score_choices
+from minimind.inference.likelihood import encode_pair, log_likelihood
+from minimind.inference.multiple_choice import Question, read_questions, score_choices
 from minimind.model import PRESETS, MiniMindForCausalLM
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "你好", "世界", "def", "return", "x"]
@@ -117,10 +118,10 @@ def test_the_real_harness_gives_our_figures(exported, tmp_path, capsys):
     [
         ("{", "line 2: "),
         ('{"context": "x", "choices": ["a", "b"]}', "'answer' is missing"),
-        ('{"context": "x", "choices": ["a", "b"], "answer": 2}', "answer 2 is not the number of a choice"),
+        ('{"context": "x", "choices": ["a", "b"], "answer": 2}', "answer 2 is not the index of a choice"),
         ('{"context": "x", "choices": ["a", "b"], "answer": "a"}', "answer 'a' is not"),
         ('{"context": "x", "choices": ["a"], "answer": 0}', "at least two choices"),
-        ('{"context": 1, "choices": ["a", "b"], "answer": 0}', "must be texts"),
+        ('{"context": 1, "choices": ["a", "b"], "answer": 0}', "must be non-empty texts"),
         ("[]", "line 2: "),
     ],
 )
