@@ -19,7 +19,7 @@ from measure import Claim, environment, report
 
 from minimind.checkpoints.run_state import TrainState
 from minimind.checkpoints.saving import CheckpointSaver, Corpus
-from minimind.config.resolve import Resolved
+from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import preset
 from minimind.distributed.environment import find_device, read_environment
 from minimind.distributed.process_group import process_group
@@ -44,7 +44,7 @@ class Flags:
     """Where the JSON goes."""
 
 
-def step(engine, resolved: Resolved, seq_len: int) -> float:
+def step(engine, resolved: ResolvedRun, seq_len: int) -> float:
     """One training step; its seconds."""
     began = time.perf_counter()
     tokens = torch.ones(1, seq_len, dtype=torch.int64, device=engine.device)
@@ -55,7 +55,7 @@ def step(engine, resolved: Resolved, seq_len: int) -> float:
     return time.perf_counter() - began
 
 
-def measure(engine, resolved: Resolved, flags: Flags, *, asynchronous: bool) -> dict[str, float]:
+def measure(engine, resolved: ResolvedRun, flags: Flags, *, asynchronous: bool) -> dict[str, float]:
     """Seconds of the loop's pause, until the checkpoint has its name, and of the steps meanwhile (medians)."""
     saver = CheckpointSaver(engine, resolved, Corpus("", ""), asynchronous=asynchronous)
     pauses, totals, steps = [], [], []
@@ -105,7 +105,7 @@ def main() -> None:
         folder = next((Path(name) / "checkpoints").glob("step_*"))
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         if env.is_first:
-            setting = f"{flags.model}, {env.world_size} ranks, ZeRO {resolved.zero_stage}"
+            setting = f"{flags.model}, {env.world_size} ranks, ZeRO {resolved.zero.stage}"
             claims = [
                 Claim(f"step alone, {setting}", (alone,), unit="s"),
                 Claim("checkpoint", (size / 1e6,), unit="MB"),
@@ -113,7 +113,7 @@ def main() -> None:
             for kind, figures in kinds.items():
                 for figure, value in figures.items():
                     claims.append(Claim(f"checkpoint {kind}: {figure.replace('_', ' ')}", (value,), unit="s"))
-            report(__file__, where, claims, {"precision": resolved.run.train.precision}, flags.report_file)
+            report(__file__, where, claims, {"precision": resolved.train.precision}, flags.report_file)
         engine.destroy()
 
 

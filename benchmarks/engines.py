@@ -6,7 +6,8 @@ import deepspeed
 import torch
 from measure import ROOT
 
-from minimind.config.resolve import Resolved, load_ds_config, resolve_run
+from minimind.config.resolve import load_ds_config, resolve_run
+from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
 from minimind.distributed.environment import RankEnvironment
 from minimind.model.config import ModelConfig
@@ -22,7 +23,7 @@ def build(
     stage: int = 1,
     seq_len: int,
     **train: Any,
-) -> tuple[deepspeed.DeepSpeedEngine, Resolved]:
+) -> tuple[deepspeed.DeepSpeedEngine, ResolvedRun]:
     """The engine and its resolved run, under our JSON of `stage` or another `ds_config`.
 
     `train`: fields of TrainConfig. Every rank calls this, inside a process group.

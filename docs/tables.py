@@ -106,7 +106,7 @@ def _estimate(run: RunConfig, stage: int, world_size: int, device_type: str) -> 
     ds = load_ds_config(ROOT / "ds_configs" / f"zero{stage}.json")
     on_gpu = device_type == "cuda"
     resolved = resolve_run(run, ds, dp_size=world_size, device_type=device_type, bf16_supported=on_gpu)
-    return estimate_memory(resolved, world_size, device_type)
+    return estimate_memory(resolved, device_type)
 
 
 def zero_memory(language: str) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from minimind.cli import without_local_rank
 from minimind.config.command_line import parse_command_line
-from minimind.config.resolve import Resolved, resolved_steps
+from minimind.config.resolved_run import ResolvedRun
 from minimind.data.dataset import TokenDataset
 from minimind.distributed.collectives import log
 from minimind.distributed.cpu_tuning import keep_freed_memory
@@ -41,25 +41,19 @@ def main(args: Sequence[str] | None = None) -> int:
     env = find_master(env)
     use_own_caches(env)
     try:
-        resolved, train_reader, eval_reader = prepare(command, env, device)
+        resolved, dataset, eval_dataset = prepare(command, env, device)
     except UserError as error:
         report_absence(env, error)
         raise
-    dataset = TokenDataset(train_reader, resolved.run.data.seq_len, resolved.run.data.document_mask)
-    eval_dataset = None
-    if eval_reader is not None:
-        seq_len, document_mask = resolved.run.data.seq_len, resolved.run.data.document_mask
-        eval_dataset = TokenDataset(eval_reader, seq_len, document_mask, keep_tail=True)
-    resolved = resolved_steps(resolved, len(dataset))
     if env.is_first:
         print(describe(resolved, env, device, dataset, eval_dataset), flush=True)
     if command.dry_run:
         if env.is_first:
             print(json.dumps({"run": resolved.run.to_dict(), "deepspeed": resolved.ds}, indent=2))
         return 0
-    timeout_minutes = resolved.run.train.timeout_minutes
+    timeout_minutes = resolved.train.timeout_minutes
     with (
-        meet(resolved, env, device, train_reader.fingerprint) as (store, watchdog),
+        meet(resolved, env, device, dataset.reader.fingerprint) as (store, watchdog),
         process_group(env, device, timeout_minutes, store),
         watchdog.reporting(),
         full_memory_in_words(resolved, env, device, watchdog),
@@ -69,22 +63,21 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def describe(
-    resolved: Resolved, env: RankEnvironment, device: torch.device, dataset: TokenDataset, eval_dataset: Any
+    resolved: ResolvedRun, env: RankEnvironment, device: torch.device, dataset: TokenDataset, eval_dataset: Any
 ) -> str:
     """What a run is, in a few lines: printed at its start, and by --dry-run."""
-    run, train, config = resolved.run, resolved.run.train, resolved.run.model
-    assert train.global_batch_size is not None and train.micro_batch_size is not None and train.steps is not None
-    tokens_per_step = train.global_batch_size * run.data.seq_len
+    train, config = resolved.train, resolved.model
+    tokens_per_step = train.global_batch_size * resolved.data.seq_len
     per_epoch = len(dataset) / train.global_batch_size
-    memory = estimate_memory(resolved, env.world_size, device.type)
+    memory = estimate_memory(resolved, device.type)
     lines = [
         f"run       {train.run_dir}",
         f"model     {config.num_params():,} parameters ({config.num_active_params():,} active a token)",
-        f"device    {env.world_size} x {device.type}, {train.precision}, ZeRO stage {resolved.zero_stage}",
-        f"data      {dataset.reader.num_tokens:,} tokens, {len(dataset):,} samples of {run.data.seq_len}"
+        f"device    {env.world_size} x {device.type}, {train.precision}, ZeRO stage {resolved.zero.stage}",
+        f"data      {dataset.reader.num_tokens:,} tokens, {len(dataset):,} samples of {resolved.data.seq_len}"
         + (f"; {eval_dataset.reader.num_tokens:,} validation tokens" if eval_dataset else "; no validation split"),
         f"batch     {train.global_batch_size} samples = {train.micro_batch_size} x {train.gradient_accumulation_steps} "
-        f"accumulated x {env.world_size} ranks; {tokens_per_step:,} tokens a step",
+        f"accumulated x {resolved.dp_size} ranks; {tokens_per_step:,} tokens a step",
         f"length    {train.steps:,} steps, {train.steps / per_epoch:.2f} epochs ({per_epoch:.1f} steps an epoch), "
         f"{train.steps * tokens_per_step:,} tokens",
         "memory    " + memory.summary(),

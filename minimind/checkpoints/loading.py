@@ -27,7 +27,7 @@ from minimind.checkpoints.manifest import CLIENT_STATE_KEY, CheckpointError, Che
 from minimind.checkpoints.portable_loading import load_neutral, part_of
 from minimind.checkpoints.probe import agrees, probe_loss
 from minimind.checkpoints.run_state import TrainState
-from minimind.config.resolve import Resolved
+from minimind.config.resolved_run import ResolvedRun
 from minimind.distributed.collectives import log
 from minimind.parallel.loss_scale import set_grad_scaler
 
@@ -79,7 +79,7 @@ def _check_nothing_newer(run_dir: Path, chosen: Path) -> None:
 
 def load(
     engine: deepspeed.DeepSpeedEngine,
-    resolved: Resolved,
+    resolved: ResolvedRun,
     folder: Path,
     manifest: CheckpointManifest,
     neutral: Path | None,
@@ -117,15 +117,15 @@ def keep_settings(optimizer: Any) -> Iterator[None]:
         optimizer.clip_grad = clip_grad
 
 
-def engine_probe_loss(engine: deepspeed.DeepSpeedEngine, resolved: Resolved) -> float:
+def engine_probe_loss(engine: deepspeed.DeepSpeedEngine, resolved: ResolvedRun) -> float:
     """The probe loss of an engine, which is left in training mode. Every rank calls this."""
     engine.eval()
-    loss = probe_loss(engine, resolved.run.model, engine.device)
+    loss = probe_loss(engine, resolved.model, engine.device)
     engine.train()
     return loss
 
 
-def prove(engine: deepspeed.DeepSpeedEngine, resolved: Resolved, folder: Path, manifest: CheckpointManifest) -> None:
+def prove(engine: deepspeed.DeepSpeedEngine, resolved: ResolvedRun, folder: Path, manifest: CheckpointManifest) -> None:
     """Compare the engine's probe loss with the one that was saved. Every rank calls this.
 
     Raises:
@@ -134,7 +134,7 @@ def prove(engine: deepspeed.DeepSpeedEngine, resolved: Resolved, folder: Path, m
     if manifest.probe_loss is None:
         return
     loss = engine_probe_loss(engine, resolved)
-    low_precision = not manifest.precision == resolved.run.train.precision == "fp32"
+    low_precision = not manifest.precision == resolved.train.precision == "fp32"
     if agrees(manifest.probe_loss, loss, low_precision=low_precision):
         return
     differing = find_differences(engine, resolved, TrainingCheckpoint(folder, manifest))
@@ -145,7 +145,7 @@ def prove(engine: deepspeed.DeepSpeedEngine, resolved: Resolved, folder: Path, m
 
 
 def find_differences(
-    engine: deepspeed.DeepSpeedEngine, resolved: Resolved, checkpoint: TrainingCheckpoint
+    engine: deepspeed.DeepSpeedEngine, resolved: ResolvedRun, checkpoint: TrainingCheckpoint
 ) -> list[str]:
     """Names of this rank's parameters that are not as in the files: in what forward uses, or in the float32 copies
     that stages 1 to 3 keep. Every rank calls this: they gather the tensors.

@@ -20,12 +20,12 @@ from deepspeed.utils import (
 from minimind.checkpoints.manifest import CheckpointError
 from minimind.checkpoints.portable import ENGINE_COUNTERS, NeutralCheckpoint
 from minimind.checkpoints.zero_partitions import MUON_KEY, WEIGHT
-from minimind.config.resolve import Resolved
+from minimind.config.resolved_run import ResolvedRun
 from minimind.parallel.expert_names import Part, find_part
 from minimind.parallel.loss_scale import set_grad_scaler, set_loss_scaler
 
 
-def load_neutral(engine: deepspeed.DeepSpeedEngine, folder: Path, resolved: Resolved) -> None:
+def load_neutral(engine: deepspeed.DeepSpeedEngine, folder: Path, resolved: ResolvedRun) -> None:
     """Set an engine's weights, buffers, optimizer state and counters. Every rank calls this, and each reads what it
     holds.
 
@@ -40,7 +40,7 @@ def load_neutral(engine: deepspeed.DeepSpeedEngine, folder: Path, resolved: Reso
         raise CheckpointError(f"{folder}: {min(differing)} is not in both the checkpoint and the model")
     _set_buffers(engine, source, parts)
     conversion = source.manifest.conversion
-    stage = resolved.zero_stage
+    stage = resolved.zero.stage
     if stage:
         _make_states(engine, source, parts)
     for name, parameter in parameters.items():
@@ -61,10 +61,10 @@ def load_neutral(engine: deepspeed.DeepSpeedEngine, folder: Path, resolved: Reso
     set_grad_scaler(engine, conversion["grad_scaler"])
 
 
-def part_of(name: str, resolved: Resolved) -> Part:
+def part_of(name: str, resolved: ResolvedRun) -> Part:
     """Which part of which of the model's tensors this rank's engine calls `name`."""
-    ep_size = resolved.run.train.ep_size or 1
-    return find_part(name, resolved.run.model, ep_size, torch.distributed.get_rank() % ep_size)
+    ep_size = resolved.train.ep_size
+    return find_part(name, resolved.model, ep_size, torch.distributed.get_rank() % ep_size)
 
 
 def _set_buffers(engine: deepspeed.DeepSpeedEngine, source: NeutralCheckpoint, parts: Mapping[str, Part]) -> None:

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from minimind.checkpoints.manifest import CheckpointError, CheckpointManifest
-from minimind.config.deepspeed_keys import offload_device
-from minimind.config.resolve import Resolved
-from minimind.errors import UserError
+from minimind.config.resolved_run import ResolvedRun
 
 _TRAINING_FIELDS = ("initializer_range", "router_aux_loss_coef", "router_z_loss_coef", "seq_aux")
 RUNTIME_FIELDS = frozenset(("flash_attn", "dropout", "attention_dropout", *_TRAINING_FIELDS))
@@ -26,36 +24,24 @@ class Corpus:
     tokenizer_sha256: str
 
 
-def check_checkpoint_section(ds: dict[str, Any]) -> None:
-    """Refuse what DeepSpeed's `checkpoint` section cannot do here.
-
-    Raises:
-        UserError: naming the key.
-    """
-    for key in ("writer", "use_node_local_storage", "load_universal"):
-        if ds.get("checkpoint", {}).get(key):
-            raise UserError(
-                f"DeepSpeed config: checkpoint.{key} is not used: the run writes checkpoints itself; remove it"
-            )
-
-
-def describe_layout(resolved: Resolved) -> dict[str, Any]:
+def describe_layout(resolved: ResolvedRun) -> dict[str, Any]:
     """Settings beside ranks, stage and precision that decide what DeepSpeed's files look like."""
-    zero = resolved.ds.get("zero_optimization", {})
-    train = resolved.run.train
+    zero = resolved.zero
     return {
-        "optimizer": train.optimizer if train.optimizer != "deepspeed" else resolved.ds["optimizer"]["type"],
-        "offload_optimizer": offload_device(resolved.ds, "optimizer"),
-        "autocast": bool(resolved.ds.get("torch_autocast", {}).get("enabled")),
-        "grad_accum_dtype": resolved.ds.get("data_types", {}).get("grad_accum_dtype"),
-        "moe_backend": train.moe_backend,
-        **{key: zero.get(key) for key in ("sub_group_size", "round_robin_gradients", "zero_hpz_partition_size")},
+        "optimizer": resolved.optimizer_type,
+        "offload_optimizer": zero.offload_optimizer,
+        "autocast": zero.autocast,
+        "grad_accum_dtype": zero.grad_accum_dtype,
+        "moe_backend": resolved.train.moe_backend,
+        "sub_group_size": zero.sub_group_size,
+        "round_robin_gradients": zero.round_robin_gradients,
+        "zero_hpz_partition_size": zero.hpz_partition_size if zero.hpz_partition_size > 1 else None,
     }
 
 
-def describe_sampling(resolved: Resolved) -> dict[str, Any]:
+def describe_sampling(resolved: ResolvedRun) -> dict[str, Any]:
     """Settings that decide, beside the shards, which samples a step takes."""
-    data, train = resolved.run.data, resolved.run.train
+    data, train = resolved.data, resolved.train
     return {
         "seq_len": data.seq_len,
         "document_mask": data.document_mask,
@@ -74,7 +60,7 @@ class TrainState:
 
 
 def check_same_run(
-    manifest: CheckpointManifest, resolved: Resolved, corpus: Corpus, *, allow_data_change: bool
+    manifest: CheckpointManifest, resolved: ResolvedRun, corpus: Corpus, *, allow_data_change: bool
 ) -> None:
     """Refuse to continue what cannot be continued: another model, other shards, another tokenizer.
 
@@ -82,7 +68,7 @@ def check_same_run(
         CheckpointError: listing every difference.
     """
     differences = []
-    model = resolved.run.model.to_dict()
+    model = resolved.model.to_dict()
     for key in sorted(set(model) | set(manifest.model)):
         if model.get(key) != manifest.model.get(key) and key not in RUNTIME_FIELDS:
             differences.append(f"{key} {manifest.model.get(key)!r} there, {model.get(key)!r} here")
@@ -100,7 +86,7 @@ def check_same_run(
         raise CheckpointError(f"checkpoint of step {manifest.step}: cannot continue this run: {'; '.join(differences)}")
 
 
-def changes_topology(manifest: CheckpointManifest, resolved: Resolved) -> list[str]:
+def changes_topology(manifest: CheckpointManifest, resolved: ResolvedRun) -> list[str]:
     """What about the ranks, the stage and DeepSpeed's layout is not as it was; nothing: DeepSpeed's files fit."""
     there = {
         "world_size": manifest.world_size,
@@ -111,9 +97,9 @@ def changes_topology(manifest: CheckpointManifest, resolved: Resolved) -> list[s
     }
     here = {
         "world_size": torch.distributed.get_world_size(),
-        "zero_stage": resolved.zero_stage,
-        "ep_size": resolved.run.train.ep_size or 1,
-        "precision": resolved.run.train.precision,
+        "zero_stage": resolved.zero.stage,
+        "ep_size": resolved.train.ep_size,
+        "precision": resolved.train.precision,
         **describe_layout(resolved),
     }
     return [f"{key} {there.get(key)} -> {here.get(key)}" for key in here if there.get(key) != here.get(key)]

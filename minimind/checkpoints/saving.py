@@ -41,7 +41,7 @@ from minimind.checkpoints.manifest import (
 )
 from minimind.checkpoints.retention import prune
 from minimind.checkpoints.run_state import Corpus, TrainState, describe_layout, describe_sampling
-from minimind.config.resolve import Resolved
+from minimind.config.resolved_run import ResolvedRun
 from minimind.distributed.collectives import broadcast_object, gather_objects
 from minimind.files import fsync_folder, partial_folder, publish, replace_file
 from minimind.parallel.loss_scale import read_grad_scaler
@@ -60,10 +60,10 @@ class CheckpointSaver:
     """
 
     def __init__(
-        self, engine: deepspeed.DeepSpeedEngine, resolved: Resolved, corpus: Corpus, *, asynchronous: bool
+        self, engine: deepspeed.DeepSpeedEngine, resolved: ResolvedRun, corpus: Corpus, *, asynchronous: bool
     ) -> None:
         self._engine, self._resolved, self._corpus = engine, resolved, corpus
-        self._root = checkpoints_folder(Path(resolved.run.train.run_dir))
+        self._root = checkpoints_folder(Path(resolved.train.run_dir))
         self._copies = HostCopies() if asynchronous else None
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._work: concurrent.futures.Future | None = None
@@ -91,20 +91,20 @@ class CheckpointSaver:
         """
         self.wait()
         self._prepare(state)
-        run = self._resolved.run
+        resolved = self._resolved
         self._manifest = CheckpointManifest(
             **dataclasses.asdict(state),
             world_size=torch.distributed.get_world_size(),
-            zero_stage=self._resolved.zero_stage,
-            ep_size=run.train.ep_size or 1,
-            precision=run.train.precision or "fp32",
-            layout=describe_layout(self._resolved),
+            zero_stage=resolved.zero.stage,
+            ep_size=resolved.train.ep_size,
+            precision=resolved.train.precision,
+            layout=describe_layout(resolved),
             shard_fingerprint=self._corpus.fingerprint,
             tokenizer_sha256=self._corpus.tokenizer_sha256,
-            sampling=describe_sampling(self._resolved),
+            sampling=describe_sampling(resolved),
             eval_loss=eval_loss,
             probe_loss=probe_loss,
-            model=run.model.to_dict(),
+            model=resolved.model.to_dict(),
             versions={name: version(name) for name in ("torch", "deepspeed", "numpy")},
         )
         states = self._collect(state)
@@ -174,7 +174,7 @@ class CheckpointSaver:
         engine = self._engine
         content: dict[str, Any] = {**dataclasses.asdict(state), "shard_fingerprint": self._corpus.fingerprint}
         content["grad_scaler"] = read_grad_scaler(engine)
-        if self._resolved.zero_stage == 0:
+        if self._resolved.zero.stage == 0:
             # The optimizer's own state only numbers the parameters.
             groups = engine.optimizer.param_groups
             content["parameter_names"] = [[engine.param_names[param] for param in group["params"]] for group in groups]
@@ -199,7 +199,7 @@ class CheckpointSaver:
 
     def _publish(self, manifest: CheckpointManifest, final: Path) -> None:
         """Give a written checkpoint its name, durably, and prune. Rank 0 alone; no collective inside."""
-        train = self._resolved.run.train
+        train = self._resolved.train
         _wait_for_files(self._partial, manifest)
         for folder in {path.parent for path in self._partial.rglob("*")}:
             fsync_folder(folder)

@@ -87,7 +87,7 @@ def zero_stage(ds: dict[str, Any]) -> int:
     return 0 if stage == AUTO else stage
 
 
-def offload_device(ds: dict[str, Any], what: str) -> str | None:
+def offload_device(ds: dict[str, Any], what: str) -> Any:
     """ "cpu", "nvme" or None for `what` in ("optimizer", "param")."""
     device = (ds.get("zero_optimization", {}).get(f"offload_{what}") or {}).get("device", "none")
     return None if device == "none" else device
@@ -133,6 +133,11 @@ def check_sections(ds: dict[str, Any]) -> None:
         enabled = ds.get(key, {}).get("enabled", AUTO)
         if enabled != AUTO and not isinstance(enabled, bool):
             raise UserError(f'DeepSpeed config: {key}.enabled is {enabled!r}; expected true, false or "auto"')
+    for key in ("writer", "use_node_local_storage", "load_universal"):
+        if ds.get("checkpoint", {}).get(key):
+            raise UserError(
+                f"DeepSpeed config: checkpoint.{key} is not used: the run writes checkpoints itself; remove it"
+            )
     _check_zero(ds)
     _check_optimizer_params(ds)
     for key in ds.get("data_types", {}):

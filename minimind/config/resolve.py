@@ -9,12 +9,12 @@ file may hold at all is `deepspeed_keys`.
 import copy
 import dataclasses
 import os
-from dataclasses import dataclass
 from typing import Any
 
 from minimind.config.deepspeed_keys import AUTO, check_sections, settle_communication, zero_stage
 from minimind.config.expert_parallel import check_experts, take_experts, write_experts
 from minimind.config.overlaps import Overlaps, resolve_batch, take_optimizer, take_precision, take_schedule
+from minimind.config.resolved_run import ResolvedRun, ResolvedTrain
 from minimind.config.run_config import RunConfig, TrainConfig, check_run
 from minimind.errors import UserError
 from minimind.files import read_json
@@ -38,21 +38,6 @@ DEFAULT_DS_CONFIG: dict[str, Any] = {
 """The JSON of a run without `--ds-config`."""
 
 
-@dataclass(frozen=True)
-class Resolved:
-    """A run and a DeepSpeed configuration that agree: nothing is None that both can set, nothing is "auto"."""
-
-    run: RunConfig
-    ds: dict[str, Any]
-    notes: tuple[str, ...]
-    """What a user should know and is not an error."""
-
-    @property
-    def zero_stage(self) -> int:
-        """ZeRO stage, 0 to 3."""
-        return zero_stage(self.ds)
-
-
 def load_ds_config(path: str | os.PathLike[str] | None) -> dict[str, Any]:
     """The DeepSpeed JSON of a path, or the default one for None.
 
@@ -72,10 +57,11 @@ def resolve_run(
     ds: dict[str, Any],
     *,
     dp_size: int,
+    num_samples: int | None = None,
     local_world_size: int = 1,
     device_type: str = "cpu",
     bf16_supported: bool = False,
-) -> Resolved:
+) -> ResolvedRun:
     """Settle every setting that both the run and the DeepSpeed JSON have.
 
     | run | JSON | result |
@@ -87,13 +73,14 @@ def resolve_run(
 
     Args:
         dp_size: data-parallel ranks.
+        num_samples: training samples in one epoch; None: not known (a plan), so `steps` is 0 unless the run gives it.
         local_world_size: ranks of one node; what "auto" as ZeRO-3's hpZ partition size means.
         device_type: "cuda", "cpu"...; decides what precision is possible.
         bf16_supported: whether the device computes in bf16; decides the default precision.
 
     Raises:
-        UserError: a misspelt or unused section or setting, a disagreement, batch sizes that do not divide, or a
-            precision that the device or the ZeRO stage does not have.
+        UserError: a misspelt or unused section or setting, a disagreement, batch sizes that do not divide, a precision
+            that the device or the ZeRO stage does not have, or too few samples for one step.
     """
     ds = copy.deepcopy(ds)
     check_sections(ds)
@@ -133,7 +120,9 @@ def resolve_run(
     _check_combinations(resolved, ds, device_type)
     check_experts(resolved, ds, dp_size)
     notes += _advice(resolved, ds)
-    return Resolved(run=resolved, ds=ds, notes=tuple(notes))
+    length = _resolve_length(resolved, num_samples)
+    settled = ResolvedTrain(**{**vars(resolved.train), **length, "ep_size": resolved.train.ep_size or 1})
+    return ResolvedRun(run.model, run.data, settled, ds, dp_size, tuple(notes))
 
 
 def _uses_autocast(ds: dict[str, Any]) -> bool:
@@ -254,16 +243,12 @@ def _advice(run: RunConfig, ds: dict[str, Any]) -> list[str]:
     return notes
 
 
-def resolved_steps(resolved: Resolved, num_samples: int) -> Resolved:
-    """Fill in what depends on the data: `steps` from `epochs`, and the length of the warm-up.
-
-    Raises:
-        UserError: fewer samples than one optimizer step takes, or a warm-up longer than the run.
-    """
-    train = resolved.run.train
+def _resolve_length(run: RunConfig, num_samples: int | None) -> dict[str, int]:
+    """`steps` and `warmup_steps`; 0 where nothing says them."""
+    train = run.train
     assert train.global_batch_size is not None
-    steps = train.steps
-    if steps is None:
+    steps = train.steps or 0
+    if train.steps is None and num_samples is not None:
         steps = int(train.epochs * num_samples // train.global_batch_size)
         if steps < 1:
             raise UserError(
@@ -271,11 +256,8 @@ def resolved_steps(resolved: Resolved, num_samples: int) -> Resolved:
                 f" shards hold {int(train.epochs * num_samples)}; lower it, shorten --seq-len, or give --steps"
             )
     warmup = train.warmup_steps
-    if warmup is None and train.schedule != "deepspeed":
-        warmup = max(1, steps // 50)
-    if warmup is not None and warmup > steps:
+    if warmup is None:
+        warmup = max(1, steps // 50) if steps and train.schedule != "deepspeed" else 0
+    if steps and warmup > steps:
         raise UserError(f"warmup_steps: {warmup} is longer than the run of {steps} steps; lower it")
-    run = dataclasses.replace(
-        resolved.run, train=dataclasses.replace(train, steps=steps, epochs=train.epochs, warmup_steps=warmup)
-    )
-    return dataclasses.replace(resolved, run=run)
+    return {"steps": steps, "warmup_steps": warmup}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from minimind.config.resolve import Resolved
+from minimind.config.resolved_run import ResolvedRun
 from minimind.distributed.collectives import log
 from minimind.distributed.environment import RankEnvironment
 from minimind.distributed.host_report import examine
@@ -21,13 +21,11 @@ from minimind.distributed.watchdog import Watchdog, hold_watchdog
 from minimind.errors import OneRankError, UserError
 
 ANNOUNCE_MINUTES = 0.25
-CHECKPOINT_BYTES_PER_PARAMETER = 14
-"""Weights and two moments in float32, and the weights once more in 16 bits."""
 
 
 @contextlib.contextmanager
 def meet(
-    resolved: Resolved, env: RankEnvironment, device: torch.device, shards: str
+    resolved: ResolvedRun, env: RankEnvironment, device: torch.device, shards: str
 ) -> Iterator[tuple[torch.distributed.Store | None, Watchdog]]:
     """The store that the process group is made with, and the watchdog, held while the block runs. Every rank calls
     this.
@@ -38,7 +36,7 @@ def meet(
     Raises:
         UserError: a rank is missing, a host differs, or rank 0 cannot be reached.
     """
-    train = resolved.run.train
+    train = resolved.train
     if env.world_size == 1:
         yield None, Watchdog()
         return
@@ -51,7 +49,7 @@ def meet(
             store,
             examine(env, device, run_dir, shards),
             run_dir,
-            needed_bytes=CHECKPOINT_BYTES_PER_PARAMETER * resolved.run.model.num_params(),
+            needed_bytes=resolved.checkpoint_bytes,
             join_minutes=join_minutes,
             say=log,
         )

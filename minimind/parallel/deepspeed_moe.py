@@ -9,7 +9,7 @@ from deepspeed.moe.layer import MoE
 from deepspeed.moe.sharded_moe import TopKGate
 from torch import Tensor, nn
 
-from minimind.config.run_config import TrainConfig
+from minimind.config.resolved_run import ResolvedTrain
 from minimind.model.config import ModelConfig
 from minimind.model.layers import FeedForward
 from minimind.model.moe import MoEFeedForward
@@ -20,7 +20,7 @@ class Gate(TopKGate):
     """DeepSpeed's choice of experts with the model's weights: `scoring_func`, `norm_topk_prob` (over the experts that
     took the token) and `routed_scaling_factor` mean what they mean everywhere."""
 
-    def __init__(self, config: ModelConfig, train: TrainConfig) -> None:
+    def __init__(self, config: ModelConfig, train: ResolvedTrain) -> None:
         noise = {"jitter": "Jitter", "rsample": "RSample"}.get(train.moe_gate_noise)
         super().__init__(
             config.hidden_size,
@@ -56,14 +56,12 @@ class NativeExperts(nn.Module):
         source: the layer to replace; its shared experts move here.
     """
 
-    def __init__(self, source: MoEFeedForward, train: TrainConfig) -> None:
+    def __init__(self, source: MoEFeedForward, train: ResolvedTrain) -> None:
         super().__init__()
         config = source.config
         with source.gate.weight.device:
             expert = FeedForward(config, config.expert_feed_forward_size)
-            self.moe = MoE(
-                config.hidden_size, expert, config.num_experts, train.ep_size or 1, config.num_experts_per_tok
-            )
+            self.moe = MoE(config.hidden_size, expert, config.num_experts, train.ep_size, config.num_experts_per_tok)
             self.moe.deepspeed_moe.gate = Gate(config, train)
         self.shared_experts = source.shared_experts
 

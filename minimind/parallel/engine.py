@@ -15,7 +15,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import set_z3_leaf_module
 
 from minimind.config.deepspeed_keys import offload_device, zero_stage
-from minimind.config.resolve import Resolved
+from minimind.config.resolved_run import ResolvedRun
 from minimind.model import MiniMindForCausalLM
 from minimind.model.layers import FeedForward
 from minimind.parallel.deepspeed_check import _build_errors
@@ -23,43 +23,40 @@ from minimind.parallel.experts import compute_experts_here, leave_out_of_compila
 from minimind.parallel.optimizer import clips_here, parameter_groups
 
 
-def build_model(resolved: Resolved, device: torch.device) -> MiniMindForCausalLM:
+def build_model(resolved: ResolvedRun, device: torch.device) -> MiniMindForCausalLM:
     """The model with its initial weights, partitioned over the ranks as it is built where the stage is 3.
 
     Every rank draws the same weights from the seed, in the same order and in float32, so every stage and every world
     size starts alike. Every rank calls this.
     """
-    run = resolved.run
-    if resolved.zero_stage == 3:
+    if resolved.zero.stage == 3:
         place: contextlib.AbstractContextManager = deepspeed.zero.Init(config_dict_or_path=resolved.ds)
     else:
         place = device
-    torch.manual_seed(run.train.seed)
+    torch.manual_seed(resolved.train.seed)
     with place:
-        model = MiniMindForCausalLM(run.model)
-    model.set_activation_checkpointing(run.train.activation_checkpointing)
+        model = MiniMindForCausalLM(resolved.model)
+    model.set_activation_checkpointing(resolved.train.activation_checkpointing)
     return model
 
 
-def build_engine(resolved: Resolved, model: MiniMindForCausalLM) -> deepspeed.DeepSpeedEngine:
+def build_engine(resolved: ResolvedRun, model: MiniMindForCausalLM) -> deepspeed.DeepSpeedEngine:
     """Hand the model to DeepSpeed. Every rank calls this.
 
     Raises:
         UserError: an op that the configuration needs (CPU Adam under offload) does not build here.
     """
-    train, ds = resolved.run.train, copy.deepcopy(resolved.ds)
-    weight_decay = train.weight_decay or 0.0
+    train, ds = resolved.train, copy.deepcopy(resolved.ds)
     build_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None
-    if train.optimizer == "adamw" and offload_device(ds, "optimizer") is None:
+    if train.optimizer == "adamw" and resolved.zero.offload_optimizer is None:
         # With a client optimizer DeepSpeed would only keep the section for its own bookkeeping.
         del ds["optimizer"]
 
         def build_optimizer(_given: Any) -> torch.optim.Optimizer:
             # Called when the experts have been taken over: the parameters are others than before.
-            groups = parameter_groups(model, weight_decay)
-            return torch.optim.AdamW(
-                groups, lr=train.lr or 0.0, betas=train.betas or (0.9, 0.95), eps=train.eps or 0.0, fused=True
-            )
+            groups = parameter_groups(model, train.weight_decay)
+            assert train.betas is not None and train.eps is not None
+            return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
 
     if clips_here(resolved):
         ds["gradient_clipping"] = 0.0
@@ -70,11 +67,11 @@ def build_engine(resolved: Resolved, model: MiniMindForCausalLM) -> deepspeed.De
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer,
-            model_parameters=None if build_optimizer is not None else parameter_groups(model, weight_decay),
+            model_parameters=None if build_optimizer is not None else parameter_groups(model, train.weight_decay),
             config=ds,
             dist_init_required=False,
         )
-    if nothing_to_reduce(resolved, engine.optimizer, torch.distributed.get_world_size()):
+    if nothing_to_reduce(resolved, engine.optimizer):
         engine.enable_backward_allreduce = False
     watch_experts(resolved, model)
     compute_experts_here(model)
@@ -84,15 +81,15 @@ def build_engine(resolved: Resolved, model: MiniMindForCausalLM) -> deepspeed.De
     return engine
 
 
-def nothing_to_reduce(resolved: Resolved, optimizer: Any, world_size: int) -> bool:
+def nothing_to_reduce(resolved: ResolvedRun, optimizer: Any) -> bool:
     """Whether DeepSpeed's averaging of gradients over the ranks is a copy there and back.
 
     On one rank, where gradients are whole: at stage 0, and at stage 1 under the BF16 optimizer. Elsewhere the reduction
     also moves gradients to where the update finds them; and at stage 0 it gives idle experts their zeros.
     """
-    if world_size > 1:
+    if resolved.dp_size > 1:
         return False
-    return isinstance(optimizer, BF16_Optimizer) or (resolved.zero_stage == 0 and not resolved.run.model.use_moe)
+    return isinstance(optimizer, BF16_Optimizer) or (resolved.zero.stage == 0 and not resolved.model.use_moe)
 
 
 def gathers_by_block(ds: dict[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from deepspeed.utils import groups
 from torch import nn
 
 from minimind.config.expert_parallel import draws_experts
-from minimind.config.resolve import Resolved
+from minimind.config.resolved_run import ResolvedRun
 from minimind.model import MiniMindForCausalLM
 from minimind.model.kernels.experts import cpu_experts_of_rows, takes_cpu_experts
 from minimind.model.moe import MoEFeedForward
@@ -28,15 +28,15 @@ from minimind.parallel.deepspeed_moe import GateRecord, NativeExperts
 from minimind.parallel.expert_names import find_part
 
 
-def take_over_experts(resolved: Resolved, model: MiniMindForCausalLM) -> None:
+def take_over_experts(resolved: ResolvedRun, model: MiniMindForCausalLM) -> None:
     """Put `deepspeed.moe` in place of the model's experts, where that is to run them: each rank keeps its own share.
 
     Before `deepspeed.initialize`; AutoEP takes them over inside it. Every rank calls this.
     """
-    train, config = resolved.run.train, resolved.run.model
+    train, config = resolved.train, resolved.model
     if train.moe_backend != "deepspeed":
         return
-    ep_size = train.ep_size or 1
+    ep_size = train.ep_size
     name = f"ep_size_{ep_size}"
     if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(ep_size)
@@ -56,12 +56,12 @@ def take_over_experts(resolved: Resolved, model: MiniMindForCausalLM) -> None:
     model.router_record = GateRecord()
 
 
-def watch_experts(resolved: Resolved, model: MiniMindForCausalLM) -> None:
+def watch_experts(resolved: ResolvedRun, model: MiniMindForCausalLM) -> None:
     """Let the model's balance be taken from the layers that DeepSpeed has put in place of its own.
 
     The selection bias keeps float32 whatever the model was cast to: in bfloat16 its small steps would be lost.
     """
-    if resolved.run.train.moe_backend is None:
+    if resolved.train.moe_backend is None:
         return
     routers = []
     for layer in model.model.layers:
@@ -72,7 +72,7 @@ def watch_experts(resolved: Resolved, model: MiniMindForCausalLM) -> None:
             routers.append(Router(router.gate, router))
         elif isinstance(layer.mlp, NativeExperts):
             routers.append(layer.mlp.router)
-    config = resolved.run.model
+    config = resolved.model
     expected = sum(config.has_experts(layer) for layer in range(config.num_hidden_layers))
     if len(routers) != expected:
         raise RuntimeError(f"{expected} layers have experts, and DeepSpeed has taken over {len(routers)}")

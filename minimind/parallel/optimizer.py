@@ -7,7 +7,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from minimind.config.resolve import Resolved
+from minimind.config.resolved_run import ResolvedRun
 from minimind.parallel.experts import global_norm, split_groups
 
 
@@ -30,12 +30,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return split_groups([group for group in groups if group["params"]])
 
 
-def clips_here(resolved: Resolved) -> bool:
+def clips_here(resolved: ResolvedRun) -> bool:
     """Whether `optimizer_step` clips: at stage 0 DeepSpeed clips without telling the norm."""
-    return resolved.zero_stage == 0
+    return resolved.zero.stage == 0
 
 
-def optimizer_step(engine: deepspeed.DeepSpeedEngine, resolved: Resolved) -> torch.Tensor | float | None:
+def optimizer_step(engine: deepspeed.DeepSpeedEngine, resolved: ResolvedRun) -> torch.Tensor | float | None:
     """Clip and update; the global gradient norm before clipping. Every rank calls this, once a step, after the last
     backward.
 
@@ -46,7 +46,7 @@ def optimizer_step(engine: deepspeed.DeepSpeedEngine, resolved: Resolved) -> tor
         scaler = getattr(engine, "torch_autocast_z0_gradscaler", None)
         if scaler is not None:
             scaler.unscale_(engine.optimizer)
-        grad_norm = clip_gradients(engine.module, resolved.run.train.max_grad_norm or math.inf)
+        grad_norm = clip_gradients(engine.module, resolved.train.max_grad_norm or math.inf)
         if scaler is None:
             engine.optimizer.found_inf = (~torch.isfinite(grad_norm)).float()
         engine.step()
@@ -64,14 +64,14 @@ def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
     return norm
 
 
-def set_learning_rate(engine: deepspeed.DeepSpeedEngine, resolved: Resolved, lr: float) -> None:
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, resolved: ResolvedRun, lr: float) -> None:
     """Give every parameter group the rate of this step.
 
     Muon's matrices and the rest may have peak rates of their own in the JSON (`muon_lr`, `adam_lr`); the schedule moves
     all of them in proportion.
     """
     params = resolved.ds["optimizer"]["params"]
-    peak = resolved.run.train.lr or lr
+    peak = resolved.train.lr
     for group in engine.optimizer.param_groups:
         own_peak = params.get("muon_lr" if group.get("use_muon") else "adam_lr", peak)
         group["lr"] = lr * own_peak / peak

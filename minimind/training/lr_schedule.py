@@ -5,11 +5,11 @@ Linear warm-up, then cosine, linear, constant, WSD, step or exponential. Knows n
 
 import math
 
-from minimind.config.run_config import TrainConfig
+from minimind.config.resolved_run import ResolvedTrain
 
 
-def learning_rate(step: int, train: TrainConfig) -> float:
-    """The rate of optimizer step `step` (0-based) under a resolved `train` (lr, steps, warmup_steps, schedule set).
+def learning_rate(step: int, train: ResolvedTrain) -> float:
+    """The rate of optimizer step `step` (0-based) of a resolved run.
 
     Warm-up is linear from lr/warmup_steps to lr. Afterwards, down to a floor of `min_lr_ratio * lr` at the end of the
     run: cosine follows half a cosine (arXiv 1608.03983); linear a straight line; wsd stays at lr and falls linearly
@@ -18,14 +18,12 @@ def learning_rate(step: int, train: TrainConfig) -> float:
     of the run the last value stays.
     """
     lr, steps, warmup, schedule = train.lr, train.steps, train.warmup_steps, train.schedule
-    if lr is None or steps is None or warmup is None or schedule is None:
-        raise ValueError("the learning rate needs lr, steps, warmup_steps and schedule to be resolved")
     if step < warmup:
         return lr * (step + 1) / warmup
     return lr * _shape(schedule, step - warmup, steps - warmup, steps, train)
 
 
-def _shape(schedule: str, done: int, length: int, steps: int, train: TrainConfig) -> float:
+def _shape(schedule: str, done: int, length: int, steps: int, train: ResolvedTrain) -> float:
     """The rate after the warm-up as a share of lr; `done` steps of `length` are over."""
     floor = train.min_lr_ratio
     progress = min(1.0, done / max(1, length))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from minimind.config.resolve import Resolved
+from minimind.config.resolved_run import ResolvedRun
 from minimind.distributed.environment import RankEnvironment
 from minimind.distributed.out_of_memory import describe, is_full_memory
 from minimind.distributed.watchdog import Watchdog
@@ -14,7 +14,7 @@ from minimind.errors import OneRankError
 
 @contextlib.contextmanager
 def full_memory_in_words(
-    resolved: Resolved, env: RankEnvironment, device: torch.device, watchdog: Watchdog
+    resolved: ResolvedRun, env: RankEnvironment, device: torch.device, watchdog: Watchdog
 ) -> Iterator[None]:
     """Turn an allocation that failed in the block into one line.
 
@@ -30,15 +30,15 @@ def full_memory_in_words(
         raise OneRankError(line) from error
 
 
-def cures(resolved: Resolved) -> list[str]:
+def cures(resolved: ResolvedRun) -> list[str]:
     """What lowers the memory of this run, the cheapest first."""
-    train = resolved.run.train
+    train = resolved.train
     found = []
-    if (train.micro_batch_size or 1) > 1:
+    if train.micro_batch_size > 1:
         found.append(f"lower --micro-batch-size {train.micro_batch_size}")
     if not train.activation_checkpointing:
         found.append("pass --activation-checkpointing")
-    if resolved.zero_stage < 3:
-        found.append(f"take a ZeRO stage above {resolved.zero_stage} (--ds-config)")
-    found.append(f"shorten --seq-len {resolved.run.data.seq_len}")
+    if resolved.zero.stage < 3:
+        found.append(f"take a ZeRO stage above {resolved.zero.stage} (--ds-config)")
+    found.append(f"shorten --seq-len {resolved.data.seq_len}")
     return [*found, "--dry-run itemises what a rank needs"]

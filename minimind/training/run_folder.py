@@ -16,7 +16,7 @@ from minimind.checkpoints.manifest import CheckpointManifest, read_manifest
 from minimind.checkpoints.portable import make_neutral
 from minimind.checkpoints.retention import clear_partials
 from minimind.checkpoints.run_state import RUNTIME_FIELDS, Corpus, changes_topology, check_same_run
-from minimind.config.resolve import Resolved
+from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import RunConfig
 from minimind.data.shards import ShardReader
 from minimind.distributed.collectives import log
@@ -50,13 +50,13 @@ def identify(reader: ShardReader) -> Corpus:
     return Corpus(fingerprint=reader.fingerprint, tokenizer_sha256=reader.manifest.tokenizer.sha256)
 
 
-def check_run_folder(resolved: Resolved, corpus: Corpus) -> list[str]:
+def check_run_folder(resolved: ResolvedRun, corpus: Corpus) -> list[str]:
     """Refuse a run folder that belongs to another run; gives the other changes since its last start, in words.
 
     Raises:
         UserError: listing every difference.
     """
-    train = resolved.run.train
+    train = resolved.train
     path = Path(train.run_dir) / RUN_CONFIG_NAME
     if not path.exists():
         return []
@@ -68,7 +68,7 @@ def check_run_folder(resolved: Resolved, corpus: Corpus) -> list[str]:
         differences.append(
             f"shards {there[:12]} there, {corpus.fingerprint[:12]} here (--allow-data-change if that is meant)"
         )
-    model_fields = {field.name for field in dataclasses.fields(resolved.run.model)} - RUNTIME_FIELDS
+    model_fields = {field.name for field in dataclasses.fields(resolved.model)} - RUNTIME_FIELDS
     for name, before, now in _changes(old, resolved.run):
         if before is None or now is None or before == now or name in UNIMPORTANT_FIELDS:
             continue
@@ -93,19 +93,19 @@ def _changes(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
     ]
 
 
-def open_run_folder(resolved: Resolved, reader: ShardReader, notes: list[str]) -> Resume | None:
+def open_run_folder(resolved: ResolvedRun, reader: ShardReader, notes: list[str]) -> Resume | None:
     """Find what to continue from, and write the resolved configurations and the tokenizer into the folder. Rank 0
     alone, inside the process group and holding the folder's lock.
 
     Raises:
         UserError: nothing sound to continue from, another run's checkpoint, or a folder that cannot be written.
     """
-    run_dir = Path(resolved.run.train.run_dir)
+    run_dir = Path(resolved.train.run_dir)
     corpus = identify(reader)
     try:
         for line in clear_partials(run_dir):
             log(line)
-        folder = find_resume(run_dir, resolved.run.train.resume)
+        folder = find_resume(run_dir, resolved.train.resume)
         resume = None
         if folder is not None:
             resume = _plan_resume(folder, resolved, corpus)
@@ -121,9 +121,9 @@ def open_run_folder(resolved: Resolved, reader: ShardReader, notes: list[str]) -
     return resume
 
 
-def _plan_resume(folder: Path, resolved: Resolved, corpus: Corpus) -> Resume:
+def _plan_resume(folder: Path, resolved: ResolvedRun, corpus: Corpus) -> Resume:
     manifest = read_manifest(folder)
-    check_same_run(manifest, resolved, corpus, allow_data_change=resolved.run.train.allow_data_change)
+    check_same_run(manifest, resolved, corpus, allow_data_change=resolved.train.allow_data_change)
     others = [
         f"{name} {there} -> {version(name)}" for name, there in manifest.versions.items() if there != version(name)
     ]

@@ -8,13 +8,14 @@ import torch
 
 from minimind.checkpoints.formats.init_from import check_starting_weights, set_starting_weights
 from minimind.checkpoints.loading import load
-from minimind.checkpoints.run_state import TrainState, check_checkpoint_section
+from minimind.checkpoints.run_state import TrainState
 from minimind.checkpoints.saving import CheckpointSaver
 from minimind.config.command_line import CommandLine
-from minimind.config.resolve import Resolved, load_ds_config, resolve_run
+from minimind.config.resolve import load_ds_config, resolve_run
+from minimind.config.resolved_run import ResolvedRun
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import BatchLoader
-from minimind.data.shards import ShardReader, find_split, open_split
+from minimind.data.shards import find_split, open_split
 from minimind.distributed.collectives import gather_objects, log, on_first_rank
 from minimind.distributed.environment import RankEnvironment
 from minimind.distributed.launchers.watch import LauncherWatch
@@ -36,24 +37,13 @@ from minimind.training.trainer import Trainer
 
 def prepare(
     command: CommandLine, env: RankEnvironment, device: torch.device
-) -> tuple[Resolved, ShardReader, ShardReader | None]:
-    """Settle the configuration and open the shards; no process group is needed or made.
+) -> tuple[ResolvedRun, TokenDataset, TokenDataset | None]:
+    """Open the shards and settle the configuration; no process group is needed or made.
 
     Raises:
         UserError: anything wrong with flags, files, shards or the run folder.
     """
     run = command.run
-    resolved = resolve_run(
-        run,
-        load_ds_config(run.train.ds_config),
-        dp_size=env.world_size,
-        local_world_size=env.local_world_size,
-        device_type=device.type,
-        bf16_supported=device.type == "cuda" and torch.cuda.is_bf16_supported(),
-    )
-    check_ds_config(resolved.ds)
-    check_checkpoint_section(resolved.ds)
-    check_wandb(run.train.wandb_project)
     if run.data.shards is None:
         raise UserError("shards: not given; pass --shards DIR, a folder made by python -m data_prep.tokenize_corpus")
     folder = Path(run.data.shards)
@@ -67,14 +57,29 @@ def prepare(
             f"vocab_size: the shards of {folder} have {vocab} tokens and the model only {run.model.vocab_size}; pass "
             f"--vocab-size {vocab}"
         )
+    dataset = TokenDataset(train_reader, run.data.seq_len, run.data.document_mask)
+    eval_dataset = None
+    if eval_reader is not None:
+        eval_dataset = TokenDataset(eval_reader, run.data.seq_len, run.data.document_mask, keep_tail=True)
+    resolved = resolve_run(
+        run,
+        load_ds_config(run.train.ds_config),
+        dp_size=env.world_size,
+        num_samples=len(dataset),
+        local_world_size=env.local_world_size,
+        device_type=device.type,
+        bf16_supported=device.type == "cuda" and torch.cuda.is_bf16_supported(),
+    )
+    check_ds_config(resolved.ds)
+    check_wandb(run.train.wandb_project)
     check_run_folder(resolved, identify(train_reader))
     if run.train.init_from is not None:
         check_starting_weights(run.model, Path(run.train.init_from))
-    return resolved, train_reader, eval_reader
+    return resolved, dataset, eval_dataset
 
 
 def run_rank(
-    resolved: Resolved,
+    resolved: ResolvedRun,
     env: RankEnvironment,
     device: torch.device,
     dataset: TokenDataset,
@@ -83,7 +88,7 @@ def run_rank(
     launcher: LauncherWatch,
 ) -> bool:
     """Build and train inside the process group; whether the run reached its last step. Every rank calls this."""
-    train, run_dir = resolved.run.train, Path(resolved.run.train.run_dir)
+    train, run_dir = resolved.train, Path(resolved.train.run_dir)
     with contextlib.ExitStack() as stack:
         requests = stack.enter_context(listen(run_dir if env.is_first else None))
         launcher.start(requests.launcher_gone)
@@ -95,13 +100,13 @@ def run_rank(
         loader = BatchLoader(
             dataset,
             train.seed,
-            train.micro_batch_size or 1,
-            train.global_batch_size or 1,
+            train.micro_batch_size,
+            train.global_batch_size,
             env.rank,
             env.world_size,
             pin_memory=device.type == "cuda",
         )
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train.precision or "", torch.float32)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train.precision, torch.float32)
         peak, source = peak_flops(device, dtype)
         log(f"peak of one device: {peak / 1e12:.3g} TFLOP/s in {train.precision} ({source})")
         if device.type == "cpu" and dtype != torch.float32 and not multiplies(dtype):
@@ -121,11 +126,12 @@ def run_rank(
         metrics = None
         hosts = gather_objects(socket.gethostname())
         if env.is_first:
-            steps = train.steps or 0
             wandb = None
             if train.wandb_project is not None:
                 wandb = WandbLog(train.wandb_project, run_dir, resolved.run.to_dict())
-            metrics = MetricsLog(run_dir, state.step, steps, tensorboard=train.tensorboard, hosts=hosts, wandb=wandb)
+            metrics = MetricsLog(
+                run_dir, state.step, train.steps, tensorboard=train.tensorboard, hosts=hosts, wandb=wandb
+            )
             stack.callback(metrics.close)
             began = f"resumed from {resume.folder.name}" if resume is not None else "started"
             metrics.log_event("resume" if resume is not None else "start", state.step, began)
@@ -141,7 +147,7 @@ def run_rank(
             watchdog=watchdog,
             lock=locks[0] if locks else None,
             state=state,
-            flops_per_token=resolved.run.model.flops_per_token(resolved.run.data.seq_len),
+            flops_per_token=resolved.model.flops_per_token(resolved.data.seq_len),
             peak_flops=peak,
             tokens_per_byte=tokens_per_byte(eval_dataset),
             last_checkpoint=resume.folder if resume is not None else None,

@@ -20,7 +20,7 @@ from minimind.checkpoints.loading import engine_probe_loss
 from minimind.checkpoints.run_state import TrainState
 from minimind.checkpoints.saving import CheckpointSaver
 from minimind.config.expert_parallel import draws_experts
-from minimind.config.resolve import Resolved
+from minimind.config.resolved_run import ResolvedRun
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import Batch, BatchLoader, eval_batches
 from minimind.distributed.collectives import all_reduce_sum, gather_objects
@@ -54,7 +54,7 @@ class Trainer:
         flops_per_token: of a training step; `peak_flops`: of one device, in FLOP/s (None: no MFU).
     """
 
-    resolved: Resolved
+    resolved: ResolvedRun
     engine: "deepspeed.DeepSpeedEngine"
     loader: BatchLoader
     eval_dataset: TokenDataset | None
@@ -85,8 +85,8 @@ class Trainer:
             BadStepError: a loss or gradient norm is NaN or infinite, beyond what `skip_bad_steps` allows.
             CheckpointError: a checkpoint could not be written.
         """
-        train = self.resolved.run.train
-        total = train.steps or 0
+        train = self.resolved.train
+        total = train.steps
         self.engine.train()
         self._window_began = time.perf_counter()
         with contextlib.closing(self._batches()) as steps:
@@ -122,7 +122,7 @@ class Trainer:
 
     def train_step(self, batches: list[Batch]) -> None:
         """One optimizer step from this rank's micro-batches, without waiting for the device. Every rank calls this."""
-        train, step = self.resolved.run.train, self.state.step
+        train, step = self.resolved.train, self.state.step
         self._seed_dropout(step)
         lr = learning_rate(step, train) if train.schedule != "deepspeed" else float(self.engine.get_lr()[0])
         if train.schedule != "deepspeed":
@@ -163,14 +163,14 @@ class Trainer:
         self.state = TrainState(
             step=step + 1,
             consumed_samples=self.state.consumed_samples + self.loader.global_batch_size,
-            tokens_seen=self.state.tokens_seen + self.loader.global_batch_size * self.resolved.run.data.seq_len,
+            tokens_seen=self.state.tokens_seen + self.loader.global_batch_size * self.resolved.data.seq_len,
         )
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
         """Mean loss over the validation windows, the same on any number of ranks. Every rank calls this."""
         assert self.eval_dataset is not None
-        train = self.resolved.run.train
+        train = self.resolved.train
         self.engine.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum of losses, number of targets
         for batch in eval_batches(
@@ -207,7 +207,7 @@ class Trainer:
 
     def _batches(self) -> Generator[list[Batch], None, None]:
         step = self.state.step
-        if self.resolved.run.train.num_workers:
+        if self.resolved.train.num_workers:
             yield from self.loader.iterate(step)
         while True:
             yield self.loader.step_batches(step)
@@ -216,22 +216,22 @@ class Trainer:
     def _count_targets(self, batches: list[Batch]) -> torch.Tensor:
         """Target tokens of the whole step over all ranks, as a tensor on the device."""
         count = torch.tensor(float(sum(batch.num_targets for batch in batches)), device=self.device)
-        if self.resolved.run.data.document_mask:
+        if self.resolved.data.document_mask:
             return all_reduce_sum(count).clamp(min=1)
         return count * self.loader.dp_size  # without a mask every position of every window has a target
 
     def _seed_dropout(self, step: int) -> None:
         """Dropout and a router's noise are functions of (seed, step, rank): a resume needs no saved random state."""
-        model = self.resolved.run.model
-        if model.dropout or model.attention_dropout or draws_experts(self.resolved.run.train):
+        model = self.resolved.model
+        if model.dropout or model.attention_dropout or draws_experts(self.resolved.train):
             # Distinct for every (step, rank) of a run below 2**20 ranks; torch mixes the bits.
-            seed = (self.resolved.run.train.seed << 52 ^ step << 20 ^ self.loader.dp_rank) % 2**63
+            seed = (self.resolved.train.seed << 52 ^ step << 20 ^ self.loader.dp_rank) % 2**63
             torch.manual_seed(seed)
 
     def _step_router_biases(self, choices: torch.Tensor | None, grad_norm: torch.Tensor | float | None) -> None:
         """Move the routers' selection biases, where the model has them, by the load of the whole step; a step whose
         gradient was not finite moves nothing. Every rank calls this."""
-        if choices is None or not self.resolved.run.model.router_bias_update_rate:
+        if choices is None or not self.resolved.model.router_bias_update_rate:
             return
         load = all_reduce_sum(load_of(choices).clone())
         finite = torch.isfinite(torch.as_tensor(0.0 if grad_norm is None else grad_norm, device=self.device))
@@ -273,7 +273,7 @@ class Trainer:
         samples = self.loader.global_batch_size
         return dict(
             samples=samples,
-            tokens=samples * self.resolved.run.data.seq_len,
+            tokens=samples * self.resolved.data.seq_len,
             flops_per_token=self.flops_per_token,
             peak_flops=self.peak_flops and self.peak_flops * torch.distributed.get_world_size(),
             device=self.device,
@@ -282,12 +282,12 @@ class Trainer:
     def _check_step(self, item: PendingStep, loss: float, norm: float | None, local_bad: bool) -> None:
         """Stop, or count a skipped step, when a figure is not finite. Every rank comes here with the same figures."""
         finite_norm = norm is None or math.isfinite(norm)
-        if math.isfinite(loss) and (finite_norm or self.resolved.run.train.precision == "fp16"):
+        if math.isfinite(loss) and (finite_norm or self.resolved.train.precision == "fp16"):
             return  # an infinite norm alone is how fp16 finds its loss scale
         ranks = [rank for rank, bad in enumerate(gather_objects(local_bad)) if bad]
         what = "gradient norm" if math.isfinite(loss) else "loss"
         where = f"rank {', '.join(map(str, ranks))}" if ranks else "no single rank (found in the reduced gradient)"
-        allowed = self.resolved.run.train.skip_bad_steps
+        allowed = self.resolved.train.skip_bad_steps
         self._skipped += 1
         if self._skipped <= allowed:
             if self.metrics is not None:
@@ -308,7 +308,7 @@ class Trainer:
         busy, lost = int(not self.saver.is_idle), int(self.lock is not None and self.lock.is_lost)
         requests, (busy, lost) = self.requests.all_reduce((busy, lost))
         if lost:
-            raise RunLockError(f"{self.resolved.run.train.run_dir}: another job has taken this run over; stopped")
+            raise RunLockError(f"{self.resolved.train.run_dir}: another job has taken this run over; stopped")
         if self.saver.is_saving and not busy:
             self._note_saved(self.saver.advance())
         return requests
@@ -324,7 +324,7 @@ class Trainer:
             self._say(f"step {self.state.step}  waited {waited:.1f} s for the checkpoint before to be on the disk")
         probe_loss = engine_probe_loss(self.engine, self.resolved)
         self.saver.start(self.state, eval_loss=eval_loss, probe_loss=probe_loss)
-        if wait or not self.resolved.run.train.async_save:
+        if wait or not self.resolved.train.async_save:
             self._note_saved(self.saver.wait())
         self._window_began = time.perf_counter()
 

@@ -1,5 +1,6 @@
 """DeepSpeed's own tools on our folders: its script for float32 weights, its universal conversion, its plain load."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from training_runs import EXPERTS, RankPool, flags_for, losses, rank_pool, train
 
 from minimind.checkpoints.folder import checkpoints_folder, list_checkpoints
 from minimind.config.command_line import parse_command_line
-from minimind.config.resolve import Resolved, load_ds_config, resolve_run
+from minimind.config.resolve import load_ds_config, resolve_run
+from minimind.config.resolved_run import ResolvedRun
 from minimind.distributed.environment import read_environment
 from minimind.distributed.process_group import process_group
 from minimind.parallel.engine import build_engine, build_model
@@ -49,7 +51,7 @@ def load_with_deepspeed(flags: list[str], folder: str, *, universal: bool = Fals
     torch.set_num_threads(1)
     resolved = resolve_run(command.run, load_ds_config(command.run.train.ds_config), dp_size=env.world_size)
     if universal:
-        resolved = Resolved(resolved.run, {**resolved.ds, "checkpoint": {"load_universal": True}}, resolved.notes)
+        resolved = dataclasses.replace(resolved, ds={**resolved.ds, "checkpoint": {"load_universal": True}})
     with process_group(env, CPU):
         engine = build_engine(resolved, build_model(resolved, CPU))
         path, _ = engine.load_checkpoint(folder)
@@ -59,7 +61,7 @@ def load_with_deepspeed(flags: list[str], folder: str, *, universal: bool = Fals
     return found
 
 
-def take_step(engine, resolved: Resolved, step: int) -> float:
+def take_step(engine, resolved: ResolvedRun, step: int) -> float:
     """One step on a batch that every number of ranks shares out alike."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(3, 256, (4, 17), generator=generator)

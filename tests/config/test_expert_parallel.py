@@ -23,8 +23,8 @@ def refused(words, *args, **kwargs):
 def test_experts_go_to_autoep_by_default_on_one_rank_too():
     for world_size in (1, 2):
         resolved = resolve(1, world_size, EXPERTS)
-        assert (resolved.run.train.moe_backend, resolved.run.train.ep_size) == ("autoep", 1)
-        assert resolved.ds["expert_parallel"] == autoep_block(resolved.run.model, 1)
+        assert (resolved.train.moe_backend, resolved.train.ep_size) == ("autoep", 1)
+        assert resolved.ds["expert_parallel"] == autoep_block(resolved.model, 1)
 
 
 def test_a_dense_model_and_deepspeed_moe_have_no_block():
@@ -32,7 +32,7 @@ def test_a_dense_model_and_deepspeed_moe_have_no_block():
         for block in ({}, {"enabled": "auto"}, {"enabled": False}):
             resolved = resolve(1, 1, model, {"expert_parallel": block} if block else None, **train)
             assert "expert_parallel" not in resolved.ds
-            assert resolved.run.train.moe_backend == train.get("moe_backend")
+            assert resolved.train.moe_backend == train.get("moe_backend")
 
 
 def test_the_block_follows_the_model():
@@ -47,8 +47,8 @@ def test_the_block_follows_the_model():
 def test_what_the_json_says_is_taken_or_must_agree():
     ds = {"expert_parallel": {"enabled": True, "autoep_size": 2, "combine_impl": "legacy_bmm", "top_k": "auto"}}
     resolved = resolve(1, 2, EXPERTS, ds)
-    assert resolved.run.train.ep_size == 2
-    assert resolved.ds["expert_parallel"] == {**autoep_block(resolved.run.model, 2), "combine_impl": "legacy_bmm"}
+    assert resolved.train.ep_size == 2
+    assert resolved.ds["expert_parallel"] == {**autoep_block(resolved.model, 2), "combine_impl": "legacy_bmm"}
     whole = {"expert_parallel": autoep_block(ModelConfig(**SIGMOID), 1)}
     assert resolve(1, 2, SIGMOID, whole, ep_size=1).ds["expert_parallel"] == whole["expert_parallel"]
     wrong = {"expert_parallel": {"autoep_size": 4, "top_k": 1, "score_func": "sigmoid", "expert_w3": "up_proj"}}

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from repository import ROOT
 
-from minimind.config.resolve import DEFAULTS, Resolved, load_ds_config, resolve_run, zero_stage
+from minimind.config.resolve import DEFAULTS, load_ds_config, resolve_run, zero_stage
+from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
 from minimind.errors import UserError
 from minimind.parallel.deepspeed_check import check_ds_config
@@ -17,7 +18,7 @@ FILES = sorted((ROOT / "ds_configs").glob("*.json"))
 STAGE_1 = {"zero_optimization": {"stage": 1}}
 
 
-def resolve(ds: dict[str, Any], *, world_size: int = 1, **train: Any) -> Resolved:
+def resolve(ds: dict[str, Any], *, world_size: int = 1, **train: Any) -> ResolvedRun:
     """As the command does it, on a CPU unless told."""
     device = {name: train.pop(name) for name in ("device_type", "bf16_supported", "local_world_size") if name in train}
     before = copy.deepcopy(ds)
@@ -68,15 +69,15 @@ def test_the_four_lines_of_the_table(name, ours, path, key, theirs):
     # set | "auto" or absent -> ours
     for ds in (STAGE_1, with_value(path, key, "auto")):
         resolved = resolve(ds, **{name: ours})
-        assert getattr(resolved.run.train, name) == ours and there(at(resolved.ds, path, key)) == ours
+        assert getattr(resolved.train, name) == ours and there(at(resolved.ds, path, key)) == ours
     # unset | explicit -> theirs, read back
     resolved = resolve(with_value(path, key, theirs))
-    assert getattr(resolved.run.train, name) == there(theirs) and at(resolved.ds, path, key) == theirs
+    assert getattr(resolved.train, name) == there(theirs) and at(resolved.ds, path, key) == theirs
     # unset | "auto" or absent -> the documented default
     for ds in (STAGE_1, with_value(path, key, "auto")):
         resolved = resolve(ds)
         default = DEFAULTS.get(name, {"micro_batch_size": 8, "global_batch_size": 8}.get(name, 1))
-        assert getattr(resolved.run.train, name) == default and there(at(resolved.ds, path, key)) == default
+        assert getattr(resolved.train, name) == default and there(at(resolved.ds, path, key)) == default
     # equal on both sides is no disagreement; different is one
     equal = list(ours) if isinstance(ours, tuple) else ours
     assert getattr(resolve(with_value(path, key, equal), **{name: ours}).run.train, name) == ours
@@ -147,7 +148,7 @@ def test_every_shipped_file_serves_every_precision_and_batch(path, precision):
     assert resolved.ds["train_batch_size"] == 16 and resolved.ds["gradient_accumulation_steps"] == 2
     assert resolved.ds["optimizer"]["params"]["lr"] == 3e-4
     stage = int(re.match(r"zero(\d)", path.stem)[1])  # type: ignore[index]
-    assert resolved.zero_stage == stage
+    assert resolved.zero.stage == stage
     if stage == 0:
         dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(precision)
         assert resolved.ds.get("torch_autocast", {}).get("dtype") == dtype
@@ -205,7 +206,7 @@ def test_the_optimizer_and_the_schedule_of_the_json_are_read_back():
     assert other == {"type": "Lion", "params": {"lr": 0.1, "weight_decay": 0.1}}, "what Lion does not take was added"
     scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}
     resolved = resolve({**STAGE_1, "scheduler": scheduler})
-    assert resolved.run.train.schedule == "deepspeed" and resolved.ds["scheduler"] == scheduler
+    assert resolved.train.schedule == "deepspeed" and resolved.ds["scheduler"] == scheduler
     assert "scheduler" not in resolve({**STAGE_1, "scheduler": {"type": "auto"}}).ds
 
 

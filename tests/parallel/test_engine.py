@@ -13,7 +13,8 @@ import torch
 from deepspeed.utils import get_z3_leaf_modules, safe_get_full_fp32_param
 from torch import nn
 
-from minimind.config.resolve import Resolved, load_ds_config, resolve_run
+from minimind.config.resolve import load_ds_config, resolve_run
+from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
 from minimind.distributed.environment import RankEnvironment
 from minimind.distributed.process_group import process_group
@@ -44,7 +45,7 @@ def group() -> Iterator[None]:
             yield
 
 
-def resolve(stage: int, *, ds: dict[str, Any] | None = None, model: ModelConfig = MODEL, **train: Any) -> Resolved:
+def resolve(stage: int, *, ds: dict[str, Any] | None = None, model: ModelConfig = MODEL, **train: Any) -> ResolvedRun:
     settings = {"lr": LR, "max_grad_norm": CLIP, "weight_decay": DECAY, "betas": BETAS, "eps": EPS, "seed": 3, **train}
     settings.setdefault("micro_batch_size", 4)
     # Buckets smaller than the model, so that it takes several.
@@ -74,7 +75,7 @@ def count_targets(step: Step) -> int:
     return int(sum((labels != -100).sum() for _, labels in step))
 
 
-def take_step(engine: deepspeed.DeepSpeedEngine, resolved: Resolved, step: Step, spoil: float = 1.0):
+def take_step(engine: deepspeed.DeepSpeedEngine, resolved: ResolvedRun, step: Step, spoil: float = 1.0):
     """One optimizer step; the loss before it and the gradient norm."""
     targets, loss = count_targets(step), 0.0
     for i, (input_ids, labels) in enumerate(step):
@@ -93,7 +94,7 @@ def weights(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
     return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in engine.module.named_parameters()}
 
 
-def train(resolved: Resolved, steps: list[Step], spoil_at: int | None = None):
+def train(resolved: ResolvedRun, steps: list[Step], spoil_at: int | None = None):
     """Losses, gradient norms and final weights; the step `spoil_at` is taken once more before, with NaN gradients."""
     engine = build_engine(resolved, build_model(resolved, CPU))
     losses, norms = [], []

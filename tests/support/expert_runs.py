@@ -6,7 +6,8 @@ import deepspeed
 import torch
 from torch import nn
 
-from minimind.config.resolve import Resolved, resolve_run
+from minimind.config.resolve import resolve_run
+from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
 from minimind.distributed.environment import read_environment
 from minimind.distributed.process_group import process_group
@@ -74,7 +75,7 @@ def train_plainly(model: dict[str, Any], count: int, *, collapsed: bool = False)
 
 def resolve(
     stage: int, world_size: int, model: dict[str, Any], ds: dict[str, Any] | None = None, **train: Any
-) -> Resolved:
+) -> ResolvedRun:
     """A run of PARTS micro-batches a step, over ranks or accumulated."""
     section: dict[str, Any] = {
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 5000, "allgather_bucket_size": 5000}
@@ -88,7 +89,7 @@ def resolve(
     return resolve_run(run, {**section, **(ds or {})}, dp_size=world_size)
 
 
-def take_step(engine: Any, resolved: Resolved, step: tuple[torch.Tensor, ...]) -> tuple[float, float]:
+def take_step(engine: Any, resolved: ResolvedRun, step: tuple[torch.Tensor, ...]) -> tuple[float, float]:
     """One optimizer step on this rank's micro-batches; loss and norm, both of all ranks."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     own = step if world_size == 1 else step[rank : rank + 1]

@@ -18,7 +18,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from minimind.config.resolve import Resolved, resolve_run
+from minimind.config.resolve import resolve_run
+from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
 from minimind.distributed.environment import find_device, read_environment
 from minimind.distributed.process_group import process_group
@@ -27,7 +28,7 @@ from minimind.reports.plan import trial
 from minimind.training import trainer
 
 
-def resolve_case(case: dict[str, Any], device_type: str, world_size: int = 1) -> Resolved:
+def resolve_case(case: dict[str, Any], device_type: str, world_size: int = 1) -> ResolvedRun:
     """The run of a case: {preset, model, stage, zero, seq_len, train}."""
     ds = json.loads((ROOT / "ds_configs" / f"zero{case['stage']}.json").read_text())
     ds["zero_optimization"].update(case.get("zero", {}))
@@ -36,7 +37,7 @@ def resolve_case(case: dict[str, Any], device_type: str, world_size: int = 1) ->
         data=DataConfig(seq_len=case["seq_len"]),
         train=TrainConfig(**case["train"]),
     )
-    return resolve_run(run, ds, dp_size=world_size, device_type=device_type, bf16_supported=True)
+    return resolve_run(run, ds, dp_size=world_size, num_samples=1_000_000, device_type=device_type, bf16_supported=True)
 
 
 def measure(case: dict[str, Any]) -> dict[str, int]:
@@ -62,10 +63,10 @@ def _settled_bytes(device: torch.device) -> int:
     return min(readings)
 
 
-def _train(resolved: Resolved, env: Any, device: torch.device, found: dict[str, int]) -> None:
+def _train(resolved: ResolvedRun, env: Any, device: torch.device, found: dict[str, int]) -> None:
     real_step = trainer.optimizer_step
 
-    def step(engine: Any, resolved: Resolved) -> Any:
+    def step(engine: Any, resolved: ResolvedRun) -> Any:
         found["states"] = _settled_bytes(device)
         return real_step(engine, resolved)
 

@@ -63,8 +63,3 @@ def test_the_edges_give_positive_finite_rates_up_to_the_peak(schedule, settings)
     found = rates(schedule, **settings)
     assert all(0 < rate <= 1.0 for rate in found[:steps])
     assert found[max(0, settings.get("warmup_steps", 10) - 1)] == 1.0, "the peak is never reached"
-
-
-def test_an_unresolved_run_is_a_mistake_of_the_program():
-    with pytest.raises(ValueError, match="resolved"):
-        learning_rate(0, TrainConfig())

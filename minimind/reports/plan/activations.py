@@ -6,7 +6,7 @@ compare the two. Knows nothing of ranks, ZeRO or optimizers.
 
 import torch
 
-from minimind.config.resolve import Resolved
+from minimind.config.resolved_run import ResolvedRun
 from minimind.model.config import ModelConfig
 from minimind.model.kernels import matmul
 
@@ -18,17 +18,17 @@ LONGEST_BY_PRODUCTS = 1024
 """Tokens of a sequence up to which attention on a CPU in 16 bit writes its scores out."""
 
 
-def precision_of(resolved: Resolved) -> tuple[int, int]:
+def precision_of(resolved: ResolvedRun) -> tuple[int, int]:
     """Bytes of an element in matrix products, and in the residual stream: they differ under autocast."""
-    compute = 4 if resolved.run.train.precision == "fp32" else 2
-    return compute, 4 if resolved.ds.get("torch_autocast", {}).get("enabled") else compute
+    compute = 4 if resolved.train.precision == "fp32" else 2
+    return compute, 4 if resolved.zero.autocast else compute
 
 
-def activation_bytes(resolved: Resolved, device_type: str) -> int:
+def activation_bytes(resolved: ResolvedRun, device_type: str) -> int:
     """Bytes that one micro-batch keeps from the forward for the backward."""
-    model, train = resolved.run.model, resolved.run.train
+    model, train = resolved.model, resolved.train
     compute, residual = precision_of(resolved)
-    tokens = (train.micro_batch_size or 1) * resolved.run.data.seq_len
+    tokens = train.micro_batch_size * resolved.data.seq_len
     # The final norm keeps its input (and on a CPU a number a token), the loss its gradient.
     ends = model.hidden_size * (compute + residual) + (4 if device_type == "cpu" else 0)
     total = tokens * ends
@@ -47,11 +47,11 @@ def weight_casts(config: ModelConfig) -> int:
     return 2 * (config.num_params() - config.vocab_size * config.hidden_size)
 
 
-def loss_peak(resolved: Resolved, device_type: str) -> int:
+def loss_peak(resolved: ResolvedRun, device_type: str) -> int:
     """Bytes of the loss at its highest: a chunk's logits and float32 log-probabilities, the gradient that the chunk
     before left, and the float32 gradient of the output matrix."""
-    model, compute = resolved.run.model, precision_of(resolved)[0]
-    tokens = (resolved.run.train.micro_batch_size or 1) * resolved.run.data.seq_len
+    model, compute = resolved.model, precision_of(resolved)[0]
+    tokens = resolved.train.micro_batch_size * resolved.data.seq_len
     rows = max(1, CHUNK_LOGITS.get(device_type, CHUNK_LOGITS["cuda"]) // model.vocab_size)
     first = min(tokens, rows)
     second = min(tokens - first, rows)
@@ -60,18 +60,18 @@ def loss_peak(resolved: Resolved, device_type: str) -> int:
     return chunk + 4 * matrix + (compute * matrix if compute != 4 else 0)
 
 
-def output_matrix_gradient(resolved: Resolved) -> int:
+def output_matrix_gradient(resolved: ResolvedRun) -> int:
     """Bytes of the embedding's own gradient, which meets that of the output matrix at the end of the backward."""
-    model = resolved.run.model
+    model = resolved.model
     return model.vocab_size * model.hidden_size * precision_of(resolved)[1]
 
 
-def backward_peak(resolved: Resolved, device_type: str) -> int:
+def backward_peak(resolved: ResolvedRun, device_type: str) -> int:
     """Bytes on top of the activations when the backward begins: the scaled gradient of the output matrix, and one
     block's gradients (under checkpointing also its recomputed activations)."""
-    model, train = resolved.run.model, resolved.run.train
+    model, train = resolved.model, resolved.train
     compute, residual = precision_of(resolved)
-    tokens = (train.micro_batch_size or 1) * resolved.run.data.seq_len
+    tokens = train.micro_batch_size * resolved.data.seq_len
     last = model.has_experts(model.num_hidden_layers - 1)
     width = 3 * _feed_forward_width(model, last) * compute + 2 * model.hidden_size * residual
     matrix = model.vocab_size * model.hidden_size * (8 if compute == 4 else 6)
@@ -94,9 +94,9 @@ def layer_activations_per_token(config: ModelConfig) -> int:
     return 4 * config.hidden_size + before_norm + 2 * (query + key) + mixed
 
 
-def _block_bytes(resolved: Resolved, device_type: str, has_experts: bool) -> int:
+def _block_bytes(resolved: ResolvedRun, device_type: str, has_experts: bool) -> int:
     """Bytes that the backward of one block keeps for a token."""
-    model, train = resolved.run.model, resolved.run.train
+    model, train = resolved.model, resolved.train
     compute, residual = precision_of(resolved)
     hidden = model.hidden_size
     query, key = _attention_widths(model)
@@ -107,10 +107,10 @@ def _block_bytes(resolved: Resolved, device_type: str, has_experts: bool) -> int
     if device_type == "cpu":  # a number for every row that is normed
         total += 8 + 4 * model.qk_norm * (model.num_attention_heads + model.num_key_value_heads)
     # A processor without 16-bit products computes attention in float32, and rounds the outcome.
-    is_widened = device_type == "cpu" and compute == 2 and not matmul.multiplies(_DTYPES[train.precision or "bf16"])
+    is_widened = device_type == "cpu" and compute == 2 and not matmul.multiplies(_DTYPES[train.precision])
     inside = 4 if is_widened else compute
     total += 2 * (query + key) * inside + is_widened * query * compute + 4 * model.num_attention_heads
-    seq_len = resolved.run.data.seq_len
+    seq_len = resolved.data.seq_len
     by_products = device_type == "cpu" and compute == 2 and not is_widened and seq_len <= LONGEST_BY_PRODUCTS
     if model.flash_attn and by_products:
         total += model.num_attention_heads * seq_len * compute

@@ -6,7 +6,6 @@ file.
 
 import math
 
-from minimind.config.deepspeed_keys import offload_device
 from minimind.reports.plan.activations import precision_of
 from minimind.reports.plan.planned_run import Planned
 from minimind.units import format_bytes
@@ -34,7 +33,7 @@ def _fits(plan: Planned) -> list[str]:
     if plan.memory.total <= plan.limit:
         return []
     found = f"{format_bytes(plan.memory.total)} a rank do not fit {format_bytes(plan.limit)}"
-    train = plan.resolved.run.train
+    train = plan.resolved.train
     if plan.largest_micro_batch:
         return [f"{found}: lower --micro-batch-size {train.micro_batch_size} to {plan.largest_micro_batch}"]
     fitting = [name for name, other in plan.without.items() if other.total <= plan.limit]
@@ -45,8 +44,8 @@ def _fits(plan: Planned) -> list[str]:
 
 
 def _length(plan: Planned) -> list[str]:
-    run, lines = plan.resolved.run, []
-    batch = (run.train.global_batch_size or 1) * run.data.seq_len
+    run, lines = plan.resolved, []
+    batch = run.train.global_batch_size * run.data.seq_len
     if plan.tokens is not None and plan.steps is not None:
         if plan.steps < FEWEST_STEPS:
             wanted = plan.tokens // FEWEST_STEPS // run.data.seq_len
@@ -72,14 +71,14 @@ def _length(plan: Planned) -> list[str]:
 
 
 def _schedule(plan: Planned) -> list[str]:
-    train, lines = plan.resolved.run.train, []
+    train, lines = plan.resolved.train, []
     if train.warmup_steps and plan.steps:
         if train.warmup_steps >= plan.steps:
             lines.append(f"the warm-up of {train.warmup_steps:,} steps is as long as the run of {plan.steps:,}")
         elif train.warmup_steps > LONGEST_WARMUP * plan.steps:
             lines.append(f"the warm-up takes {train.warmup_steps / plan.steps:.0%} of the run; 1% to 5% is usual")
-    if train.optimizer == "adamw" and train.lr is not None:
-        usual = usual_learning_rate(plan.resolved.run.model.num_params())
+    if train.optimizer == "adamw":
+        usual = usual_learning_rate(plan.resolved.model.num_params())
         if not usual / LR_FACTOR <= train.lr <= usual * LR_FACTOR:
             where = "above" if train.lr > usual else "below"
             lines.append(f"lr {train.lr:g} is far {where} what is usual at this size, about {usual:.1g}")
@@ -87,37 +86,35 @@ def _schedule(plan: Planned) -> list[str]:
 
 
 def _stage(plan: Planned) -> list[str]:
-    ds, lines = plan.resolved.ds, []
+    zero, lines = plan.resolved.zero, []
     fitting = [name for name, other in plan.without.items() if other.total <= plan.limit]
-    offloads = [what for what in ("optimizer", "param") if offload_device(ds, what)]
     simpler = [name for name in ("ZeRO 1", "ZeRO 2", "ZeRO 3") if name in fitting]
-    if offloads and simpler:
+    if zero.offloaded and simpler:
         lines.append(f"offload costs much speed, and {simpler[0]} without it fits")
-    elif plan.resolved.zero_stage == 3 and not offloads and {"ZeRO 1", "ZeRO 2"} & set(fitting):
+    elif zero.stage == 3 and not zero.offloaded and {"ZeRO 1", "ZeRO 2"} & set(fitting):
         lines.append(f"ZeRO 3 sends every weight twice a step, and {simpler[0]} fits")
-    zero = ds.get("zero_optimization", {})
-    if plan.resolved.zero_stage == 3 and plan.num_nodes > 1 and zero.get("zero_hpz_partition_size", 1) == 1:
+    if zero.stage == 3 and plan.num_nodes > 1 and zero.hpz_partition_size == 1:
         lines.append("ZeRO 3 over several nodes without zero_hpz_partition_size: weights cross the network each step")
     if plan.memory.buckets > max(2**30, plan.memory.states):
         lines.append(
             f"the buckets take {format_bytes(plan.memory.buckets)}, more than the model's own states: lower "
-            f"reduce_bucket_size {int(zero.get('reduce_bucket_size', 5e8)):,}"
+            f"reduce_bucket_size {zero.reduce_bucket_size:,}"
         )
     return lines
 
 
 def _experts(plan: Planned) -> list[str]:
-    model = plan.resolved.run.model
+    model = plan.resolved.model
     if not model.use_moe:
         return []
-    ep_size = getattr(plan.resolved.run.train, "ep_size", None) or 1
+    train = plan.resolved.train
+    ep_size = train.ep_size
     here, lines = model.num_experts // ep_size, []
     if ep_size > 1 and here < 2:
         lines.append(
             f"{here} expert a rank: its load decides the rank's time; lower --ep-size {ep_size} for at least two"
         )
-    train = plan.resolved.run.train
-    tokens = (train.micro_batch_size or 1) * plan.resolved.run.data.seq_len * ep_size
+    tokens = train.micro_batch_size * plan.resolved.data.seq_len * ep_size
     each = tokens * model.num_experts_per_tok // model.num_experts
     if each < 128:
         lines.append(f"{each} tokens an expert in a forward: products as small as that leave a GPU idle")
@@ -125,9 +122,9 @@ def _experts(plan: Planned) -> list[str]:
 
 
 def _throughput(plan: Planned) -> list[str]:
-    train, lines = plan.resolved.run.train, []
-    accumulates = (train.gradient_accumulation_steps or 1) > 1
-    micro, largest = train.micro_batch_size or 1, plan.largest_micro_batch
+    train, lines = plan.resolved.train, []
+    accumulates = train.gradient_accumulation_steps > 1
+    micro, largest = train.micro_batch_size, plan.largest_micro_batch
     if plan.memory.total <= plan.limit and accumulates and largest >= 2 * micro:
         lines.append(f"the micro-batch may grow from {micro} to {largest}, with less accumulation for the same batch")
     if train.activation_checkpointing and plan.recomputing_nothing.total < plan.limit:

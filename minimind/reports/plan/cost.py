@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from minimind.config.resolve import Resolved
 from minimind.config.run_config import TrainConfig
 from minimind.reports.plan.planned_run import Planned
 
@@ -34,28 +33,17 @@ def estimate_cost(
     """
     if plan.tokens is None:
         return None
-    run = plan.resolved.run
+    model, seq_len = plan.resolved.model, plan.resolved.data.seq_len
     if tokens_per_second is not None:
         basis = f"at {tokens_per_second:,.0f} tokens/s"
     elif peak is not None:
-        tokens_per_second = mfu * peak[0] * plan.world_size / run.model.flops_per_token(run.data.seq_len)
+        tokens_per_second = mfu * peak[0] * plan.world_size / model.flops_per_token(seq_len)
         basis = f"at {tokens_per_second:,.0f} tokens/s = {mfu:.0%} of {plan.world_size} x {peak[1]}"
     else:
         return None
     hours = plan.tokens / tokens_per_second / 3600
     gpu_hours = hours * plan.world_size
     return RunCost(hours, gpu_hours, None if price is None else gpu_hours * price, basis)
-
-
-def checkpoint_bytes(resolved: Resolved) -> int:
-    """Size of one checkpoint, all ranks together: the weights as they are trained, their float32 copy, two moments.
-
-    In stage 0 the weights are their own float32 copy; stage 3 writes the weights only as that copy.
-    """
-    sixteen = any(resolved.ds.get(key, {}).get("enabled") for key in ("bf16", "fp16"))
-    weights = 2 if sixteen else 4
-    each = {0: 4 + 8, 3: 12}.get(resolved.zero_stage, weights + 12)
-    return resolved.run.model.num_params() * each
 
 
 def kept_checkpoints(train: TrainConfig, steps: int | None) -> int:

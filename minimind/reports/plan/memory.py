@@ -7,10 +7,8 @@ partitioning follows arXiv 1910.02054. Touches no device.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
-from minimind.config.deepspeed_keys import offload_device
-from minimind.config.resolve import Resolved
+from minimind.config.resolved_run import ResolvedRun
 from minimind.model.config import ModelConfig
 from minimind.reports.plan.activations import activation_bytes, backward_peak, loss_peak, output_matrix_gradient
 from minimind.units import format_bytes
@@ -58,26 +56,21 @@ class MemoryEstimate:
 ITEMS = ("parameters", "gradients", "optimizer", "activations", "logits", "buckets", "gathered", "update")
 
 
-def estimate_memory(
-    resolved: Resolved, dp_size: int, device_type: str = "cuda", *, ep_size: int | None = None
-) -> MemoryEstimate:
-    """Memory of one of `dp_size` data-parallel ranks in a training step of the resolved run.
+def estimate_memory(resolved: ResolvedRun, device_type: str = "cuda") -> MemoryEstimate:
+    """Memory of one rank in a training step of the resolved run.
 
     Args:
         device_type: on a CPU what counts is resident memory: a buffer counts as far as it is used, and torch's
             unfused kernels keep more.
-        ep_size: ranks that share one set of experts; None: what the run says, or 1.
     """
-    ep_size = ep_size or getattr(resolved.run.train, "ep_size", None) or 1
-    states = _States.of(resolved, dp_size, ep_size)
+    states = _States.of(resolved)
     backward, kept_buffer = _gradient_buffers(states, resolved, device_type)
     gathered, prefetched = _gathered(states, resolved)
     activations = activation_bytes(resolved, device_type)
     logits = loss_peak(resolved, device_type)
     update = _update_copies(states, device_type)
-    accumulates = (resolved.run.train.gradient_accumulation_steps or 1) > 1
     before = states.kept_gradients
-    if accumulates and not before:
+    if resolved.train.gradient_accumulation_steps > 1 and not before:
         before = states.gradients
     held = states.parameters + states.optimizer + kept_buffer
     # A GPU takes its buckets whole when the backward begins; on a CPU their pages fill as the activations go.
@@ -143,38 +136,35 @@ class _States:
         return self.gradients if self.stage == 3 else 0
 
     @classmethod
-    def of(cls, resolved: Resolved, dp_size: int, ep_size: int) -> "_States":
-        model, ds, stage = resolved.run.model, resolved.ds, resolved.zero_stage
-        zero = ds.get("zero_optimization", {})
+    def of(cls, resolved: ResolvedRun) -> "_States":
+        model, zero, stage = resolved.model, resolved.zero, resolved.zero.stage
+        dp_size, ep_size = resolved.dp_size, resolved.train.ep_size
         total, experts = model.num_params(), count_expert_params(model)
         here = total - experts + experts // ep_size
         share = total // dp_size if stage >= 1 else here
-        sixteen = any(ds.get(key, {}).get("enabled") for key in ("bf16", "fp16"))
-        weight_bytes = 2 if sixteen else 4
-        fp32_gradients = ds.get("data_types", {}).get("grad_accum_dtype") == "fp32"
-        grad_bytes = 4 if fp32_gradients or not sixteen else 2
-        whole = stage == 1 and grad_bytes == 4 and bool(ds.get("bf16", {}).get("enabled"))
+        weight_bytes = zero.weight_bytes
+        grad_bytes = 4 if zero.grad_accum_dtype == "fp32" else weight_bytes
+        whole = stage == 1 and grad_bytes == 4 and zero.weights == "bf16"
         # ZeRO updates a float32 copy of its partition, also where the weights are float32 already.
         optimizer = share * (8 if stage == 0 else 12)
         parameters = (share if stage == 3 else here) * weight_bytes
         gradients = (here if stage == 0 or whole else share) * grad_bytes
-        if whole and not ds["bf16"].get("immediate_grad_update"):
+        if whole and not zero.immediate_grad_update:
             # The BF16 optimizer's whole float32 sums stand beside the gradients that the backward gave.
             gradients += here * weight_bytes
-        hpz = zero.get("zero_hpz_partition_size", 1)
-        if stage == 3 and hpz > 1:
-            parameters += here // hpz * weight_bytes  # the second copy of the weights, inside the node
+        if stage == 3 and zero.hpz_partition_size > 1:
+            # The second copy of the weights, inside the node.
+            parameters += here // zero.hpz_partition_size * weight_bytes
         host = 0
-        if offload_device(ds, "optimizer") is not None:
+        if zero.offload_optimizer is not None:
             # The gradients that it updates with, and (stages 1 and 2) the new weights on their way back, lie there too.
             host = optimizer + share * (4 + (weight_bytes if stage < 3 else 0))
             optimizer = gradients = 0
-        if offload_device(ds, "param") is not None:
+        if zero.offload_param is not None:
             host, parameters = host + parameters, 0
-        bucket = int(zero.get("reduce_bucket_size", 5e8))
-        buffers = 0
-        if stage in (1, 2) and not whole and zero.get("contiguous_gradients", True):
-            buffers = bucket * (grad_bytes if stage == 1 else weight_bytes) * (2 if zero.get("overlap_comm") else 1)
+        bucket, buffers = zero.reduce_bucket_size, 0
+        if stage in (1, 2) and not whole and zero.contiguous_gradients:
+            buffers = bucket * (grad_bytes if stage == 1 else weight_bytes) * (2 if zero.overlap_comm else 1)
         return cls(
             stage=stage,
             dp_size=dp_size,
@@ -194,10 +184,10 @@ class _States:
         )
 
 
-def _gradient_buffers(states: _States, resolved: Resolved, device_type: str) -> tuple[int, int]:
+def _gradient_buffers(states: _States, resolved: ResolvedRun, device_type: str) -> tuple[int, int]:
     """Bytes of gradients and buckets when the last gradient is reduced, and of the bucket that stays for ever."""
     here, weight = states.here, states.weight_bytes
-    accumulated = states.gradients if (resolved.run.train.gradient_accumulation_steps or 1) > 1 else 0
+    accumulated = states.gradients if resolved.train.gradient_accumulation_steps > 1 else 0
     filled = min(here, states.bucket)
     flattened = min(here, STAGE0_BUCKET) if states.reduces_whole else 0
     if states.stage == 0:
@@ -221,16 +211,16 @@ def _gradient_buffers(states: _States, resolved: Resolved, device_type: str) -> 
     return extra + owned + staged + filled * weight + converted, 0
 
 
-def _gathered(states: _States, resolved: Resolved) -> tuple[int, int]:
+def _gathered(states: _States, resolved: ResolvedRun) -> tuple[int, int]:
     """Bytes of whole weights under ZeRO-3, and of the buffer that they come in."""
-    if states.stage != 3 or (states.dp_size == 1 and offload_device(resolved.ds, "param") is None):
+    zero = resolved.zero
+    if states.stage != 3 or (states.dp_size == 1 and zero.offload_param is None):
         return 0, 0
-    zero: dict[str, Any] = resolved.ds["zero_optimization"]
     # A weight that is used again within the reuse distance is kept: a model smaller than it stays gathered as a whole.
-    live = min(int(zero.get("stage3_max_live_parameters", 1e9)), int(zero.get("stage3_max_reuse_distance", 1e9)))
-    needed = largest_gather(resolved.run.model)
+    live = min(zero.max_live_parameters, zero.max_reuse_distance)
+    needed = largest_gather(resolved.model)
     elements = min(states.here, max(live, needed))
-    prefetched = min(elements, max(int(zero.get("stage3_prefetch_bucket_size", 5e7)), states.largest))
+    prefetched = min(elements, max(zero.prefetch_bucket_size, states.largest))
     return elements * states.weight_bytes, prefetched * states.weight_bytes
 
 
@@ -268,18 +258,15 @@ def largest_gather(config: ModelConfig) -> int:
     return embedding + 2 * per_layer
 
 
-def largest_micro_batch(
-    resolved: Resolved, dp_size: int, limit: int, device_type: str = "cuda", *, ep_size: int | None = None
-) -> int:
+def largest_micro_batch(resolved: ResolvedRun, limit: int, device_type: str = "cuda") -> int:
     """The most sequences of a forward whose step stays below `limit` bytes a rank; 0 where not even one does.
 
     The accumulation is held as it is, so the global batch grows with the micro-batch.
     """
 
     def fits(micro: int) -> bool:
-        train = dataclasses.replace(resolved.run.train, micro_batch_size=micro)
-        changed = dataclasses.replace(resolved, run=dataclasses.replace(resolved.run, train=train))
-        return estimate_memory(changed, dp_size, device_type, ep_size=ep_size).total <= limit
+        train = dataclasses.replace(resolved.train, micro_batch_size=micro)
+        return estimate_memory(dataclasses.replace(resolved, train=train), device_type).total <= limit
 
     if not fits(1):
         return 0

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from minimind.config.deepspeed_keys import AUTO
-from minimind.config.resolve import Resolved, resolve_run
+from minimind.config.resolve import resolve_run
+from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import RunConfig
 from minimind.distributed.launchers.local import find_free_port, rank_environment
 from minimind.errors import UserError
@@ -53,7 +54,7 @@ def find_micro_batch(run: RunConfig, ds: dict[str, Any], limit: int | None, *, n
         if finding is None:
             print(f"{micro:>6}    more than {format_bytes(limit)}", flush=True)
             return None
-        tokens = micro * ranks * run.data.seq_len * (resolved.run.train.gradient_accumulation_steps or 1)
+        tokens = micro * ranks * run.data.seq_len * resolved.train.gradient_accumulation_steps
         speed = tokens / finding["step_seconds"]
         print(f"{micro:>6}    {format_bytes(finding['peak_bytes'])}, {speed:,.0f} tokens/s", flush=True)
         return int(finding["peak_bytes"])
@@ -99,7 +100,7 @@ def _next_size(peaks: dict[int, int], ceiling: int, limit: int) -> int:
     return max(low, min(reach, 4 * low, ceiling - 1))
 
 
-def _resolve(run: RunConfig, ds: dict[str, Any], micro: int, ranks: int, device_type: str) -> Resolved:
+def _resolve(run: RunConfig, ds: dict[str, Any], micro: int, ranks: int, device_type: str) -> ResolvedRun:
     """The run with this micro-batch; accumulation over two where it accumulates at all."""
     ds = copy.deepcopy(ds)
     accumulation = run.train.gradient_accumulation_steps
@@ -117,19 +118,22 @@ def _resolve(run: RunConfig, ds: dict[str, Any], micro: int, ranks: int, device_
         dataclasses.replace(run, train=train),
         ds,
         dp_size=ranks,
+        num_samples=1_000_000,
         local_world_size=ranks,
         device_type=device_type,
         bf16_supported=device_type == "cuda" and torch.cuda.is_bf16_supported(),
     )
 
 
-def try_steps(resolved: Resolved, ranks: int, limit: int | None, steps: int = 3) -> dict[str, Any] | None:
+def try_steps(resolved: ResolvedRun, ranks: int, limit: int | None, steps: int = 3) -> dict[str, Any] | None:
     """What `minimind.reports.plan.trial` finds of the run, or None where it needs more than `limit` bytes.
 
     Raises:
         UserError: the trial failed otherwise; with the last line that it said.
     """
-    order = json.dumps({"run": resolved.run.to_dict(), "ds": resolved.ds, "steps": steps, "limit_bytes": limit})
+    order = json.dumps(
+        {"run": resolved.run.to_dict(), "ds": resolved.ds, "steps": steps, "limit_bytes": limit, "ranks": ranks}
+    )
     port = str(find_free_port())
     processes = []
     for rank in range(ranks):

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import torch
 
-from minimind.config.deepspeed_keys import AUTO, offload_device
-from minimind.config.resolve import Resolved, resolve_run
+from minimind.config.deepspeed_keys import AUTO
+from minimind.config.resolve import resolve_run
+from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import RunConfig
 from minimind.errors import UserError
 from minimind.reports.plan.memory import MemoryEstimate, estimate_memory, largest_micro_batch
@@ -87,7 +88,7 @@ def check_options(options: PlanOptions) -> PlanOptions:
 class Planned:
     """A run as the plan knows it."""
 
-    resolved: Resolved
+    resolved: ResolvedRun
     world_size: int
     num_nodes: int
     limit: int
@@ -110,11 +111,9 @@ def make_plan(run: RunConfig, ds: dict[str, Any], options: PlanOptions) -> Plann
     Raises:
         UserError: the run cannot be resolved for these ranks.
     """
-    world_size = options.num_gpus * options.num_nodes
     resolved = resolve_for(run, ds, options)
-    assert resolved.run.train.global_batch_size is not None
     limit = device_limit(options)
-    batch = resolved.run.train.global_batch_size * resolved.run.data.seq_len
+    batch = resolved.train.global_batch_size * resolved.data.seq_len
     steps = run.train.steps
     if options.tokens is not None:
         if steps is not None and round(options.tokens) != steps * batch:
@@ -123,19 +122,19 @@ def make_plan(run: RunConfig, ds: dict[str, Any], options: PlanOptions) -> Plann
                 "of the two"
             )
         steps = max(1, round(options.tokens / batch))
-    memory = estimate_memory(resolved, world_size, options.device)
+    memory = estimate_memory(resolved, options.device)
     others, largest = {}, {}
     for name, stage, offloaded in VARIANTS:
         try:
             other = resolve_for(resolved.run, with_stage(ds, stage, offloaded), options)
         except UserError:  # this stage cannot run what the run asks for
             continue
-        others[name] = estimate_memory(other, world_size, options.device)
-        largest[name] = largest_micro_batch(other, world_size, limit, options.device)
-    whole = dataclasses.replace(resolved.run.train, activation_checkpointing=False)
+        others[name] = estimate_memory(other, options.device)
+        largest[name] = largest_micro_batch(other, limit, options.device)
+    whole = dataclasses.replace(resolved.train, activation_checkpointing=False)
     return Planned(
         resolved=resolved,
-        world_size=world_size,
+        world_size=options.num_gpus * options.num_nodes,
         num_nodes=options.num_nodes,
         limit=limit,
         memory=memory,
@@ -143,16 +142,12 @@ def make_plan(run: RunConfig, ds: dict[str, Any], options: PlanOptions) -> Plann
         largest=largest,
         steps=steps,
         tokens=None if steps is None else steps * batch,
-        largest_micro_batch=largest_micro_batch(resolved, world_size, limit, options.device),
-        recomputing_nothing=estimate_memory(
-            dataclasses.replace(resolved, run=dataclasses.replace(resolved.run, train=whole)),
-            world_size,
-            options.device,
-        ),
+        largest_micro_batch=largest_micro_batch(resolved, limit, options.device),
+        recomputing_nothing=estimate_memory(dataclasses.replace(resolved, train=whole), options.device),
     )
 
 
-def resolve_for(run: RunConfig, ds: dict[str, Any], options: PlanOptions) -> Resolved:
+def resolve_for(run: RunConfig, ds: dict[str, Any], options: PlanOptions) -> ResolvedRun:
     """The run as training would resolve it on the planned ranks."""
     return resolve_run(
         run,
@@ -196,6 +191,6 @@ def device_limit(options: PlanOptions) -> int:
 
 def configured_column(plan: Planned) -> str | None:
     """The column of the table that is the configured run itself."""
-    offloaded = tuple(what for what in ("optimizer", "param") if offload_device(plan.resolved.ds, what))
-    names = [name for name, stage, what in VARIANTS if (stage, what) == (plan.resolved.zero_stage, offloaded)]
+    zero = plan.resolved.zero
+    names = [name for name, stage, what in VARIANTS if (stage, what) == (zero.stage, zero.offloaded)]
     return names[0] if names else None

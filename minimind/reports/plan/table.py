@@ -3,7 +3,7 @@
 import torch
 
 from minimind.reports.plan.advice import advise
-from minimind.reports.plan.cost import RunCost, checkpoint_bytes, estimate_cost, kept_checkpoints
+from minimind.reports.plan.cost import RunCost, estimate_cost, kept_checkpoints
 from minimind.reports.plan.memory import ITEMS, MemoryEstimate
 from minimind.reports.plan.planned_run import USABLE, VARIANTS, Planned, PlanOptions, configured_column
 from minimind.training.peak_flops import data_sheet_peak
@@ -14,12 +14,12 @@ ASSUMED_MFU = 0.35
 
 def show_plan(plan: Planned, options: PlanOptions) -> str:
     """The plan as text for a terminal."""
-    run, train = plan.resolved.run, plan.resolved.run.train
+    run, train = plan.resolved, plan.resolved.train
     gpus = f"{plan.world_size} ranks on {plan.num_nodes} node{'s' if plan.num_nodes > 1 else ''}"
     assumed = " (assumed; --gpu-memory says another)" if _is_assumed(options) else ""
     lines = [
         f"model     {run.model.num_params():,} parameters ({run.model.num_active_params():,} active a token)",
-        f"ranks     {gpus}, {options.device}, {train.precision}, ZeRO stage {plan.resolved.zero_stage}",
+        f"ranks     {gpus}, {options.device}, {train.precision}, ZeRO stage {plan.resolved.zero.stage}",
         f"batch     {train.global_batch_size:,} sequences of {run.data.seq_len:,} tokens = {train.micro_batch_size} x "
         f"{train.gradient_accumulation_steps} accumulated x {plan.world_size} ranks"
         + (", activation checkpointing" if train.activation_checkpointing else ""),
@@ -39,7 +39,7 @@ def show_plan(plan: Planned, options: PlanOptions) -> str:
         lines.append("time      unknown: give --gpu NAME, --mfu with it, or --tokens-per-second")
     else:
         lines.append("time      unknown: give --tokens or --steps")
-    size, kept = checkpoint_bytes(plan.resolved), kept_checkpoints(train, plan.steps)
+    size, kept = plan.resolved.checkpoint_bytes, kept_checkpoints(train, plan.steps)
     lines.append(
         f"disk      {format_bytes(size)} a checkpoint; up to {format_bytes(size * (kept + 1))} for {kept} kept and one "
         "being written"
@@ -57,7 +57,7 @@ def _cost(plan: Planned, options: PlanOptions) -> RunCost | None:
     name = options.gpu
     if name is None and torch.cuda.is_available():
         name = torch.cuda.get_device_name(0)
-    peak = data_sheet_peak(name, half=plan.resolved.run.train.precision != "fp32") if name else None
+    peak = data_sheet_peak(name, half=plan.resolved.train.precision != "fp32") if name else None
     mfu = options.mfu if options.mfu is not None else ASSUMED_MFU
     return estimate_cost(plan, options.tokens_per_second, mfu, peak, options.price)
 
@@ -70,7 +70,7 @@ def memory_table(plan: Planned) -> str:
         columns[marked] = plan.memory
     head = [f"{name}*" if name == marked else name for name in columns]
     rows = [("a rank", head)]
-    items = [*ITEMS, *(["experts"] if plan.resolved.run.model.use_moe else [])]
+    items = [*ITEMS, *(["experts"] if plan.resolved.model.use_moe else [])]
     labels = {"experts": "of which experts", "update": "update (temporary)", "gathered": "gathered weights"}
     for item in items:
         cells = [_cell(None if memory is None else getattr(memory, item)) for memory in columns.values()]

@@ -26,7 +26,8 @@ import torch
 
 from minimind.checkpoints.run_state import Corpus, TrainState
 from minimind.checkpoints.saving import CheckpointSaver
-from minimind.config.resolve import Resolved, resolved_steps
+from minimind.config.resolve import resolve_run
+from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import RunConfig
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import BatchLoader
@@ -53,13 +54,14 @@ class Order:
     ds: dict[str, Any]
     """The resolved DeepSpeed JSON."""
     steps: int = 3
+    ranks: int = 1
     limit_bytes: int | None = None
     """Give up when a rank holds more: device memory on CUDA, resident memory beyond the start on a CPU."""
 
     @property
-    def resolved(self) -> Resolved:
+    def resolved(self) -> ResolvedRun:
         """The run, as the engine takes it."""
-        return Resolved(run=RunConfig.from_dict(self.run), ds=self.ds, notes=())
+        return resolve_run(RunConfig.from_dict(self.run), self.ds, dp_size=self.ranks)
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,10 @@ def take_steps(order: Order, env: RankEnvironment, device: torch.device, folder:
     return finding
 
 
-def make_trainer(resolved: Resolved, env: RankEnvironment, device: torch.device, folder: Path) -> Trainer:
+def make_trainer(resolved: ResolvedRun, env: RankEnvironment, device: torch.device, folder: Path) -> Trainer:
     """A trainer on random tokens that keeps no record and saves nothing. Every rank calls this."""
-    resolved = resolved_steps(resolved, num_samples=1_000_000)
-    run, train = resolved.run, resolved.run.train
-    micro, together = train.micro_batch_size or 1, train.global_batch_size or 1
+    run, train = resolved, resolved.train
+    micro, together = train.micro_batch_size, train.global_batch_size
     dataset = TokenDataset(
         open_split(write_random_tokens(folder, run.model.vocab_size, run.data.seq_len * together + 1), "train"),
         run.data.seq_len,

@@ -50,8 +50,8 @@ def resolve(
     return resolve_run(run, ds, dp_size=world_size, device_type="cuda", bf16_supported=True)
 
 
-def estimate(stage: int, *, world_size: int = 1, ep_size: int | None = None, device: str = "cuda", **others: Any):
-    return estimate_memory(resolve(stage, world_size=world_size, **others), world_size, device, ep_size=ep_size)
+def estimate(stage: int, *, device: str = "cuda", **others: Any):
+    return estimate_memory(resolve(stage, **others), device)
 
 
 @pytest.mark.parametrize(
@@ -177,9 +177,9 @@ def test_the_largest_micro_batch_is_the_last_that_fits():
     def total(micro: int) -> int:
         return estimate(1, precision="bf16", micro_batch_size=micro).total
 
-    largest = largest_micro_batch(resolved, 1, limit)
+    largest = largest_micro_batch(resolved, limit)
     assert total(largest) <= limit < total(largest + 1)
-    assert largest_micro_batch(resolved, 1, 2**20) == 0
+    assert largest_micro_batch(resolved, 2**20) == 0
 
 
 def run_experts_as_engines_do(

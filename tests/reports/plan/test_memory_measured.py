@@ -55,7 +55,7 @@ def measured() -> list[dict[str, int]]:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_the_estimate_is_what_a_step_holds(measured, number):
-    estimate, found = estimate_memory(resolve_case(CASES[number], "cpu"), 1, "cpu"), measured[number]
+    estimate, found = estimate_memory(resolve_case(CASES[number], "cpu"), "cpu"), measured[number]
     states = estimate.parameters + estimate.gradients + estimate.optimizer
     assert states == pytest.approx(found["states"], rel=0.10), (states / 2**20, found["states"] / 2**20)
     assert estimate.total == pytest.approx(found["peak"], rel=0.20), (estimate.total / 2**20, found["peak"] / 2**20)
@@ -66,5 +66,5 @@ def test_the_estimate_is_what_a_step_holds(measured, number):
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_the_estimate_is_what_a_gpu_allocates(number):
     (found,) = run_cases([CASES[number]])
-    estimate = estimate_memory(resolve_case(CASES[number], "cuda"), 1, "cuda")
+    estimate = estimate_memory(resolve_case(CASES[number], "cuda"), "cuda")
     assert estimate.total == pytest.approx(found["peak"], rel=0.20)

@@ -9,13 +9,13 @@ from training_runs import flags_for, train
 
 from minimind import plan
 from minimind.checkpoints.folder import list_checkpoints, verify
-from minimind.config.resolve import Resolved
+from minimind.config.resolve import resolve_run
 from minimind.config.run_config import RunConfig
 from minimind.errors import UserError
 from minimind.model.presets import PRESETS
 from minimind.reports.plan import planned_run as planning
 from minimind.reports.plan.advice import usual_learning_rate
-from minimind.reports.plan.cost import checkpoint_bytes, kept_checkpoints
+from minimind.reports.plan.cost import kept_checkpoints
 from minimind.reports.plan.planned_run import PlanOptions, make_plan, with_stage
 from minimind.units import format_bytes
 
@@ -165,6 +165,6 @@ def test_the_size_of_a_checkpoint_is_that_of_a_real_one(tiny_corpus, tmp_path, s
     content = json.loads((tmp_path / "run" / "run_config.json").read_text())
     content.pop("shard_fingerprint")
     ds = json.loads((tmp_path / "run" / "ds_config.json").read_text())
-    resolved = Resolved(run=RunConfig.from_dict(content), ds=ds, notes=())
-    assert checkpoint_bytes(resolved) == pytest.approx(real, rel=0.1)
-    assert kept_checkpoints(resolved.run.train, 10) == 4
+    resolved = resolve_run(RunConfig.from_dict(content), ds, dp_size=1)
+    assert resolved.checkpoint_bytes == pytest.approx(real, rel=0.1)
+    assert kept_checkpoints(resolved.train, 10) == 4
