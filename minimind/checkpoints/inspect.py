@@ -23,7 +23,7 @@ def list_run(run: Path) -> int:
         try:
             manifest = verify(folder, hashes=False)
         except CheckpointError as error:
-            rows.append([folder.name, f"damaged: {error}"])
+            rows.append([folder.name, "", "", "", f"damaged: {error}"])
             continue
         size = sum(record.size for record in manifest.files)
         loss = "" if manifest.eval_loss is None else f"{manifest.eval_loss:.4f}"
