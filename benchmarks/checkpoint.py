@@ -18,7 +18,7 @@ from engines import build
 from measure import Claim, environment, report
 
 from minimind.checkpoints.run_state import TrainState
-from minimind.checkpoints.saving import CheckpointSaver, Corpus
+from minimind.checkpoints.saving import CheckpointSaver, DataFingerprint
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import preset
 from minimind.distributed.environment import find_device, read_environment
@@ -57,7 +57,7 @@ def step(engine, resolved: ResolvedRun, seq_len: int) -> float:
 
 def measure(engine, resolved: ResolvedRun, flags: Flags, *, asynchronous: bool) -> dict[str, float]:
     """Seconds of the loop's pause, until the checkpoint has its name, and of the steps meanwhile (medians)."""
-    saver = CheckpointSaver(engine, resolved, Corpus("", ""), asynchronous=asynchronous)
+    saver = CheckpointSaver(engine, resolved, DataFingerprint("", ""), asynchronous=asynchronous)
     pauses, totals, steps = [], [], []
     for repeat in range(flags.repeats + 1):  # the first only warms up: it also allocates the host copies
         began = time.perf_counter()

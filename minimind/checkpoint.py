@@ -17,8 +17,8 @@ import tyro
 
 from minimind.checkpoints.formats.averaging import write_average
 from minimind.checkpoints.formats.convert import convert
-from minimind.checkpoints.inspect import diff, is_damaged, list_run, run_checkpoints, sound_checkpoint, verify_all
-from minimind.checkpoints.retention import choose_doomed, prune, remove_checkpoint
+from minimind.checkpoints.inspect import diff, is_damaged, list_run, run_checkpoints, valid_checkpoint, verify_all
+from minimind.checkpoints.retention import choose_expired, prune, remove_checkpoint
 from minimind.cli import parse_flags
 from minimind.errors import UserError, run_main
 from minimind.training.run_lock import hold_run_folder
@@ -72,7 +72,7 @@ class Diff:
 
 @dataclass(frozen=True)
 class Convert:
-    """Make the topology-free form of a checkpoint, which a resume on other ranks, another ZeRO stage or ep size makes
+    """Make the portable form of a checkpoint, which a resume on other ranks, another ZeRO stage or ep size makes
     by itself."""
 
     path: tyro.conf.Positional[Path]
@@ -110,11 +110,11 @@ def main(args: Sequence[str] | None = None) -> int:
     if isinstance(command, Prune):
         return prune_run(command)
     if isinstance(command, Diff):
-        return diff(sound_checkpoint(command.a), sound_checkpoint(command.b), optimizer=command.optimizer)
+        return diff(valid_checkpoint(command.a), valid_checkpoint(command.b), optimizer=command.optimizer)
     if isinstance(command, Convert):
-        print(convert(sound_checkpoint(command.path)))
+        print(convert(valid_checkpoint(command.path)))
         return 0
-    write_average([sound_checkpoint(path) for path in command.paths], command.output)
+    write_average([valid_checkpoint(path) for path in command.paths], command.output)
     print(f"wrote {command.output}")
     return 0
 
@@ -137,11 +137,11 @@ def prune_run(command: Prune) -> int:
             if not command.dry_run:
                 remove_checkpoint(folder)
         # Newer ones of the right sizes but with a flipped bit must not push it out.
-        sound = next((folder for folder in reversed(folders) if not is_damaged(folder)), None)
-        choose = choose_doomed if command.dry_run else prune
-        doomed = choose(command.run, **rules, sound=sound)
+        newest_valid = next((folder for folder in reversed(folders) if not is_damaged(folder)), None)
+        choose = choose_expired if command.dry_run else prune
+        expired = choose(command.run, **rules, newest_valid=newest_valid)
         word = "would delete" if command.dry_run else "deleted"
-        for folder in [*damaged, *doomed]:
+        for folder in [*damaged, *expired]:
             print(f"{word} {folder}")
     return 0
 

@@ -16,7 +16,7 @@ from minimind.checkpoints.manifest import CLIENT_STATE_KEY, CheckpointError, Che
 from minimind.checkpoints.safe_load import read_states
 from minimind.checkpoints.zero_partitions import WEIGHT, EngineTensors, FlatTensors, SplitTensors, WholeTensors
 from minimind.model.config import ModelConfig
-from minimind.parallel.expert_names import Part, find_part
+from minimind.parallel.expert_names import EnginePart, find_part
 
 Index = tuple[int | slice, ...]
 _EXPERT_NUMBER = re.compile(r"(\.deepspeed_experts\.)\d+\.")
@@ -27,11 +27,11 @@ _RANK = re.compile(r"(?:zero_pp_rank|expp_rank)_(\d+)_")
 class _Tensor:
     """One tensor of the model: the parameters of engines that it is made of."""
 
-    parts: list[tuple[Part, EngineTensors, str]] = field(default_factory=list)
+    parts: list[tuple[EnginePart, EngineTensors, str]] = field(default_factory=list)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return _whole_shape([(part.place, tensors.shapes[name]) for part, tensors, name in self.parts])
+        return _whole_shape([(part.index, tensors.shapes[name]) for part, tensors, name in self.parts])
 
     @property
     def state_keys(self) -> tuple[str, ...]:
@@ -40,11 +40,11 @@ class _Tensor:
 
     def read(self, key: str) -> torch.Tensor:
         part, tensors, name = self.parts[0]
-        if not part.place:
+        if not part.index:
             return tensors.read(name, key)
         whole = torch.empty(self.shape)
         for part, tensors, name in self.parts:
-            whole[part.place] = tensors.read(name, key)
+            whole[part.index] = tensors.read(name, key)
         return whole
 
 
@@ -110,7 +110,7 @@ class TrainingCheckpoint:
             for name in tensors.shapes:
                 used = self._read_module(ep_rank, name)
                 part = self._find_part(name, ep_rank)
-                if not torch.equal(self.read(part.name)[part.place].to(used.dtype), used):
+                if not torch.equal(self.read(part.name)[part.index].to(used.dtype), used):
                     found.append(part.name)
         return sorted(set(found))
 
@@ -156,8 +156,8 @@ class TrainingCheckpoint:
 
     def _read_module(self, ep_rank: int, name: str) -> torch.Tensor:
         """What the forward of an engine used; not under stage 3."""
-        place = self._find_part(name, ep_rank).place
-        return _read_saved(self._saved_experts, name, place[0]) if place else self.model_states["module"][name]
+        index = self._find_part(name, ep_rank).index
+        return _read_saved(self._saved_experts, name, index[0]) if index else self.model_states["module"][name]
 
     @functools.cached_property
     def _saved_experts(self) -> dict[str, torch.Tensor]:
@@ -166,7 +166,7 @@ class TrainingCheckpoint:
             saved |= read_states(path)
         return saved
 
-    def _find_parts(self, ranks: Sequence[EngineTensors]) -> Iterator[tuple[Part, EngineTensors, str]]:
+    def _find_parts(self, ranks: Sequence[EngineTensors]) -> Iterator[tuple[EnginePart, EngineTensors, str]]:
         shared, *by_place = ranks
         for name in shared.shapes:
             if self._is_expert(name):
@@ -175,11 +175,11 @@ class TrainingCheckpoint:
             else:
                 yield self._find_part(name), shared, name
 
-    def _find_part(self, name: str, ep_rank: int = 0) -> Part:
+    def _find_part(self, name: str, ep_rank: int = 0) -> EnginePart:
         return find_part(name, self._config, self.manifest.ep_size, ep_rank)
 
     def _is_expert(self, name: str) -> bool:
-        return bool(self._find_part(name).place)
+        return bool(self._find_part(name).index)
 
     def _files(self, pattern: str, *, without: str | None = None) -> list[Path]:
         """The files that match, by the number of their rank."""

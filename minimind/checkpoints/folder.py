@@ -10,7 +10,8 @@ from minimind.files import replace_file
 
 LATEST_NAME = "latest"
 _NAME = re.compile(r"step_(\d{8,})")
-_NEUTRAL_NAME = re.compile(r"neutral_(\d{8,})")
+# "neutral" is what released versions call the portable form on disk; retention must find theirs too.
+_PORTABLE_NAME = re.compile(r"neutral_(\d{8,})")
 
 
 def checkpoint_name(step: int) -> str:
@@ -24,7 +25,7 @@ def checkpoints_folder(run_dir: Path) -> Path:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoint folders of a run by their names, oldest first; whether they are sound is not looked at."""
+    """The checkpoint folders of a run by their names, oldest first; valid or not."""
     folder = checkpoints_folder(run_dir)
     if not folder.is_dir():
         return []
@@ -32,15 +33,15 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found) if path.is_dir()]
 
 
-def neutral_folder(folder: Path) -> Path:
-    """Where the topology-free form of a checkpoint is kept, beside it."""
+def portable_folder(folder: Path) -> Path:
+    """Where the portable form of a checkpoint is kept, beside it."""
     return folder.with_name(f"neutral_{step_of(folder):08d}")
 
 
-def list_neutral(run_dir: Path) -> list[Path]:
-    """The topology-free forms that a run keeps."""
+def list_portable(run_dir: Path) -> list[Path]:
+    """The portable forms that a run keeps."""
     folder = checkpoints_folder(run_dir)
-    return [path for path in folder.iterdir() if _NEUTRAL_NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return [path for path in folder.iterdir() if _PORTABLE_NAME.fullmatch(path.name)] if folder.is_dir() else []
 
 
 def step_of(folder: Path) -> int:
@@ -55,7 +56,7 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
-def verify(folder: Path, *, hashes: bool = True) -> CheckpointManifest:
+def verify_checkpoint(folder: Path, *, hashes: bool = True) -> CheckpointManifest:
     """Compare a checkpoint with its manifest: every file there, no other, sizes and (`hashes`) contents.
 
     Raises:
@@ -68,23 +69,23 @@ def verify(folder: Path, *, hashes: bool = True) -> CheckpointManifest:
     return manifest
 
 
-def newest_sound(run_dir: Path, report: Callable[[str], Any]) -> Path | None:
-    """The newest checkpoint that agrees with its manifest; each one passed over is reported with the reason.
+def newest_valid(run_dir: Path, report: Callable[[str], Any]) -> Path | None:
+    """The newest checkpoint that agrees with its manifest; each one skipped is reported with the reason.
 
     Raises:
-        CheckpointError: there are checkpoints, and none is sound: starting anew is for the user to decide.
+        CheckpointError: there are checkpoints, and none is valid: starting anew is for the user to decide.
     """
     folders = list_checkpoints(run_dir)
     for folder in reversed(folders):
         try:
-            verify(folder)
+            verify_checkpoint(folder)
         except CheckpointError as error:
-            report(f"checkpoint passed over: {error}")
+            report(f"checkpoint skipped: {error}")
         else:
             return folder
     if folders:
         raise CheckpointError(
-            f"{checkpoints_folder(run_dir)}: {len(folders)} checkpoints and none is sound; repair or remove them, "
+            f"{checkpoints_folder(run_dir)}: {len(folders)} checkpoints and none is valid; repair or remove them, "
             "or start anew with another --run-dir"
         )
     return None

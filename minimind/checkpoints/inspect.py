@@ -9,7 +9,13 @@ import torch
 from tqdm import tqdm
 
 from minimind.checkpoints.consolidate import TrainingCheckpoint
-from minimind.checkpoints.folder import checkpoints_folder, list_checkpoints, neutral_folder, newest_sound, verify
+from minimind.checkpoints.folder import (
+    checkpoints_folder,
+    list_checkpoints,
+    newest_valid,
+    portable_folder,
+    verify_checkpoint,
+)
 from minimind.checkpoints.manifest import CheckpointError, CheckpointManifest
 from minimind.checkpoints.zero_partitions import WEIGHT
 from minimind.errors import UserError
@@ -21,13 +27,13 @@ def list_run(run: Path) -> int:
     rows = [["checkpoint", "size", "tokens", "eval loss", "topology"]]
     for folder in run_checkpoints(run):
         try:
-            manifest = verify(folder, hashes=False)
+            manifest = verify_checkpoint(folder, hashes=False)
         except CheckpointError as error:
             rows.append([folder.name, "", "", "", f"damaged: {error}"])
             continue
         size = sum(record.size for record in manifest.files)
         loss = "" if manifest.eval_loss is None else f"{manifest.eval_loss:.4f}"
-        converted = "; topology-free form kept" if neutral_folder(folder).exists() else ""
+        converted = "; portable form kept" if portable_folder(folder).exists() else ""
         topology = describe_topology(manifest) + converted
         rows.append([folder.name, f"{size / 1e6:.1f} MB", f"{manifest.tokens_seen:,}", loss, topology])
     print(format_table(rows, "<>>><"))
@@ -41,13 +47,13 @@ def describe_topology(manifest: CheckpointManifest) -> str:
 
 
 def verify_all(path: Path) -> int:
-    """Print for each checkpoint whether it is sound."""
+    """Print for each checkpoint whether it is valid."""
     folders = run_checkpoints(path) if checkpoints_folder(path).is_dir() else [path]
     damaged = 0
     for folder in folders:
         try:
-            manifest = verify(folder)
-            print(f"{folder.name}: sound ({len(manifest.files)} files)")
+            manifest = verify_checkpoint(folder)
+            print(f"{folder.name}: valid ({len(manifest.files)} files)")
         except CheckpointError as error:
             damaged += 1
             print(f"{folder.name}: damaged: {error}")
@@ -57,7 +63,7 @@ def verify_all(path: Path) -> int:
 def is_damaged(folder: Path) -> bool:
     """Whether a checkpoint disagrees with its manifest."""
     try:
-        verify(folder)
+        verify_checkpoint(folder)
     except CheckpointError:
         return True
     return False
@@ -111,12 +117,12 @@ def run_checkpoints(run: Path) -> list[Path]:
     return folders
 
 
-def sound_checkpoint(path: Path) -> Path:
-    """A checkpoint compared with its manifest: `path` itself, or the newest sound one of a run."""
+def valid_checkpoint(path: Path) -> Path:
+    """A checkpoint compared with its manifest: `path` itself, or the newest valid one of a run."""
     if checkpoints_folder(path).is_dir():
-        found = newest_sound(path, lambda message: print(message, file=sys.stderr))
+        found = newest_valid(path, lambda message: print(message, file=sys.stderr))
         if found is None:
             raise UserError(f"{path}: the run has not saved any checkpoint")
         return found
-    verify(path)
+    verify_checkpoint(path)
     return path

@@ -1,7 +1,7 @@
 """From a run folder back into an engine: which checkpoint, whether it is this run's, and its state on any topology.
 
 Where the ranks, the ZeRO stage and the precision are those of the checkpoint, DeepSpeed loads its own files and the run
-goes on bit for bit; otherwise through the neutral form. Knows nothing of the training loop.
+goes on bit for bit; otherwise through the portable form. Knows nothing of the training loop.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from minimind.checkpoints.folder import (
     check_latest,
     checkpoints_folder,
     list_checkpoints,
-    newest_sound,
+    newest_valid,
     step_of,
-    verify,
+    verify_checkpoint,
 )
 from minimind.checkpoints.manifest import CLIENT_STATE_KEY, CheckpointError, CheckpointManifest
-from minimind.checkpoints.portable_loading import load_neutral, part_of
-from minimind.checkpoints.probe import agrees, probe_loss
+from minimind.checkpoints.portable_loading import load_portable, part_of
+from minimind.checkpoints.probe import check_probe_loss, probe_loss
 from minimind.checkpoints.run_state import TrainState
 from minimind.config.resolved_run import ResolvedRun
 from minimind.distributed.collectives import log
@@ -40,7 +40,7 @@ def find_resume(run_dir: Path, resume: str, report: Callable[[str], Any] = log) 
         resume: "auto", "never", or the path of a checkpoint folder or of a run folder.
 
     Raises:
-        CheckpointError: "never" where checkpoints are; nothing sound; a path that holds no sound checkpoint.
+        CheckpointError: "never" where checkpoints are; nothing valid; a path that holds no valid checkpoint.
     """
     if resume == "never":
         there = list_checkpoints(run_dir)
@@ -51,17 +51,17 @@ def find_resume(run_dir: Path, resume: str, report: Callable[[str], Any] = log) 
             )
         return None
     if resume == "auto":
-        found = newest_sound(run_dir, report)
+        found = newest_valid(run_dir, report)
         if found is not None:
             check_latest(run_dir, found, report)
         return found
     path = Path(resume)
     if checkpoints_folder(path).is_dir():
-        found = newest_sound(path, report)
+        found = newest_valid(path, report)
         if found is None:
             raise CheckpointError(f"--resume {resume}: the run holds no checkpoint")
     else:
-        verify(path)
+        verify_checkpoint(path)
         found = path
     _check_nothing_newer(run_dir, found)
     return found
@@ -77,30 +77,36 @@ def _check_nothing_newer(run_dir: Path, chosen: Path) -> None:
         )
 
 
-def load(
+def load_checkpoint(
     engine: deepspeed.DeepSpeedEngine,
     resolved: ResolvedRun,
     folder: Path,
     manifest: CheckpointManifest,
-    neutral: Path | None,
+    portable: Path | None,
 ) -> TrainState:
-    """Bring a verified checkpoint into the engine, and prove it by the probe. Every rank calls this.
+    """Bring a verified checkpoint into the engine, and check its probe loss. Every rank calls this.
 
     Args:
-        neutral: the checkpoint's neutral form, where the topology has changed.
+        portable: the checkpoint's portable form, where the topology has changed.
 
     Raises:
         CheckpointError: DeepSpeed refuses it, or the engine does not compute what it computed when it was saved.
     """
-    if neutral is None:
+    if portable is None:
         with use_state_files(engine), keep_settings(engine.optimizer):
             path, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed could not load it")
         set_grad_scaler(engine, client_state[CLIENT_STATE_KEY].get("grad_scaler"))
     else:
-        load_neutral(engine, neutral, resolved)
-    prove(engine, resolved, folder, manifest)
+        load_portable(engine, portable, resolved)
+    check_probe_loss(
+        folder,
+        manifest,
+        lambda: engine_probe_loss(engine, resolved),
+        low_precision=not manifest.precision == resolved.train.precision == "fp32",
+        find_differences=lambda: find_differences(engine, resolved, TrainingCheckpoint(folder, manifest)),
+    )
     return TrainState(manifest.step, manifest.consumed_samples, manifest.tokens_seen)
 
 
@@ -125,25 +131,6 @@ def engine_probe_loss(engine: deepspeed.DeepSpeedEngine, resolved: ResolvedRun) 
     return loss
 
 
-def prove(engine: deepspeed.DeepSpeedEngine, resolved: ResolvedRun, folder: Path, manifest: CheckpointManifest) -> None:
-    """Compare the engine's probe loss with the one that was saved. Every rank calls this.
-
-    Raises:
-        CheckpointError: they differ; it names the tensors of the engine that are not those of the checkpoint.
-    """
-    if manifest.probe_loss is None:
-        return
-    loss = engine_probe_loss(engine, resolved)
-    low_precision = not manifest.precision == resolved.train.precision == "fp32"
-    if agrees(manifest.probe_loss, loss, low_precision=low_precision):
-        return
-    differing = find_differences(engine, resolved, TrainingCheckpoint(folder, manifest))
-    raise CheckpointError(
-        f"{folder}: loaded, but the probe batch has loss {loss:.6f} instead of {manifest.probe_loss:.6f}; tensors that "
-        f"differ: {', '.join(differing) or 'none: the model computes something else'}"
-    )
-
-
 def find_differences(
     engine: deepspeed.DeepSpeedEngine, resolved: ResolvedRun, checkpoint: TrainingCheckpoint
 ) -> list[str]:
@@ -153,7 +140,7 @@ def find_differences(
     differing = []
     for name, parameter in engine.module.named_parameters():
         part = part_of(name, resolved)
-        theirs = checkpoint.read(part.name)[part.place]
+        theirs = checkpoint.read(part.name)[part.index]
         with deepspeed.zero.GatheredParameters([parameter]):
             same = torch.equal(parameter.data.cpu(), theirs.to(parameter.dtype))
         copy = safe_get_full_fp32_param(parameter)  # None at stage 0

@@ -1,4 +1,4 @@
-"""Checkpoint folders on disk: their manifest, whether they are sound, which is the newest, which may go.
+"""Checkpoint folders on disk: their manifest, whether they are valid, which is the newest, which may go.
 
 A checkpoint is `checkpoints/step_XXXXXXXX/`. Its manifest names every file with size and sha256, carries its own sha256
 and is written before the folder gets that name: a folder without one, or that disagrees with it, is damaged. Knows

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from minimind.checkpoints.consolidate import TrainingCheckpoint
-from minimind.checkpoints.folder import neutral_folder
+from minimind.checkpoints.folder import portable_folder
 from minimind.checkpoints.manifest import (
     CLIENT_STATE_KEY,
     MANIFEST_NAME,
@@ -28,7 +28,7 @@ from minimind.checkpoints.manifest import (
 from minimind.checkpoints.safetensors import write_safetensors
 from minimind.checkpoints.zero_partitions import WEIGHT
 from minimind.files import fsync_folder, hash_file, new_folder, replace_file
-from minimind.parallel.expert_names import Part
+from minimind.parallel.expert_names import EnginePart
 
 # The file of what a model carries beside its parameters.
 _BUFFERS = "buffers"
@@ -36,15 +36,15 @@ _BUFFERS = "buffers"
 ENGINE_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
-def make_neutral(folder: Path) -> Path:
-    """The neutral form of a checkpoint that has been verified: the one made before, or a new one. One rank calls this.
+def make_portable(folder: Path) -> Path:
+    """The portable form of a checkpoint that has been verified: the one made before, or a new one. One rank calls this.
 
     An interruption leaves nothing that looks whole.
 
     Raises:
         CheckpointError: the files are of a kind that is not read, or the form cannot be written.
     """
-    target = neutral_folder(folder)
+    target = portable_folder(folder)
     source = hash_file(folder / MANIFEST_NAME)
     with contextlib.suppress(CheckpointError):
         manifest = read_manifest(target)
@@ -98,8 +98,8 @@ def _shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Sequence[int]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-class NeutralCheckpoint:
-    """The tensors of a neutral form, read one at a time.
+class PortableCheckpoint:
+    """The tensors of a portable form, read one at a time.
 
     Raises:
         CheckpointError: a file is missing or damaged.
@@ -128,13 +128,13 @@ class NeutralCheckpoint:
         """What there is of a parameter: `fp32`, and the tensors of its optimizer state."""
         return tuple(key for key in self.manifest.conversion["keys"] if name in self._names[key])
 
-    def read(self, part: Part, key: str) -> torch.Tensor:
+    def read(self, part: EnginePart, key: str) -> torch.Tensor:
         """A part of one tensor, float32, in host memory; no more than the part is read."""
-        if not part.place:
+        if not part.index:
             return self._files[key].get_tensor(part.name)
         # Contiguous, as parameters are: torch's fused optimizers take a state of other strides for what it is not.
-        return self._files[key].get_slice(part.name)[part.place].contiguous()
+        return self._files[key].get_slice(part.name)[part.index].contiguous()
 
-    def read_buffer(self, part: Part) -> torch.Tensor:
+    def read_buffer(self, part: EnginePart) -> torch.Tensor:
         """A buffer of the model, float32."""
         return self.read(part, _BUFFERS)

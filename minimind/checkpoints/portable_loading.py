@@ -1,4 +1,4 @@
-"""The topology-free form of a checkpoint into an engine of any world size and ZeRO stage.
+"""The portable form of a checkpoint into an engine of any world size and ZeRO stage.
 
 DeepSpeed's own functions set one parameter at a time; what they expect to be there (the optimizer's state before its
 first step) is made first. Knows nothing of how the form was made.
@@ -18,21 +18,24 @@ from deepspeed.utils import (
 )
 
 from minimind.checkpoints.manifest import CheckpointError
-from minimind.checkpoints.portable import ENGINE_COUNTERS, NeutralCheckpoint
+from minimind.checkpoints.portable import ENGINE_COUNTERS, PortableCheckpoint
 from minimind.checkpoints.zero_partitions import MUON_KEY, WEIGHT
 from minimind.config.resolved_run import ResolvedRun
-from minimind.parallel.expert_names import Part, find_part
+from minimind.parallel.expert_names import EnginePart, find_part
 from minimind.parallel.loss_scale import set_grad_scaler, set_loss_scaler
 
+Parts = Mapping[str, EnginePart]
+"""An engine's name of a parameter or buffer -> the part of the model's tensor that it is."""
 
-def load_neutral(engine: deepspeed.DeepSpeedEngine, folder: Path, resolved: ResolvedRun) -> None:
+
+def load_portable(engine: deepspeed.DeepSpeedEngine, folder: Path, resolved: ResolvedRun) -> None:
     """Set an engine's weights, buffers, optimizer state and counters. Every rank calls this, and each reads what it
     holds.
 
     Raises:
         CheckpointError: the parameters or the optimizer are not those of the checkpoint.
     """
-    source = NeutralCheckpoint(folder)
+    source = PortableCheckpoint(folder)
     parameters = dict(engine.module.named_parameters())
     parts = {name: part_of(name, resolved) for name in (*parameters, *dict(engine.module.named_buffers()))}
     differing = {parts[name].name for name in parameters} ^ source.names
@@ -61,13 +64,13 @@ def load_neutral(engine: deepspeed.DeepSpeedEngine, folder: Path, resolved: Reso
     set_grad_scaler(engine, conversion["grad_scaler"])
 
 
-def part_of(name: str, resolved: ResolvedRun) -> Part:
+def part_of(name: str, resolved: ResolvedRun) -> EnginePart:
     """Which part of which of the model's tensors this rank's engine calls `name`."""
     ep_size = resolved.train.ep_size
     return find_part(name, resolved.model, ep_size, torch.distributed.get_rank() % ep_size)
 
 
-def _set_buffers(engine: deepspeed.DeepSpeedEngine, source: NeutralCheckpoint, parts: Mapping[str, Part]) -> None:
+def _set_buffers(engine: deepspeed.DeepSpeedEngine, source: PortableCheckpoint, parts: Parts) -> None:
     missing = set(source.buffer_names)
     for name, buffer in engine.module.named_buffers():
         if parts[name].name in source.buffer_names:
@@ -86,12 +89,12 @@ def _set_whole(
     engine.optimizer.state[parameter] = {"step": torch.tensor(step, device=parameter.device), **state}
 
 
-def _make_states(engine: deepspeed.DeepSpeedEngine, source: NeutralCheckpoint, parts: Mapping[str, Part]) -> None:
+def _make_states(engine: deepspeed.DeepSpeedEngine, source: PortableCheckpoint, parts: Parts) -> None:
     """Stages 1 to 3: give each flat partition the state that its optimizer would only make in its first step."""
     optimizer, step = engine.optimizer, source.manifest.conversion["optimizer_step"]
     # DeepSpeed's CPU Adam counts in an int, torch's optimizers in a tensor beside the weights.
     counts_in_int = type(optimizer.optimizer).__module__.startswith("deepspeed.ops.adam")
-    partitions = zip(parameter_groups(optimizer), flat_partitions(optimizer), strict=True)
+    partitions = zip(zero_groups(optimizer), flat_partitions(optimizer), strict=True)
     for number, (group, partition) in enumerate(partitions):
         keys = source.keys_of(parts[engine.param_names[group[0]]].name)
         state = optimizer.optimizer.state[partition]
@@ -109,7 +112,7 @@ def _make_states(engine: deepspeed.DeepSpeedEngine, source: NeutralCheckpoint, p
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def parameter_groups(optimizer: Any) -> Sequence[Sequence[torch.nn.Parameter]]:
+def zero_groups(optimizer: Any) -> Sequence[Sequence[torch.nn.Parameter]]:
     """The model's parameters of each of `flat_partitions`."""
     return _first_attribute(optimizer, ("bit16_groups", "bf16_groups", "fp16_groups"))
 
@@ -124,7 +127,7 @@ def _first_attribute(optimizer: Any, names: Sequence[str]) -> Any:
     for name in names:
         if hasattr(optimizer, name):
             return getattr(optimizer, name)
-    raise CheckpointError(f"{type(optimizer).__name__}: not an optimizer whose state can be set from a neutral form")
+    raise CheckpointError(f"{type(optimizer).__name__}: not an optimizer whose state can be set from a portable form")
 
 
 def _set_flat(parameter: torch.nn.Parameter, tensors: Mapping[str, torch.Tensor]) -> None:

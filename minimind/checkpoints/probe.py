@@ -1,13 +1,16 @@
-"""A checkpoint proves itself: the loss of one fixed batch, computed where it was saved and wherever it is loaded.
+"""Checkpoint self-test: the loss of one fixed batch is stored at save time and must be reproduced on load.
 
-The batch depends on the vocabulary alone. Knows nothing of files or engines: it calls what it is given.
+The batch depends on the vocabulary alone.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from minimind.checkpoints.manifest import CheckpointError, CheckpointManifest
 
 BATCH_SIZE = 2
 MAX_LENGTH = 64
@@ -36,7 +39,31 @@ def probe_loss(model: Callable[..., Any], config: Any, device: torch.device | st
     return float(model(input_ids.to(device), labels.to(device)).loss)
 
 
-def agrees(expected: float, found: float, *, low_precision: bool) -> bool:
-    """Whether two probe losses can be of the same weights."""
+def check_probe_loss(
+    folder: Path,
+    manifest: CheckpointManifest,
+    compute_loss: Callable[[], float],
+    *,
+    low_precision: bool,
+    find_differences: Callable[[], Sequence[str]],
+) -> None:
+    """Compare the probe loss of what was loaded with the one that was stored when it was saved, if it was.
+
+    Args:
+        low_precision: it was saved by, or is computed in, 16-bit arithmetic.
+        find_differences: names of the tensors that are not those of the checkpoint, for the error.
+
+    Raises:
+        CheckpointError: the losses differ: the weights are not the ones that were trained.
+    """
+    expected = manifest.probe_loss
+    if expected is None:
+        return
+    found = compute_loss()
     tolerance = LOW_PRECISION_TOLERANCE if low_precision else FP32_TOLERANCE
-    return math.isclose(expected, found, rel_tol=tolerance) or (math.isnan(expected) and math.isnan(found))
+    if math.isclose(expected, found, rel_tol=tolerance) or (math.isnan(expected) and math.isnan(found)):
+        return
+    raise CheckpointError(
+        f"{folder}: loaded, but the probe batch has loss {found:.6f} instead of {expected:.6f}; tensors that differ: "
+        f"{', '.join(find_differences()) or 'none: the model computes something else'}"
+    )

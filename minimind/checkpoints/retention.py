@@ -13,41 +13,41 @@ from minimind.checkpoints.folder import (
     checkpoint_name,
     checkpoints_folder,
     list_checkpoints,
-    list_neutral,
-    neutral_folder,
+    list_portable,
+    portable_folder,
     step_of,
-    verify,
+    verify_checkpoint,
 )
 from minimind.checkpoints.manifest import CheckpointError, CheckpointManifest, read_manifest, verify_files
 from minimind.files import PARTIAL_SUFFIX, fsync_folder, partial_folder
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint, and its topology-free form if there is one."""
-    for path in (neutral_folder(folder), folder):
+    """Delete a checkpoint, and its portable form if there is one."""
+    for path in (portable_folder(folder), folder):
         if path.exists():
             _remove(path)
 
 
 def _remove(path: Path) -> None:
-    doomed = partial_folder(path)
-    os.replace(path, doomed)
+    renamed = partial_folder(path)
+    os.replace(path, renamed)
     fsync_folder(path.parent)
-    shutil.rmtree(doomed)
+    shutil.rmtree(renamed)
 
 
-def choose_doomed(
-    run_dir: Path, *, keep_last: int, keep_every: int, keep_best: int, sound: Path | None = None
+def choose_expired(
+    run_dir: Path, *, keep_last: int, keep_every: int, keep_best: int, newest_valid: Path | None = None
 ) -> list[Path]:
     """The checkpoints that may go, oldest first: all but the newest `keep_last` (0: all stay), the multiples of
-    `keep_every`, the `keep_best` of lowest evaluation loss, and `sound`, the newest whose contents were compared.
+    `keep_every`, the `keep_best` of lowest evaluation loss, and `newest_valid`, the newest whose hashes were compared.
 
-    Only those whose files are there in full count, so damaged ones never push out a sound one; they stay themselves.
+    Only those whose files are there in full count, so damaged ones never push out a valid one; they stay themselves.
     """
     found: list[tuple[Path, CheckpointManifest]] = []
     for folder in list_checkpoints(run_dir):
         with contextlib.suppress(CheckpointError):
-            found.append((folder, verify(folder, hashes=False)))
+            found.append((folder, verify_checkpoint(folder, hashes=False)))
     if keep_last == 0:
         return []
     rated = sorted((manifest.eval_loss, folder) for folder, manifest in found if manifest.eval_loss is not None)
@@ -55,22 +55,24 @@ def choose_doomed(
     return [
         folder
         for folder, manifest in found[: -max(1, keep_last)]
-        if folder not in best and folder != sound and not (keep_every and manifest.step % keep_every == 0)
+        if folder not in best and folder != newest_valid and not (keep_every and manifest.step % keep_every == 0)
     ]
 
 
 def prune(
-    run_dir: Path, *, keep_last: int, keep_every: int = 0, keep_best: int = 1, sound: Path | None = None
+    run_dir: Path, *, keep_last: int, keep_every: int = 0, keep_best: int = 1, newest_valid: Path | None = None
 ) -> list[Path]:
-    """Delete what `choose_doomed` finds and give it; topology-free forms of checkpoints that are no more go too."""
-    doomed = choose_doomed(run_dir, keep_last=keep_last, keep_every=keep_every, keep_best=keep_best, sound=sound)
-    for folder in doomed:
+    """Delete what `choose_expired` finds and give it; portable forms of checkpoints that are no more go too."""
+    expired = choose_expired(
+        run_dir, keep_last=keep_last, keep_every=keep_every, keep_best=keep_best, newest_valid=newest_valid
+    )
+    for folder in expired:
         remove_checkpoint(folder)
     steps = {step_of(folder) for folder in list_checkpoints(run_dir)}
-    for neutral in list_neutral(run_dir):
-        if int(neutral.name.partition("_")[2]) not in steps:
-            _remove(neutral)
-    return doomed
+    for portable in list_portable(run_dir):
+        if int(portable.name.partition("_")[2]) not in steps:
+            _remove(portable)
+    return expired
 
 
 def clear_partials(run_dir: Path) -> list[str]:

@@ -3,21 +3,42 @@
 With these a continuation is compared. Knows nothing of engines, files or ranks.
 """
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from minimind.checkpoints.manifest import CheckpointError, CheckpointManifest
 from minimind.config.resolved_run import ResolvedRun
+from minimind.model.config import ModelConfig
 
-_TRAINING_FIELDS = ("initializer_range", "router_aux_loss_coef", "router_z_loss_coef", "seq_aux")
-RUNTIME_FIELDS = frozenset(("flash_attn", "dropout", "attention_dropout", *_TRAINING_FIELDS))
-"""Fields of the model that change neither a weight nor what the model computes from them."""
+Change = Literal["fixed", "topology", "free", "silent"]
+
+_SAMPLING = ("seq_len", "document_mask", "seed", "global_batch_size")
+_LAYOUT = (
+    "optimizer", "offload_optimizer", "autocast", "grad_accum_dtype", "moe_backend", "sub_group_size",
+    "round_robin_gradients", "zero_hpz_partition_size",
+)  # fmt: skip
+AT_RESUME: dict[str, Change] = {
+    # Which weights there are and what the model computes from them...
+    **dict.fromkeys((field.name for field in dataclasses.fields(ModelConfig)), "fixed"),
+    # ...but for what only training reads, or what gives the same values in another way.
+    **dict.fromkeys(("flash_attn", "dropout", "attention_dropout", "initializer_range"), "free"),
+    **dict.fromkeys(("router_aux_loss_coef", "router_z_loss_coef", "seq_aux"), "free"),
+    # How DeepSpeed's files are cut: the portable form carries the state over.
+    **dict.fromkeys(("world_size", "zero_stage", "ep_size", "precision", *_LAYOUT), "topology"),
+    # Which samples a step takes, and what the optimizer's state means.
+    **dict.fromkeys((*_SAMPLING, "optimizer"), "fixed"),
+    **dict.fromkeys(("run_dir", "resume", "shards", "ds_config", "num_workers", "timeout_minutes"), "silent"),
+    **dict.fromkeys(("log_every", "tensorboard", "wandb_project", "preflight", "profile_steps"), "silent"),
+}
+"""What a continuation may change. fixed: with another value it is another run. topology: through the portable form.
+free (every setting that is not here): noted in the log. silent: not worth a log line."""
 
 
 @dataclass(frozen=True)
-class Corpus:
+class DataFingerprint:
     """What identifies the training data."""
 
     fingerprint: str
@@ -26,28 +47,20 @@ class Corpus:
 
 def describe_layout(resolved: ResolvedRun) -> dict[str, Any]:
     """Settings beside ranks, stage and precision that decide what DeepSpeed's files look like."""
-    zero = resolved.zero
-    return {
+    values = {
+        **vars(resolved.zero),
         "optimizer": resolved.optimizer_type,
-        "offload_optimizer": zero.offload_optimizer,
-        "autocast": zero.autocast,
-        "grad_accum_dtype": zero.grad_accum_dtype,
         "moe_backend": resolved.train.moe_backend,
-        "sub_group_size": zero.sub_group_size,
-        "round_robin_gradients": zero.round_robin_gradients,
-        "zero_hpz_partition_size": zero.hpz_partition_size if zero.hpz_partition_size > 1 else None,
+        # The manifest has always had null where there is no second copy.
+        "zero_hpz_partition_size": resolved.zero.hpz_partition_size if resolved.zero.hpz_partition_size > 1 else None,
     }
+    return {name: values[name] for name in _LAYOUT}
 
 
 def describe_sampling(resolved: ResolvedRun) -> dict[str, Any]:
     """Settings that decide, beside the shards, which samples a step takes."""
-    data, train = resolved.data, resolved.train
-    return {
-        "seq_len": data.seq_len,
-        "document_mask": data.document_mask,
-        "seed": train.seed,
-        "global_batch_size": train.global_batch_size,
-    }
+    values = {**vars(resolved.data), **vars(resolved.train)}
+    return {name: values[name] for name in _SAMPLING}
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,7 @@ class TrainState:
 
 
 def check_same_run(
-    manifest: CheckpointManifest, resolved: ResolvedRun, corpus: Corpus, *, allow_data_change: bool
+    manifest: CheckpointManifest, resolved: ResolvedRun, corpus: DataFingerprint, *, allow_data_change: bool
 ) -> None:
     """Refuse to continue what cannot be continued: another model, other shards, another tokenizer.
 
@@ -70,7 +83,7 @@ def check_same_run(
     differences = []
     model = resolved.model.to_dict()
     for key in sorted(set(model) | set(manifest.model)):
-        if model.get(key) != manifest.model.get(key) and key not in RUNTIME_FIELDS:
+        if model.get(key) != manifest.model.get(key) and AT_RESUME.get(key, "fixed") == "fixed":
             differences.append(f"{key} {manifest.model.get(key)!r} there, {model.get(key)!r} here")
     for key, value in describe_sampling(resolved).items():
         if value != manifest.sampling.get(key, value):

@@ -40,7 +40,7 @@ from minimind.checkpoints.manifest import (
     verify_files,
 )
 from minimind.checkpoints.retention import prune
-from minimind.checkpoints.run_state import Corpus, TrainState, describe_layout, describe_sampling
+from minimind.checkpoints.run_state import DataFingerprint, TrainState, describe_layout, describe_sampling
 from minimind.config.resolved_run import ResolvedRun
 from minimind.distributed.collectives import broadcast_object, gather_objects
 from minimind.files import fsync_folder, partial_folder, publish, replace_file
@@ -60,7 +60,7 @@ class CheckpointSaver:
     """
 
     def __init__(
-        self, engine: deepspeed.DeepSpeedEngine, resolved: ResolvedRun, corpus: Corpus, *, asynchronous: bool
+        self, engine: deepspeed.DeepSpeedEngine, resolved: ResolvedRun, corpus: DataFingerprint, *, asynchronous: bool
     ) -> None:
         self._engine, self._resolved, self._corpus = engine, resolved, corpus
         self._root = checkpoints_folder(Path(resolved.train.run_dir))

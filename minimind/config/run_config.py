@@ -137,7 +137,7 @@ class TrainConfig:
     async_save: bool = True
     """Write checkpoints beside training, from a copy in host memory."""
     resume: str = "auto"
-    """auto: continue from the newest sound checkpoint of run_dir, if any; never: start anew; or a checkpoint's path."""
+    """auto: continue from the newest valid checkpoint of run_dir, if any; never: start anew; or a checkpoint's path."""
     allow_data_change: bool = False
     """Continue a run on other shards than it began with (the tokenizer must stay)."""
     tensorboard: bool = True

@@ -29,7 +29,7 @@ Knows nothing of modules, files or ranks; needs no DeepSpeed.
 """
 
 import re
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from minimind.model.config import ModelConfig
 
@@ -43,38 +43,39 @@ _PLAIN = {
 _AUTOEP_EXPERTS = {"experts.w1": "gate", "experts.w2": "down", "experts.w3": "up"}
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class EnginePart:
     """A part of one of the model's tensors."""
 
     name: str
     """MiniMind's name of the whole tensor."""
-    place: tuple[int | slice, ...]
-    """`whole[place]` is the part; empty: all of it."""
+    index: tuple[int | slice, ...]
+    """`whole[index]` is the part; empty: all of it."""
 
 
-def find_part(name: str, config: ModelConfig, ep_size: int = 1, ep_rank: int = 0) -> Part:
+def find_part(name: str, config: ModelConfig, ep_size: int = 1, ep_rank: int = 0) -> EnginePart:
     """What an engine's parameter or buffer `name` is, on the ranks of place `ep_rank` in their groups of `ep_size`.
 
     A name that no backend has changed stands for itself.
     """
     match = _LAYER.fullmatch(name)
     if match is None:
-        return Part(name, ())
+        return EnginePart(name, ())
     prefix, rest = match[1], match[2]
     if rest in _PLAIN:
-        return Part(prefix + _PLAIN[rest], ())
+        return EnginePart(prefix + _PLAIN[rest], ())
     num_local = config.num_experts // ep_size
     first = ep_rank * num_local
     if rest in _AUTOEP_EXPERTS:
         return _expert_part(prefix, _AUTOEP_EXPERTS[rest], slice(first, first + num_local), config)
     if native := _NATIVE_EXPERT.fullmatch(rest):
         return _expert_part(prefix, native[2], first + int(native[1]), config)
-    return Part(name, ())
+    return EnginePart(name, ())
 
 
-def _expert_part(prefix: str, matrix: str, experts: int | slice, config: ModelConfig) -> Part:
+def _expert_part(prefix: str, matrix: str, experts: int | slice, config: ModelConfig) -> EnginePart:
     size = config.expert_feed_forward_size
     if matrix == "down":
-        return Part(f"{prefix}experts.down_proj", (experts,))
+        return EnginePart(f"{prefix}experts.down_proj", (experts,))
     rows = slice(0, size) if matrix == "gate" else slice(size, 2 * size)
-    return Part(f"{prefix}experts.gate_up_proj", (experts, rows))
+    return EnginePart(f"{prefix}experts.gate_up_proj", (experts, rows))

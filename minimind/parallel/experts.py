@@ -50,7 +50,7 @@ def take_over_experts(resolved: ResolvedRun, model: MiniMindForCausalLM) -> None
                 part = find_part(f"model.layers.{number}.mlp.{own_name}", config, ep_size, ep_rank)
                 whole = source.get_parameter(part.name.removeprefix(f"model.layers.{number}.mlp."))
                 if whole is not parameter:  # the shared experts have moved
-                    parameter.copy_(whole[part.place])
+                    parameter.copy_(whole[part.index])
         layer.mlp = native
     model.model.draws_random |= draws_experts(train)
     model.router_record = GateRecord()

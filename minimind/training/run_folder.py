@@ -13,9 +13,9 @@ from typing import Any
 
 from minimind.checkpoints.loading import find_resume
 from minimind.checkpoints.manifest import CheckpointManifest, read_manifest
-from minimind.checkpoints.portable import make_neutral
+from minimind.checkpoints.portable import make_portable
 from minimind.checkpoints.retention import clear_partials
-from minimind.checkpoints.run_state import RUNTIME_FIELDS, Corpus, changes_topology, check_same_run
+from minimind.checkpoints.run_state import AT_RESUME, DataFingerprint, changes_topology, check_same_run
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import RunConfig
 from minimind.data.shards import ShardReader
@@ -24,33 +24,22 @@ from minimind.errors import UserError
 from minimind.files import read_json, replace_file
 from minimind.training.record.run_files import DS_CONFIG_NAME, RUN_CONFIG_NAME
 
-# What decides which samples a step takes and what the optimizer's state means: with another value it is another run.
-# The model and the shards are compared by the checkpoint's manifest too.
-FIXED_FIELDS = frozenset(("seq_len", "document_mask", "seed", "global_batch_size", "optimizer"))
-# Changes that nobody needs to be told of.
-UNIMPORTANT_FIELDS = frozenset(
-    (
-        "run_dir", "resume", "log_every", "tensorboard", "wandb_project", "num_workers", "shards", "ds_config",
-        "timeout_minutes", "preflight", "profile_steps",
-    )
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Resume:
-    """A checkpoint to continue from; `neutral` is set where it goes through its topology-free form."""
+    """A checkpoint to continue from; `portable` is its portable form, where the topology has changed."""
 
     folder: Path
     manifest: CheckpointManifest
-    neutral: Path | None
+    portable: Path | None
 
 
-def identify(reader: ShardReader) -> Corpus:
+def identify(reader: ShardReader) -> DataFingerprint:
     """What identifies the training data of a run."""
-    return Corpus(fingerprint=reader.fingerprint, tokenizer_sha256=reader.manifest.tokenizer.sha256)
+    return DataFingerprint(fingerprint=reader.fingerprint, tokenizer_sha256=reader.manifest.tokenizer.sha256)
 
 
-def check_run_folder(resolved: ResolvedRun, corpus: Corpus) -> list[str]:
+def check_run_folder(resolved: ResolvedRun, corpus: DataFingerprint) -> list[str]:
     """Refuse a run folder that belongs to another run; gives the other changes since its last start, in words.
 
     Raises:
@@ -68,11 +57,11 @@ def check_run_folder(resolved: ResolvedRun, corpus: Corpus) -> list[str]:
         differences.append(
             f"shards {there[:12]} there, {corpus.fingerprint[:12]} here (--allow-data-change if that is meant)"
         )
-    model_fields = {field.name for field in dataclasses.fields(resolved.model)} - RUNTIME_FIELDS
     for name, before, now in _changes(old, resolved.run):
-        if before is None or now is None or before == now or name in UNIMPORTANT_FIELDS:
+        change = AT_RESUME.get(name, "free")
+        if before is None or now is None or before == now or change == "silent":
             continue
-        if name in FIXED_FIELDS or name in model_fields:
+        if change == "fixed":
             differences.append(f"{name} {before} there, {now} here")
         else:
             notes.append(f"{name} is {now} from here on; it was {before}")
@@ -98,7 +87,7 @@ def open_run_folder(resolved: ResolvedRun, reader: ShardReader, notes: list[str]
     alone, inside the process group and holding the folder's lock.
 
     Raises:
-        UserError: nothing sound to continue from, another run's checkpoint, or a folder that cannot be written.
+        UserError: nothing valid to continue from, another run's checkpoint, or a folder that cannot be written.
     """
     run_dir = Path(resolved.train.run_dir)
     corpus = identify(reader)
@@ -121,7 +110,7 @@ def open_run_folder(resolved: ResolvedRun, reader: ShardReader, notes: list[str]
     return resume
 
 
-def _plan_resume(folder: Path, resolved: ResolvedRun, corpus: Corpus) -> Resume:
+def _plan_resume(folder: Path, resolved: ResolvedRun, corpus: DataFingerprint) -> Resume:
     manifest = read_manifest(folder)
     check_same_run(manifest, resolved, corpus, allow_data_change=resolved.train.allow_data_change)
     others = [
@@ -132,5 +121,5 @@ def _plan_resume(folder: Path, resolved: ResolvedRun, corpus: Corpus) -> Resume:
     changes = changes_topology(manifest, resolved)
     if not changes:
         return Resume(folder, manifest, None)
-    log(f"{folder.name}: {'; '.join(changes)}: continuing through its topology-free form")
-    return Resume(folder, manifest, make_neutral(folder))
+    log(f"{folder.name}: {'; '.join(changes)}: continuing through its portable form")
+    return Resume(folder, manifest, make_portable(folder))

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from minimind.checkpoints.formats.init_from import check_starting_weights, set_starting_weights
-from minimind.checkpoints.loading import load
+from minimind.checkpoints.loading import load_checkpoint
 from minimind.checkpoints.run_state import TrainState
 from minimind.checkpoints.saving import CheckpointSaver
 from minimind.config.command_line import CommandLine
@@ -119,7 +119,7 @@ def run_rank(
         stack.callback(engine.destroy)
         state = TrainState()
         if resume is not None:
-            state = load(engine, resolved, resume.folder, resume.manifest, resume.neutral)
+            state = load_checkpoint(engine, resolved, resume.folder, resume.manifest, resume.portable)
             log(f"resumed from {resume.folder} at step {state.step}")
         saver = CheckpointSaver(engine, resolved, identify(dataset.reader), asynchronous=train.async_save)
         stack.callback(saver.close)

@@ -17,8 +17,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import PRELOAD, RankPool, flags_for, free_port, losses, rank_pool, read_metrics, train, train_rank
 
-from minimind.checkpoints import portable as neutral_form
-from minimind.checkpoints.folder import checkpoints_folder, list_checkpoints, neutral_folder, verify
+from minimind.checkpoints import portable
+from minimind.checkpoints.folder import checkpoints_folder, list_checkpoints, portable_folder, verify_checkpoint
 from minimind.checkpoints.manifest import CheckpointError
 from minimind.checkpoints.saving import write_states
 from minimind.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
@@ -49,7 +49,7 @@ def test_sigterm_in_a_save_loses_nothing(tiny_corpus, tmp_path, whole, async_sav
     with unittest.mock.patch("minimind.checkpoints.saving.write_states", write):
         code, _ = train(flags)
     assert code == EXIT_STOPPED and max(losses(tmp_path)) < 6
-    assert verify(list_checkpoints(tmp_path)[-1]).step == max(losses(tmp_path))
+    assert verify_checkpoint(list_checkpoints(tmp_path)[-1]).step == max(losses(tmp_path))
     assert train(flags)[0] == 0 and losses(tmp_path) == losses(whole)
 
 
@@ -165,14 +165,14 @@ def test_an_older_checkpoint_beside_newer_ones_is_not_continued_in_the_same_fold
 
 def kill_in_conversion(folder: Path) -> None:
     """Convert, and be killed after the first file."""
-    write = neutral_form.write_safetensors
+    write = portable.write_safetensors
 
     def write_one(*args):
         write(*args)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with unittest.mock.patch.object(neutral_form, "write_safetensors", write_one):
-        neutral_form.make_neutral(folder)
+    with unittest.mock.patch.object(portable, "write_safetensors", write_one):
+        portable.make_portable(folder)
 
 
 def test_a_conversion_that_is_killed_is_done_again(tiny_corpus, tmp_path):
@@ -183,10 +183,10 @@ def test_a_conversion_that_is_killed_is_done_again(tiny_corpus, tmp_path):
     process = context.Process(target=kill_in_conversion, args=(folder,))
     process.start()
     process.join(60)
-    assert process.exitcode == -signal.SIGKILL and not neutral_folder(folder).exists()
+    assert process.exitcode == -signal.SIGKILL and not portable_folder(folder).exists()
     assert len(list(checkpoints_folder(tmp_path).glob("*.partial"))) == 1
     code, printed = train(flags_for(tiny_corpus, tmp_path, stage=2, steps=3))
-    assert code == 0 and "interrupted while writing it" in printed and "topology-free" in printed
+    assert code == 0 and "interrupted while writing it" in printed and "portable" in printed
     assert not list(checkpoints_folder(tmp_path).glob("*.partial"))
 
 

@@ -13,10 +13,10 @@ from minimind.checkpoints.folder import (
     checkpoint_name,
     checkpoints_folder,
     list_checkpoints,
-    newest_sound,
+    newest_valid,
     point_latest,
     step_of,
-    verify,
+    verify_checkpoint,
 )
 from minimind.checkpoints.manifest import MANIFEST_NAME, CheckpointError, CheckpointManifest, FileRecord, read_manifest
 from minimind.checkpoints.retention import clear_partials, prune
@@ -48,7 +48,7 @@ def steps_of(run_dir: Path) -> list[int]:
 
 def test_manifest_comes_back_as_it_was_written(tmp_path):
     folder = make_checkpoint(tmp_path, 3, tokens_seen=10, eval_loss=1.5, layout={"optimizer": "adamw"})
-    manifest = verify(folder)
+    manifest = verify_checkpoint(folder)
     assert (manifest.step, manifest.tokens_seen, manifest.eval_loss) == (3, 10, 1.5)
     assert manifest.layout == {"optimizer": "adamw"} and len(manifest.files) == 3
 
@@ -84,7 +84,7 @@ def test_every_random_damage_is_found_and_an_older_checkpoint_taken(tmp_path):
     for _ in range(200):
         harm = damage(new, rng)
         said: list[str] = []
-        if newest_sound(tmp_path, said.append) != old or "step_00000002" not in said[0]:
+        if newest_valid(tmp_path, said.append) != old or "step_00000002" not in said[0]:
             missed.append(harm)
         shutil.rmtree(new)
         make_checkpoint(tmp_path, 2)
@@ -103,16 +103,16 @@ def test_every_single_bit_of_the_manifest_is_guarded(tmp_path):
 
 
 def test_nothing_sound_stops_instead_of_starting_anew(tmp_path):
-    assert newest_sound(tmp_path, print) is None
+    assert newest_valid(tmp_path, print) is None
     (make_checkpoint(tmp_path, 1) / MANIFEST_NAME).unlink()
-    with pytest.raises(CheckpointError, match="none is sound"):
-        newest_sound(tmp_path, print)
+    with pytest.raises(CheckpointError, match="none is valid"):
+        newest_valid(tmp_path, print)
 
 
 def test_a_folder_renamed_to_another_step_is_damaged(tmp_path):
     make_checkpoint(tmp_path, 1, name=checkpoint_name(2))
     with pytest.raises(CheckpointError, match="of step 1"):
-        verify(checkpoints_folder(tmp_path) / checkpoint_name(2))
+        verify_checkpoint(checkpoints_folder(tmp_path) / checkpoint_name(2))
 
 
 @pytest.mark.parametrize("content", [None, "", "step_00000001", "nowhere", "\0\xff"])
@@ -145,7 +145,7 @@ def test_damaged_checkpoints_never_push_out_a_sound_one(tmp_path):
     for step in (2, 3):
         (checkpoints_folder(tmp_path) / checkpoint_name(step) / MANIFEST_NAME).unlink()
     prune(tmp_path, keep_last=1, keep_best=0)
-    assert newest_sound(tmp_path, lambda message: None) == checkpoints_folder(tmp_path) / checkpoint_name(1)
+    assert newest_valid(tmp_path, lambda message: None) == checkpoints_folder(tmp_path) / checkpoint_name(1)
 
 
 def test_an_interrupted_save_is_removed_and_one_that_only_lacked_its_name_gets_it(tmp_path):
@@ -156,7 +156,7 @@ def test_an_interrupted_save_is_removed_and_one_that_only_lacked_its_name_gets_i
     assert list_checkpoints(tmp_path) == []
     said = clear_partials(tmp_path)
     assert len(said) == 2 and steps_of(tmp_path) == [4] and not half.exists()
-    verify(final)
+    verify_checkpoint(final)
 
 
 def test_the_topology_free_form_goes_with_its_checkpoint(tmp_path):
@@ -171,8 +171,8 @@ def test_a_moved_run_is_still_sound(tmp_path):
     make_checkpoint(tmp_path / "here", 1)
     point_latest(tmp_path / "here", checkpoints_folder(tmp_path / "here") / checkpoint_name(1))
     (tmp_path / "here").rename(tmp_path / "there")
-    found = newest_sound(tmp_path / "there", print)
-    assert found is not None and verify(found).step == 1
+    found = newest_valid(tmp_path / "there", print)
+    assert found is not None and verify_checkpoint(found).step == 1
 
 
 def test_another_format_version_is_refused_by_name(tmp_path):

@@ -29,7 +29,7 @@ from training_runs import (
 )
 
 from minimind.checkpoints.consolidate import TrainingCheckpoint
-from minimind.checkpoints.folder import list_checkpoints, verify
+from minimind.checkpoints.folder import list_checkpoints, verify_checkpoint
 from minimind.checkpoints.formats.load_model import load_model
 from minimind.checkpoints.loading import engine_probe_loss
 from minimind.checkpoints.manifest import CheckpointError, FileRecord, read_manifest
@@ -192,7 +192,7 @@ def test_another_precision_continues_through_float32(tiny_corpus, tmp_path):
     train(flags_for(tiny_corpus, run))
     cut_back(run, 2)
     code, printed = train(flags_for(tiny_corpus, run, precision="bf16", stage=2))
-    assert code == 0 and "topology-free" in printed
+    assert code == 0 and "portable" in printed
     expected, found = losses(tmp_path / "whole"), losses(run)
     assert all(found[step] == pytest.approx(expected[step], rel=2e-2) for step in expected)
 
@@ -267,10 +267,10 @@ def test_the_folder_says_what_is_wrong_before_training(tiny_corpus, tmp_path):
     states = newest / "mp_rank_00_model_states.pt"
     states.write_bytes(states.read_bytes()[:-1])
     code, printed = train([*flags, "--steps", "7"])
-    assert code == 0 and "passed over" in printed and "bytes instead of" in printed and "at step 4" in printed
+    assert code == 0 and "skipped" in printed and "bytes instead of" in printed and "at step 4" in printed
     for folder in list_checkpoints(tmp_path / "run"):
         (folder / "manifest.json").unlink()
-    with pytest.raises(UserError, match="none is sound"):
+    with pytest.raises(UserError, match="none is valid"):
         train(flags)
 
 
@@ -321,7 +321,7 @@ def test_a_hostile_file_does_not_run(tiny_corpus, tmp_path):
     manifest = read_manifest(newest)
     records = [FileRecord(r.path, (newest / r.path).stat().st_size, hash_file(newest / r.path)) for r in manifest.files]
     (newest / "manifest.json").write_text(dataclasses.replace(manifest, files=tuple(records)).to_json())
-    verify(newest)
+    verify_checkpoint(newest)
     for load in (lambda: train([*flags, "--steps", "8"]), lambda: load_model(tmp_path / "run")):
         with pytest.raises(CheckpointError, match="only tensors and plain values are safe"):
             load()
@@ -353,7 +353,7 @@ def test_a_signal_at_any_rank_saves_and_stops_all(tiny_corpus, tmp_path, pool: R
     for kind, value in pool.finish():
         assert kind == "done" and value[0] == EXIT_STOPPED
     last = max(losses(tmp_path))
-    assert verify(list_checkpoints(tmp_path)[-1]).step == last
+    assert verify_checkpoint(list_checkpoints(tmp_path)[-1]).step == last
     (tmp_path / "STOP").touch()
     code, printed = pool.run(train, flags)[0]
     assert code == EXIT_STOPPED and f"at step {last}" in printed and max(losses(tmp_path)) == last + 1
@@ -362,5 +362,5 @@ def test_a_signal_at_any_rank_saves_and_stops_all(tiny_corpus, tmp_path, pool: R
 def test_a_file_asks_for_a_save(tiny_corpus, tmp_path):
     tmp_path.joinpath("SAVE").touch()
     code, _ = train(flags_for(tiny_corpus, tmp_path, save_every=0, steps=3))
-    assert code == 0 and [verify(folder).step for folder in list_checkpoints(tmp_path)] == [1, 3]
+    assert code == 0 and [verify_checkpoint(folder).step for folder in list_checkpoints(tmp_path)] == [1, 3]
     assert not (tmp_path / "SAVE").exists()

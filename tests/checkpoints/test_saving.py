@@ -17,17 +17,17 @@ from repository import ROOT
 from training_runs import RankPool, flags_for, rank_pool, train, weights
 
 from minimind import checkpoint
-from minimind.checkpoints import portable as neutral_form
+from minimind.checkpoints import portable
 from minimind.checkpoints.consolidate import TrainingCheckpoint
 from minimind.checkpoints.engine_files import HashedFile, HostCopies, count_bytes
-from minimind.checkpoints.folder import checkpoints_folder, list_checkpoints, neutral_folder, verify
+from minimind.checkpoints.folder import checkpoints_folder, list_checkpoints, portable_folder, verify_checkpoint
 from minimind.checkpoints.formats.load_model import load_model
 from minimind.checkpoints.manifest import CheckpointError, read_manifest
-from minimind.checkpoints.portable import NeutralCheckpoint, make_neutral
+from minimind.checkpoints.portable import PortableCheckpoint, make_portable
 from minimind.distributed.stop_requests import SAME_REQUEST_SECONDS, listen
 from minimind.errors import UserError
 from minimind.files import hash_file
-from minimind.parallel.expert_names import Part
+from minimind.parallel.expert_names import EnginePart
 from minimind.training.run_lock import hold_run_folder
 
 
@@ -71,7 +71,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_the_older_checkpoint(tiny_cor
     folders = list_checkpoints(small_disk / "run")
     assert folders and not list(checkpoints_folder(small_disk / "run").glob("*.partial"))
     for folder in folders:
-        verify(folder)
+        verify_checkpoint(folder)
 
 
 def fail_on_rank_one(flags: list[str]):
@@ -167,18 +167,18 @@ def test_an_interrupted_conversion_leaves_nothing_that_looks_whole(run, tmp_path
         written.append(path)
         path.write_bytes(b"half")
 
-    with unittest.mock.patch.object(neutral_form, "write_safetensors", write_one), pytest.raises(KeyboardInterrupt):
-        make_neutral(folder)
-    assert not neutral_folder(folder).exists()
-    made = make_neutral(folder)
+    with unittest.mock.patch.object(portable, "write_safetensors", write_one), pytest.raises(KeyboardInterrupt):
+        make_portable(folder)
+    assert not portable_folder(folder).exists()
+    made = make_portable(folder)
     before = made.stat().st_mtime_ns
-    assert make_neutral(folder) == made and made.stat().st_mtime_ns == before  # once
-    source = NeutralCheckpoint(made)
+    assert make_portable(folder) == made and made.stat().st_mtime_ns == before  # once
+    source = PortableCheckpoint(made)
     for name, tensor in weights(tmp_path).items():
-        assert torch.equal(source.read(Part(name, ()), "fp32"), tensor)
+        assert torch.equal(source.read(EnginePart(name, ()), "fp32"), tensor)
     (made / "exp_avg.safetensors").write_bytes(b"")
-    verify_again = make_neutral(folder)
-    assert NeutralCheckpoint(verify_again).read(Part("model.norm.weight", ()), "exp_avg").shape == (16,)
+    verify_again = make_portable(folder)
+    assert PortableCheckpoint(verify_again).read(EnginePart("model.norm.weight", ()), "exp_avg").shape == (16,)
 
 
 def test_a_probe_that_differs_names_the_tensors(tiny_corpus, run, tmp_path):
@@ -201,7 +201,7 @@ def test_a_probe_that_differs_names_the_tensors(tiny_corpus, run, tmp_path):
         for load in (load_model, lambda folder: checkpoint.main(["convert", str(folder)])):
             with pytest.raises(CheckpointError, match=r"probe batch .* tensors that differ: model.norm.weight$"):
                 load(tmp_path / "run")
-            shutil.rmtree(neutral_folder(list_checkpoints(tmp_path / "run")[-1]), ignore_errors=True)
+            shutil.rmtree(portable_folder(list_checkpoints(tmp_path / "run")[-1]), ignore_errors=True)
     assert checkpoint.main(["convert", str(tmp_path / "run")]) == 0
 
 

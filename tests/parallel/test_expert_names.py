@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minimind.model import MiniMindForCausalLM, ModelConfig
-from minimind.parallel.expert_names import find_part
+from minimind.parallel.expert_names import EnginePart, find_part
 
 CONFIG = ModelConfig(
     vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, use_moe=True,
@@ -38,7 +38,7 @@ def test_the_ranks_of_a_group_hold_every_element_once(ep_size, native):
         names = native_names(CONFIG.num_experts // ep_size) if native else autoep_names()
         for name in names:
             part = find_part(name, CONFIG, ep_size, rank)
-            whole[part.name][part.place] += 1 if part.place else rank == 0
+            whole[part.name][part.index] += 1 if part.index else rank == 0
     assert len(whole) == 3
     for name, count in whole.items():
         assert torch.equal(count, torch.ones_like(count)), name
@@ -50,7 +50,8 @@ def test_names_that_no_backend_changes_stand_for_themselves():
         f"{MLP}shared_experts.up_proj.weight",
         "model.layers.0.mlp.up_proj.weight",
     ):
-        assert find_part(name, CONFIG, 2, 1) == (name, ())
+        assert find_part(name, CONFIG, 2, 1) == EnginePart(name, ())
     for name in dict(MiniMindForCausalLM(CONFIG).named_parameters()):
-        assert find_part(name, CONFIG) == (name, ())
-    assert find_part(f"{MLP}router.e_score_correction_bias", CONFIG, 2, 1) == (f"{MLP}e_score_correction_bias", ())
+        assert find_part(name, CONFIG) == EnginePart(name, ())
+    bias = EnginePart(f"{MLP}e_score_correction_bias", ())
+    assert find_part(f"{MLP}router.e_score_correction_bias", CONFIG, 2, 1) == bias

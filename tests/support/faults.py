@@ -32,7 +32,7 @@ import tyro  # noqa: E402
 from structured_corpus import write_corpus  # noqa: E402
 from training_runs import EXPERTS, PRELOAD, RankPool, flags_for, free_port, losses, train, train_rank  # noqa: E402
 
-from minimind.checkpoints.folder import checkpoints_folder, list_checkpoints, verify  # noqa: E402
+from minimind.checkpoints.folder import checkpoints_folder, list_checkpoints, verify_checkpoint  # noqa: E402
 
 STEPS = 30
 SECONDS_TO_WAIT = 120.0
@@ -241,11 +241,11 @@ def corrupt_once(pool: RankPool, line: list[str], path: Path, rng: random.Random
         printed = pool.run(train, line)[0][1]
     except Exception as error:
         wrong = repr(error)
-    report.found += "passed over" in printed and "step_00000004" in printed
+    report.found += "skipped" in printed and "step_00000004" in printed
     if wrong is None and (losses(again) != losses(path / "whole") or "at step 2" not in printed):
         wrong = "other losses"
     if wrong is None:
-        verify(list_checkpoints(again)[-1])
+        verify_checkpoint(list_checkpoints(again)[-1])
         report.continued += 1
     else:
         report.lost.append(f"{path.name}: {harm} {file}: {wrong}")

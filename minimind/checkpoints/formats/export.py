@@ -37,7 +37,7 @@ class ExportFlags:
     """Write a model as a folder: for the Hugging Face tools, for this project, or as a .pth of jingyaogong/minimind."""
 
     run_dir: Path | None = None
-    """A run's folder; its newest sound checkpoint is exported."""
+    """A run's folder; its newest valid checkpoint is exported."""
     step: int | None = None
     """With --run-dir: the checkpoint of this step instead."""
     checkpoint: Path | None = None

@@ -23,14 +23,14 @@ _TIED_NAME = "lm_head.weight"
 
 
 @dataclass(frozen=True)
-class Part:
+class FilePart:
     """One tensor of a file."""
 
     name: str
     shape: tuple[int, ...]
     own: str | None
     """The tensor of ours that it is part of; None: zeros that the architecture wants and ours does without."""
-    place: tuple[int | slice, ...] = ()
+    index: tuple[int | slice, ...] = ()
     """Where in it."""
     rotary_pairs: int = 0
     """Above 0: the rows are those of heads of so many rotary pairs, each pair's two rows side by side there."""
@@ -45,20 +45,20 @@ def own_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def lay_out(config: ModelConfig, layout: Layout) -> list[Part]:
+def lay_out(config: ModelConfig, layout: Layout) -> list[FilePart]:
     """The parts of a model in a layout, those of one tensor of ours one behind the other."""
-    parts: list[Part] = []
+    parts: list[FilePart] = []
     for name, shape in own_shapes(config).items():
-        parts += [Part(name, shape, name)] if layout == "fused" else _split(config, layout, name, shape)
+        parts += [FilePart(name, shape, name)] if layout == "fused" else _split(config, layout, name, shape)
     if layout in ("ernie4_5_moe", "glm4_moe") and not config.router_bias_update_rate:
         # These routers always have a selection bias.
         for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
             prefix = f"model.layers.{layer}.mlp."
-            parts.append(Part(*_bias(prefix, layout, config), own=None))
+            parts.append(FilePart(*_bias(prefix, layout, config), own=None))
     return parts
 
 
-def _split(config: ModelConfig, layout: Layout, name: str, shape: tuple[int, ...]) -> list[Part]:
+def _split(config: ModelConfig, layout: Layout, name: str, shape: tuple[int, ...]) -> list[FilePart]:
     prefix, _, last = name.partition("mlp.")
     prefix += "mlp."
     if last.startswith("experts."):
@@ -66,26 +66,26 @@ def _split(config: ModelConfig, layout: Layout, name: str, shape: tuple[int, ...
     if last.startswith("shared_experts.") and layout == "per_shared_expert":
         return _split_shared(config, prefix, name, shape)
     if last == BIAS_NAME:
-        return [Part(*_bias(prefix, layout, config), own=name)]
+        return [FilePart(*_bias(prefix, layout, config), own=name)]
     interleaved = layout == "ernie4_5_moe" and name.endswith(("q_proj.weight", "k_proj.weight"))
-    return [Part(name, shape, name, rotary_pairs=config.head_size // 2 if interleaved else 0)]
+    return [FilePart(name, shape, name, rotary_pairs=config.head_size // 2 if interleaved else 0)]
 
 
-def _split_experts(prefix: str, name: str, shape: tuple[int, ...]) -> list[Part]:
+def _split_experts(prefix: str, name: str, shape: tuple[int, ...]) -> list[FilePart]:
     num_experts, rows, columns = shape
     parts = []
     for expert in range(num_experts):
         here = f"{prefix}experts.{expert}"
         if name.endswith("down_proj"):
-            parts.append(Part(f"{here}.down_proj.weight", (rows, columns), name, (expert,)))
+            parts.append(FilePart(f"{here}.down_proj.weight", (rows, columns), name, (expert,)))
         else:
             half = rows // 2
-            parts.append(Part(f"{here}.gate_proj.weight", (half, columns), name, (expert, slice(0, half))))
-            parts.append(Part(f"{here}.up_proj.weight", (half, columns), name, (expert, slice(half, rows))))
+            parts.append(FilePart(f"{here}.gate_proj.weight", (half, columns), name, (expert, slice(0, half))))
+            parts.append(FilePart(f"{here}.up_proj.weight", (half, columns), name, (expert, slice(half, rows))))
     return parts
 
 
-def _split_shared(config: ModelConfig, prefix: str, name: str, shape: tuple[int, ...]) -> list[Part]:
+def _split_shared(config: ModelConfig, prefix: str, name: str, shape: tuple[int, ...]) -> list[FilePart]:
     """N shared experts of width I are one of width N * I."""
     size, matrix = config.expert_feed_forward_size, name.rsplit(".", 2)[-2]
     parts = []
@@ -93,9 +93,9 @@ def _split_shared(config: ModelConfig, prefix: str, name: str, shape: tuple[int,
         width = slice(expert * size, (expert + 1) * size)
         here = f"{prefix}shared_experts.{expert}.{matrix}.weight"
         if matrix == "down_proj":
-            parts.append(Part(here, (shape[0], size), name, (slice(None), width)))
+            parts.append(FilePart(here, (shape[0], size), name, (slice(None), width)))
         else:
-            parts.append(Part(here, (size, shape[1]), name, (width,)))
+            parts.append(FilePart(here, (size, shape[1]), name, (width,)))
     return parts
 
 
@@ -106,17 +106,17 @@ def _bias(prefix: str, layout: Layout, config: ModelConfig) -> tuple[str, tuple[
     return f"{prefix}gate.{BIAS_NAME}" if layout == "glm4_moe" else prefix + BIAS_NAME, (config.num_experts,)
 
 
-def cut_part(part: Part, read_own: Callable[[str], Tensor]) -> Tensor:
+def cut_part(part: FilePart, read_own: Callable[[str], Tensor]) -> Tensor:
     """A part out of the tensor of ours that holds it."""
     if part.own is None:
         return torch.zeros(part.shape)
-    piece = read_own(part.own)[part.place]
+    piece = read_own(part.own)[part.index]
     if part.rotary_pairs:
         piece = piece.unflatten(0, (-1, 2, part.rotary_pairs)).transpose(1, 2)
     return piece.reshape(part.shape)
 
 
-def join_parts(parts: Sequence[Part], shape: Sequence[int], read: Callable[[str], Tensor]) -> Tensor:
+def join_parts(parts: Sequence[FilePart], shape: Sequence[int], read: Callable[[str], Tensor]) -> Tensor:
     """A tensor of ours from all its parts."""
     if len(parts) == 1 and not parts[0].rotary_pairs:
         return read(parts[0].name).reshape(tuple(shape))
@@ -127,7 +127,7 @@ def join_parts(parts: Sequence[Part], shape: Sequence[int], read: Callable[[str]
             piece = piece.unflatten(0, (-1, part.rotary_pairs, 2)).transpose(1, 2)
         if whole is None:
             whole = torch.empty(tuple(shape), dtype=piece.dtype)
-        whole[part.place] = piece.reshape(whole[part.place].shape)
+        whole[part.index] = piece.reshape(whole[part.index].shape)
     assert whole is not None and math.prod(shape) == sum(math.prod(part.shape) for part in parts)
     return whole
 
@@ -145,9 +145,9 @@ def keep_last(read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
     return read_or_keep
 
 
-def group_by_own(parts: Sequence[Part]) -> Mapping[str, list[Part]]:
+def group_by_own(parts: Sequence[FilePart]) -> Mapping[str, list[FilePart]]:
     """The parts of each tensor of ours."""
-    groups: dict[str, list[Part]] = {}
+    groups: dict[str, list[FilePart]] = {}
     for part in parts:
         if part.own is not None:
             groups.setdefault(part.own, []).append(part)

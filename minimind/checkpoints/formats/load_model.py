@@ -9,8 +9,7 @@ import torch
 
 from minimind.checkpoints.consolidate import TrainingCheckpoint
 from minimind.checkpoints.formats.source import ModelSource, find_tokenizer, open_source
-from minimind.checkpoints.manifest import CheckpointError
-from minimind.checkpoints.probe import agrees, probe_loss
+from minimind.checkpoints.probe import check_probe_loss, probe_loss
 from minimind.data.tokenizer import JSON_NAME, MODEL_NAME, load_tokenizer
 from minimind.errors import UserError
 from minimind.inference.device import choose_device
@@ -93,35 +92,27 @@ def build_from_source(
     model.load_state_dict(tensors, assign=True, strict=False)
     model.tie_weights()
     model.eval()
-    if source.checkpoint is not None:
-        check_probe_loss(model, source.checkpoint)
+    if (checkpoint := source.checkpoint) is not None:
+        weight = model.lm_head.weight
+        check_probe_loss(
+            checkpoint.folder,
+            checkpoint.manifest,
+            lambda: probe_loss(model, model.config, weight.device),
+            low_precision=checkpoint.manifest.precision != "fp32" or weight.dtype != torch.float32,
+            find_differences=lambda: _find_differences(model, checkpoint),
+        )
     return model
 
 
-def check_probe_loss(model: MiniMindForCausalLM, checkpoint: TrainingCheckpoint) -> None:
-    """Compare a model's loss on the probe batch with the one that was saved in its checkpoint.
-
-    Raises:
-        CheckpointError: they differ: the weights were not read as they were trained. It names the tensors.
-    """
-    manifest = checkpoint.manifest
-    if manifest.probe_loss is None:
-        return
-    weight = model.lm_head.weight
-    loss = probe_loss(model, model.config, weight.device)
-    if not agrees(
-        manifest.probe_loss, loss, low_precision=manifest.precision != "fp32" or weight.dtype != torch.float32
-    ):
-        state = model.state_dict()
-        names = [
-            name
-            for name in checkpoint.shapes
-            if not torch.equal(state[name].cpu(), checkpoint.read(name).to(state[name].dtype))
-        ]
-        raise CheckpointError(
-            f"{checkpoint.folder}: the probe batch has loss {loss:.6f} instead of {manifest.probe_loss:.6f}; tensors "
-            f"that differ: {', '.join(names or checkpoint.find_contradictions()) or 'none is known'}"
-        )
+def _find_differences(model: MiniMindForCausalLM, checkpoint: TrainingCheckpoint) -> list[str]:
+    """Tensors of the model that are not those of the checkpoint, or that the checkpoint itself has in two versions."""
+    state = model.state_dict()
+    differing = [
+        name
+        for name in checkpoint.shapes
+        if not torch.equal(state[name].cpu(), checkpoint.read(name).to(state[name].dtype))
+    ]
+    return differing or checkpoint.find_contradictions()
 
 
 def find_tokenizer_file(place: Path) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from minimind.checkpoints.consolidate import TrainingCheckpoint
-from minimind.checkpoints.folder import checkpoints_folder, newest_sound, verify
+from minimind.checkpoints.folder import checkpoints_folder, newest_valid, verify_checkpoint
 from minimind.checkpoints.formats.huggingface_config import from_huggingface
 from minimind.checkpoints.formats.layout import Layout, group_by_own, join_parts, lay_out, own_shapes
 from minimind.checkpoints.formats.pth import SUFFIXES, infer_config, layout_of, read_pth
@@ -52,7 +52,7 @@ class ModelSource:
 
 
 def open_source(path: Path, base: ModelConfig | None = None) -> ModelSource:
-    """The model at `path`: a run (its newest sound checkpoint), one of its checkpoints, a folder with config.json and
+    """The model at `path`: a run (its newest valid checkpoint), one of its checkpoints, a folder with config.json and
     safetensors, a `.pth`, or a folder that holds one.
 
     Args:
@@ -67,10 +67,10 @@ def open_source(path: Path, base: ModelConfig | None = None) -> ModelSource:
         raise UserError(f"checkpoint {path} does not exist")
     found = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES]
     if (path / MANIFEST_NAME).is_file():
-        verify(path)
+        verify_checkpoint(path)
         return _open_checkpoint(path, path.parent.parent)
     if checkpoints_folder(path).is_dir():
-        folder = newest_sound(path, lambda message: print(message, file=sys.stderr))
+        folder = newest_valid(path, lambda message: print(message, file=sys.stderr))
         if folder is None:
             raise UserError(f"checkpoint {path}: the run has not saved any")
         # It has been compared with its manifest while it was looked for.

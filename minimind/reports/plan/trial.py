@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minimind.checkpoints.run_state import Corpus, TrainState
+from minimind.checkpoints.run_state import DataFingerprint, TrainState
 from minimind.checkpoints.saving import CheckpointSaver
 from minimind.config.resolve import resolve_run
 from minimind.config.resolved_run import ResolvedRun
@@ -131,7 +131,7 @@ def make_trainer(resolved: ResolvedRun, env: RankEnvironment, device: torch.devi
         eval_dataset=None,
         device=device,
         metrics=None,
-        saver=CheckpointSaver(engine, resolved, Corpus("", ""), asynchronous=False),
+        saver=CheckpointSaver(engine, resolved, DataFingerprint("", ""), asynchronous=False),
         requests=StopRequests(None),
         watchdog=Watchdog(),
         lock=None,

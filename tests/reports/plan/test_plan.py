@@ -8,7 +8,7 @@ from repository import ROOT
 from training_runs import flags_for, train
 
 from minimind import plan
-from minimind.checkpoints.folder import list_checkpoints, verify
+from minimind.checkpoints.folder import list_checkpoints, verify_checkpoint
 from minimind.config.resolve import resolve_run
 from minimind.config.run_config import RunConfig
 from minimind.errors import UserError
@@ -161,7 +161,7 @@ def test_the_size_of_a_checkpoint_is_that_of_a_real_one(tiny_corpus, tmp_path, s
     flags = flags_for(tiny_corpus, tmp_path / "run", stage=stage, precision=precision, steps=1, warmup_steps=1, **wide)
     train(flags)
     (folder,) = list_checkpoints(tmp_path / "run")
-    real = sum(record.size for record in verify(folder).files)
+    real = sum(record.size for record in verify_checkpoint(folder).files)
     content = json.loads((tmp_path / "run" / "run_config.json").read_text())
     content.pop("shard_fingerprint")
     ds = json.loads((tmp_path / "run" / "ds_config.json").read_text())
