@@ -15,3 +15,9 @@ from structured_corpus import write_corpus
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 30,000 training and 3,000 validation tokens."""
     return write_corpus(tmp_path_factory.mktemp("corpus") / "tiny", tokens=30_000, val_tokens=3_000)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: one that starts last would run alone at the end, on one core."""
+    slow = {item.path for item in items if any(map(item.get_closest_marker, ("slow", "cluster")))}
+    items.sort(key=lambda item: item.path not in slow)
