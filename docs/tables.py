@@ -176,9 +176,11 @@ def documented_fields(cls: type, file: str) -> list[tuple[str, str, Any, str]]:
             text = " ".join(str(following.value.value).split())
             kind, default = item.annotation, show(getattr(cls(), item.target.id))
             if isinstance(kind, ast.Subscript) and ast.unparse(kind.value) == "Annotated":
-                # Annotated[type, _default("what stands in for None")]
-                kind, hint = kind.slice.elts  # type: ignore[attr-defined]
-                default = ast.literal_eval(hint.args[0])
+                # Annotated[type, _default("what stands in for None"), limits]
+                kind, *hints = kind.slice.elts  # type: ignore[attr-defined]
+                for hint in hints:
+                    if isinstance(hint, ast.Call) and ast.unparse(hint.func) == "_default":
+                        default = ast.literal_eval(hint.args[0])
             found.append((item.target.id, spell_type(ast.unparse(kind)), default, text))
     return found
 
@@ -186,6 +188,8 @@ def documented_fields(cls: type, file: str) -> list[tuple[str, str, Any, str]]:
 def spell_type(kind: str) -> str:
     """A type as a reader needs it: the choices in place of a name for them, no None (that is the default's matter)."""
     name = kind.removesuffix(" | None")
+    if name.startswith("Literal["):
+        return ", ".join(ast.literal_eval(name.removeprefix("Literal")))
     choices = get_args(getattr(run_config, name, None))
     return ", ".join(map(str, choices)) if choices else name
 

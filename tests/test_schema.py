@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import pytest
 
 from minimind.errors import UserError
-from minimind.schema import check_fields, nearest, read_dataclass
+from minimind.schema import ABOVE_0, AT_LEAST_1, Limits, check_fields, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,14 +19,20 @@ class Sample:
     pair: tuple[float, float] = (0.0, 1.0)
     maybe: int | None = None
     described: Annotated[float | None, "text for --help"] = None
+    size: Annotated[int, AT_LEAST_1] = 1
+    speed: Annotated[float | None, "text for --help", ABOVE_0] = None
+    shares: Annotated[tuple[float, float], Limits(at_least=0, at_most=1, fix="write 0.4 for 40%")] = (0.0, 1.0)
+    momentum: Annotated[float, Limits(at_least=0, below=1)] = 0.0
 
 
 def test_good_values_are_taken_and_the_rest_keeps_its_defaults():
+    values = {"size": 1, "speed": None, "shares": [0, 1], "momentum": 0.0}
+    assert check_fields(Sample, values) == {**values, "shares": (0.0, 1.0)}
     values = {"count": 3, "rate": 2, "pair": [1, 2], "maybe": None, "described": 1, "kind": "b", "on": True}
-    sample = read_dataclass(Sample, values, "file")
+    sample = Sample(**check_fields(Sample, values, "file"))
     assert sample == Sample(count=3, rate=2.0, pair=(1.0, 2.0), kind="b", on=True, described=1.0)
     assert type(sample.rate) is float and type(sample.described) is float
-    assert read_dataclass(Sample, {}, "file") == Sample()
+    assert check_fields(Sample, {}, "file") == {}
 
 
 @pytest.mark.parametrize(
@@ -49,6 +55,16 @@ def test_good_values_are_taken_and_the_rest_keeps_its_defaults():
         ({"pair": "12"}, "file: pair: '12' is not a list of 2 values"),
         ({"maybe": "y"}, "file: maybe: 'y' is not an integer or null"),
         ({"described": "y"}, "file: described: 'y' is not a number or null"),
+        ({"size": 0}, "file: size: 0 is not a finite number of 1 or more"),
+        ({"size": "1"}, "file: size: '1' is not an integer"),
+        ({"speed": 0}, "file: speed: 0.0 is not a finite number above 0"),
+        ({"speed": float("inf")}, "file: speed: inf is not a finite number above 0"),
+        ({"speed": float("nan")}, "file: speed: nan is not a finite number above 0"),
+        (
+            {"shares": [0.5, 1.5]},
+            "file: shares: (0.5, 1.5) are not each a number from 0 to 1; write 0.4 for 40%",
+        ),
+        ({"momentum": 1.0}, "file: momentum: 1.0 is not a finite number of 0 or more and below 1"),
         ([1], "file: expected an object with fields, found list [1]"),
         (None, "file: expected an object with fields, found NoneType None"),
     ],

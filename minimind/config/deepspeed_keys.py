@@ -4,10 +4,10 @@ DeepSpeed ignores a misspelt section, and dies late and at length of a wrong sha
 anything is started. Does not import deepspeed; knows nothing of the run.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from minimind.errors import UserError
-from minimind.schema import nearest
+from minimind.schema import convert, nearest
 
 _BUCKET = {1: 200_000_000, 2: 200_000_000, 3: 50_000_000}
 # Stage 2 fills its buckets in every micro-batch: what a processor reduces at once should be near its caches.
@@ -61,10 +61,15 @@ _SCALARS = frozenset((
     "gradient_predivide_factor", "sparse_gradients", "disable_allgather", "steps_per_print", "wall_clock_breakdown",
     "memory_breakdown", "dump_state", "log_level", "use_data_before_expert_parallelism", "disable_python_gc",
 ))
-_INNER_OBJECTS = (
-    ("optimizer", "params"), ("scheduler", "params"), ("zero_optimization", "offload_optimizer"),
-    ("zero_optimization", "offload_param"),
-)
+Auto = Literal["auto"]
+_TYPES: dict[tuple[str, str], Any] = {
+    ("optimizer", "type"): str, ("optimizer", "params"): dict | None,
+    ("scheduler", "type"): str, ("scheduler", "params"): dict | None,
+    ("zero_optimization", "stage"): Literal["auto", 0, 1, 2, 3],
+    ("zero_optimization", "offload_optimizer"): dict | None, ("zero_optimization", "offload_param"): dict | None,
+    **{(key, "enabled"): bool | Auto for key in PRECISION_SECTIONS},
+    ("data_types", "grad_accum_dtype"): Literal["auto", "fp32", "bf16", "fp16"] | None,
+}
 _OPTIMIZER_PARAMS = {
     "adamw": frozenset(("lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode")),
     "muon": frozenset((
@@ -119,20 +124,11 @@ def check_sections(ds: dict[str, Any]) -> None:
             raise UserError(f"DeepSpeed config: '{key}' is not used by this trainer: {UNUSED_SECTIONS[key]}; remove it")
         if key not in SECTIONS:
             raise UserError(f"DeepSpeed config: unknown section '{key}'{nearest(key, sorted(SECTIONS))}")
-        if key not in _SCALARS and not isinstance(value, dict):
-            raise UserError(f"DeepSpeed config: '{key}' is {value!r}; expected an object")
-    for key, inner in _INNER_OBJECTS:
-        value = ds.get(key, {}).get(inner)
-        if value is not None and not isinstance(value, dict):
-            raise UserError(f"DeepSpeed config: {key}.{inner} is {value!r}; expected an object")
-    for key in ("optimizer", "scheduler"):
-        kind = ds.get(key, {}).get("type", AUTO)
-        if not isinstance(kind, str):
-            raise UserError(f"DeepSpeed config: {key}.type is {kind!r}; expected a name")
-    for key in PRECISION_SECTIONS:
-        enabled = ds.get(key, {}).get("enabled", AUTO)
-        if enabled != AUTO and not isinstance(enabled, bool):
-            raise UserError(f'DeepSpeed config: {key}.enabled is {enabled!r}; expected true, false or "auto"')
+        if key not in _SCALARS:
+            convert(value, dict, f"DeepSpeed config: {key}")
+    for (section, key), kind in _TYPES.items():
+        if key in ds.get(section, {}):
+            convert(ds[section][key], kind, f"DeepSpeed config: {section}.{key}")
     for key in ("writer", "use_node_local_storage", "load_universal"):
         if ds.get("checkpoint", {}).get(key):
             raise UserError(
@@ -143,16 +139,10 @@ def check_sections(ds: dict[str, Any]) -> None:
     for key in ds.get("data_types", {}):
         if key not in _DATA_TYPES:
             raise UserError(f"DeepSpeed config: data_types: unknown field '{key}'{nearest(key, sorted(_DATA_TYPES))}")
-    dtype = ds.get("data_types", {}).get("grad_accum_dtype")
-    if dtype not in (None, AUTO, "fp32", "bf16", "fp16"):
-        raise UserError(f"DeepSpeed config: data_types.grad_accum_dtype is {dtype!r}; expected fp32, bf16 or fp16")
 
 
 def _check_zero(ds: dict[str, Any]) -> None:
     zero = ds.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
-    if stage != AUTO and (type(stage) is not int or not 0 <= stage <= 3):
-        raise UserError(f"DeepSpeed config: zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3")
     for old, new in _OLD_ZERO_KEYS.items():
         if old in zero:
             raise UserError(f"DeepSpeed config: zero_optimization.{old} is an old name; use {new}")

@@ -5,14 +5,14 @@ left to DeepSpeed's detection. Does not import deepspeed; knows neither ranks no
 """
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
-from minimind.config.deepspeed_keys import AUTO, offload_device, zero_stage
+from minimind.config.deepspeed_keys import AUTO, Auto, offload_device, zero_stage
 from minimind.config.overlaps import Overlaps
 from minimind.config.run_config import RunConfig, TrainConfig
 from minimind.errors import UserError
 from minimind.model.config import ModelConfig
-from minimind.schema import nearest
+from minimind.schema import AT_LEAST_1, convert, nearest
 
 BLOCK = "expert_parallel"
 
@@ -32,6 +32,7 @@ _UNUSED_KEYS = {
     "expert_tensor_parallel_size": "the model has no tensor parallelism",
     "validate_folding_routing": "the model has no tensor parallelism",
 }
+_TYPES = {"enabled": bool | Auto, "autoep_size": Annotated[int, AT_LEAST_1] | Auto}
 # Settings that only deepspeed.moe reads.
 _GATING_FIELDS = (
     "moe_drop_tokens", "moe_capacity_factor", "moe_eval_capacity_factor", "moe_min_capacity", "moe_random_selection",
@@ -140,10 +141,8 @@ def _check_keys(config: ModelConfig, block: dict[str, Any]) -> None:
             raise UserError(f"DeepSpeed config: {BLOCK}.{key} is not used: {_UNUSED_KEYS[key]}; remove it")
         if key not in known:
             raise UserError(f"DeepSpeed config: {BLOCK}: unknown field '{key}'{nearest(key, known)}")
-        if key == "enabled" and value != AUTO and not isinstance(value, bool):
-            raise UserError(f'DeepSpeed config: {BLOCK}.enabled is {value!r}; expected true, false or "auto"')
-        if key == "autoep_size" and value != AUTO and (type(value) is not int or value < 1):
-            raise UserError(f"DeepSpeed config: {BLOCK}.autoep_size is {value!r}; expected a whole number above 0")
+        if key in _TYPES:
+            convert(value, _TYPES[key], f"DeepSpeed config: {BLOCK}.{key}")
 
 
 def _free(block: dict[str, Any]) -> dict[str, Any]:

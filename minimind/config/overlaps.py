@@ -6,8 +6,9 @@ Every disagreement is collected and reported at once. Does not import deepspeed;
 from typing import Any
 
 from minimind.config.deepspeed_keys import AUTO, PRECISION_SECTIONS, optimizer_name
-from minimind.config.run_config import RunConfig
+from minimind.config.run_config import RunConfig, TrainConfig
 from minimind.errors import UserError
+from minimind.schema import check_fields
 
 DEFAULT_MICRO_BATCH_SIZE = 8
 
@@ -48,13 +49,8 @@ def resolve_batch(
     micro: int | None, total: int | None, accumulation: int | None, dp_size: int, overlaps: Overlaps
 ) -> dict[str, int]:
     """Any two of the three batch figures give the third; an inexact division names the nearest valid values."""
-    for name, value in (
-        ("micro_batch_size", micro),
-        ("global_batch_size", total),
-        ("gradient_accumulation_steps", accumulation),
-    ):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise UserError(f"{name}: {value!r} is not a positive integer")
+    given = {"micro_batch_size": micro, "global_batch_size": total, "gradient_accumulation_steps": accumulation}
+    check_fields(TrainConfig, given)
     if total is not None:
         if micro is None:
             unit = dp_size * (accumulation or 1)

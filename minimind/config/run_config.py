@@ -6,7 +6,6 @@ from its documented default. Knows nothing of torch, ranks or files other than t
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -16,7 +15,7 @@ import tyro
 from minimind.errors import UserError
 from minimind.model.config import ModelConfig
 from minimind.model.presets import PRESETS
-from minimind.schema import check_fields, nearest
+from minimind.schema import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Limits, check_fields, nearest
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "linear", "constant", "wsd", "step", "exponential", "deepspeed"]
@@ -26,6 +25,8 @@ GateNoise = Literal["none", "jitter", "rsample"]
 
 SHARD_FINGERPRINT = "shard_fingerprint"
 """Key of run_config.json that is no setting: the shards that the run was trained on."""
+
+SHARE = Limits(at_least=0, at_most=1)
 
 
 def _default(text: str, help: str | None = None) -> Any:
@@ -39,7 +40,7 @@ class DataConfig:
 
     shards: Annotated[str | None, _default("none, must be given")] = None
     """Folder made by data_prep.tokenize_corpus (it holds train/ and val/), or one split of it."""
-    seq_len: int = 512
+    seq_len: Annotated[int, AT_LEAST_1] = 512
     """Tokens in a sample (the context length in training)."""
     document_mask: bool = False
     """Keep attention and positions inside a document; the default packs documents and lets attention cross them."""
@@ -56,41 +57,41 @@ class TrainConfig:
     init_from: Annotated[str | None, _default("fresh weights")] = None
     """Begin with the weights (and, without --model, the shape) of a folder that minimind.export --format minimind made;
     a resumed run has its own."""
-    steps: Annotated[int | None, _default("as many as --epochs asks for")] = None
+    steps: Annotated[int | None, _default("as many as --epochs asks for"), AT_LEAST_1] = None
     """Optimizer steps."""
-    epochs: float = 1.0
+    epochs: Annotated[float, ABOVE_0] = 1.0
     """Passes over the training shards, where `steps` is not set."""
-    seed: int = 42
+    seed: Annotated[int, Limits(at_least=0, at_most=2**63 - 1)] = 42
     """Seed of the weights, the order of the data and dropout."""
-    micro_batch_size: Annotated[int | None, _default("8")] = None
+    micro_batch_size: Annotated[int | None, _default("8"), AT_LEAST_1] = None
     """Sequences a rank takes in one forward."""
-    global_batch_size: Annotated[int | None, _default("micro batch x accumulation x ranks")] = None
+    global_batch_size: Annotated[int | None, _default("micro batch x accumulation x ranks"), AT_LEAST_1] = None
     """Sequences of one optimizer step over all ranks."""
-    gradient_accumulation_steps: Annotated[int | None, _default("1")] = None
+    gradient_accumulation_steps: Annotated[int | None, _default("1"), AT_LEAST_1] = None
     """Micro-batches of a rank in one optimizer step; usually derived from the other two."""
     optimizer: Annotated[OptimizerName | None, _default("adamw")] = None
     """adamw or muon (Muon for matrices, AdamW for the rest); deepspeed: another type named in the JSON."""
-    lr: Annotated[float | None, _default("5e-4")] = None
+    lr: Annotated[float | None, _default("5e-4"), ABOVE_0] = None
     """Peak learning rate."""
-    betas: Annotated[tuple[float, float] | None, _default("0.9 0.95")] = None
+    betas: Annotated[tuple[float, float] | None, _default("0.9 0.95"), Limits(at_least=0, below=1)] = None
     """Adam's decay rates of the first and second moment."""
-    eps: Annotated[float | None, _default("1e-8")] = None
+    eps: Annotated[float | None, _default("1e-8"), AT_LEAST_0] = None
     """Adam's epsilon."""
-    weight_decay: Annotated[float | None, _default("0.1")] = None
+    weight_decay: Annotated[float | None, _default("0.1"), AT_LEAST_0] = None
     """Decoupled weight decay, on matrices only: no norms, no biases."""
-    max_grad_norm: Annotated[float | None, _default("1.0")] = None
+    max_grad_norm: Annotated[float | None, _default("1.0"), AT_LEAST_0] = None
     """Clip the global gradient norm to this; 0 turns clipping off."""
     schedule: Annotated[Schedule | None, _default("cosine")] = None
     """Learning rate after the warm-up; deepspeed: the scheduler of the JSON drives it."""
-    warmup_steps: Annotated[int | None, _default("2% of the run, at least 1")] = None
+    warmup_steps: Annotated[int | None, _default("2% of the run, at least 1"), AT_LEAST_0] = None
     """Steps of linear warm-up."""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: Annotated[float, SHARE] = 0.1
     """Floor of the schedule as a share of lr."""
-    decay_ratio: float = 0.2
+    decay_ratio: Annotated[float, SHARE] = 0.2
     """wsd: share of the run spent in the final decay."""
-    lr_step_size: int = 1000
+    lr_step_size: Annotated[int, AT_LEAST_1] = 1000
     """step and exponential: steps over which the rate is multiplied by lr_gamma."""
-    lr_gamma: float = 0.5
+    lr_gamma: Annotated[float, SHARE] = 0.5
     """step and exponential: the factor."""
     precision: Annotated[Precision | None, _default("bf16 on a GPU that has it, otherwise fp32")] = None
     """Arithmetic of forward and backward."""
@@ -101,15 +102,15 @@ class TrainConfig:
     moe_backend: Annotated[MoeBackend | None, _default("autoep, for a model with experts")] = None
     """What runs the experts: autoep (DeepSpeed's AutoEP) drops no token and knows every ZeRO stage; deepspeed
     (deepspeed.moe) can limit what an expert takes, and knows ZeRO 0 to 2."""
-    ep_size: Annotated[int | None, _default("1")] = None
+    ep_size: Annotated[int | None, _default("1"), AT_LEAST_1] = None
     """Ranks that share one set of experts; divides the experts and the ranks. 1: every rank holds all experts."""
     moe_drop_tokens: bool = False
     """moe_backend deepspeed: an expert passes over what exceeds its capacity, also in evaluation."""
-    moe_capacity_factor: float = 1.0
+    moe_capacity_factor: Annotated[float, ABOVE_0] = 1.0
     """With moe_drop_tokens: tokens that an expert takes in training, as a multiple of its even share."""
-    moe_eval_capacity_factor: float = 1.0
+    moe_eval_capacity_factor: Annotated[float, ABOVE_0] = 1.0
     """The same in evaluation."""
-    moe_min_capacity: int = 4
+    moe_min_capacity: Annotated[int, AT_LEAST_1] = 4
     """With moe_drop_tokens: what an expert takes at least; not above seq_len."""
     moe_random_selection: bool = False
     """With moe_drop_tokens and one expert a token, in training: draw at random what is dropped."""
@@ -118,21 +119,21 @@ class TrainConfig:
     token) adds Gumbel noise to its logits. Noise moves the choice, not the weights."""
     moe_sample_second: bool = False
     """moe_backend deepspeed, two experts a token, in training: draw the second instead of taking the next best."""
-    skip_bad_steps: int = 0
+    skip_bad_steps: Annotated[int, AT_LEAST_0] = 0
     """Skip up to this many steps whose loss or gradient is NaN or infinite; 0: stop at the first."""
-    log_every: int = 1
+    log_every: Annotated[int, AT_LEAST_1] = 1
     """Steps between two readings of loss and norm from the device; every step is in metrics.jsonl either way."""
-    eval_every: int = 0
+    eval_every: Annotated[int, AT_LEAST_0] = 0
     """Steps between two evaluations on the validation split; 0: only at the end."""
-    eval_samples: int = 0
+    eval_samples: Annotated[int, AT_LEAST_0] = 0
     """Validation samples in one evaluation; 0: all."""
-    save_every: int = 0
+    save_every: Annotated[int, AT_LEAST_0] = 0
     """Steps between two checkpoints; 0: only at the end."""
-    keep_last: int = 3
+    keep_last: Annotated[int, AT_LEAST_0] = 3
     """Newest checkpoints to keep; 0: all."""
-    keep_every: int = 0
+    keep_every: Annotated[int, AT_LEAST_0] = 0
     """Checkpoints at multiples of this step are kept for ever; 0: none."""
-    keep_best: int = 1
+    keep_best: Annotated[int, AT_LEAST_0] = 1
     """Checkpoints with the lowest evaluation loss to keep, of those evaluated at the step of their save."""
     async_save: bool = True
     """Write checkpoints beside training, from a copy in host memory."""
@@ -142,13 +143,13 @@ class TrainConfig:
     """Continue a run on other shards than it began with (the tokenizer must stay)."""
     tensorboard: bool = True
     """Write TensorBoard events into run_dir/tensorboard."""
-    profile_steps: int = 0
+    profile_steps: Annotated[int, AT_LEAST_0] = 0
     """Profile so many steps, after the first three, into run_dir/profile; 0: none."""
     wandb_project: Annotated[str | None, _default("none")] = None
     """Send the figures to this project of Weights & Biases too (needs the package wandb)."""
-    num_workers: int = 1
+    num_workers: Annotated[int, AT_LEAST_0] = 1
     """Threads that read batches ahead of the step; 0: read in the step itself."""
-    timeout_minutes: float = 30.0
+    timeout_minutes: Annotated[float, ABOVE_0] = 30.0
     """A collective that hangs this long ends the run, saying where each rank stands."""
     preflight: bool = True
     """With several ranks, compare hosts, versions, code and folders before training."""
@@ -213,50 +214,13 @@ def check_run(run: RunConfig) -> None:
         UserError: naming the first wrong field, its value and the fix.
     """
     data, train = run.data, run.train
-    for section, name, low in (
-        (data, "seq_len", 1),
-        (train, "steps", 1),
-        (train, "micro_batch_size", 1),
-        (train, "global_batch_size", 1),
-        (train, "gradient_accumulation_steps", 1),
-        (train, "lr_step_size", 1),
-        (train, "log_every", 1),
-        (train, "seed", 0),
-        (train, "warmup_steps", 0),
-        (train, "max_grad_norm", 0),
-        (train, "weight_decay", 0),
-        (train, "eps", 0),
-        (train, "skip_bad_steps", 0),
-        (train, "eval_every", 0),
-        (train, "eval_samples", 0),
-        (train, "save_every", 0),
-        (train, "keep_last", 0),
-        (train, "keep_every", 0),
-        (train, "keep_best", 0),
-        (train, "num_workers", 0),
-        (train, "profile_steps", 0),
-        (train, "ep_size", 1),
-        (train, "moe_min_capacity", 1),
-    ):
-        value = getattr(section, name)
-        if value is not None and not low <= value < math.inf:
-            raise UserError(f"{name}: {value} is not a finite number of {low} or more")
-    for name in ("lr", "epochs", "timeout_minutes", "moe_capacity_factor", "moe_eval_capacity_factor"):
-        value = getattr(train, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"{name}: {value} is not a finite number above 0")
-    for name in ("min_lr_ratio", "decay_ratio", "lr_gamma"):
-        if not 0 <= getattr(train, name) <= 1:
-            raise UserError(f"{name}: {getattr(train, name)} is not between 0 and 1")
-    if train.seed >= 2**63:
-        raise UserError(f"seed: {train.seed} does not fit 63 bits; give a smaller one")
+    for section in (data, train):
+        check_fields(type(section), vars(section))
     for name in ("run_dir", "ds_config", "resume", "init_from"):
         if getattr(train, name) == "":
             raise UserError(f"{name}: empty; give a value, or leave the flag out")
     if data.shards == "":
         raise UserError("shards: empty; give a folder made by python -m data_prep.tokenize_corpus")
-    if train.betas is not None and not all(0 <= beta < 1 for beta in train.betas):
-        raise UserError(f"betas: {train.betas} are not in [0, 1)")
     if train.steps is not None and train.warmup_steps is not None and train.warmup_steps > train.steps:
         raise UserError(f"warmup_steps: {train.warmup_steps} is longer than the run of {train.steps} steps")
     if data.seq_len > run.model.max_position_embeddings:

@@ -7,41 +7,12 @@ how the model is computed, trained or stored.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 from minimind.errors import UserError
 from minimind.model.flops import count_active_params, count_flops_per_token, count_params
-from minimind.schema import check_fields
+from minimind.schema import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Limits, check_fields
 
-_POSITIVE = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_original_max_position_embeddings",
-    "rope_beta_fast",
-    "rope_beta_slow",
-    "rope_attention_factor",
-    "initializer_range",
-    "num_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "routed_scaling_factor",
-)
-_NOT_NEGATIVE = (
-    "z_loss_coef",
-    "router_aux_loss_coef",
-    "router_z_loss_coef",
-    "router_bias_update_rate",
-    "n_shared_experts",
-    "first_k_dense_replace",
-)
 # What only an MoE layer reads: set on a dense model it would be ignored, and an ignored setting is an error.
 _EXPERT_FIELDS = (
     "num_experts",
@@ -68,47 +39,47 @@ class ModelConfig:
     property (`head_size`, `feed_forward_size`, `expert_feed_forward_size`), never written back into the field.
     """
 
-    vocab_size: int = 6400
+    vocab_size: Annotated[int, AT_LEAST_1] = 6400
     """Number of token ids, the rows of the embedding."""
-    hidden_size: int = 768
+    hidden_size: Annotated[int, AT_LEAST_1] = 768
     """Width of the residual stream."""
-    num_hidden_layers: int = 8
+    num_hidden_layers: Annotated[int, AT_LEAST_1] = 8
     """Number of transformer blocks."""
-    num_attention_heads: int = 8
+    num_attention_heads: Annotated[int, AT_LEAST_1] = 8
     """Number of query heads."""
-    num_key_value_heads: int = 4
+    num_key_value_heads: Annotated[int, AT_LEAST_1] = 4
     """Number of key and value heads: equal to the query heads is MHA, 1 is MQA, between them GQA."""
-    head_dim: int | None = None
+    head_dim: Annotated[int | None, AT_LEAST_1] = None
     """Width of one head; None means hidden_size / num_attention_heads."""
-    intermediate_size: int | None = None
+    intermediate_size: Annotated[int | None, AT_LEAST_1] = None
     """Width of the feed-forward; None means hidden_size * pi, rounded up to a multiple of 64."""
-    max_position_embeddings: int = 32768
+    max_position_embeddings: Annotated[int, AT_LEAST_1] = 32768
     """Longest sequence the model accepts, in tokens."""
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: Annotated[float, ABOVE_0] = 1e-6
     """Added to the mean square in every RMSNorm."""
-    rope_theta: float = 1e6
+    rope_theta: Annotated[float, ABOVE_0] = 1e6
     """Base of the rotary frequencies."""
-    rope_scaling_factor: float = 1.0
+    rope_scaling_factor: Annotated[float, AT_LEAST_1] = 1.0
     """YaRN: how many times the context is stretched beyond the trained one; 1 turns YaRN off."""
-    rope_original_max_position_embeddings: int = 2048
+    rope_original_max_position_embeddings: Annotated[int, AT_LEAST_1] = 2048
     """YaRN: the context length of training, in tokens."""
-    rope_beta_fast: float = 32.0
+    rope_beta_fast: Annotated[float, ABOVE_0] = 32.0
     """YaRN: frequencies that turn more often than this in the trained context are kept."""
-    rope_beta_slow: float = 1.0
+    rope_beta_slow: Annotated[float, ABOVE_0] = 1.0
     """YaRN: frequencies that turn less often than this in the trained context are divided by the factor."""
-    rope_attention_factor: float | None = None
+    rope_attention_factor: Annotated[float | None, ABOVE_0] = None
     """YaRN: scale of the rotated queries and keys; None means 0.1 * ln(rope_scaling_factor) + 1."""
     tie_word_embeddings: bool = True
     """Use the embedding matrix as the output matrix too."""
     qk_norm: bool = True
     """RMSNorm over each query and key head before the rotation."""
-    dropout: float = 0.0
+    dropout: Annotated[float, Limits(at_least=0, below=1)] = 0.0
     """Dropout on the embedding and on what each block adds to the residual stream, in training."""
-    attention_dropout: float = 0.0
+    attention_dropout: Annotated[float, Limits(at_least=0, below=1)] = 0.0
     """Dropout on the attention weights, in training."""
     flash_attn: bool = True
     """Fused attention kernels; false computes the score matrix explicitly."""
-    initializer_range: float = 0.02
+    initializer_range: Annotated[float, ABOVE_0] = 0.02
     """Standard deviation of fresh weights; matrices that write to the residual stream divide it by sqrt(2 * layers)."""
     bos_token_id: int = 1
     """Id of the token that opens a turn."""
@@ -116,36 +87,36 @@ class ModelConfig:
     """Id of the token that ends generation."""
     pad_token_id: int = 0
     """Id that fills short rows of a batch."""
-    z_loss_coef: float = 0.0
+    z_loss_coef: Annotated[float, AT_LEAST_0] = 0.0
     """Weight of the squared log-partition of the output logits in the training loss; 0 is off."""
 
     use_moe: bool = False
     """Mixture of experts in place of the feed-forward."""
-    num_experts: int = 4
+    num_experts: Annotated[int, AT_LEAST_1] = 4
     """Routed experts in a layer."""
-    num_experts_per_tok: int = 1
+    num_experts_per_tok: Annotated[int, AT_LEAST_1] = 1
     """Routed experts a token visits."""
-    n_shared_experts: int = 0
+    n_shared_experts: Annotated[int, AT_LEAST_0] = 0
     """Experts that every token visits, computed as one feed-forward of their joint width."""
     moe_residual: bool = False
     """A feed-forward of one expert's width beside the experts; each token weighs the two (arXiv 2201.05596)."""
-    moe_intermediate_size: int | None = None
+    moe_intermediate_size: Annotated[int | None, AT_LEAST_1] = None
     """Width of one expert; None means the width of the dense feed-forward."""
     norm_topk_prob: bool = True
     """Divide the chosen experts' scores by their sum."""
-    scoring_func: str = "softmax"
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax"
     """Router scores: softmax over the experts, or sigmoid of each."""
-    routed_scaling_factor: float = 1.0
+    routed_scaling_factor: Annotated[float, ABOVE_0] = 1.0
     """Multiplies the weights of the routed experts."""
-    router_aux_loss_coef: float = 5e-4
+    router_aux_loss_coef: Annotated[float, AT_LEAST_0] = 5e-4
     """Weight of the load-balancing loss; 0 is off."""
     seq_aux: bool = False
     """Balance the load within each sequence instead of over the batch."""
-    router_z_loss_coef: float = 0.0
+    router_z_loss_coef: Annotated[float, AT_LEAST_0] = 0.0
     """Weight of the squared log-partition of the router logits; 0 is off."""
-    router_bias_update_rate: float = 0.0
+    router_bias_update_rate: Annotated[float, AT_LEAST_0] = 0.0
     """Step of the selection bias that balances the load without a loss (DeepSeek-V3); 0 is off."""
-    first_k_dense_replace: int = 0
+    first_k_dense_replace: Annotated[int, AT_LEAST_0] = 0
     """This many first layers keep the dense feed-forward."""
 
     def __post_init__(self) -> None:
@@ -217,20 +188,10 @@ def check_config(config: "ModelConfig") -> None:
 
 
 def _refuse(config: "ModelConfig", name: str, fix: str) -> NoReturn:
-    raise UserError(f"model config: {name}={getattr(config, name)!r} {fix}")
+    raise UserError(f"model config: {name}: {getattr(config, name)!r} {fix}")
 
 
 def _check_ranges(config: "ModelConfig") -> None:
-    for name in _POSITIVE:
-        value = getattr(config, name)
-        if value is not None and not 0 < value < float("inf"):
-            _refuse(config, name, "must be a finite number above 0")
-    for name in _NOT_NEGATIVE:
-        if not 0 <= getattr(config, name) < float("inf"):
-            _refuse(config, name, "must be 0 or a finite number above")
-    for name in ("dropout", "attention_dropout"):
-        if not 0 <= getattr(config, name) < 1:
-            _refuse(config, name, "must be at least 0 and below 1")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if not 0 <= getattr(config, name) < config.vocab_size:
             _refuse(config, name, f"must be a token id below vocab_size={config.vocab_size}")
@@ -245,8 +206,6 @@ def _check_attention(config: "ModelConfig") -> None:
         _refuse(config, name, f"gives heads of odd width {config.head_size}; rotary positions need an even one")
     if heads % config.num_key_value_heads:
         _refuse(config, "num_key_value_heads", f"does not divide num_attention_heads={heads}")
-    if config.rope_scaling_factor < 1 or config.rope_scaling_factor == float("inf"):
-        _refuse(config, "rope_scaling_factor", "must be 1 (no YaRN) or above")
     if config.rope_beta_fast <= config.rope_beta_slow:
         _refuse(config, "rope_beta_fast", f"must be above rope_beta_slow={config.rope_beta_slow}")
     if config.rope_attention_factor is not None and config.rope_scaling_factor == 1:
@@ -259,8 +218,6 @@ def _check_experts(config: "ModelConfig") -> None:
             if field.name in _EXPERT_FIELDS and getattr(config, field.name) != field.default:
                 _refuse(config, field.name, f"has no effect on a dense model; set use_moe or leave it {field.default}")
         return
-    if config.scoring_func not in ("softmax", "sigmoid"):
-        _refuse(config, "scoring_func", "must be 'softmax' or 'sigmoid'")
     if config.num_experts_per_tok > config.num_experts:
         _refuse(config, "num_experts_per_tok", f"is above num_experts={config.num_experts}")
     if config.first_k_dense_replace >= config.num_hidden_layers:

@@ -127,7 +127,7 @@ def test_an_impossible_value_is_refused_by_name(values):
     with pytest.raises(UserError) as caught:
         ModelConfig(**values)
     named = list(values)[-1] if "use_moe" in values else next(iter(values))
-    assert f"{named}={values[named]!r}" in str(caught.value)
+    assert f"{named}: {values[named]!r} " in str(caught.value)
 
 
 def test_defaults_follow_other_fields():

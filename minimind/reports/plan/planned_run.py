@@ -6,7 +6,7 @@ What `minimind.plan` prints, as values. Touches no device but to ask the present
 import copy
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -16,7 +16,7 @@ from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import RunConfig
 from minimind.errors import UserError
 from minimind.reports.plan.memory import MemoryEstimate, estimate_memory, largest_micro_batch
-from minimind.schema import nearest
+from minimind.schema import ABOVE_0, AT_LEAST_1, Limits, check_fields, nearest
 from minimind.training.peak_flops import data_sheet_peak, known_accelerators
 from minimind.units import parse_size
 
@@ -40,9 +40,9 @@ VARIANTS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
 class PlanOptions:
     """What is planned beside the run itself."""
 
-    num_gpus: int = 1
+    num_gpus: Annotated[int, AT_LEAST_1] = 1
     """GPUs (or CPU ranks) of each node."""
-    num_nodes: int = 1
+    num_nodes: Annotated[int, AT_LEAST_1] = 1
     """Nodes."""
     device: Literal["cuda", "cpu"] = "cuda"
     """What the ranks compute on."""
@@ -50,13 +50,13 @@ class PlanOptions:
     """Memory of one GPU, such as 80GiB; the present GPU's, or 80GiB where there is none."""
     gpu: str | None = None
     """Name of the GPU, such as H100, for its peak; the present one's."""
-    tokens: float | None = None
+    tokens: Annotated[float | None, ABOVE_0] = None
     """Tokens to train on, such as 10e9; without it, --steps."""
-    tokens_per_second: float | None = None
+    tokens_per_second: Annotated[float | None, ABOVE_0] = None
     """Of all GPUs together, where it is known from a run."""
-    mfu: float | None = None
+    mfu: Annotated[float | None, Limits(above=0, at_most=1, fix="write 0.4 for 40%")] = None
     """Share of the peak that training reaches, where the speed is not known; 0.35 where the GPU is known."""
-    price: float | None = None
+    price: Annotated[float | None, ABOVE_0] = None
     """Price of one GPU for an hour."""
     find_micro_batch: bool = False
     """Try real steps on the present device, larger and larger, and stop below out-of-memory."""
@@ -68,12 +68,7 @@ def check_options(options: PlanOptions) -> PlanOptions:
     Raises:
         UserError: naming the option, its value and the fix.
     """
-    for name in ("num_gpus", "num_nodes", "tokens", "tokens_per_second", "price"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"{name}: {value:g} is not a finite number above 0")
-    if options.mfu is not None and not 0 < options.mfu <= 1:
-        raise UserError(f"mfu: {options.mfu:g} is not a share between 0 and 1; write 0.4 for 40%")
+    check_fields(PlanOptions, vars(options))
     if options.mfu is not None and options.tokens_per_second is not None:
         raise UserError("mfu: not together with tokens_per_second, which already says the speed; leave one out")
     if options.gpu is not None and data_sheet_peak(options.gpu, half=True) is None:

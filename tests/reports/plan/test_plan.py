@@ -120,7 +120,7 @@ def test_the_usual_rate_falls_with_size():
         (["--num-gpus", "0"], "num_gpus: 0"),
         (["--gpu-memory", "lots"], "gpu_memory: 'lots'"),
         (["--gpu", "H1000"], "did you mean 'H100'?"),
-        (["--mfu", "40"], "mfu: 40 is not a share"),
+        (["--mfu", "40"], "mfu: 40.0 is not a finite number above 0 and up to 1; write 0.4 for 40%"),
         (["--mfu", "0.4", "--tokens-per-second", "5"], "mfu: not together"),
         (["--tokens", "1e9", "--steps", "3"], "tokens: 1e+09 disagree with 3 steps"),
         (["--tokenz", "1"], "unknown flag --tokenz; did you mean '--tokens'?"),
