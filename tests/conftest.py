@@ -6,6 +6,10 @@ from pathlib import Path
 # Before torch is imported, for this process and those it starts: threads that wait for one another cost products as
 # small as the tests' many times what they give, most of all where several processes share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Processes that the tests start find tests/support too.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH")])
+)
 
 import pytest
 from structured_corpus import write_corpus

@@ -37,7 +37,7 @@ CASES = [
 
 
 def run_cases(cases: list[dict[str, Any]]) -> list[dict[str, int]]:
-    command = [sys.executable, str(ROOT / "tests" / "memory_trial.py")]
+    command = [sys.executable, str(ROOT / "tests" / "support" / "memory_trial.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         command, input=json.dumps(cases), capture_output=True, text=True, cwd=ROOT, env=environment, timeout=500
