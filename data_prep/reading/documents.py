@@ -1,6 +1,6 @@
-"""Documents out of chunks, and what becomes of those that are bad: one line each, counted, skipped, or the end.
+"""Documents of chunks, and what becomes of bad ones: a line each, counted, left out, or the end of the run.
 
-The one reader of all commands that take text. Knows nothing of tokens, splits or files on disk other than its log.
+The one reader of all commands that take text.
 """
 
 import json
@@ -31,17 +31,28 @@ class Problem(NamedTuple):
         return f"{self.source}:{self.line}: {self.reason}"
 
 
-def parse_chunk(chunk: Chunk, options: ReadOptions) -> tuple[list[str], list[Problem]]:
-    """The good documents of a chunk in order, and its bad ones."""
-    texts: list[str] = []
-    problems: list[Problem] = []
-    for line, raw in _find_texts(chunk, options):
-        text = _check(raw, options.max_document_bytes)
+class Parsed(NamedTuple):
+    """What a chunk holds: good documents in order and where each begins, bad ones, and how many were empty."""
+
+    texts: list[str]
+    lines: list[int]
+    problems: list[Problem]
+    num_empty: int
+
+
+def parse_chunk(chunk: Chunk, options: ReadOptions) -> Parsed:
+    parsed = Parsed([], [], [], 0)
+    num_empty = 0
+    for line, raw in chunk.records:
+        text = _check(_parse_json_line(raw, options) if chunk.is_json and isinstance(raw, bytes) else raw, options)
         if isinstance(text, Rejected):
-            problems.append(Problem(chunk.source, line, text.reason))
+            parsed.problems.append(Problem(chunk.source.name, line, text.reason))
+        elif not text or text.isspace():
+            num_empty += 1
         else:
-            texts.append(text)
-    return texts, problems
+            parsed.texts.append(text)
+            parsed.lines.append(line)
+    return parsed._replace(num_empty=num_empty)
 
 
 class BadDocuments:
@@ -90,79 +101,44 @@ def read_documents(sources: Iterable[Source], options: ReadOptions, bad: BadDocu
     """All good documents of all sources, in order."""
     for source in sources:
         for chunk in cut_source(source, options):
-            texts, problems = parse_chunk(chunk, options)
-            bad.add(len(texts) + len(problems), problems)
-            yield from texts
+            parsed = parse_chunk(chunk, options)
+            bad.add(len(parsed.texts) + len(parsed.problems), parsed.problems)
+            yield from parsed.texts
     bad.finish()
 
 
-def _find_texts(chunk: Chunk, options: ReadOptions) -> Iterator[tuple[int, Text]]:
-    if chunk.kind == "records":
-        yield from chunk.records
-        return
-    if chunk.kind == "document":
-        documents: Iterable[tuple[int, bytes]] = [(1, chunk.data)]
-    elif chunk.kind == "paragraph":
-        documents = _find_paragraphs(chunk)
-    else:
-        documents = enumerate(chunk.data.split(b"\n"), start=chunk.first_line)
-    for line, data in documents:
-        # The very bytes that the reader counts, so that no document depends on where a chunk ends.
-        if len(data) > options.max_document_bytes:
-            yield line, reject_long(options.max_document_bytes)
-        elif chunk.kind == "document":
-            yield line, data
-        elif data and not data.isspace():
-            yield (
-                line,
-                _parse_json_line(data, options.text_field) if chunk.kind == "jsonl" else data.removesuffix(b"\r"),
-            )
-
-
-def _find_paragraphs(chunk: Chunk) -> Iterator[tuple[int, bytes]]:
-    """Runs of lines that are not blank."""
-    first, paragraph = 0, []
-    for line, data in enumerate([*chunk.data.split(b"\n"), b""], start=chunk.first_line):
-        if data and not data.isspace():
-            first = first or line
-            paragraph.append(data)
-        elif first:
-            yield first, b"\n".join(paragraph)
-            first, paragraph = 0, []
-
-
-def _parse_json_line(data: bytes, field: str) -> Text:
-    text = _decode(data)
+def _parse_json_line(data: bytes, options: ReadOptions) -> Text:
+    text = _decode(data, options.encoding)
     if isinstance(text, Rejected):
         return text
     try:
-        return find_text(json.loads(text), field)
+        return find_text(json.loads(text), options.text_field)
     except json.JSONDecodeError as error:
         return Rejected(f"broken JSON: {error.msg} at column {error.colno}")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets within brackets
         return Rejected(f"broken JSON: {error}")
 
 
-def _decode(data: bytes) -> str | Rejected:
+def _decode(data: bytes, encoding: str) -> str | Rejected:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
+        if encoding != "utf-8":
+            return Rejected(f"not valid {encoding} at column {error.start + 1}")
         return Rejected(f"invalid UTF-8: byte 0x{data[error.start]:02x} at column {error.start + 1}")
 
 
-def _check(raw: Text, limit: int) -> str | Rejected:
-    text = _decode(raw) if isinstance(raw, bytes) else raw
+def _check(raw: Text, options: ReadOptions) -> str | Rejected:
+    text = _decode(raw, options.encoding) if isinstance(raw, bytes) else raw
     if isinstance(text, Rejected):
         return text
-    if not text or text.isspace():
-        return Rejected("empty document")
     if "\0" in text:
         return Rejected(f"NUL character at position {text.index(chr(0)) + 1}")
     try:
         size = len(text) if text.isascii() else len(text.encode("utf-8"))
     except UnicodeEncodeError as error:
         return Rejected(f"invalid Unicode: lone surrogate at position {error.start + 1}")
-    return text if size <= limit else reject_long(limit)
+    return text if size <= options.max_document_bytes else reject_long(options.max_document_bytes)
 
 
 def open_log(path: Path) -> IO[str]:

@@ -1,8 +1,7 @@
-"""What a record of an input is, and the options that say how inputs are read: the words shared by all readers.
+"""Options of reading, and records: the text of a document, or why there is none."""
 
-Knows nothing of files or processes.
-"""
-
+import codecs
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +10,7 @@ from minimind.errors import UserError
 CHUNK_BYTES = 1 << 19
 
 TxtDocuments = Literal["paragraph", "line", "document"]
+InputFormat = Literal["jsonl", "json", "txt", "parquet", "csv", "tsv"]
 
 
 class Rejected(NamedTuple):
@@ -28,8 +28,12 @@ Record = tuple[int, Text, int]
 class ReadOptions:
     """How inputs are read."""
 
-    text_field: str = "text"
-    """Field, column or feature that holds a document's text (.jsonl, .json, .csv, .parquet, data sets)."""
+    text_field: tuple[str, ...] = ("text",)
+    """Field, column or feature with the text; several are joined by a blank line, dots lead into nested ones."""
+    format: InputFormat | None = None
+    """Format of standard input (-), pipes, and files whose name tells none."""
+    encoding: str = "utf-8"
+    """Encoding of text files, such as gb18030; a UTF-16 byte order mark is recognised without it."""
     txt_documents: TxtDocuments = "paragraph"
     """What one document is in a .txt file: lines up to a blank line, one line, or the whole file."""
     max_document_bytes: int = 1 << 23
@@ -38,18 +42,54 @@ class ReadOptions:
     """Configuration of a data set that `datasets` loads."""
     hf_split: str = "train"
     """Split of a data set that `datasets` loads."""
+    hf_revision: str | None = None
+    """Branch, tag or commit of a data set on the hub."""
     hf_streaming: bool = True
     """Stream a data set instead of downloading it whole first."""
 
+    def __post_init__(self) -> None:
+        check_range("--max-document-bytes", self.max_document_bytes, 1)
+        if not self.text_field:
+            raise UserError("--text-field: no field is named")
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError:
+            raise UserError(
+                f"--encoding {self.encoding} is unknown: give one such as gb18030, big5 or utf-16"
+            ) from None
 
-def find_text(value: Any, field: str) -> Text:
-    """The text of a parsed JSON value."""
+
+def check_range(flag: str, value: float | None, low: float, high: float = float("inf")) -> None:
+    """Raise `UserError` for a flag's number outside [low, high]; None was not given."""
+    if value is not None and not low <= value <= high:
+        limits = f"at least {low:,}" if high == float("inf") else f"from {low:,} to {high:,}"
+        raise UserError(f"{flag} {value:,}: must be {limits}")
+
+
+def find_text(value: Any, fields: Sequence[str]) -> Text:
+    """The text of a parsed JSON value; fields that are empty are left out of several."""
+    if len(fields) == 1:
+        return _follow(value, fields[0])
+    found = [_follow(value, field) for field in fields]
+    rejected = next((text for text in found if isinstance(text, Rejected)), None)
+    return rejected or "\n\n".join(text for text in found if isinstance(text, str) and text.strip())
+
+
+def _follow(value: Any, path: str) -> str | Rejected:
+    """The string at a dotted path; a list on the way gives one line for each of its elements."""
     if not isinstance(value, dict):
-        return Rejected(f"{_name_type(value)}, not an object with a field {field!r}")
-    if field not in value:
-        return Rejected(f"no field {field!r} (it has {', '.join(map(repr, list(value)[:8])) or 'none'})")
-    text = value[field]
-    return text if isinstance(text, str) else Rejected(f"field {field!r} is {_name_type(text)}, not a string")
+        return Rejected(f"{_name_type(value)}, not an object with a field {path!r}")
+    head, dot, rest = path.partition(".")
+    if path not in value and dot and head in value:
+        if not isinstance(value[head], list):
+            return _follow(value[head], rest)
+        found = [_follow(element, rest) for element in value[head]]
+        rejected = next((text for text in found if isinstance(text, Rejected)), None)
+        return rejected or "\n".join(text for text in found if isinstance(text, str))
+    if path not in value:
+        return Rejected(f"no field {path!r} (it has {', '.join(map(repr, list(value)[:8])) or 'none'})")
+    text = value[path]
+    return text if isinstance(text, str) else Rejected(f"field {path!r} is {_name_type(text)}, not a string")
 
 
 def reject_long(limit: int) -> Rejected:
@@ -57,23 +97,19 @@ def reject_long(limit: int) -> Rejected:
     return Rejected(f"longer than --max-document-bytes {limit:,}")
 
 
-_JSON_TYPES = {
-    dict: "an object",
-    list: "a list",
-    str: "a string",
-    int: "a number",
-    float: "a number",
-    bool: "true or false",
-    type(None): "null",
-}
-
-
 def _name_type(value: object) -> str:
-    return _JSON_TYPES.get(type(value), type(value).__name__)
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else "true or false"
+    names = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
+    return names.get(type(value), type(value).__name__)
 
 
-def find_column(columns: list[str], name: str, field: str) -> int:
-    """The index of the text column of input `name`. Raises `UserError` with the columns that there are."""
-    if field not in columns:
-        raise UserError(f"{name} has no column {field!r} but {', '.join(columns)}: choose with --text-field")
-    return columns.index(field)
+def find_columns(columns: Sequence[str], name: str, fields: Sequence[str]) -> list[int]:
+    """The indices of the columns of input `name` that hold `fields`. Raises `UserError` with the columns there are."""
+    found = []
+    for field in fields:
+        column = field if field in columns else field.split(".")[0]
+        if column not in columns:
+            raise UserError(f"{name} has no column {field!r} but {', '.join(columns)}: choose with --text-field")
+        found.append(list(columns).index(column))
+    return found

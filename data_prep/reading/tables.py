@@ -1,14 +1,15 @@
-"""Records out of tables: CSV, Parquet, and whatever Hugging Face `datasets` loads, row by row in constant memory.
+"""Records of CSV, Parquet and Hugging Face data sets, row by row in constant memory.
 
-A row that cannot be used is a record too, with the reason. Knows nothing of chunks or processes.
+Parquet and data sets are read by their libraries. CSV is not: arrow's reader gives no line numbers of bad rows, and one
+bad byte costs it a whole block.
 """
 
 import contextlib
 import csv
-import shutil
-import tempfile
+import re
+import sys
 from collections.abc import Iterator
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from data_prep.reading.records import (
     CHUNK_BYTES,
@@ -16,30 +17,33 @@ from data_prep.reading.records import (
     Record,
     Rejected,
     Text,
-    find_column,
+    find_columns,
     find_text,
     reject_long,
 )
-from data_prep.reading.sources import Source
+from data_prep.reading.sources import Source, is_saved_dataset
 from minimind.errors import UserError, first_line
 
-
-class LineStream(Protocol):
-    """Bytes line by line."""
-
-    def readline(self, size: int) -> bytes: ...
+# An encoded row can be far smaller than its text (a dictionary page holds a repeated text once), so that no batch may
+# have many rows, whatever the file's sizes promise.
+_MOST_ROWS = 64
 
 
 class _CsvLines:
-    """Lines for `csv.reader`; an empty one stands for a line beyond `limit`, and `dropped` is set."""
+    """Lines for `csv.reader`. Of a record beyond `limit` only quotes, delimiters and line ends are handed on, which say
+    where it ends, and `dropped` is set."""
 
-    def __init__(self, stream: LineStream, limit: int) -> None:
+    def __init__(self, stream: BinaryIO, limit: int) -> None:
         self._stream = stream
         self._limit = limit
         self.count = 0
-        self.dropped = False
+        self.begin_record()
 
-    def __iter__(self) -> "_CsvLines":
+    def begin_record(self) -> None:
+        self.dropped = False
+        self._size = 0
+
+    def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
@@ -47,43 +51,56 @@ class _CsvLines:
         if not line:
             raise StopIteration
         self.count += 1
-        if len(line) > self._limit:
+        self._size += len(line)
+        if self._size > self._limit:
             self.dropped = True
-            while not line.endswith(b"\n") and (line := self._stream.readline(CHUNK_BYTES)):
-                pass
-            return "\n"
+            line, rest = _keep_structure(line), line
+            while not rest.endswith(b"\n") and (rest := self._stream.readline(CHUNK_BYTES)):
+                line += _keep_structure(rest)
         # Bytes that are no UTF-8 become lone surrogates, which are found in the one column that counts.
         return line.decode("utf-8", "surrogateescape")
 
 
-def read_csv(stream: LineStream, source: Source, options: ReadOptions) -> Iterator[Record]:
+def _keep_structure(line: bytes) -> bytes:
+    return re.sub(rb'[^",\t\r\n]+', b"x", line)
+
+
+def read_csv(stream: BinaryIO, source: Source, options: ReadOptions) -> Iterator[Record]:
+    """Rows under the number of their first line. Raises `UserError` for a quote that is never closed."""
     lines = _CsvLines(stream, options.max_document_bytes)
-    csv.field_size_limit(options.max_document_bytes)
-    reader = csv.reader(lines, strict=True)
-    column, width = -1, 0
+    csv.field_size_limit(2 * options.max_document_bytes)  # reached by no field but one whose quote has no end
+    reader = csv.reader(lines, strict=True, delimiter="\t" if source.format == "tsv" else ",")
+    columns: list[int] = []
+    width = 0
     while True:
-        line, lines.dropped = lines.count + 1, False
-        text: Text
+        line, text = lines.count + 1, None
+        lines.begin_record()
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
+            if not columns or re.search("unexpected end|field limit", str(error)):
+                what = f"a quoted field has no end ({error})" if columns else f"the header is broken ({error})"
+                raise UserError(f"{source.name}:{line}: {what}; what follows cannot be read: mend the file") from None
             row, text = ["?"], Rejected(f"broken CSV: {error}")
-        else:
-            if column < 0 and row:
-                column, width = find_column(row, source.name, options.text_field), len(row)
-                continue
-            text = row[column] if len(row) == width else Rejected(f"{len(row)} columns, the header has {width}")
+        if not row:
+            continue
+        if not columns:
+            columns, width = find_columns(row, source.name, options.text_field), len(row)
+            continue
         if lines.dropped:
             text = reject_long(options.max_document_bytes)
-        elif not row:
-            continue
+        elif text is None and len(row) != width:
+            text = Rejected(f"{len(row)} columns, the header has {width}")
+        elif text is None:
+            cells = [row[column] for column in columns]
+            text = cells[0] if len(cells) == 1 else "\n\n".join(cell for cell in cells if cell.strip())
         yield line, text, len(text)
 
 
 class ParquetTable:
-    """The text column of a Parquet file. Raises `UserError` for a damaged file, and for a column absent or not text."""
+    """The text of a Parquet file. Raises `UserError` for a damaged file, and for a column absent or not text."""
 
     def __init__(self, stream: BinaryIO, source: Source, options: ReadOptions) -> None:
         # Expensive to load, and needed for this format alone.
@@ -91,65 +108,104 @@ class ParquetTable:
         import pyarrow.parquet as pq  # noqa: PLC0415
 
         self._name = source.name
-        self._field = options.text_field
+        self._fields = options.text_field
         self._error = pa.ArrowException
-        self._binary = pa.large_binary()
+        self._binary: Any = None
         with self._errors():
             self._file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=CHUNK_BYTES)
-            column = find_column(self._file.schema_arrow.names, self._name, self._field)
-            kind = self._file.schema_arrow.types[column]
-            self._is_dictionary = pa.types.is_dictionary(kind)
-            kind = kind.value_type if self._is_dictionary else kind
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()):
-            raise UserError(f"{self._name}: column {self._field!r} is {kind}, not string")
+            schema = self._file.schema_arrow
+        columns = find_columns(schema.names, self._name, self._fields)
+        self._columns = [schema.names[column] for column in dict.fromkeys(columns)]
+        for field, column in zip(self._fields, columns, strict=True):
+            kind = schema.types[column]
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+            is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()
+            if field in schema.names and not is_text:
+                raise UserError(f"{self._name}: column {field!r} is {kind}, not string: choose with --text-field")
+            if len(self._fields) == 1 and is_text:
+                self._binary = pa.large_binary()
         self.num_rows: int = self._file.metadata.num_rows
 
     def read_rows(self) -> Iterator[Record]:
-        """Texts as bytes, numbered from 1."""
+        """Texts, as bytes where one column is read, numbered from 1."""
         metadata = self._file.metadata
         size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
-        batch_size = min(max(CHUNK_BYTES * self.num_rows // max(size, 1), 1), 4096)
+        batch_size = min(max(CHUNK_BYTES * self.num_rows // max(size, 1), 1), _MOST_ROWS)
         row = 0
         with self._errors():
-            for batch in self._file.iter_batches(batch_size=batch_size, columns=[self._field], use_threads=False):
-                values = batch.column(0).dictionary_decode() if self._is_dictionary else batch.column(0)
-                for text in values.cast(self._binary).to_pylist():
+            for batch in self._file.iter_batches(batch_size=batch_size, columns=self._columns, use_threads=False):
+                for text in self._find_texts(batch):
                     row += 1
-                    yield row, Rejected(f"column {self._field!r} is null") if text is None else text, len(text or b"")
+                    yield row, text, len(text)
+
+    def _find_texts(self, batch: Any) -> Iterator[Text]:
+        if self._binary is None:
+            yield from (find_text(row, self._fields) for row in batch.to_pylist())
+            return
+        column = batch.column(0)
+        values = column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
+        for text in values.cast(self._binary).to_pylist():
+            yield Rejected(f"column {self._fields[0]!r} is null") if text is None else text
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self._name} holds text that is no UTF-8: {error}; mend the file") from None
         except self._error as error:
-            reason = first_line(error)
-            raise UserError(f"{self._name} is not a Parquet file, or it is damaged: {reason}") from None
-
-
-def spool(stream: BinaryIO) -> BinaryIO:
-    """The bytes of `stream` in a temporary file without a name: a table whose index stands at the end needs that."""
-    file = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
-    shutil.copyfileobj(stream, file, CHUNK_BYTES)
-    file.seek(0)
-    return file
+            raise UserError(f"{self._name} is not a Parquet file, or it is damaged: {first_line(error)}") from None
 
 
 def read_dataset(source: Source, options: ReadOptions) -> Iterator[Record]:
-    # Expensive to load, and needed for such inputs alone.
-    import datasets  # noqa: PLC0415
-
-    try:
-        rows = datasets.load_dataset(
-            source.name, options.hf_config, split=options.hf_split, streaming=options.hf_streaming
-        )
-        if rows.column_names is not None:
-            find_column(rows.column_names, source.name, options.text_field)
-            rows = rows.select_columns([options.text_field])
+    """Rows of one split of a data set, of the hub or a local folder; the splits that are not read are named."""
+    with _dataset_errors(source):
+        rows, others = _load_dataset(source, options)
+        if others:
+            print(f"note: hf:{source.name}: splits not read: {', '.join(others)}", file=sys.stderr)
+        names = rows.column_names
+        if names is not None:
+            columns = find_columns(names, source.name, options.text_field)
+            rows = rows.select_columns([names[column] for column in dict.fromkeys(columns)])
         for number, row in enumerate(rows, start=1):
             text = find_text(row, options.text_field)
             yield number, text, len(text)
+
+
+def identify_dataset(source: Source, options: ReadOptions) -> str:
+    """What tells one state of a data set on the hub from another: the commit that its name stands for now."""
+    import datasets  # noqa: PLC0415 - expensive to load, and needed for such inputs alone
+
+    with _dataset_errors(source):
+        builder = datasets.load_dataset_builder(source.name, options.hf_config, revision=options.hf_revision)
+        return str(builder.hash)
+
+
+def _load_dataset(source: Source, options: ReadOptions) -> tuple[Any, list[str]]:
+    """(rows, names of the other splits)"""
+    import datasets  # noqa: PLC0415 - expensive to load, and needed for such inputs alone
+
+    if is_saved_dataset(source.name):
+        saved = datasets.load_from_disk(source.name)
+        if not isinstance(saved, dict):
+            return saved, []
+        return saved[options.hf_split], [name for name in saved if name != options.hf_split]
+    if options.hf_streaming and "[" in options.hf_split:
+        raise UserError(f"--hf-split {options.hf_split}: a slice cannot be streamed: give --no-hf-streaming too")
+    name, config, revision = source.name, options.hf_config, options.hf_revision
+    rows = datasets.load_dataset(
+        name, config, split=options.hf_split, streaming=options.hf_streaming, revision=revision
+    )
+    splits = datasets.get_dataset_split_names(name, config, revision=revision)
+    return rows, [split for split in splits if split != re.split(r"[\[+]", options.hf_split)[0]]
+
+
+@contextlib.contextmanager
+def _dataset_errors(source: Source) -> Iterator[None]:
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:  # it raises whatever its back ends raise
-        reason = first_line(error)
-        raise UserError(f"{source.name} is no local file, and datasets cannot load it: {reason}") from error
+        reason = f"hf:{source.name}: datasets cannot load it: {first_line(error)}"
+        raise UserError(f"{reason}; a file or folder of your own is given without hf:") from error

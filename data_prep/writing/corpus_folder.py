@@ -1,21 +1,26 @@
-"""The folder of a prepared corpus while it is made: everything lies in `.partial` until it is whole.
+"""The folder of a corpus during preparation: everything is in `.partial` until it is complete.
 
-Decides between beginning, continuing, refusing, and having nothing to do, and moves the finished parts into place.
-Knows nothing of documents or tokens.
+Decides between beginning, continuing, refusing, and having nothing to do, and moves the finished parts into place. What a
+preparation was made from is every input's name, size and sha256, compared input by input.
 """
 
-import fcntl
+import contextlib
+import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
-from data_prep.reading.sources import Source
+from data_prep.reading.records import ReadOptions
+from data_prep.reading.sources import DATASET, Source
+from data_prep.reading.tables import identify_dataset
 from minimind.data.manifest import MANIFEST_NAME
+from minimind.data.shard_writer import lock_folder
 from minimind.data.shards import SPLITS
 from minimind.errors import UserError
-from minimind.files import fsync_folder, replace_file
+from minimind.files import fsync_folder, hash_file, replace_file
 
 PARTIAL_NAME = ".partial"
 STATE_NAME = "state.json"
@@ -26,41 +31,66 @@ BAD_DOCUMENTS_NAME = "bad_documents.txt"
 class CorpusFolder:
     """Holds the folder against other processes until `close`.
 
-    `is_finished`: the same corpus is already there, nothing is to be done. Else `partial` is the folder to work in, and
-    `first_chunks` says for each split from which chunk on documents are missing.
+    `is_finished`: the same corpus is already there, nothing is to be done. Otherwise `partial` is the folder to work in;
+    for each split, `num_shards` shards are finished, and documents are missing from chunk `first_chunks` on.
 
     Raises:
         UserError: another corpus is there (finished, or begun with other inputs or flags), or the disk refuses.
     """
 
-    def __init__(self, output: Path, settings: dict[str, Any], sources: list[Source], overwrite: bool) -> None:
+    def __init__(
+        self, output: Path, settings: dict[str, Any], sources: list[Source], read: ReadOptions, overwrite: bool
+    ) -> None:
         self.output = output
         self.partial = output / PARTIAL_NAME
         self.first_chunks = dict.fromkeys(SPLITS, 0)
+        self.num_shards = dict.fromkeys(SPLITS, 0)
         self.is_finished = False
         self._settings = settings
-        self._inputs = [{"name": source.name, "bytes": source.size} for source in sources]
-        # Times tell a file that was changed without changing its size; they stay out of the corpus itself.
-        self._modified = [source.modified_ns for source in sources]
-        self._state = {"settings": settings, "inputs": self._inputs, "modified": self._modified}
+        self._sources = sources
+        self._read = read
+        self._identities: dict[str, dict[str, Any]] = {}
+        # Inputs of which documents were taken, each with the progress saved when it began: shards finished by then hold
+        # nothing of it.
+        self._begun: list[dict[str, Any]] = []
         self._made_output = not output.exists()
-        self._descriptor = self._lock()
+        if output.exists() and not output.is_dir():
+            raise UserError(f"--output {output} is a file: give the name of a folder")
+        output.mkdir(parents=True, exist_ok=True)
+        self._descriptor: int | None = lock_folder(
+            output, UserError(f"--output {output} is being prepared by another process")
+        )
         try:
             self._enter(overwrite)
         except BaseException:
             self.close()
             raise
 
-    def save_progress(self, split: str, first_chunk: int) -> None:
-        """Note that every document of `split` before chunk `first_chunk` is in finished shards."""
+    def begin_input(self, index: int) -> None:
+        """Note that the documents that follow are of input number `index`."""
+        for source in self._sources[len(self._begun) : index + 1]:
+            progress = {"first_chunks": dict(self.first_chunks), "num_shards": dict(self.num_shards)}
+            self._begun.append({**self._identify(source), **progress})
+
+    def save_progress(self, split: str, first_chunk: int, num_shards: int) -> None:
+        """Note that every document of `split` before chunk `first_chunk` is in `num_shards` finished shards."""
         self.first_chunks[split] = first_chunk
+        self.num_shards[split] = num_shards
         self._save_state()
 
-    def publish(self, counts: dict[str, Any]) -> None:
-        """Move the finished splits into place; after a crash on the way the next run does the rest."""
-        corpus = {"format_version": 1, "settings": self._settings, "inputs": self._inputs, **counts}
+    def publish(self, counts: dict[str, Any], documents: dict[str, int]) -> None:
+        """Move the finished splits into place; after a crash on the way the next run does the rest.
+
+        Args:
+            documents: how many were read of each input, by its name. Inputs after `limit_reached` are not named.
+        """
+        if not counts["limit_reached"]:
+            self.begin_input(len(self._sources) - 1)
+        begun = self._sources[: len(self._begun)]
+        inputs = [{**self._identify(source), "documents": documents.get(source.name, 0)} for source in begun]
+        corpus = {"format_version": 2, "settings": self._settings, "inputs": inputs, **counts}
         replace_file(self.partial / CORPUS_NAME, json.dumps(corpus, indent=1) + "\n")
-        self._publish()
+        self._publish(corpus)
 
     def close(self) -> None:
         """Let go of the folder; remove what is worth nothing: a preparation without a finished shard."""
@@ -79,75 +109,105 @@ class CorpusFolder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _lock(self) -> int | None:
-        self.output.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.output, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise UserError(f"--output {self.output} is being prepared by another process") from None
-        except OSError:
-            pass  # a file system without locks
-        return descriptor
-
     def _enter(self, overwrite: bool) -> None:
         begun = _read_json(self.partial / STATE_NAME)
-        is_same = begun is not None and all(begun.get(key) == value for key, value in self._state.items())
-        is_whole = (self.partial / CORPUS_NAME).exists()
+        complete = _read_json(self.partial / CORPUS_NAME)
         finished = _read_json(self.output / CORPUS_NAME) if (self.output / "train" / MANIFEST_NAME).exists() else None
-        if is_same and is_whole:
-            self._publish()
+        if complete is not None and not self._find_difference(complete):
+            self._publish(complete)
             self.is_finished = True
-        elif finished is not None and not overwrite:
-            self._check_finished(finished)
+            return
+        if finished is not None and not overwrite:
+            if difference := self._find_difference(finished):
+                raise UserError(
+                    f"--output {self.output} holds a corpus prepared from other {difference}: choose another folder, "
+                    "or give --overwrite to replace it"
+                )
             self.is_finished = True
-            if is_same:
-                shutil.rmtree(self.partial)
-        elif finished is None and not is_whole and any((self.output / split).exists() for split in SPLITS):
+            shutil.rmtree(self.partial, ignore_errors=True)
+            return
+        if finished is None and complete is None and any((self.output / split).exists() for split in SPLITS):
             raise UserError(
                 f"--output {self.output} already holds train/ or val/ of unknown origin: choose another folder"
             )
-        elif begun is not None and is_same:
-            self.first_chunks = {split: int(begun["first_chunks"][split]) for split in SPLITS}
-        elif begun is not None and not overwrite:
+        difference = self._continue(begun) if begun is not None else "nothing"
+        if begun is not None and difference and not overwrite:
             raise UserError(
-                f"--output {self.output} was begun with other {self._name_difference(begun)}: run the same command "
-                "again to continue it, or give --overwrite to begin anew"
+                f"--output {self.output} was begun with other {difference}: run the same command again to continue it, "
+                "or give --overwrite to begin anew"
             )
-        else:
+        if difference:
             if self.partial.exists():
                 shutil.rmtree(self.partial)
             self.partial.mkdir()
-            self._save_state()
+        self._save_state()
 
-    def _check_finished(self, corpus: dict[str, Any]) -> None:
-        written = (self.output / CORPUS_NAME).stat().st_mtime_ns
-        is_older = all(modified <= written for modified in self._modified)
-        before = {**corpus, "modified": self._modified if is_older else None}
-        if difference := self._name_difference(before):
-            raise UserError(
-                f"--output {self.output} holds a corpus prepared from other {difference}: choose another folder, or "
-                "give --overwrite to replace it"
-            )
+    def _continue(self, state: dict[str, Any]) -> str:
+        """Take up the progress of an interrupted run as far as its inputs are the same; in words what differs if
+        nothing of it can be used."""
+        if difference := self._find_changed_settings(state):
+            return difference
+        common, difference = self._find_changed_input(state["inputs"])
+        self._begun = state["inputs"][:common]
+        progress = state["inputs"][common] if difference else state
+        if difference:
+            if not any(progress["num_shards"].values()) or any(self.partial.glob(f"*/{MANIFEST_NAME}")):
+                return difference
+            kept, written = sum(progress["num_shards"].values()), sum(state["num_shards"].values())
+            print(f"note: other {difference}: {kept} of {written} finished shards are kept", file=sys.stderr)
+        self.first_chunks, self.num_shards = dict(progress["first_chunks"]), dict(progress["num_shards"])
+        return ""
 
-    def _name_difference(self, before: dict[str, Any]) -> str:
-        """What differs from an earlier run, in words; "" if nothing does."""
-        if before.get("settings") != self._settings:
-            old = before.get("settings") or {}
-            names = [f"{key} {old.get(key)}" for key, value in self._settings.items() if old.get(key) != value]
-            return f"settings ({', '.join(names)})"
-        if before.get("inputs") != self._inputs:
-            return "inputs"
-        return "" if before.get("modified") == self._modified else "contents of the inputs"
+    def _find_difference(self, corpus: dict[str, Any]) -> str:
+        """What a finished corpus was made from that is not given now, in words; "" if it is the same."""
+        if difference := self._find_changed_settings(corpus):
+            return difference
+        count, difference = self._find_changed_input(corpus["inputs"])
+        if not difference and count < len(self._sources) and not corpus["limit_reached"]:
+            difference = f"inputs ({self._sources[count].name} is new)"
+        return difference
+
+    def _find_changed_settings(self, before: dict[str, Any]) -> str:
+        old = before.get("settings") or {}
+        names = [f"{key} {old.get(key)}" for key, value in self._settings.items() if old.get(key) != value]
+        if not names and before.get("format_version", 2) != 2:
+            return "settings (by an older version)"
+        return f"settings ({', '.join(names)})" if names else ""
+
+    def _find_changed_input(self, before: list[dict[str, Any]]) -> tuple[int, str]:
+        """(how many inputs are the same at the beginning of both lists, what is different about the next)"""
+        for index, old in enumerate(before):
+            if index >= len(self._sources):
+                return index, f"inputs ({old['name']} is no longer given)"
+            source = self._sources[index]
+            if (old["name"], old["is_val"]) != (source.name, source.is_val):
+                return index, f"inputs ({source.name} in place of {old['name']})"
+            # The size first: hashing takes a while.
+            if old["bytes"] != source.size or old["sha256"] != self._identify(source)["sha256"]:
+                return index, f"contents of {source.name}"
+        return len(before), ""
+
+    def _identify(self, source: Source) -> dict[str, Any]:
+        if source.name not in self._identities:
+            if source.format != DATASET:
+                sha256 = hash_file(source.path)
+            elif os.path.isdir(source.name):
+                files = sorted(path for path in Path(source.name).rglob("*") if path.is_file())
+                parts = [[str(path.relative_to(source.name)), hash_file(path)] for path in files]
+                sha256 = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+            else:
+                sha256 = identify_dataset(source, self._read)
+            identity = {"name": source.name, "is_val": source.is_val, "bytes": source.size, "sha256": sha256}
+            self._identities[source.name] = identity
+        return self._identities[source.name]
 
     def _save_state(self) -> None:
-        replace_file(self.partial / STATE_NAME, json.dumps({**self._state, "first_chunks": self.first_chunks}) + "\n")
+        progress = {"first_chunks": self.first_chunks, "num_shards": self.num_shards}
+        state = {"settings": self._settings, "inputs": self._begun, **progress}
+        replace_file(self.partial / STATE_NAME, json.dumps(state) + "\n")
 
-    def _publish(self) -> None:
+    def _publish(self, corpus: dict[str, Any]) -> None:
         """Every step can be done again: what has left `.partial` is in its place."""
-        corpus = _read_json(self.partial / CORPUS_NAME)
-        assert corpus is not None
         parts = {"val": "val" in corpus["splits"], BAD_DOCUMENTS_NAME: corpus["bad_documents"] > 0, "train": True}
         (self.output / CORPUS_NAME).unlink(missing_ok=True)
         for name, is_part in parts.items():
@@ -164,11 +224,10 @@ class CorpusFolder:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
+    with contextlib.suppress(OSError, ValueError):
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+        return value if isinstance(value, dict) else None
+    return None
 
 
 def _remove(path: Path) -> None:

@@ -1,8 +1,9 @@
-"""Encoded chunks, in order, into the shards of each split: drops repeats, and what an interrupted run wrote already.
+"""Encoded chunks, in order, into the shards of each split, without repeats and without what an interrupted run wrote.
 
-Runs in the one process that writes. Knows nothing of text or tokenizers beyond their sizes.
+Runs in the one process that writes.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -17,26 +18,48 @@ from minimind.data.tokenizer import Tokenizer
 from minimind.errors import UserError
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Where a corpus ends although its inputs go on; None is nowhere. The first that is reached counts."""
+
+    documents: int | None
+    tokens: int | None
+    bytes: int | None
+
+
 class CorpusWriter:
     """Writes chunks given in the order of the input. A context manager: finished shards survive an exception."""
 
     def __init__(
-        self, folder: CorpusFolder, splits: tuple[str, ...], tokenizer: Tokenizer, shard_tokens: int, dedup: bool
+        self,
+        folder: CorpusFolder,
+        splits: tuple[str, ...],
+        tokenizer: Tokenizer,
+        shard_tokens: int,
+        dedup: bool,
+        limits: Limits,
     ) -> None:
         self.num_documents = 0
+        self.num_bytes = 0
         self.num_repeated = 0
+        self.limit_reached = False
+        self._limits = limits
         self._folder = folder
         self._seen = DigestSet() if dedup else None
         self._splits: dict[str, _SplitWriter] = {}
         try:
             for split in splits:
-                self._splits[split] = _SplitWriter(folder.partial / split, tokenizer, shard_tokens)
+                self._splits[split] = _SplitWriter(
+                    folder.partial / split, tokenizer, shard_tokens, folder.num_shards[split]
+                )
         except BaseException:
             self._suspend()
             raise
 
-    def add_chunk(self, index: int, chunk: EncodedChunk) -> None:
-        """Write the documents of chunk number `index`, and note the progress when a shard was finished."""
+    def add_chunk(self, index: int, chunk: EncodedChunk) -> int:
+        """Write the documents of chunk number `index` up to the limits, and note the progress when a shard was
+        finished; returns how many were written, now or before an interruption."""
+        written = self.num_documents
         before = {name: split.num_shards for name, split in self._splits.items()}
         is_new = self._find_new(chunk.digests)
         ends = np.cumsum(chunk.lengths)
@@ -49,14 +72,20 @@ class CorpusWriter:
             strict=True,
         )
         for new, is_val, size, length, end in documents:
-            if new:
-                self._splits["val" if is_val else "train"].add(chunk.tokens[end - length : end], size)
-        self.num_documents += int(is_new.sum())
-        self.num_repeated += len(is_new) - int(is_new.sum())
+            if not new:
+                self.num_repeated += 1
+                continue
+            self._splits["val" if is_val else "train"].add(chunk.tokens[end - length : end], size)
+            self.num_documents += 1
+            self.num_bytes += size
+            if self._is_full():
+                self.limit_reached = True
+                break
         for name, split in self._splits.items():
             if split.num_shards > before[name]:
                 # The documents of the shard now begun may start in this very chunk.
-                self._folder.save_progress(name, index)
+                self._folder.save_progress(name, index, split.num_shards)
+        return self.num_documents - written
 
     def finish(self) -> dict[str, dict[str, int]]:
         """Complete all splits; returns their totals. An empty validation split is left out.
@@ -87,6 +116,13 @@ class CorpusWriter:
         for split in self._splits.values():
             split.suspend()
 
+    def _is_full(self) -> bool:
+        # After an interruption a split has tokens of later documents already, but never so many that this is true
+        # before it was true in an uninterrupted run: that run did not end at the shards which are finished.
+        counts = (self.num_documents, sum(split.num_tokens for split in self._splits.values()), self.num_bytes)
+        limits = (self._limits.documents, self._limits.tokens, self._limits.bytes)
+        return any(limit is not None and count >= limit for count, limit in zip(counts, limits, strict=True))
+
     def _find_new(self, digests: bytes) -> np.ndarray:
         if self._seen is None:
             return np.ones(len(digests) // DIGEST_BYTES, dtype=bool)
@@ -94,18 +130,32 @@ class CorpusWriter:
 
 
 class _SplitWriter:
-    """One split: passes over the documents that stand in it already."""
+    """One split: passes over the documents that it has already."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, shard_tokens: int) -> None:
+    def __init__(self, folder: Path, tokenizer: Tokenizer, shard_tokens: int, num_shards: int) -> None:
         self.num_documents = 0
         self._folder = folder
-        # With a manifest the interruption came after this split was whole.
-        self._writer = None if (folder / MANIFEST_NAME).exists() else _open_writer(folder, tokenizer, shard_tokens)
+        # With a manifest the interruption came after this split was complete.
+        self._writer: ShardWriter | None = None
+        if not (folder / MANIFEST_NAME).exists():
+            self._writer = ShardWriter(
+                folder,
+                vocab_size=tokenizer.vocab_size,
+                eos_token_id=tokenizer.eos_token_id,
+                tokenizer_file=tokenizer.file,
+                shard_tokens=shard_tokens,
+                resume=True,
+                keep_shards=num_shards,
+            )
         self._num_written = self._writer.num_documents if self._writer else Manifest.load(folder).total_documents
 
     @property
     def num_shards(self) -> int:
         return len(self._writer.shards) if self._writer else 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self._writer.num_tokens if self._writer else Manifest.load(self._folder).total_tokens
 
     def add(self, tokens: np.ndarray, num_bytes: int) -> None:
         self.num_documents += 1
@@ -123,14 +173,3 @@ class _SplitWriter:
     def suspend(self) -> None:
         if self._writer:
             self._writer.suspend()
-
-
-def _open_writer(folder: Path, tokenizer: Tokenizer, shard_tokens: int) -> ShardWriter:
-    return ShardWriter(
-        folder,
-        vocab_size=tokenizer.vocab_size,
-        eos_token_id=tokenizer.eos_token_id,
-        tokenizer_file=tokenizer.file,
-        shard_tokens=shard_tokens,
-        resume=True,
-    )

@@ -18,6 +18,7 @@ import numpy as np
 
 from minimind.data.array_file import ArrayFile, check_array_file
 from minimind.data.manifest import MANIFEST_NAME, Manifest, ShardError, ShardInfo, TokenizerInfo
+from minimind.errors import UserError
 from minimind.files import fsync_folder, hash_file, replace_file
 
 UNFINISHED_NAME = "unfinished.jsonl"
@@ -28,8 +29,8 @@ class ShardWriter:
     """Writes documents into `folder`, in shards of about `shard_tokens` tokens (a longer document gets its own shard).
 
     Use it as a context manager: leaving it closes it, leaving it by an exception suspends it. With `resume`, an
-    interrupted folder is continued: `num_documents` then says how many documents are already in it, and the caller
-    gives those that follow. Raises `ShardError` for a finished folder, for an interrupted one without `resume`
+    interrupted folder is continued (from its first `keep_shards` shards): `num_documents` then says how many documents
+    are already in it, and the caller gives those that follow. Raises `ShardError` for a finished folder, for an interrupted one without `resume`
     or made with other settings, for a folder that another process writes, and whenever the disk refuses.
     """
 
@@ -42,6 +43,7 @@ class ShardWriter:
         tokenizer_file: Path,
         shard_tokens: int = DEFAULT_SHARD_TOKENS,
         resume: bool = False,
+        keep_shards: int | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.shards: list[ShardInfo] = []
@@ -64,9 +66,9 @@ class ShardWriter:
             self._eos = np.array([eos_token_id], dtype=dtype)
             self._made_folder = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock_folder(self.folder)
+            self._lock = lock_folder(self.folder, ShardError(f"{self.folder} is being written by another process"))
             try:
-                self._start(tokenizer_file, resume)
+                self._start(tokenizer_file, resume, keep_shards)
             except ShardError:
                 self._unlock()
                 raise
@@ -141,7 +143,7 @@ class ShardWriter:
         else:
             self.suspend()
 
-    def _start(self, tokenizer_file: Path, resume: bool) -> None:
+    def _start(self, tokenizer_file: Path, resume: bool, keep_shards: int | None) -> None:
         if (self.folder / MANIFEST_NAME).exists():
             raise ShardError(f"{self.folder} already holds finished shards: delete it or choose another folder")
         settings = {"shard_tokens": self.shard_tokens, **self._empty.to_dict()}
@@ -152,7 +154,7 @@ class ShardWriter:
         copy = self.folder / tokenizer_file.name
         self._own_tokenizer = interrupted or not copy.exists()
         if interrupted:
-            self.shards = _read_unfinished(unfinished, settings)
+            self.shards = _read_unfinished(unfinished, settings)[:keep_shards]
         elif any(self.folder.glob("shard_*.npy")):
             raise ShardError(f"{self.folder} holds shards of unknown origin (no {MANIFEST_NAME}): delete it first")
         self._started = True
@@ -248,14 +250,15 @@ def _read_unfinished(path: Path, settings: dict[str, Any]) -> list[ShardInfo]:
     return shards
 
 
-def _lock_folder(folder: Path) -> int:
-    """A descriptor that holds the folder until it is closed, or until the process ends in whatever way."""
+def lock_folder(folder: Path, refusal: UserError) -> int:
+    """A descriptor that holds the folder until it is closed, or until the process ends in whatever way. Raises `refusal`
+    if another process holds it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise ShardError(f"{folder} is being written by another process") from None
+        raise refusal from None
     except OSError:
         pass  # a file system without locks: two writers at once are then up to the user
     return descriptor
