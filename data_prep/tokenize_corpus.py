@@ -1,6 +1,6 @@
 """Raw text to token shards on all cores: python -m data_prep.tokenize_corpus.
 
-The same inputs and flags give the same bytes with any number of workers, and an interrupted run continues after its last
+The same inputs and flags give the same bytes with any number of workers; an interrupted run continues after its last
 finished shard.
 """
 
@@ -92,7 +92,9 @@ def main() -> None:
     tokenizer = load_tokenizer(flags.tokenizer, flags.eos_token)
     sources = resolve_sources(flags.input, flags.val_input, flags.format)
     if not tokenizer.is_lossless:
-        print(f"note: {tokenizer.file} loses characters that it has no tokens for", file=sys.stderr)
+        print(
+            f"note: {tokenizer.file} changes or drops some characters: texts do not come back exactly", file=sys.stderr
+        )
     settings = describe_settings(flags, tokenizer)
     read = ReadOptions(**{name: getattr(flags, name) for name in ReadOptions.__dataclass_fields__})
     with disk_errors(flags.output), CorpusFolder(flags.output, settings, sources, read, flags.overwrite) as folder:
@@ -138,8 +140,9 @@ def prepare_corpus(
         tasks = read_tasks(sources, options.read, folder.first_chunks)
         chunks = map_ordered(encode_chunk, tasks, workers, start_worker, (options,))
         stack.enter_context(contextlib.closing(chunks))
+        numbers = {source: number for number, source in enumerate(sources)}
         for index, chunk in enumerate(chunks):
-            folder.begin_input(sources.index(chunk.source))
+            folder.begin_input(numbers[chunk.source])
             bad.add(len(chunk.is_val) + len(chunk.problems), chunk.problems)
             documents[chunk.source.name] += writer.add_chunk(index, chunk)
             num_empty += chunk.num_empty

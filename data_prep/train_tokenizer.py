@@ -1,7 +1,7 @@
 """Trains a SentencePiece BPE tokenizer on any input of the corpus reader: python -m data_prep.train_tokenizer.
 
 Byte fallback and no normalisation: every valid text comes back exactly. The same input gives the same model file on any
-machine. Knows nothing of shards.
+machine.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ import tyro
 from tqdm import tqdm
 
 from data_prep.reading.documents import BadDocuments, read_documents
-from data_prep.reading.records import ReadOptions
+from data_prep.reading.records import ReadOptions, check_range
 from data_prep.reading.sources import resolve_sources
 from minimind.cli import parse_flags
 from minimind.data.tokenizer import BLANK, CONFIG_NAME, MODEL_NAME, SPECIAL_TOKENS, load_tokenizer
@@ -45,7 +45,7 @@ class TrainTokenizerFlags(ReadOptions):
     """Train a tokenizer on text files or data sets."""
 
     input: tuple[str, ...]
-    """Files (.jsonl .json .txt .parquet .csv, also .gz and .zst), globs, folders or data set names (hf:NAME)."""
+    """Files (.jsonl .ndjson .json .txt .parquet .csv .tsv, also .gz .zst .bz2 .xz), folders, globs, - or hf:NAME."""
     output: Path
     """Folder for tokenizer.model and tokenizer_config.json."""
     vocab_size: int = 6400
@@ -57,6 +57,12 @@ class TrainTokenizerFlags(ReadOptions):
     overwrite: bool = False
     """Replace a tokenizer that is already in the output folder."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("--vocab-size", self.vocab_size, SMALLEST_VOCABULARY)
+        check_range("--max-train-bytes", self.max_train_bytes, 1)
+        check_range("--max-bad-fraction", self.max_bad_fraction, 0, 1)
+
 
 def main() -> None:
     flags = parse_flags(
@@ -65,9 +71,7 @@ def main() -> None:
     model_file = flags.output / MODEL_NAME
     if model_file.exists() and not flags.overwrite:
         raise UserError(f"{model_file} already exists: choose another --output or give --overwrite")
-    if flags.vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(f"--vocab-size {flags.vocab_size} is too small: at least {SMALLEST_VOCABULARY}")
-    sources = resolve_sources(flags.input)
+    sources = resolve_sources(flags.input, default_format=flags.format)
     documents = read_documents(sources, flags, BadDocuments(flags.max_bad_fraction))
     with tqdm(documents, desc="reading", unit=" documents", disable=None) as progress:
         sentences = sample_sentences(cut_sentences(progress), flags.max_train_bytes)

@@ -3,6 +3,7 @@
 Memory grows neither with the input nor with a line that is too long. Where a chunk ends depends on the input alone.
 """
 
+import contextlib
 import io
 import itertools
 import re
@@ -42,7 +43,7 @@ def cut_source(source: Source, options: ReadOptions) -> Iterator[Chunk]:
     with open_source(source) as (stream, raw):
         if source.format == "parquet":
             # Its index is at the end, so that a compressed file is unpacked first.
-            with spool(stream, source.name) if source.compression else stream as file:
+            with spool(stream, source.name) if source.compression else contextlib.nullcontext(stream) as file:
                 table = ParquetTable(file, source, options)
                 rows = max(1, table.num_rows)
                 yield from _pack(source, table.read_rows(), lambda row: row * source.size // rows)

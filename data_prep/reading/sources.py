@@ -93,7 +93,7 @@ def open_source(source: Source) -> Iterator[tuple[io.BufferedReader, BinaryIO]]:
         with open(source.path, "rb", buffering=0) as raw:
             before = os.fstat(raw.fileno())
             yield _buffer(_decompress(raw, source.compression)), cast(BinaryIO, raw)
-            after = os.fstat(raw.fileno())
+            after = os.stat(source.path)
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise UserError(f"{source.name} changed while it was read: run the same command again when it is complete")
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError) as error:
@@ -101,7 +101,7 @@ def open_source(source: Source) -> Iterator[tuple[io.BufferedReader, BinaryIO]]:
     except OSError as error:
         # bz2 has no error class of its own: an OSError without a number.
         problem = f"cannot read {source.name}" if error.errno else f"{source.name} is damaged"
-        raise UserError(f"{problem}: {first_line(error) if not error.strerror else error.strerror}") from None
+        raise UserError(f"{problem}: {error.strerror or first_line(error)}") from None
 
 
 def open_text(stream: io.BufferedReader, source: Source, encoding: str) -> io.BufferedReader:
@@ -113,7 +113,7 @@ def open_text(stream: io.BufferedReader, source: Source, encoding: str) -> io.Bu
     head = stream.peek(_HEAD_BYTES)
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if head.startswith(mark)), encoding)
     if codecs.lookup(encoding).name != "utf-8":
-        return _buffer(_transcode(stream, encoding))
+        return _buffer(_Pieces(_transcode(stream, encoding)))
     if problem := _find_problem(head):
         raise UserError(f"{source.name} {problem}, or leave the file out")
     if head.startswith(codecs.BOM_UTF8):
@@ -155,6 +155,8 @@ def _find_problem(head: bytes) -> str | None:
     foreign = sum(map(len, re.findall(rb"[\x80-\xff]+", head)))
     if invalid < _FEW_INVALID or invalid < _MOST_INVALID * foreign:
         return None
+    if b"\0" in head:
+        return "is binary data, not text: convert it"
     # Western text has single letters beyond ASCII, in Chinese, Japanese and Korean encodings they come in runs.
     pairs = sum(map(len, re.findall(rb"[\x80-\xff]{2,}", head)))
     for encoding in ("gb18030", "big5", "shift_jis", "euc_kr") if pairs > foreign / 2 else ("cp1252",):
@@ -189,17 +191,15 @@ class _Pieces(io.RawIOBase):
 
 
 def _buffer(raw: Any) -> io.BufferedReader:
-    return io.BufferedReader(
-        _Pieces(raw) if isinstance(raw, Iterator) and not hasattr(raw, "read") else raw, _BUFFER_BYTES
-    )
+    return io.BufferedReader(raw, _BUFFER_BYTES)
 
 
 def _decompress(raw: io.FileIO, compression: str) -> Any:
     if compression == ".zst":
-        return _decompress_zstd(raw)
-    return {"": lambda f: f, ".gz": lambda f: gzip.GzipFile(fileobj=f), ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}[
-        compression
-    ](raw)
+        return _Pieces(_decompress_zstd(raw))
+    if compression == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    return bz2.BZ2File(raw) if compression == ".bz2" else lzma.LZMAFile(raw) if compression == ".xz" else raw
 
 
 def _decompress_zstd(raw: io.FileIO) -> Iterator[bytes]:
@@ -217,9 +217,10 @@ def _decompress_zstd(raw: io.FileIO) -> Iterator[bytes]:
 
 def _transcode(stream: io.BufferedReader, encoding: str) -> Iterator[bytes]:
     codecs.register_error("mark_undecodable", lambda error: ("\ud800", error.end))  # type: ignore[attr-defined]
-    text = io.TextIOWrapper(stream, encoding, errors="mark_undecodable", newline="")
-    while piece := text.read(_BUFFER_BYTES):
-        yield piece.encode("utf-8", "surrogatepass")
+    decoder = codecs.getincrementaldecoder(encoding)("mark_undecodable")
+    while block := stream.read(_BUFFER_BYTES):
+        yield decoder.decode(block).encode("utf-8", "surrogatepass")
+    yield decoder.decode(b"", final=True).encode("utf-8", "surrogatepass")
 
 
 def _resolve(word: str, default_format: InputFormat | None, *, is_val: bool) -> list[Source]:
@@ -256,12 +257,13 @@ def _walk_folder(folder: str, is_val: bool) -> list[Source]:
     unread: list[str] = []
     visited: set[str] = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
-        # A link to a folder above would lead round for ever.
-        is_new = os.path.realpath(parent) not in visited
+        if os.path.realpath(parent) in visited:  # by a link to a folder above, which would lead round for ever
+            folders.clear()
+            continue
         visited.add(os.path.realpath(parent))
         unread += [os.path.join(parent, name, "") for name in folders if name.startswith(".")]
-        folders[:] = [name for name in sorted(folders) if is_new and not name.startswith(".")]
-        for name in files if is_new else []:
+        folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
+        for name in files:
             is_read = not name.startswith(".") and _split_name(name)[0] is not None
             (found if is_read else unread).append(os.path.join(parent, name))
     if not found:

@@ -68,12 +68,14 @@ def _keep_structure(line: bytes) -> bytes:
 def read_csv(stream: BinaryIO, source: Source, options: ReadOptions) -> Iterator[Record]:
     """Rows under the number of their first line. Raises `UserError` for a quote that is never closed."""
     lines = _CsvLines(stream, options.max_document_bytes)
-    csv.field_size_limit(2 * options.max_document_bytes)  # reached by no field but one whose quote has no end
+    # Reached by no field but one whose quote has no end: a long one is handed on without its text.
+    csv.field_size_limit(max(2 * options.max_document_bytes, 1 << 25))
     reader = csv.reader(lines, strict=True, delimiter="\t" if source.format == "tsv" else ",")
     columns: list[int] = []
     width = 0
     while True:
-        line, text = lines.count + 1, None
+        line = lines.count + 1
+        text: Text | None = None
         lines.begin_record()
         try:
             row = next(reader)

@@ -1,7 +1,7 @@
 """The folder of a corpus during preparation: everything is in `.partial` until it is complete.
 
-Decides between beginning, continuing, refusing, and having nothing to do, and moves the finished parts into place. What a
-preparation was made from is every input's name, size and sha256, compared input by input.
+Decides between beginning, continuing, refusing, and having nothing to do, and moves the finished parts into place. What
+a corpus was made from is every input's name, size and sha256, compared input by input.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ BAD_DOCUMENTS_NAME = "bad_documents.txt"
 class CorpusFolder:
     """Holds the folder against other processes until `close`.
 
-    `is_finished`: the same corpus is already there, nothing is to be done. Otherwise `partial` is the folder to work in;
-    for each split, `num_shards` shards are finished, and documents are missing from chunk `first_chunks` on.
+    `is_finished`: the same corpus is already there. Otherwise `partial` is the folder to work in;
+    each split has `num_shards` finished shards, and its documents are missing from chunk `first_chunks` on.
 
     Raises:
         UserError: another corpus is there (finished, or begun with other inputs or flags), or the disk refuses.

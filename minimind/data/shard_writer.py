@@ -30,8 +30,9 @@ class ShardWriter:
 
     Use it as a context manager: leaving it closes it, leaving it by an exception suspends it. With `resume`, an
     interrupted folder is continued (from its first `keep_shards` shards): `num_documents` then says how many documents
-    are already in it, and the caller gives those that follow. Raises `ShardError` for a finished folder, for an interrupted one without `resume`
-    or made with other settings, for a folder that another process writes, and whenever the disk refuses.
+    are already in it, and the caller gives those that follow. Raises `ShardError` for a finished folder, for an
+    interrupted one without `resume` or made with other settings, for a folder that another process writes, and whenever
+    the disk refuses.
     """
 
     def __init__(
@@ -251,8 +252,8 @@ def _read_unfinished(path: Path, settings: dict[str, Any]) -> list[ShardInfo]:
 
 
 def lock_folder(folder: Path, refusal: UserError) -> int:
-    """A descriptor that holds the folder until it is closed, or until the process ends in whatever way. Raises `refusal`
-    if another process holds it."""
+    """A descriptor that holds the folder until it is closed, or the process ends in whatever way. Raises `refusal` if
+    another process holds it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

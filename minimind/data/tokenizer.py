@@ -1,7 +1,7 @@
 """Text to token ids and back, for SentencePiece models and Hugging Face `tokenizer.json` files alike.
 
-Decoding gives the encoded text back exactly, whatever valid Unicode it is (a foreign `tokenizer.json` that normalises
-its input keeps its own rules). Knows nothing of documents, shards or chat templates.
+Decoding gives the encoded text back exactly, whatever valid Unicode it is; a foreign `tokenizer.json` keeps its own
+rules, and its ids are those of its library for the whole text.
 """
 
 import abc
@@ -21,6 +21,8 @@ from minimind.errors import UserError, first_line
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 """The tokens that every tokenizer of this project has, with ids 0, 1 and 2."""
+_END_TOKENS = re.compile(r"(?i)</s>|<\|endoftext\|>|<[|｜]?end[_▁]of[_▁](text|sentence)[|｜]?>|[<\[]\|?eos\|?[>\]]")
+"""Names of the token that ends a document in other people's tokenizers."""
 MODEL_NAME = "tokenizer.model"
 JSON_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
@@ -28,7 +30,7 @@ CONFIG_NAME = "tokenizer_config.json"
 BLANK = "\u2581"
 """What SentencePiece writes for a space."""
 _PROBE = f"a  b\n\t{BLANK} \u4f60\U0001f600"
-# Longer texts are encoded part by part: the libraries need far more memory than text, and time beyond its length.
+# Runs without a word's end are cut here: SentencePiece needs far more memory than text, and time beyond its length.
 _PART_CHARACTERS = 1 << 14
 # What is kept of words seen: about so many bytes, of which so many for an entry besides its characters.
 _KNOWN_SIZE = 32 << 20
@@ -40,13 +42,16 @@ class Tokenizer(abc.ABC):
 
     `special_ids` maps the text of each special token to its id. With `allow_special` (the default) such a text inside
     what is encoded becomes that one id, as in MiniMind's own data; without it, it is encoded like any other text.
+    `is_lossless` says whether every text comes back from its ids.
     """
 
-    def __init__(self, file: Path, vocab_size: int, special_ids: dict[str, int]) -> None:
+    is_lossless = True
+
+    def __init__(self, file: Path, vocab_size: int, special_ids: dict[str, int], eos_token: str | None) -> None:
         self.file = file
         self.vocab_size = vocab_size
         self.special_ids = special_ids
-        self.eos_token_id = special_ids[SPECIAL_TOKENS[0]]
+        self.eos_token_id = self._find_end(eos_token)
         self.typecode = "H" if vocab_size <= 1 << 16 else "I"
 
     def encode(self, text: str, allow_special: bool = True) -> list[int]:
@@ -70,6 +75,18 @@ class Tokenizer(abc.ABC):
         """The text of `token_ids`, special tokens written out; bytes that are no UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, map(int, token_ids))).decode("utf-8", errors="replace")
 
+    def _find_end(self, eos_token: str | None) -> int:
+        known = [token for token in self.special_ids if _END_TOKENS.fullmatch(token)]
+        if eos_token is None and SPECIAL_TOKENS[0] in self.special_ids:
+            eos_token = SPECIAL_TOKENS[0]
+        elif eos_token is None and len(known) == 1:
+            eos_token = known[0]
+        if eos_token not in self.special_ids:
+            named = f"special token {eos_token}" if eos_token else f"one special token such as {SPECIAL_TOKENS[0]}"
+            choices = ", ".join(known or self.special_ids) or "none at all"
+            raise UserError(f"{self.file} has no {named} to end documents: choose with --eos-token among {choices}")
+        return self.special_ids[eos_token]
+
     def _check_id(self, token_id: int) -> None:
         if not 0 <= token_id < self.vocab_size:
             raise UserError(f"token id {token_id} is outside the vocabulary of {self.vocab_size} of {self.file}")
@@ -78,7 +95,7 @@ class Tokenizer(abc.ABC):
 class SentencePieceTokenizer(Tokenizer):
     """A model of `data_prep.train_tokenizer`: byte fallback and no normalisation."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, eos_token: str | None = None) -> None:
         data = _read_file(file)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
@@ -86,8 +103,11 @@ class SentencePieceTokenizer(Tokenizer):
         except (RuntimeError, ValueError, TypeError):
             raise UserError(f"{file} is not a SentencePiece model, or it is damaged") from None
         if tuple(pieces[: len(SPECIAL_TOKENS)]) != SPECIAL_TOKENS:
-            raise UserError(f"{file} does not begin with {', '.join(SPECIAL_TOKENS)}: use data_prep.train_tokenizer")
-        super().__init__(file, len(pieces), {token: i for i, token in enumerate(SPECIAL_TOKENS)})
+            raise UserError(
+                f"{file} does not begin with {', '.join(SPECIAL_TOKENS)}: train one with data_prep.train_tokenizer, or "
+                f"use the model's {JSON_NAME}"
+            )
+        super().__init__(file, len(pieces), {token: i for i, token in enumerate(SPECIAL_TOKENS)}, eos_token)
         self._bytes = [self._find_bytes(i, piece) for i, piece in enumerate(pieces)]
         self._find_parts = _words_pattern().findall
         blank_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in BLANK.encode()]
@@ -153,9 +173,10 @@ class SentencePieceTokenizer(Tokenizer):
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json`, such as MiniMind's own. Its padding, truncation and begin or end tokens are not used."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, eos_token: str | None = None) -> None:
+        data = _read_file(file)
         try:
-            self._model = tokenizers.Tokenizer.from_str(_read_file(file).decode("utf-8"))
+            self._model = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{file} is not a Hugging Face tokenizer, or it is damaged: {first_line(error)}") from None
         self._model.no_truncation()
@@ -163,19 +184,18 @@ class HuggingFaceTokenizer(Tokenizer):
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         added = self._model.get_added_tokens_decoder()
         special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
-        if SPECIAL_TOKENS[0] not in special_ids:
-            raise UserError(f"{file} has no special token {SPECIAL_TOKENS[0]}, which ends every document")
-        super().__init__(file, max(vocabulary.values()) + 1, special_ids)
+        super().__init__(file, max(vocabulary.values()) + 1, special_ids, eos_token)
         self._added = {token_id: token.content for token_id, token in added.items()}
         self._pieces = {token_id: piece for piece, token_id in vocabulary.items()}
         self._is_byte_level = isinstance(self._model.decoder, tokenizers.decoders.ByteLevel)
-        self._find_parts = _part_pattern().findall
+        self.is_lossless = self.decode(self.encode(_PROBE)) == _PROBE
 
     def encode_packed(self, texts: Sequence[str], allow_special: bool = True) -> list[bytes]:
         self._model.encode_special_tokens = not allow_special
-        parts = [self._cut(_check_text(text)) for text in texts]
-        encoded = iter(self._model.encode_batch_fast([p for ps in parts for p in ps], add_special_tokens=False))
-        return [b"".join(array(self.typecode, next(encoded).ids).tobytes() for _ in ps) for ps in parts]
+        # Long texts whole, for about 140 bytes of memory a byte: no cut is right for every tokenizer.json (prefixes,
+        # special tokens, merges across it).
+        encoded = self._model.encode_batch_fast([_check_text(text) for text in texts], add_special_tokens=False)
+        return [array(self.typecode, encoding.ids).tobytes() for encoding in encoded]
 
     def token_bytes(self, token_id: int) -> bytes:
         self._check_id(token_id)
@@ -190,23 +210,22 @@ class HuggingFaceTokenizer(Tokenizer):
             return super().decode(token_ids)
         return self._model.decode(list(map(int, token_ids)), skip_special_tokens=False)
 
-    def _cut(self, text: str) -> list[str]:
-        return [text] if len(text) <= _PART_CHARACTERS else self._find_parts(text)
 
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
     """The tokenizer in a file (`*.model` or `*.json`) or in a folder that holds `tokenizer.model` or `tokenizer.json`.
 
-    Raises `UserError` naming the file when it is absent, ambiguous, damaged, of another kind, or not the one that the
-    `tokenizer_config.json` beside it describes.
+    `eos_token` names the special token that ends documents; without it, it is found by its name.
+
+    Raises `UserError` naming the file when it is absent, ambiguous, damaged, of another kind, without such a token, or
+    not the one that the `tokenizer_config.json` beside it describes.
     """
     path = Path(path)
     file = _find_file(path) if path.is_dir() else path
     if file.suffix == ".model":
         _check_config(file)
-        return SentencePieceTokenizer(file)
+        return SentencePieceTokenizer(file, eos_token)
     if file.suffix == ".json" and file.name != CONFIG_NAME:
-        return HuggingFaceTokenizer(file)
+        return HuggingFaceTokenizer(file, eos_token)
     raise UserError(
         f"{file} is no tokenizer: give a SentencePiece *.model, a Hugging Face {JSON_NAME}, or their folder"
     )
@@ -271,13 +290,6 @@ def _words_pattern() -> re.Pattern[str]:
         rf"[^ ]{longest}?(?:(?<=[\n\uff0c\u3002\uff01\uff1f\uff1b\uff1a\u3001])(?=[A-Za-z\u4e00-\u9fff])|(?= )|\Z)"
     )
     return re.compile(rf" {{0,{_PART_CHARACTERS}}}(?:{ascii_runs}|{mixed_run}|[^ ]{longest})| {longest}")
-
-
-def _part_pattern() -> re.Pattern[str]:
-    """Parts that end before a single space between two words, where every byte-level tokenizer begins a new token
-    anyway; else before white space; else anywhere. Nothing is lost in any case."""
-    part = f".{{1,{_PART_CHARACTERS}}}"
-    return re.compile(rf"(?s){part}(?<=\S)(?= \S|\Z)|{part}(?=\s|\Z)|{part}")
 
 
 @functools.lru_cache(maxsize=1)

@@ -19,6 +19,9 @@ from minimind.data.manifest import ShardInfo, TokenizerInfo
 from minimind.data.shards import Manifest, ShardError, ShardReader, find_split, open_split, verify
 from minimind.files import hash_file
 
+# Processes of their own find the helpers of the tests too.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "support")}
+
 
 @pytest.fixture
 def tokenizer_file(tmp_path: Path) -> Path:
@@ -185,7 +188,7 @@ for document in make_documents()[:30]:
 os.kill(os.getpid(), signal.SIGKILL)
 """
     arguments = [sys.executable, "-c", program, str(tmp_path / "train"), str(tokenizer_file)]
-    killed = subprocess.run(arguments, cwd=ROOT, check=False)
+    killed = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, check=False)
     assert killed.returncode == -9
     assert list((tmp_path / "train").glob("*.tmp")) or list((tmp_path / "train").glob(".*.tmp"))
     # A crash between the shard's own name and its line in the list, and in the middle of a line.
