@@ -184,11 +184,12 @@ class HuggingFaceTokenizer(Tokenizer):
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         added = self._model.get_added_tokens_decoder()
         special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
-        super().__init__(file, max(vocabulary.values()) + 1, special_ids, eos_token)
+        super().__init__(file, max(vocabulary.values(), default=-1) + 1, special_ids, eos_token)
         self._added = {token_id: token.content for token_id, token in added.items()}
         self._pieces = {token_id: piece for piece, token_id in vocabulary.items()}
         self._is_byte_level = isinstance(self._model.decoder, tokenizers.decoders.ByteLevel)
-        self.is_lossless = self.decode(self.encode(_PROBE)) == _PROBE
+        probe = _PROBE.replace(BLANK, "")  # which Llama's tokenizers take for a space
+        self.is_lossless = self.decode(self.encode(probe)) == probe
 
     def encode_packed(self, texts: Sequence[str], allow_special: bool = True) -> list[bytes]:
         self._model.encode_special_tokens = not allow_special

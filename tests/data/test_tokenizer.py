@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers_for_tests import NASTY, TEXTS
 
 from data_prep.train_tokenizer import cut_sentences, save_tokenizer, train_tokenizer
@@ -177,19 +177,93 @@ def test_absent_file_and_empty_folder(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_tokenizers_without_our_special_tokens_are_refused(tmp_path: Path) -> None:
+def save_llama(folder: Path) -> Path:
+    """As Llama's: a space before the text, no words, a token for each byte, and `</s>` at the end of a document."""
+    model = tokenizers.Tokenizer(models.BPE(byte_fallback=True))
+    model.normalizer = normalizers.Sequence([normalizers.Prepend(BLANK), normalizers.Replace(" ", BLANK)])
+    model.decoder = decoders.Sequence(
+        [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", "<|im_end|>"]
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=[*special, *byte_tokens], show_progress=False)
+    model.train_from_iterator([text[:60] for text in TEXTS], trainer)
+    fields = json.loads(model.to_str())
+    fields["added_tokens"] = [token for token in fields["added_tokens"] if token["content"] in special]
+    (folder / "tokenizer.json").write_text(json.dumps(fields))
+    return folder / "tokenizer.json"
+
+
+def save_prefixed(folder: Path) -> Path:
+    """Byte-level with the default of the library: a space before the text."""
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel()
+    model.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator(TEXTS, trainer)
+    model.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "prefixed", "llama"])
+def test_ids_are_those_of_the_library_for_the_whole_text(kind: str, huggingface_file: Path, tmp_path: Path) -> None:
+    file = {"llama": save_llama, "prefixed": save_prefixed}.get(kind, lambda _: huggingface_file)(tmp_path)
+    library = tokenizers.Tokenizer.from_file(str(file))
+    library.no_truncation()
+    library.no_padding()
+    ours = load_tokenizer(file)
+    # Special tokens at places where a long text might be cut, runs without a space, and spaces alone.
+    texts = ["中" * (16_384 - shift) + "<|im_end|>" + "文" * 50 for shift in range(12)]
+    texts += ["word " * 12_000, "中文内容没有空格" * 5000, " " * 40_000, "x" * 50_000, "".join(TEXTS) * 1000]
+    for text in texts:
+        ids = library.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text) == ids
+        assert ours.decode(ours.encode(text)).removeprefix(" ") == library.decode(ids, False).removeprefix(" ")
+    assert ours.encode(texts[5]).count(ours.special_ids["<|im_end|>"]) == 1
+
+
+def test_the_end_token_is_found_by_its_name_or_named(tmp_path: Path) -> None:
+    def save(*special: str) -> Path:
+        model = tokenizers.Tokenizer(models.BPE())
+        model.add_special_tokens(list(special))
+        model.save(str(tmp_path / "tokenizer.json"))
+        return tmp_path / "tokenizer.json"
+
+    for token in ("</s>", "<|end_of_text|>", "<eos>", "<｜end▁of▁sentence｜>", "[EOS]", "<|endoftext|>"):
+        assert load_tokenizer(save("<s>", token, "<|im_end|>")).eos_token_id == 1
+    assert load_tokenizer(save("<s>", "</s>", "<|endoftext|>")).eos_token_id == 2
+    assert load_tokenizer(tmp_path, "</s>").eos_token_id == 1
+    with pytest.raises(
+        UserError, match=r"has no special token <s2> to end .* choose with --eos-token among </s>, <\|end"
+    ):
+        load_tokenizer(tmp_path, "<s2>")
+    with pytest.raises(UserError, match=r"has no one special token such as .* among <eos>, </s>$"):
+        load_tokenizer(save("<eos>", "</s>"))
+    with pytest.raises(UserError, match=r"choose with --eos-token among none at all"):
+        load_tokenizer(save())
+
+
+def test_a_tokenizer_that_loses_text_is_known(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    assert tokenizer.is_lossless
+    model = tokenizers.Tokenizer(models.BPE())
+    model.add_special_tokens(["</s>"])
+    model.save(str(tmp_path / "tokenizer.json"))
+    assert not load_tokenizer(tmp_path).is_lossless
+    assert load_tokenizer(save_llama(tmp_path)).is_lossless
+
+
+def test_foreign_sentencepiece_models_are_refused(tmp_path: Path) -> None:
     import io
 
     import sentencepiece
 
-    model = tokenizers.Tokenizer(models.BPE())
-    model.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match=r"no special token <\|endoftext\|>"):
-        load_tokenizer(tmp_path / "tokenizer.json")
     data = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS), model_writer=data, model_type="bpe", vocab_size=100, minloglevel=5
     )
     (tmp_path / "tokenizer.model").write_bytes(data.getvalue())
-    with pytest.raises(UserError, match="does not begin with"):
+    with pytest.raises(UserError, match=r"does not begin with .* or use the model's tokenizer\.json"):
         load_tokenizer(tmp_path / "tokenizer.model")

@@ -119,3 +119,8 @@ def test_too_little_text_and_unwritable_output_are_one_line(tmp_path: Path) -> N
     result = run("--output", tmp_path / "file" / "c.jsonl", "--min-bytes", 1000, "--max-bytes", 1000)
     assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1].startswith("error: cannot write")
+
+
+def test_a_negative_number_of_workers_is_one_line(tmp_path: Path) -> None:
+    result = run("--output", tmp_path / "c.jsonl", "--workers", -2)
+    assert result.returncode == 2 and "error: --workers -2: must be at least 1" in result.stderr

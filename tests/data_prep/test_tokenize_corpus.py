@@ -1,9 +1,12 @@
 """Preparing a corpus: same bytes with any number of workers, after any interruption, and never half a folder."""
 
 import contextlib
+import gzip
+import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,8 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 import data_prep.reading.chunks
+from data_prep.reading.records import ReadOptions
 from data_prep.tokenize_corpus import main
 from data_prep.train_tokenizer import cut_sentences, save_tokenizer, train_tokenizer
 from data_prep.writing.corpus_folder import CorpusFolder
@@ -247,8 +252,16 @@ def test_too_many_bad_documents_leave_nothing(tmp_path: Path, prepare: Prepare) 
         ({"text_field": "body"}, "max-bad-fraction"),
         ({"inputs": ["absent.jsonl"]}, "does not exist"),
         ({"inputs": ["{tmp}/empty.jsonl"]}, "no document for the training split"),
-        ({"output": "{tmp}/a.jsonl/out"}, "cannot write"),
-        ({"shard_tokens": 0}, "shard_tokens is 0"),
+        ({"output": "{tmp}/a.jsonl/out"}, "cannot write.*: Not a directory; choose another --output"),
+        ({"shard_tokens": 0}, "--shard-tokens 0: must be at least 1"),
+        ({"workers": -1}, "--workers -1: must be at least 1"),
+        ({"max_bad_fraction": -1}, "--max-bad-fraction -1"),
+        ({"max_bad_fraction": 2}, "--max-bad-fraction 2.0: must be from 0 to 1"),
+        ({"max_document_bytes": -5}, "--max-document-bytes -5: must be at least 1"),
+        ({"max_tokens": 0}, "--max-tokens 0: must be at least 1"),
+        ({"eos_token": "<stop>"}, r"no special token <stop> to end documents: choose with --eos-token among <\|end"),
+        ({"val_input": "{tmp}/a.jsonl", "val_fraction": 0.1}, "--val-input exclude each other"),
+        ({"output": "{tmp}/a.jsonl"}, "a.jsonl is a file: give the name of a folder"),
     ],
 )
 def test_mistakes_are_user_errors_and_leave_nothing(
@@ -258,7 +271,8 @@ def test_mistakes_are_user_errors_and_leave_nothing(
     (tmp_path / "empty.jsonl").write_text("\n\n")
     flags = dict(flags)
     inputs = [str(word).format(tmp=tmp_path) for word in flags.pop("inputs", ["{tmp}/a.jsonl"])]  # type: ignore[attr-defined]
-    output = Path(str(flags.pop("output", "{tmp}/out")).format(tmp=tmp_path))
+    flags = {name: value.format(tmp=tmp_path) if isinstance(value, str) else value for name, value in flags.items()}
+    output = Path(str(flags.pop("output", tmp_path / "out")))
     with pytest.raises(UserError, match=message) as caught:
         prepare(output, *inputs, **flags)
     assert "\n" not in str(caught.value)
@@ -268,10 +282,10 @@ def test_mistakes_are_user_errors_and_leave_nothing(
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     add_chunk = CorpusWriter.add_chunk
 
-    def add(self: CorpusWriter, index: int, *args: object) -> None:
+    def add(self: CorpusWriter, index: int, *args: object) -> int:
         if index == chunk:
             raise KeyboardInterrupt
-        add_chunk(self, index, *args)  # type: ignore[arg-type]
+        return add_chunk(self, index, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(CorpusWriter, "add_chunk", add)
 
@@ -393,13 +407,15 @@ def test_other_flags_or_inputs_do_not_continue_a_preparation(
     for message, inputs, flags in [
         (r"settings \(val_fraction 0.1\)", [source], {"val_fraction": 0.2}),
         (r"settings \(dedup False\)", [source], {"dedup": True}),
-        ("inputs", [source, other], {}),
+        (rf"inputs \({other} in place of {source}\)", [other, source], {}),
     ]:
         with pytest.raises(UserError, match=f"begun with other {message}.*--overwrite"):
             prepare(tmp_path / "out", *inputs, **flags)
-    os.utime(source, ns=(1, 1))
-    with pytest.raises(UserError, match="begun with other contents of the inputs"):
+    content = source.read_bytes()
+    write_jsonl(source, make_texts(300)[::-1])  # the same size, and the same time
+    with pytest.raises(UserError, match=f"begun with other contents of {source}"):
         prepare(tmp_path / "out", source)
+    source.write_bytes(content)
     assert read_folder(tmp_path / "out") == before
     prepare(tmp_path / "out", source, val_fraction=0.2, overwrite=True)
     prepare(tmp_path / "whole", source, val_fraction=0.2)
@@ -415,10 +431,10 @@ def test_finished_corpus_is_neither_done_again_nor_overwritten(
     capsys.readouterr()
     prepare(tmp_path / "out", source, workers=2)
     assert "already prepared" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"prepared from other settings \(text_field text\).*--overwrite"):
+    with pytest.raises(UserError, match=r"prepared from other settings \(text_field \['text'\]\).*--overwrite"):
         prepare(tmp_path / "out", source, text_field="body")
     write_jsonl(source, make_texts(100, seed=0)[::-1])  # the same size
-    with pytest.raises(UserError, match="prepared from other contents of the inputs"):
+    with pytest.raises(UserError, match=f"prepared from other contents of {source}"):
         prepare(tmp_path / "out", source)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
     prepare(tmp_path / "out", source, overwrite=True, val_fraction=0)
@@ -429,7 +445,7 @@ def test_a_crash_while_the_parts_are_moved_is_mended(
     tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = write_jsonl(tmp_path / "old.jsonl", make_texts(50, seed=9))
-    source = write_jsonl(tmp_path / "a.jsonl", [*make_texts(150), ""])
+    source = write_jsonl(tmp_path / "a.jsonl", [*make_texts(150), "nul \0"])
     flags = {"overwrite": True, "max_bad_fraction": 0.1}
     prepare(tmp_path / "whole", source, **flags)
     replace, partial, moves = os.replace, tmp_path / "out" / ".partial", 0
@@ -480,6 +496,179 @@ def test_crash_between_the_two_manifests_is_mended(
         assert read_folder(output) == read_folder(tmp_path / "whole")
 
 
+def test_every_input_of_a_folder_counts(tmp_path: Path, prepare: Prepare, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_jsonl(folder / "wiki.jsonl", ["wiki one", "wiki two"])
+    write_jsonl(folder / "train.jsonl", ["news one", " ", ""])
+    (folder / "b.txt").write_text("a paragraph")
+    prepare(tmp_path / "out", folder, val_fraction=0)
+    assert read_texts(tmp_path / "out" / "train") == ["a paragraph", "news one", "wiki one", "wiki two"]
+    out = capsys.readouterr().out
+    assert f"1 documents  {folder}/train.jsonl" in out and f"2 documents  {folder}/wiki.jsonl" in out
+    assert "0 bad, 2 empty and 0 repeated documents left out" in out
+    corpus = json.loads((tmp_path / "out" / "corpus.json").read_text())
+    assert [(Path(entry["name"]).name, entry["documents"]) for entry in corpus["inputs"]] == [
+        ("b.txt", 1),
+        ("train.jsonl", 1),
+        ("wiki.jsonl", 2),
+    ]
+    prepare(tmp_path / "out", folder, val_fraction=0)
+    assert "already prepared" in capsys.readouterr().out
+    (folder / "a.jsonl").write_text('{"text": "new"}')
+    with pytest.raises(UserError, match=f"other inputs .*{folder}/a.jsonl in place of {folder}/b.txt"):
+        prepare(tmp_path / "out", folder, val_fraction=0)
+    (folder / "a.jsonl").rename(folder / "z.jsonl")
+    with pytest.raises(UserError, match=f"other inputs .*{folder}/z.jsonl is new"):
+        prepare(tmp_path / "out", folder, val_fraction=0)
+    (folder / "z.jsonl").unlink()
+    write_jsonl(folder / "wiki.jsonl", ["WIKI one", "wiki two"])  # the same size
+    with pytest.raises(UserError, match=f"other contents of {folder}/wiki.jsonl"):
+        prepare(tmp_path / "out", folder, val_fraction=0)
+
+
+def test_a_changed_data_set_folder_is_another_corpus(tmp_path: Path, prepare: Prepare) -> None:
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set" / "train.jsonl", make_texts(10))
+    prepare(tmp_path / "out", f"hf:{tmp_path}/set")
+    write_jsonl(tmp_path / "set" / "train.jsonl", make_texts(10)[::-1])
+    with pytest.raises(UserError, match="other contents of"):
+        prepare(tmp_path / "out", f"hf:{tmp_path}/set")
+
+
+def test_a_damaged_input_once_mended_costs_nothing_before_it(
+    tmp_path: Path, prepare: Prepare, small_chunks: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, cut, last = tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz", tmp_path / "c.jsonl"
+    write_jsonl(good, make_texts(500))
+    write_jsonl(last, make_texts(20, seed=2))
+    whole = gzip.compress(write_jsonl(tmp_path / "b", make_texts(6000, seed=1)).read_bytes())
+    cut.write_bytes(whole[: len(whole) * 3 // 4])
+    with pytest.raises(UserError, match="damaged or cut short"):
+        prepare(tmp_path / "out", good, cut, last)
+    first = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out/.partial/train").glob("shard_0000[012].npy")}
+    assert len(first) == 3
+    cut.write_bytes(whole)
+    last.write_text(last.read_text() + '{"text": "one more"}\n')  # not begun: may change
+    prepare(tmp_path / "out", good, cut, last)
+    note = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("note: "))
+    assert re.search(rf"other contents of {cut}: [34] of \d\d finished shards are kept", note)
+    prepare(tmp_path / "whole", good, cut, last)
+    assert read_folder(tmp_path / "out") == read_folder(tmp_path / "whole")
+    assert first == {name: (tmp_path / "out/train" / name).stat().st_mtime_ns for name in first}
+
+
+def test_a_damaged_input_can_be_left_out(tmp_path: Path, prepare: Prepare, small_chunks: None) -> None:
+    good, cut = write_jsonl(tmp_path / "a.jsonl", make_texts(500)), tmp_path / "b.jsonl.gz"
+    cut.write_bytes(b"\x1f\x8b")
+    with pytest.raises(UserError, match="or leave it out"):
+        prepare(tmp_path / "out", good, cut)
+    prepare(tmp_path / "out", good)
+    prepare(tmp_path / "whole", good)
+    assert read_folder(tmp_path / "out") == read_folder(tmp_path / "whole")
+
+
+def test_an_own_validation_file(tmp_path: Path, prepare: Prepare) -> None:
+    texts = make_texts(60)
+    source = write_jsonl(tmp_path / "a.jsonl", texts[:50])
+    val = write_jsonl(tmp_path / "v.jsonl", texts[40:])
+    prepare(tmp_path / "out", source, val_input=val, val_fraction=0)
+    assert read_texts(tmp_path / "out" / "train") == texts[:50]
+    assert read_texts(tmp_path / "out" / "val") == texts[40:]
+    # Without repeats a document of both is left to validation.
+    prepare(tmp_path / "once", source, val_input=val, val_fraction=0, dedup=True)
+    assert read_texts(tmp_path / "once" / "train") == texts[:40]
+    with pytest.raises(UserError, match="twice"):
+        prepare(tmp_path / "same", source, val_input=source, val_fraction=0)
+    with pytest.raises(UserError, match=f"in place of {val}"):
+        prepare(tmp_path / "out", val, val_input=source, val_fraction=0)
+
+
+def test_a_part_of_the_inputs(
+    tmp_path: Path, prepare: Prepare, small_chunks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = make_texts(500)
+    source, other = write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "b.jsonl"
+    write_jsonl(other, make_texts(5, seed=1))
+    prepare(tmp_path / "documents", source, other, max_documents=120)
+    assert set(read_both(tmp_path / "documents")) == set(texts[:120])
+    prepare(tmp_path / "bytes", source, max_bytes=10_000)
+    size = sum(len(text.encode()) for text in read_both(tmp_path / "bytes"))
+    assert 10_000 <= size < 10_500
+    flags = {"max_tokens": 15_000}
+    prepare(tmp_path / "tokens", source, **flags)
+    corpus = json.loads((tmp_path / "tokens" / "corpus.json").read_text())
+    assert 15_000 <= sum(split["tokens"] for split in corpus["splits"].values()) < 15_300
+    for chunk in range(0, 20, 4):
+        output = tmp_path / f"out{chunk}"
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, chunk)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(output, source, **flags)
+        prepare(output, source, **flags)
+        assert read_folder(output) == read_folder(tmp_path / "tokens")
+    # What comes after the limit was never read, and may be anything.
+    prepare(tmp_path / "documents", source, source.parent / "b.jsonl", max_documents=120)
+    other.write_text("other")
+    prepare(tmp_path / "documents", source, max_documents=120)
+
+
+def test_documents_without_tokens_are_bad(
+    tmp_path: Path, prepare: Prepare, small_chunks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=200, special_tokens=["</s>"], show_progress=False)
+    texts = [text for text in make_texts(300) if text.isascii()]
+    model.train_from_iterator(texts, trainer)
+    model.save(str(tmp_path / "tokenizer.json"))
+    lines = [text for text in texts for text in (text, "你好")]
+    source = write_jsonl(tmp_path / "a.jsonl", lines)
+    flags = {"tokenizer": tmp_path / "tokenizer.json", "max_bad_fraction": 0.6, "shard_tokens": 500}
+    result = prepare.run(tmp_path / "out", source, **flags)
+    assert result.returncode == 0 and "changes or drops some characters" in result.stderr
+    problems = (tmp_path / "out" / "bad_documents.txt").read_text().splitlines()
+    assert problems[0] == f"{source}:2: the tokenizer has no token for anything in it" and len(problems) == len(texts)
+    manifests = [ShardReader(tmp_path / "out" / split).manifest for split in ("train", "val")]
+    assert sum(manifest.total_documents for manifest in manifests) == len(texts)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path / "again", source, **flags)
+    prepare(tmp_path / "again", source, **flags)
+    assert read_folder(tmp_path / "again") == read_folder(tmp_path / "out")
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_crash_after_a_shard_is_finished_keeps_what_is_known(
+    tmp_path: Path, prepare: Prepare, small_chunks: None, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """A shard whose inputs were not noted yet is made again: an input may change before the next run."""
+    texts = make_texts(200)
+    sources = [write_jsonl(tmp_path / f"{i}.jsonl", texts[20 * i : 20 * i + 20]) for i in range(10)]
+    save, count = CorpusFolder.save_progress, itertools.count()
+
+    def crash(self: CorpusFolder, *args: object) -> None:
+        if next(count) == at:
+            raise KeyboardInterrupt
+        save(self, *args)  # type: ignore[arg-type]
+
+    flags = {"shard_tokens": 1000}
+    with monkeypatch.context() as patch:
+        patch.setattr(CorpusFolder, "save_progress", crash)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path / "out", *sources, **flags)
+    changed = at + 1
+    write_jsonl(sources[changed], make_texts(20, seed=7))
+    try:
+        prepare(tmp_path / "out", *sources, **flags)
+    except UserError as error:
+        assert "begun with other contents" in str(error)
+        return
+    prepare(tmp_path / "whole", *sources, **flags)
+    assert read_folder(tmp_path / "out") == read_folder(tmp_path / "whole")
+
+
 def test_foreign_folders_are_left_alone(tmp_path: Path, prepare: Prepare) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(20))
     (tmp_path / "out" / "train").mkdir(parents=True)
@@ -497,7 +686,10 @@ def test_foreign_folders_are_left_alone(tmp_path: Path, prepare: Prepare) -> Non
 def test_two_processes_do_not_write_one_folder(tmp_path: Path, prepare: Prepare) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(20))
     message = "being prepared by another process"
-    with CorpusFolder(tmp_path / "out", {}, [], overwrite=False), pytest.raises(UserError, match=message):
+    with (
+        CorpusFolder(tmp_path / "out", {}, [], ReadOptions(), overwrite=False),
+        pytest.raises(UserError, match=message),
+    ):
         prepare(tmp_path / "out", source)
     prepare(tmp_path / "out", source)
 
@@ -527,15 +719,13 @@ def test_data_set_folder_through_datasets(tmp_path: Path, prepare: Prepare) -> N
     texts = make_texts(100)
     (tmp_path / "set").mkdir()
     write_jsonl(tmp_path / "set" / "train.jsonl", texts)
-    prepare(tmp_path / "out", tmp_path / "set")
+    prepare(tmp_path / "out", f"hf:{tmp_path}/set")
     prepare(tmp_path / "whole", tmp_path / "set" / "train.jsonl")
     assert read_texts(tmp_path / "out" / "train") == read_texts(tmp_path / "whole" / "train")
     assert read_texts(tmp_path / "out" / "val") == read_texts(tmp_path / "whole" / "val")
 
 
 def test_huggingface_tokenizer_prepares_a_corpus(tmp_path: Path, prepare: Prepare) -> None:
-    import tokenizers
-
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
