@@ -107,7 +107,7 @@ def load_checkpoint(
         low_precision=not manifest.precision == resolved.train.precision == "fp32",
         find_differences=lambda: find_differences(engine, resolved, TrainingCheckpoint(folder, manifest)),
     )
-    return TrainState(manifest.step, manifest.consumed_samples, manifest.tokens_seen)
+    return TrainState(manifest.step, manifest.consumed_samples, manifest.tokens_seen, manifest.data_start_step)
 
 
 @contextlib.contextmanager

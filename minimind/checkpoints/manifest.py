@@ -45,6 +45,7 @@ class CheckpointManifest:
     step: int = 0
     consumed_samples: int = 0
     tokens_seen: int = 0
+    data_start_step: int = 0
     world_size: int = 1
     zero_stage: int = 0
     ep_size: int = 1

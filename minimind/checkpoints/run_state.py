@@ -70,6 +70,8 @@ class TrainState:
     step: int = 0
     consumed_samples: int = 0
     tokens_seen: int = 0
+    data_start_step: int = 0
+    """Steps done when the present shards came in: 0, or where --allow-data-change was first used with them."""
 
 
 def check_same_run(

@@ -75,13 +75,15 @@ class BatchLoader:
         self.dp_rank = dp_rank
         self.dp_size = dp_size
         self.order = ShuffledOrder(len(dataset), seed, dataset.reader.fingerprint)
+        self.first_step = 0
+        """The step that takes the first samples of the order: later than 0 for shards that came in later."""
         self._pin_memory = pin_memory
 
     def step_batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of optimizer step `step` (from 0): micro-batch j stands at the places
-        step*G + (j*dp_size + dp_rank)*micro_batch_size onwards of the global order."""
+        """This rank's micro-batches of optimizer step `step` (from 0): micro-batch j has the positions
+        (step - first_step)*G + (j*dp_size + dp_rank)*micro_batch_size onwards in the global order."""
         micro, together = self.micro_batch_size, self.micro_batch_size * self.dp_size
-        start = step * self.global_batch_size + self.dp_rank * micro
+        start = (step - self.first_step) * self.global_batch_size + self.dp_rank * micro
         # (gradient_accumulation_steps, micro_batch_size)
         positions = start + np.arange(self.gradient_accumulation_steps)[:, None] * together + np.arange(micro)
         batches = []

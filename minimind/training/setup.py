@@ -1,6 +1,7 @@
 """Put a run together: configuration, data, engine, checkpoint, trainer."""
 
 import contextlib
+import dataclasses
 import socket
 from pathlib import Path
 
@@ -121,6 +122,10 @@ def run_rank(
         if resume is not None:
             state = load_checkpoint(engine, resolved, resume.folder, resume.manifest, resume.portable)
             log(f"resumed from {resume.folder} at step {state.step}")
+            if resume.manifest.shard_fingerprint != dataset.reader.fingerprint:
+                state = dataclasses.replace(state, data_start_step=state.step)
+                log(f"the shards are new: their order begins at step {state.step}")
+        loader.first_step = state.data_start_step
         saver = CheckpointSaver(engine, resolved, identify(dataset.reader), asynchronous=train.async_save)
         stack.callback(saver.close)
         metrics = None

@@ -9,7 +9,7 @@ import contextlib
 import math
 import time
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,7 +160,8 @@ class Trainer:
         scale_now = loss_scale(self.engine) if train.precision == "fp16" else None
         self._step_router_biases(choices, grad_norm)
         self._pending.append(PendingStep(step + 1, loss, aux_loss, grad_norm, lr, scale_now, choices))
-        self.state = TrainState(
+        self.state = replace(
+            self.state,
             step=step + 1,
             consumed_samples=self.state.consumed_samples + self.loader.global_batch_size,
             tokens_seen=self.state.tokens_seen + self.loader.global_batch_size * self.resolved.data.seq_len,

@@ -358,3 +358,12 @@ def test_evaluation_takes_every_window_once_on_any_number_of_ranks(
     assert all(np.array_equal(seen[i], dataset[i].labels) for i in range(taken))
     filling = sum(batch.positions.count(-1) for batch in itertools.chain(*ranks))
     assert filling < micro * world_size
+
+
+def test_shards_that_come_in_later_are_seen_from_the_beginning_of_their_order(dataset):
+    first = BatchLoader(dataset, seed=1, micro_batch_size=2, global_batch_size=4)
+    later = BatchLoader(dataset, seed=1, micro_batch_size=2, global_batch_size=4)
+    later.first_step = 7
+    for step in range(len(dataset) // 4 + 1):
+        for a, b in zip(first.step_batches(step), later.step_batches(step + 7), strict=True):
+            assert a.positions == b.positions and torch.equal(a.input_ids, b.input_ids)
