@@ -22,7 +22,7 @@ from minimind.distributed.launchers.caches import use_own_caches
 from minimind.distributed.launchers.mpi import find_master
 from minimind.distributed.launchers.watch import LauncherWatch
 from minimind.distributed.process_group import process_group
-from minimind.distributed.startup import meet, report_absence
+from minimind.distributed.startup import join_ranks, report_startup_error
 from minimind.errors import EXIT_STOPPED, UserError, run_main
 from minimind.reports.plan.memory import estimate_memory
 from minimind.training.out_of_memory import full_memory_in_words
@@ -43,7 +43,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         resolved, dataset, eval_dataset = prepare(command, env, device)
     except UserError as error:
-        report_absence(env, error)
+        report_startup_error(env, error)
         raise
     if env.is_first:
         print(describe(resolved, env, device, dataset, eval_dataset), flush=True)
@@ -53,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     timeout_minutes = resolved.train.timeout_minutes
     with (
-        meet(resolved, env, device, dataset.reader.fingerprint) as (store, watchdog),
+        join_ranks(resolved, env, device, dataset.reader.fingerprint) as (store, watchdog),
         process_group(env, device, timeout_minutes, store),
         watchdog.reporting(),
         full_memory_in_words(resolved, env, device, watchdog),

@@ -1,4 +1,4 @@
-"""What one rank's host has: versions, code, device, room. Compared by the preflight; knows nothing of other ranks."""
+"""One rank's report to the preflight: versions, code, device, free space."""
 
 import hashlib
 import os
@@ -18,12 +18,12 @@ from minimind.files import ROOT
 
 @dataclass(frozen=True)
 class HostReport:
-    """What one rank has. `error` is what kept it from getting this far, instead of the rest."""
+    """One rank's report. With an `error`, which kept it from getting this far, the rest is empty."""
 
     rank: int
     host: str
     boot: str = ""
-    """Of this host since it was started: two hosts may have one name."""
+    """Boot id of the host: two hosts may have one name."""
     python: str = ""
     torch: str = ""
     deepspeed: str = ""
@@ -36,6 +36,8 @@ class HostReport:
     free_bytes: int = 0
     shards: str = ""
     """Fingerprint of the training shards."""
+    sees_run_folder: bool = True
+    """Whether a file that rank 0 made in the run folder is there."""
     error: str | None = None
 
 

@@ -1,95 +1,102 @@
-"""A rank's line to the others: it tells where it stands, and hears of the first that is gone.
+"""Watchdog: every rank beats in the run's key-value store, so that all learn which rank failed, where and why.
 
-A thread keeps the line, so that it works while the rank itself waits in a collective. When another rank is lost, this
-one says which and why and ends; when nothing moves for the time-out, it says where everybody stands and ends. Knows
-nothing of what a step is.
+A beat costs O(ranks) messages in all: each rank sets its own key and reads two, and rank 0 alone reads every beat and
+publishes a summary. Threads do it, so it works while the rank waits in a collective.
 """
 
 import contextlib
+import datetime
 import json
+import math
 import os
-import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
-from minimind.distributed.watchdog_server import (
-    BEAT_SECONDS,
+import torch.distributed
+
+from minimind.distributed.heartbeats import (
     CUT_SECONDS,
+    LATE_SECONDS,
     SILENCE_SECONDS,
-    WatchdogServer,
+    Loss,
+    RankBeats,
     describe_position,
-    encode,
-    keep_watch,
+    describe_silence,
 )
+from minimind.distributed.store import drop_dead_connections, open_connections
 from minimind.errors import EXIT_LOST, EXIT_USER_ERROR, UserError, first_line
 
+BEAT_SECONDS = 1.0
 GRACE_SECONDS = 30.0
 """After another rank was lost, this one may still finish what it writes."""
-HEARSAY_SECONDS = 5.0
-"""A collective that failed may have failed because of a rank that is gone: word of it comes within this time."""
+NEWS_SECONDS = 8.0
+"""A collective that failed may have failed because a rank is gone; the news takes two beats and `LATE_SECONDS`."""
 MARGIN_SECONDS = 10.0
-"""A collective raises its own error at the time-out; only if it does not, the rank is ended from outside."""
+"""A collective raises its own error at the time-out; only if it does not, the watchdog ends the rank."""
+FAREWELL_SECONDS = 5.0
+"""How long rank 0, which holds the store, waits at its end for the other ranks to read why."""
 
 
 class Watchdog:
-    """The line of one rank. Without `connect` it only remembers where the rank stands.
+    """The watchdog of one rank. Without `connect` it only remembers where the rank is.
 
     Args:
         timeout_minutes: how long the rank may stay at one place.
-        first: rank 0, as people know it.
-        speaks: whether this rank prints that others are silent; one of each host is enough.
+        speaks: whether this rank prints that other ranks are silent; one of each host is enough.
     """
 
-    def __init__(
-        self,
-        rank: int = 0,
-        host: str = "",
-        timeout_minutes: float = 30.0,
-        *,
-        first: str = "rank 0",
-        speaks: bool = True,
-    ) -> None:
-        self._rank, self._host, self._first, self._speaks = rank, host, first, speaks
+    def __init__(self, rank: int = 0, host: str = "", timeout_minutes: float = 30.0, *, speaks: bool = True) -> None:
+        self._rank, self._host, self._speaks = rank, host, speaks
+        self._name = f"rank {rank} on {host} (process {os.getpid()})"
         self._timeout = timeout_minutes * 60
-        self._place: tuple[int | None, str, float] = (None, "starting", time.monotonic())
-        self._connection: socket.socket | None = None
-        self._thread: threading.Thread | None = None
-        self._sending = threading.Lock()
-        self._ended = threading.Event()
-        self._is_ending = False
-        self._lost = threading.Event()
+        self._place: tuple[int | None, str] = (None, "starting")
+        self._since = time.monotonic()
+        self._threads: list[threading.Thread] = []
+        self._wake, self._ended, self._told, self._lost = (threading.Event() for _ in range(4))
+        self._is_ending = False  # this rank's own end, good or bad: losses are no news any more
+        self._own_loss: Loss | None = None
         self._code = EXIT_LOST
-        self._where = ""
-        self._answered = threading.Event()
+        self._summary: dict[str, Any] = {"silent": {}, "where": "", "first": "starting"}
+        self._heard = time.monotonic()  # of rank 0
 
     def report(self, step: int | None, phase: str) -> None:
-        """Note where this rank stands: a step, and what it does in it."""
-        self._place = (step, phase, time.monotonic())
+        """Note where this rank is: the step, and what it does in it."""
+        self._place, self._since = (step, phase), time.monotonic()
 
     @property
     def position(self) -> str:
-        """Where this rank stands, in words."""
-        return describe_position(*self._place[:2])
+        """Where this rank is, in words."""
+        return describe_position(*self._place)
 
-    def connect(self, address: str, port: int, token: str) -> None:
-        """Join rank 0's server and begin to keep the line.
-
-        Raises:
-            OSError: nobody answers there.
-        """
-        self._connection = socket.create_connection((address, port), timeout=CUT_SECONDS)
-        keep_watch(self._connection, min(CUT_SECONDS, self._timeout))
-        self._send({"token": token, "rank": self._rank, "host": self._host, "pid": os.getpid()})
-        self._thread = threading.Thread(target=self._keep, name="watchdog", daemon=True)
-        self._thread.start()
+    def connect(self, store: Any, world_size: int, port: int) -> None:
+        """Begin to beat in `store`, whose server listens at `port`. Every rank calls this; it waits for rank 0."""
+        shared: Any = torch.distributed.PrefixStore("watchdog", store)
+        drop_dead_connections(port, min(CUT_SECONDS, self._timeout))
+        if self._rank == 0:
+            self._ranks = RankBeats(world_size, port)
+            shared.multi_set([*self._ranks.keys, "lost", "summary"], [""] * (world_size + 2))
+            shared.set("first", self._name)
+        self._first = shared.get("first").decode()
+        # A connection of its own: one that waits for an answer is locked for every thread. Without a limit, as an
+        # answer may take as long as rank 0 is suspended.
+        before = open_connections(port)
+        self._store = shared.clone()
+        self._store.set_timeout(datetime.timedelta(days=365))
+        addresses = [address for address in open_connections(port) if address not in before]
+        self._beat: dict[str, Any] = {"name": self._name, "addresses": addresses, "count": 0}
+        self._heard = time.monotonic()
+        for work in (self._keep_beating, self._watch_itself):
+            thread = threading.Thread(target=work, name="watchdog", daemon=True)
+            thread.start()
+            self._threads.append(thread)
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[None]:
-        """Tell the others when the block fails. An error that follows from another rank's end ends this process with
-        that rank's exit code; the line about it has been printed.
+        """Tell the other ranks when the block fails. An error that follows from another rank's end ends this process
+        with that rank's exit code; the line about it has been printed.
 
         Raises:
             SystemExit: another rank was lost, or a collective timed out.
@@ -101,156 +108,144 @@ class Watchdog:
             raise
         except Exception as error:
             self._leave_if_lost()
-            message = first_line(error)[:300]
-            self._fail(f"{type(error).__name__}: {message}", 1)
+            self._fail(f"{type(error).__name__}: {first_line(error)[:300]}", 1)
             raise
         except BaseException:
             self._fail("it was interrupted", EXIT_LOST)
             raise
 
     def close(self) -> None:
-        """Say farewell. Nothing that happens to others is followed any more."""
+        """Tell the other ranks that this is an orderly end, and stop watching."""
         self._is_ending = True
         self._ended.set()
-        if self._connection is not None and self._thread is not None:
-            self._send({"bye": True})
-            self._thread.join(BEAT_SECONDS + 1)
-            self._connection.close()
+        self._wake.set()
+        for thread in self._threads:
+            thread.join(FAREWELL_SECONDS + 2)
 
     def _fail(self, reason: str, code: int) -> None:
         self._is_ending = True
-        self._send({"failed": reason, "code": code, **self._position()})
+        self._own_loss = Loss(self._rank, f"{self._name} failed: {reason}; it was at {self.position}", code)
+        self._wake.set()
+        if self._threads:  # the thread may hang in the store if rank 0 is stopped
+            self._told.wait(FAREWELL_SECONDS)
 
     def _leave_if_lost(self) -> None:
         """After a failure: end if it came from another rank, or from the time-out."""
-        if self._connection is None:
+        if not self._threads:
             return
-        if self._lost.wait(HEARSAY_SECONDS):
+        if self._lost.wait(NEWS_SECONDS):
             raise SystemExit(self._code)
-        if time.monotonic() - self._place[2] > 0.9 * self._timeout:
-            self._say_that_it_hangs()
+        if time.monotonic() - self._since > 0.9 * self._timeout:
+            self._end_hanging()
             raise SystemExit(EXIT_LOST)
 
-    def _say_that_it_hangs(self) -> None:
-        step, phase, since = self._place
-        self._send({"where": True})
-        where = self._where if self._answered.wait(HEARSAY_SECONDS) else f"{self._first} does not answer"
+    def _end_hanging(self) -> None:
+        answers = self._rank == 0 or time.monotonic() - self._heard < SILENCE_SECONDS
         reason = (
-            f"nothing moved for {time.monotonic() - since:.0f} s at {describe_position(step, phase)} "
-            f"(--timeout-minutes {self._timeout / 60:g}); where the ranks stand: {where}"
+            f"nothing moved for {time.monotonic() - self._since:.0f} s at {self.position} (--timeout-minutes "
+            f"{self._timeout / 60:g}); ranks: {self._summary['where'] if answers else f'{self._first} does not answer'}"
         )
         self._say(f"error: {reason}; the run continues from its last checkpoint when it is started again")
         self._fail(reason, EXIT_LOST)
 
-    def _position(self) -> dict[str, Any]:
-        step, phase, since = self._place
-        return {"step": step, "phase": phase, "age": time.monotonic() - since}
-
     def _say(self, line: str) -> None:
         print(f"rank {self._rank} on {self._host}: {line}", file=sys.stderr, flush=True)
 
-    def _send(self, message: dict[str, Any]) -> None:
-        if self._connection is not None:
-            with self._sending, contextlib.suppress(OSError):  # the keeping thread reads what became of it
-                self._connection.sendall(encode(message))
-
-    def _keep(self) -> None:
-        """The thread: beats out, news in."""
-        assert self._connection is not None
-        self._connection.settimeout(0.5)
-        inbox, beat, heard, is_silent = b"", 0.0, time.monotonic(), False
-        while not self._ended.is_set():
+    def _watch_itself(self) -> None:
+        """A thread: end a rank that hangs, and name rank 0 when it is silent. Never waits for the store."""
+        last, is_silent = time.monotonic(), False
+        while not self._ended.wait(0.5):
             now = time.monotonic()
-            if now - beat >= BEAT_SECONDS:
-                beat = now
-                self._send(self._position())
-            if now - heard > SILENCE_SECONDS and not is_silent:
-                is_silent = True
-                self._say(f"{self._first} has been silent for {now - heard:.0f} s: stopped, swapping or cut off")
-            if now - self._place[2] > self._timeout + MARGIN_SECONDS and not self._is_ending:
-                threading.Thread(target=self._end_hanging, daemon=True).start()
-                self._is_ending = True
-            try:
-                data = self._connection.recv(65536)
-            except TimeoutError:
-                continue
-            except OSError as error:
-                if isinstance(error, ConnectionResetError):
-                    data = b""
+            if now - last > LATE_SECONDS:
+                # This process was suspended, or Python was locked: the others' beats and the time here do not count.
+                self._since += now - last
+                self._heard += now - last
+            last = now
+            silence = now - self._heard
+            if self._speaks and self._rank and is_silent != (silence > SILENCE_SECONDS) and not self._is_ending:
+                is_silent = not is_silent
+                self._say(describe_silence(self._first, silence) if is_silent else f"{self._first} answers again")
+            if now - self._since > self._timeout + MARGIN_SECONDS and not self._is_ending:
+                self._end_hanging()
+                self._ended.set()
+                self._threads[0].join(FAREWELL_SECONDS + 2)
+                os._exit(EXIT_LOST)
+
+    def _keep_beating(self) -> None:
+        """A thread: beats out, news in."""
+        deadline = None
+        try:
+            while self._exchange():
+                if self._ended.is_set():
+                    deadline = deadline or time.monotonic() + FAREWELL_SECONDS
+                    if self._rank or self._ranks.all_ended or time.monotonic() > deadline:
+                        return
+                    time.sleep(0.05)
                 else:
-                    self._end_lost(f"{self._first} is lost: its host is down or cut off ({error.strerror})", None)
-                    return
-            if not data:
-                self._end_lost(f"{self._first} died: its process is gone without a word (killed, or crashed)", None)
-                return
-            heard = time.monotonic()
-            if is_silent:
-                is_silent = False
-                self._say(f"{self._first} answers again")
-            *lines, inbox = (inbox + data).split(b"\n")
-            for line in lines:
-                if self._understand(json.loads(line)):
-                    return
+                    self._wake.wait(BEAT_SECONDS)
+        except torch.distributed.DistError as error:
+            if not self._ended.is_set():
+                what = "died: its process is gone (killed or crashed), or its host is down or cut off"
+                where = self._summary["first"]
+                self._end_lost(Loss(0, f"{self._first} {what} ({first_line(error)[:120]}); it was at {where}"))
 
-    def _understand(self, message: dict[str, Any]) -> bool:
-        """Take one piece of news; whether it was the last."""
-        if "say" in message and self._speaks:
-            self._say(message["say"])
-        if "where" in message:
-            self._where = message["where"]
-            self._answered.set()
-        if "lost" in message and message["rank"] != self._rank:
-            self._end_lost(message["lost"], message["code"])
-            return True
-        return "end" in message
+    def _exchange(self) -> bool:
+        """One beat; whether there is reason for another one."""
+        self._wake.clear()
+        if self._own_loss is not None and not self._told.is_set():
+            self._announce(self._own_loss)
+            self._told.set()
+        self._send_beat(ended=self._ended.is_set())
+        if self._rank == 0:
+            found, summary = self._ranks.look(self._store)
+            if found is not None:
+                self._announce(found)
+            self._store.set("summary", json.dumps({**summary, "first": self.position, "ended": self._ended.is_set()}))
+        summary_now, lost = (json.loads(value or "{}") for value in self._store.multi_get(["summary", "lost"]))
+        if summary_now and summary_now["count"] != self._summary.get("count"):
+            self._heard = time.monotonic()
+            self._tell_silence(self._summary["silent"], summary_now["silent"])
+            self._summary = summary_now
+        is_last = bool(self._rank and (lost or self._summary.get("ended")))
+        if is_last:
+            self._send_beat(ended=True)  # rank 0 need not wait for this one
+            self._heard = math.inf  # what rank 0 does from now on is its own affair
+        if lost and lost["rank"] != self._rank and not self._lost.is_set():
+            self._end_lost(Loss(**lost))
+        return not is_last
 
-    def _end_lost(self, what: str, code: int | None) -> None:
+    def _send_beat(self, ended: bool) -> None:
+        step, phase = self._place
+        seconds = round(time.monotonic() - self._since)
+        count = self._beat["count"] + 1
+        self._beat |= {"count": count, "step": step, "phase": phase, "seconds": seconds, "ended": ended}
+        self._store.set(f"beat/{self._rank}", json.dumps(self._beat))
+
+    def _announce(self, loss: Loss) -> None:
+        self._store.compare_set("lost", "", json.dumps(vars(loss)))  # the first loss is the cause of the others
+
+    def _tell_silence(self, before: dict[str, str], now: dict[str, str]) -> None:
+        if self._speaks:
+            for name in now.keys() - before.keys() - {self._name}:
+                self._say(now[name])
+            for name in before.keys() - now.keys() - {self._name}:
+                self._say(f"{name} answers again")
+
+    def _end_lost(self, loss: Loss) -> None:
         """Say who was lost, let the rank's own thread end, and see to it that the process does."""
-        if code is not None:
-            # Whoever failed said so; where all fail alike, each is on its way out already.
-            self._ended.wait(BEAT_SECONDS)
-        if self._is_ending or self._ended.is_set():
+        if loss.code is not None:
+            # The failing rank has logged the cause; if every rank fails alike, they are all exiting already.
+            self._ended.wait(2 * BEAT_SECONDS)
+        if self._is_ending:
             return
-        self._code = EXIT_LOST if code is None else code
-        self._say(f"error: {what}; ending; the run continues from its last checkpoint when it is started again")
+        self._code = EXIT_LOST if loss.code is None else loss.code
+        where = f"; ranks: {self._summary['where']}" if self._summary["where"] else ""
+        self._say(
+            f"error: {loss.reason}{where}; ending; the run continues from its last checkpoint when it is started again"
+        )
         self._lost.set()
+        threading.Thread(target=self._end_late, daemon=True).start()
+
+    def _end_late(self) -> None:
         if not self._ended.wait(GRACE_SECONDS):
             os._exit(self._code)
-
-    def _end_hanging(self) -> None:
-        self._say_that_it_hangs()
-        time.sleep(1.0)
-        os._exit(EXIT_LOST)
-
-
-@contextlib.contextmanager
-def hold_watchdog(
-    rank: int, host: str, address: str, store: Any, timeout_minutes: float, *, speaks: bool = True
-) -> Iterator[Watchdog]:
-    """Keep a line between all ranks while the block runs. Every rank calls this.
-
-    Args:
-        address: of rank 0's host.
-        store: torch's key-value store of the run, in which the ranks find rank 0's port.
-        speaks: whether this rank prints that others are silent; one of each host is enough.
-
-    Raises:
-        UserError: rank 0's server cannot be reached.
-    """
-    with contextlib.ExitStack() as stack:
-        if rank == 0:
-            server = WatchdogServer(os.urandom(16).hex(), cut_seconds=min(CUT_SECONDS, timeout_minutes * 60))
-            server.start()
-            stack.callback(server.close)
-            store.set("watchdog", f"{server.port} {server.token} {os.getpid()} {host}")
-        port, token, pid, first_host = store.get("watchdog").decode().split(maxsplit=3)
-        line = Watchdog(rank, host, timeout_minutes, first=f"rank 0 on {first_host} (process {pid})", speaks=speaks)
-        try:
-            line.connect(address, int(port), token)
-        except OSError as error:
-            raise UserError(
-                f"rank {rank} on {host}: rank 0 does not answer at {address} port {port}: {error.strerror or error}; "
-                "hosts of a run must reach each other on every port"
-            ) from None
-        stack.callback(line.close)
-        yield line

@@ -10,14 +10,7 @@ import torch
 from minimind.distributed import preflight
 from minimind.distributed.environment import RankEnvironment
 from minimind.distributed.host_report import HostReport, examine, hash_source
-from minimind.distributed.preflight import (
-    Sight,
-    announce_failure,
-    find_blindness,
-    find_mismatch,
-    host_table,
-    run_preflight,
-)
+from minimind.distributed.preflight import announce_failure, find_mismatch, host_table, run_preflight
 from minimind.errors import OneRankError, UserError
 
 WORLD = RankEnvironment(world_size=2, num_nodes=2)
@@ -37,29 +30,20 @@ def report(rank: int, **others) -> HostReport:
         ({"device_type": "cuda"}, "cuda on n1"),
         ({"host": "n0"}, "the launcher started 2 nodes and the ranks are on 1 (n0)"),
         ({"free_bytes": 5}, "n1 has 5 B free"),
+        ({"sees_run_folder": False}, "n1 does not see /r as n0 does"),
         ({"error": "shards /data: not there"}, "n1 (rank 1): shards /data: not there"),
     ],
 )
 def test_a_difference_is_one_line_that_names_the_host(change, words):
-    line = find_mismatch([report(0), report(1, **change)], WORLD, needed_bytes=1000)
+    line = find_mismatch([report(0), report(1, **change)], WORLD, Path("/r"), needed_bytes=1000)
     assert line is not None and words in line and "\n" not in line
 
 
 def test_equal_hosts_pass_and_stand_in_a_table():
     reports = [report(0), report(1), report(2, host="n1")]
-    assert find_mismatch(reports, dataclasses.replace(WORLD, world_size=3), needed_bytes=1000) is None
+    assert find_mismatch(reports, dataclasses.replace(WORLD, world_size=3), Path("/r"), needed_bytes=1000) is None
     rows = host_table(reports).splitlines()
     assert len(rows) == 3 and rows[2].split()[:2] == ["n1", "1-2"]
-
-
-def test_a_folder_that_is_not_shared_and_a_wrong_clock_are_named():
-    reports = [report(0), report(1)]
-    good = Sight(True, 0.1)
-    assert find_blindness(reports, [good, good], Path("/r")) is None
-    assert "n1 does not see /r as n0 does" in (find_blindness(reports, [good, Sight(False, 0)], Path("/r")) or "")
-    assert "clock of n1 is 90 s behind that of n0" in (
-        find_blindness(reports, [good, Sight(True, -90)], Path("/r")) or ""
-    )
 
 
 def test_the_source_s_hash_follows_every_change(tmp_path):
@@ -115,6 +99,7 @@ def test_missing_failed_and_doubled_ranks_are_named(tmp_path):
     store, found = torch.distributed.HashStore(), {}
     attend(store, 0, tmp_path, found, {}, join_minutes=0.01)
     assert "rank 1 of 2 did not come in 0.01 minutes; here: " in found[0]
+    assert list(tmp_path.iterdir()) == []
     with pytest.raises(OneRankError, match="two processes call themselves rank 0"):
         own = examine(WORLD, torch.device("cpu"), tmp_path, "f")
         run_preflight(WORLD, store, own, tmp_path, needed_bytes=1, join_minutes=1, say=print)

@@ -1,0 +1,116 @@
+"""Rank 0's view of all ranks, from their beats in the store: who is gone, who is silent, where each one is."""
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from minimind.distributed.store import open_connections
+
+LATE_SECONDS = 2.5
+"""A rank without a beat for this long is looked at: if its connections are closed, it is dead."""
+SILENCE_SECONDS = 15.0
+"""A rank that is connected and without a beat for this long is named, not ended: a suspended or swapping process comes
+back, and so does one whose compiler or writer holds Python's lock."""
+CUT_SECONDS = 40.0
+"""The kernel closes the connection to a host that acknowledges nothing for this long: longer than a switch takes to
+restart a port, shorter than the minute after which SLURM ends the job step."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The first rank that was lost; `code` is its exit code, None if it could not give one."""
+
+    rank: int
+    reason: str
+    code: int | None = None
+
+
+class RankBeats:
+    """Rank 0's view of all ranks, from their beats."""
+
+    def __init__(self, world_size: int, port: int) -> None:
+        self.keys = [f"beat/{rank}" for rank in range(world_size)]
+        self.all_ended = False
+        self._port = port
+        self._raw = [b""] * world_size
+        self._heard = [0.0] * world_size
+        self._was_connected: set[int] = set()
+        self._gone: set[int] = set()
+        self._count = 0
+        self._last = time.monotonic()
+
+    def look(self, store: Any) -> tuple[Loss | None, dict[str, Any]]:
+        """Read every beat: a rank that is gone, and the summary for all."""
+        raw, now = store.multi_get(self.keys), time.monotonic()
+        pause = now - self._last if now - self._last > LATE_SECONDS else 0.0  # of this process: no rank's silence
+        self._last, self._count = now, self._count + 1
+        self._heard = [
+            now if new != old else heard + pause for new, old, heard in zip(raw, self._raw, self._heard, strict=True)
+        ]
+        joined = {rank for rank, old in enumerate(self._raw) if raw[rank] and not old}
+        self._raw = raw
+        beats = {rank: json.loads(text) for rank, text in enumerate(raw) if text}
+        self.all_ended = all(
+            rank in beats and beats[rank]["ended"] for rank in range(1, len(raw)) if rank not in self._gone
+        )
+        beats = {rank: beat for rank, beat in beats.items() if not beat["ended"]}
+        silence = {rank: now - self._heard[rank] for rank in beats}
+        late = {rank for rank in beats if silence[rank] > LATE_SECONDS}
+        connected = self._find_connected(beats, joined | late) if joined | late else set()
+        self._was_connected |= connected
+        # A rank whose connection cannot be recognised here (a network that translates addresses) is only called silent.
+        gone = sorted((late & self._was_connected) - connected - self._gone)
+        self._gone.update(gone)
+        silent = {
+            beats[rank]["name"]: describe_silence(beats[rank]["name"], silence[rank], _position(beats[rank]))
+            for rank in late - self._gone
+            if silence[rank] > SILENCE_SECONDS
+        }
+        summary = {"count": self._count, "silent": silent, "where": _describe_positions(beats)}
+        if not gone:
+            return None, summary
+        died = "died: its process is gone (killed or crashed)"
+        lost = "is lost: its process is gone, or its host is down or cut off"
+        what = died if silence[gone[0]] < CUT_SECONDS / 2 else lost
+        beat = beats[gone[0]]
+        return Loss(gone[0], f"{beat['name']} {what}; it was at {_position(beat)}"), summary
+
+    def _find_connected(self, beats: dict[int, Any], ranks: set[int]) -> set[int]:
+        there = set(open_connections(self._port, of_server=True))
+        return {rank for rank in ranks if rank in beats and not there.isdisjoint(beats[rank]["addresses"])}
+
+
+def describe_ranks(ranks: list[int]) -> str:
+    """[0, 1, 2, 5] as "0-2, 5"."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def describe_position(step: int | None, phase: str) -> str:
+    return phase if step is None else f"step {step}, {phase}"
+
+
+def _position(beat: dict[str, Any]) -> str:
+    return describe_position(beat["step"], beat["phase"])
+
+
+def describe_silence(name: str, seconds: float, position: str = "") -> str:
+    where = f", at {position}" if position else ""
+    return f"{name} has been silent for {seconds:.0f} s: stopped, swapping or cut off{where}"
+
+
+def _describe_positions(beats: dict[int, Any]) -> str:
+    """Where the ranks are, those at the same place together."""
+    places: dict[str, list[int]] = {}
+    for rank, beat in beats.items():
+        places.setdefault(_position(beat), []).append(rank)
+    return "; ".join(
+        f"rank {describe_ranks(ranks)} at {place} for {max(beats[rank]['seconds'] for rank in ranks)} s"
+        for place, ranks in sorted(places.items())
+    )
