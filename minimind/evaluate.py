@@ -23,7 +23,7 @@ from minimind.data.dataset import TokenDataset
 from minimind.data.shards import ShardReader
 from minimind.data.tokenizer import load_tokenizer
 from minimind.distributed.environment import RankEnvironment, find_device, is_first_rank, read_environment
-from minimind.distributed.out_of_memory import full_memory_named
+from minimind.distributed.out_of_memory import explain_out_of_memory
 from minimind.distributed.process_group import process_group
 from minimind.errors import UserError, run_main
 from minimind.files import replace_file
@@ -86,7 +86,7 @@ def main(args: Sequence[str] | None = None) -> None:
     device, dtype = choose_device(flags.device, flags.precision, int8=flags.int8)
     if env.world_size > 1 and device.type == "cuda":
         device = find_device(env)
-    with full_memory_named(device, cures(flags, dtype), env.speaker):
+    with explain_out_of_memory(device, cures(flags, dtype), env.rank_label):
         run(flags, env, device, dtype)
 
 

@@ -21,7 +21,7 @@ import tyro
 from minimind.checkpoints.formats.load_model import load_model, stretch_context
 from minimind.cli import parse_flags
 from minimind.data.tokenizer import Tokenizer, load_tokenizer
-from minimind.distributed.out_of_memory import full_memory_named
+from minimind.distributed.out_of_memory import explain_out_of_memory
 from minimind.errors import UserError, run_main
 from minimind.inference.chat import Chat, converse, encode_question
 from minimind.inference.device import choose_device
@@ -74,7 +74,7 @@ def main(args: Sequence[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     flags = parse_flags(GenerateFlags, args, default=tyro.MISSING_NONPROP, prog="python -m minimind.generate")
     device, dtype = choose_device(flags.device, flags.precision, int8=flags.int8)
-    with full_memory_named(device, cures(flags, device, dtype)):
+    with explain_out_of_memory(device, cures(flags, device, dtype)):
         run(flags, device, dtype)
 
 

@@ -18,7 +18,7 @@ import tyro
 from minimind.checkpoints.formats.load_model import load_model
 from minimind.cli import parse_flags
 from minimind.data.tokenizer import load_tokenizer
-from minimind.distributed.out_of_memory import full_memory_named
+from minimind.distributed.out_of_memory import explain_out_of_memory
 from minimind.errors import UserError, run_main
 from minimind.inference.batching import Batcher
 from minimind.inference.device import choose_device
@@ -90,7 +90,7 @@ def main(args: Sequence[str] | None = None) -> None:
         os.environ.setdefault(name, "16")
     device, dtype = choose_device(flags.device, flags.precision, int8=flags.int8)
     listener = listen(flags.host, flags.port)
-    with full_memory_named(device, ["take another --device, --precision bf16, or on a CPU --int8"]):
+    with explain_out_of_memory(device, ["take another --device, --precision bf16, or on a CPU --int8"]):
         model, tokenizer_file = load_model(flags.checkpoint, dtype=dtype, device=device, tokenizer=flags.tokenizer)
         prepare_decoding(model, int8=flags.int8)
     tokenizer = load_tokenizer(tokenizer_file)

@@ -21,11 +21,12 @@ from minimind.distributed.environment import RankEnvironment, find_device, is_fi
 from minimind.distributed.launchers.caches import use_own_caches
 from minimind.distributed.launchers.mpi import find_master
 from minimind.distributed.launchers.watch import LauncherWatch
+from minimind.distributed.out_of_memory import explain_out_of_memory
 from minimind.distributed.process_group import process_group
 from minimind.distributed.startup import join_ranks, report_startup_error
 from minimind.errors import EXIT_STOPPED, UserError, run_main
 from minimind.reports.plan.memory import estimate_memory
-from minimind.training.out_of_memory import full_memory_in_words
+from minimind.training.out_of_memory import memory_remedies
 from minimind.training.setup import prepare, run_rank
 
 
@@ -55,8 +56,8 @@ def main(args: Sequence[str] | None = None) -> int:
     with (
         join_ranks(resolved, env, device, dataset.reader.fingerprint) as (store, watchdog),
         process_group(env, device, timeout_minutes, store),
-        watchdog.reporting(),
-        full_memory_in_words(resolved, env, device, watchdog),
+        watchdog.report_failure(),
+        explain_out_of_memory(device, memory_remedies(resolved), env.rank_label, lambda: watchdog.position),
     ):
         finished = run_rank(resolved, env, device, dataset, eval_dataset, watchdog, launcher)
     return 0 if finished else EXIT_STOPPED

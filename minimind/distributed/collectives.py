@@ -1,4 +1,4 @@
-"""The few collectives that the project uses, and a line printed by rank 0."""
+"""The few collectives that the project uses, and rank 0's log."""
 
 import sys
 from collections.abc import Callable
@@ -33,20 +33,8 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether `flag` holds on at least one rank. Every rank calls this."""
-    tensor = torch.tensor([int(flag)])
-    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
-    return bool(tensor.item())
-
-
-def barrier() -> None:
-    """Wait for all ranks. Every rank calls this."""
-    torch.distributed.barrier()
-
-
 def log(message: str) -> None:
-    """Print one line on rank 0, and nothing on the others."""
+    """Print one line on rank 0, and nothing on the other ranks."""
     initialized = torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if initialized else read_environment().rank
     if rank == 0:
@@ -54,7 +42,7 @@ def log(message: str) -> None:
 
 
 def on_first_rank(work: Callable[[], T]) -> T:
-    """Do `work` on rank 0 and give its result, or its `UserError`, to every rank. Every rank calls this."""
+    """Do `work` on rank 0; its result, or its `UserError`, is every rank's. Every rank calls this."""
     result: tuple[str, Any] | None = None
     if torch.distributed.get_rank() == 0:
         try:

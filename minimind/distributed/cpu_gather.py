@@ -1,9 +1,9 @@
-"""Gathering large tensors over the ranks of a CPU run where they are to stand, without gloo's copy of the whole.
+"""All-gather of large tensors on CPU ranks, straight into the output, without gloo's temporary copy.
 
-gloo gathers into a temporary buffer of its own, new for every call (128 MB for minimind3 in bf16), whose pages the
-system has to find first. And it copies from there in a thread of its own, for which torch makes a team of OpenMP: once
-a process has more threads in teams than cores, libgomp's threads sleep between two products instead of waiting, for the
-rest of the run. A broadcast writes where it is told to. Knows nothing of what is gathered.
+gloo gathers into a buffer of its own, new for every call (128 MB for minimind3 in bf16), whose pages the system has to
+map first. And it copies from there in a thread of its own, for which torch makes an OpenMP team: once a process has
+more team threads than cores, libgomp's threads sleep between two matmuls instead of spinning, for the rest of the run.
+A broadcast writes straight into its output.
 """
 
 from typing import Any
@@ -11,18 +11,18 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-# Elements of a rank's part that torch still copies by one thread (at::internal::GRAIN_SIZE). Several broadcasts take no
-# longer than the copy from about there on, too (two and four ranks on one machine, parts of 16 KiB to 1 MiB).
+# The largest part that torch still copies in one thread, in elements (at::internal::GRAIN_SIZE). From about there on
+# several broadcasts take no longer than the copy (two and four ranks on one machine, parts of 16 KiB to 1 MiB).
 _LARGEST_COPY = 2**15
 
 
 def gather_in_place(
     output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
 ) -> "dist.Work | _Works | None":
-    """As `torch.distributed.all_gather_into_tensor`: every rank's (n,) one after the other, in (ranks * n,).
+    """`torch.distributed.all_gather_into_tensor`: every rank's (n,), in rank order, into (ranks * n,).
 
-    Every rank of the group calls this. Large parts travel by one broadcast a rank, small ones as before. One rank alone
-    copies.
+    Every rank of the group calls this. Large parts take one broadcast per rank, small ones gloo's gather, and a single
+    rank a copy.
     """
     if not output_tensor.is_contiguous():
         return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
@@ -45,7 +45,7 @@ def gather_in_place(
 
 
 class _Works:
-    """Several operations under way, waited for as one."""
+    """Several pending operations, waited for as one."""
 
     def __init__(self, works: list[dist.Work]) -> None:
         self.works = works

@@ -1,4 +1,4 @@
-"""A setting of the C library that costs a CPU training time where it is left alone; it changes no result."""
+"""The C library's malloc, set to keep freed memory: faster training on a CPU with the same results."""
 
 import ctypes
 import os
@@ -11,12 +11,12 @@ _GROWTH = 64 * 2**20
 
 
 def keep_freed_memory() -> bool:
-    """Let malloc keep what is freed; whether it does.
+    """Let malloc keep freed memory; returns whether it does.
 
-    By default glibc gives every freed block of more than 32 MiB back to the system, and takes it again page by page,
-    450,000 page faults in a ZeRO-2 step of minimind3: buffers of gradients are freed and wanted again in each
-    micro-batch. The process then keeps its peak until it ends, and some more between blocks in use.
-    Someone's own settings (MALLOC_*, glibc.malloc in GLIBC_TUNABLES) stay.
+    By default glibc returns every freed block of more than 32 MiB to the system and takes it back page by page, 450,000
+    page faults in a ZeRO-2 step of minimind3: gradient buffers are freed and allocated again in each micro-batch. The
+    price: the process keeps its peak until it ends, plus fragmentation.
+    The user's own settings (MALLOC_*, glibc.malloc in GLIBC_TUNABLES) take precedence.
     """
     chosen = any(name.startswith("MALLOC_") and name.endswith("_") for name in os.environ)
     if chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):

@@ -1,8 +1,4 @@
-"""Ranks: who we are, how we find each other, and the few collectives that the project uses.
-
-One function reads the rank from the environment of any launcher (deepspeed, torchrun, SLURM, Open MPI, MPICH); another
-makes the process group. Knows nothing of models, data or training.
-"""
+"""This process's rank and device, read from the environment of any launcher (deepspeed, torchrun, SLURM, MPI)."""
 
 import os
 import re
@@ -36,11 +32,11 @@ class RankEnvironment:
     world_size: int = 1
     local_world_size: int = 1
     master_addr: str | None = None
-    """None: nobody said it (a single process, or MPI before the ranks have talked)."""
+    """None: not set (a single process, or MPI before `find_master`)."""
     master_port: int | None = None
     launcher: str = "none"
     num_nodes: int | None = None
-    """Hosts of the run; None: the launcher does not say."""
+    """Hosts of the run; None: the launcher does not set it."""
 
     @property
     def is_first(self) -> bool:
@@ -48,12 +44,12 @@ class RankEnvironment:
         return self.rank == 0
 
     @property
-    def speaker(self) -> str:
-        """The rank and its host, for what only one of several ranks says; nothing where there is one."""
+    def rank_label(self) -> str:
+        """The rank and its host, for the messages of one rank; empty for a single rank."""
         return f"rank {self.rank} on {node_name()}" if self.world_size > 1 else ""
 
 
-# What launchers call the number of hosts: deepspeed, torchrun, a step of srun, a SLURM job.
+# The launchers' names for the number of hosts: deepspeed, torchrun, a step of srun, a SLURM job.
 _NUM_NODES = ("CROSS_SIZE", "GROUP_WORLD_SIZE")
 _SLURM_NUM_NODES = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES")
 
@@ -73,14 +69,14 @@ _LAUNCHERS = (
 
 
 def read_environment(environment: Mapping[str, str] | None = None) -> RankEnvironment:
-    """Who this process is, from the variables that deepspeed, torchrun, Open MPI, MPICH or SLURM set.
+    """This process's rank, from the variables that deepspeed, torchrun, Open MPI, MPICH or SLURM set.
 
-    The deepspeed and torchrun names come first: they also stand inside a SLURM job. MPICH's are passed over where its
-    local rank is missing: `srun` with its PMI plugin sets the other two. A SLURM allocation without `srun` (no
-    SLURM_STEP_ID) is one process.
+    The deepspeed and torchrun names come first: they are also set inside a SLURM job. MPICH's are ignored if its local
+    rank is missing: `srun` with its PMI plugin sets the other two. A SLURM allocation without `srun` (no SLURM_STEP_ID)
+    is one process.
 
     Raises:
-        UserError: a variable is missing beside the others, is no number, or ranks do not fit the world.
+        UserError: a variable is missing or not a number, or the rank is not below the world size.
     """
     environment = os.environ if environment is None else environment
     for launcher, rank_name, world_name, local_name, local_world_name in _LAUNCHERS:
@@ -97,7 +93,7 @@ def read_environment(environment: Mapping[str, str] | None = None) -> RankEnviro
         if launcher == "slurm":
             local_world = _slurm_tasks_here(environment)
         else:
-            # The deepspeed launcher says LOCAL_SIZE.
+            # The deepspeed launcher calls it LOCAL_SIZE.
             local_world = _number(environment, local_world_name, _number(environment, "LOCAL_SIZE", 0)) or None
         return RankEnvironment(
             rank=rank,
@@ -113,7 +109,7 @@ def read_environment(environment: Mapping[str, str] | None = None) -> RankEnviro
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks for the run; where its environment makes no sense, it says so itself."""
+    """Whether this process prints the run's errors: rank 0, or one whose environment makes no sense."""
     try:
         return read_environment().is_first
     except UserError:
@@ -150,7 +146,7 @@ def find_device(env: RankEnvironment) -> torch.device:
     """The device of this rank: its CUDA device where there are any, otherwise the CPU.
 
     Raises:
-        UserError: fewer CUDA devices than local ranks.
+        OneRankError: fewer CUDA devices than local ranks.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")

@@ -16,6 +16,9 @@ CUT_SECONDS = 40.0
 """The kernel closes the connection to a host that acknowledges nothing for this long: longer than a switch takes to
 restart a port, shorter than the minute after which SLURM ends the job step."""
 
+MOST_NAMED = 16
+"""Every rank reads the summary: its length must not grow with the number of ranks."""
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -64,8 +67,7 @@ class RankBeats:
         self._gone.update(gone)
         silent = {
             beats[rank]["name"]: describe_silence(beats[rank]["name"], silence[rank], _position(beats[rank]))
-            for rank in late - self._gone
-            if silence[rank] > SILENCE_SECONDS
+            for rank in [rank for rank in sorted(late - self._gone) if silence[rank] > SILENCE_SECONDS][:MOST_NAMED]
         }
         summary = {"count": self._count, "silent": silent, "where": _describe_positions(beats)}
         if not gone:
@@ -81,18 +83,20 @@ class RankBeats:
         return {rank for rank in ranks if rank in beats and not there.isdisjoint(beats[rank]["addresses"])}
 
 
-def describe_ranks(ranks: list[int]) -> str:
-    """[0, 1, 2, 5] as "0-2, 5"."""
+def describe_ranks(ranks: list[int], most: int | None = None) -> str:
+    """[0, 1, 2, 5] as "0-2, 5"; with the first `most` runs only."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][1] + 1:
             runs[-1][1] = rank
         else:
             runs.append([rank, rank])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs[:most])
+    return text if len(runs) <= (most or len(runs)) else f"{text} and more, {len(ranks)} in all,"
 
 
 def describe_position(step: int | None, phase: str) -> str:
+    """Where a rank is, in words."""
     return phase if step is None else f"step {step}, {phase}"
 
 
@@ -101,6 +105,7 @@ def _position(beat: dict[str, Any]) -> str:
 
 
 def describe_silence(name: str, seconds: float, position: str = "") -> str:
+    """The line about a rank without beats."""
     where = f", at {position}" if position else ""
     return f"{name} has been silent for {seconds:.0f} s: stopped, swapping or cut off{where}"
 
@@ -111,6 +116,6 @@ def _describe_positions(beats: dict[int, Any]) -> str:
     for rank, beat in beats.items():
         places.setdefault(_position(beat), []).append(rank)
     return "; ".join(
-        f"rank {describe_ranks(ranks)} at {place} for {max(beats[rank]['seconds'] for rank in ranks)} s"
+        f"rank {describe_ranks(ranks, MOST_NAMED)} at {place} for {max(beats[rank]['seconds'] for rank in ranks)} s"
         for place, ranks in sorted(places.items())
     )

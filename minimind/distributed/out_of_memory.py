@@ -1,12 +1,11 @@
-"""A full memory, said in one line: whose, how much more was wanted, and what lowers the need.
+"""Out of memory in one line: the rank, where it was, how much more it asked for, and what lowers the need.
 
-Knows the errors of torch's allocators and of Python; a process that the kernel kills says nothing, here or elsewhere.
-Knows nothing of training (`out_of_memory` adds a run's place and flags).
+Covers torch's allocators and Python's own; a process that the kernel kills leaves no error to explain.
 """
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -15,13 +14,16 @@ from minimind.units import format_bytes
 
 
 @contextlib.contextmanager
-def full_memory_named(device: torch.device, cures: Sequence[str], who: str = "") -> Iterator[None]:
-    """Turn an allocation that failed in the block into one line.
+def explain_out_of_memory(
+    device: torch.device, remedies: Sequence[str], who: str = "", position: Callable[[], str] | None = None
+) -> Iterator[None]:
+    """Turn a failed allocation in the block into one line.
 
     Args:
         device: where the block computes.
-        cures: what lowers the need, the cheapest first.
-        who: the rank, where there are several.
+        remedies: what lowers the need, cheapest first.
+        who: the rank, if there are several.
+        position: where the run is, in words.
 
     Raises:
         OneRankError: the memory of the device, or of its host, is full.
@@ -29,32 +31,28 @@ def full_memory_named(device: torch.device, cures: Sequence[str], who: str = "")
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not is_full_memory(error):
+        if not is_out_of_memory(error):
             raise
-        raise OneRankError(describe(error, device, cures, who=who)) from error
+        on_device = isinstance(error, torch.OutOfMemoryError)
+        figures = []
+        if more := re.search(r"tried to allocate ([\d.]+ ?\w+)", str(error), re.IGNORECASE):
+            figures.append(f"{_readable(more[1])} more were wanted")
+        if on_device and device.type == "cuda":
+            held, total = torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[1]
+            figures.append(f"tensors hold {format_bytes(held)} of {format_bytes(total)}")
+        line = f"{device if on_device else 'the host'} is out of memory"
+        line += f" at {position()}" if position else ""
+        line += f" ({', '.join(figures)})" if figures else ""
+        raise OneRankError(f"{who and who + ': '}{line}: {'; '.join(remedies)}") from error
 
 
-def is_full_memory(error: Exception) -> bool:
-    """Whether an allocation failed: on a GPU, in torch's allocator of the host, or in Python."""
-    # torch has no type of its own for the host: its allocator raises a RuntimeError.
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: on a GPU, in torch's host allocator, or in Python."""
+    # torch has no error type of its own for the host: its allocator raises a RuntimeError.
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
-def describe(error: Exception, device: torch.device, cures: Sequence[str], *, who: str = "", place: str = "") -> str:
-    """The line: who, where, at which place, figures, cures."""
-    on_device = isinstance(error, torch.OutOfMemoryError)
-    figures = []
-    if wanted := re.search(r"tried to allocate ([\d.]+ ?\w+)", str(error), re.IGNORECASE):
-        figures.append(f"{_readable(wanted[1])} more were wanted")
-    if on_device and device.type == "cuda":
-        held, total = torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[1]
-        figures.append(f"tensors hold {format_bytes(held)} of {format_bytes(total)}")
-    said = f" ({', '.join(figures)})" if figures else ""
-    where = str(device) if on_device else "the host"
-    return f"{who and who + ': '}{where} is out of memory{place and ' at ' + place}{said}: {'; '.join(cures)}"
-
-
 def _readable(size: str) -> str:
-    """The host's allocator counts bytes."""
+    """torch's host allocator counts in bytes, the others in words such as "2.00 GiB"."""
     count = size.removesuffix("bytes").strip()
     return format_bytes(int(count)) if count.isdecimal() else size

@@ -55,9 +55,9 @@ def run_preflight(
     *,
     needed_bytes: int,
     join_minutes: float,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
-    """Compare all ranks' reports, and make `run_dir`; `say` gets rank 0's lines and table. Every rank calls this.
+    """Compare all ranks' reports, and make `run_dir`; `log` gets rank 0's lines and table. Every rank calls this.
 
     Args:
         needed_bytes: free space that one checkpoint needs in `run_dir`.
@@ -70,7 +70,7 @@ def run_preflight(
             f"two processes call themselves rank {env.rank}, one of them on {report.host}; start one job"
         )
     if env.is_first:
-        _compare(env, store, report, run_dir, needed_bytes, join_minutes, say)
+        _compare(env, store, report, run_dir, needed_bytes, join_minutes, log)
         return
     probe = _get(store, "preflight/probe", join_minutes * 60)
     deadline = time.monotonic() + SIGHT_SECONDS
@@ -139,7 +139,7 @@ def _compare(
     run_dir: Path,
     needed_bytes: int,
     join_minutes: float,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Rank 0's side: make the run folder with a file for the others to see, gather the reports, publish the verdict."""
     problem: str | None = "interrupted"
@@ -149,10 +149,10 @@ def _compare(
         run_dir.mkdir(parents=True, exist_ok=True)
         probe.touch()
         store.set("preflight/probe", probe.name)
-        reports = [report, *_gather_reports(env, store, report, join_minutes, say)]
+        reports = [report, *_gather_reports(env, store, report, join_minutes, log)]
         problem = find_mismatch(reports, env, run_dir, needed_bytes)
         if len(reports) == env.world_size:
-            say(host_table(reports))
+            log(host_table(reports))
     except UserError as error:
         problem = str(error)
     except OSError as error:
@@ -177,7 +177,7 @@ def _gather_reports(
     store: torch.distributed.Store,
     own: HostReport,
     join_minutes: float,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[HostReport]:
     """The reports of the other ranks, in order; or those that came before one that reports an error, and that one."""
     reports: dict[int, HostReport] = {}
@@ -198,7 +198,7 @@ def _gather_reports(
             )
         if now - noticed > NOTICE_SECONDS:
             noticed = now
-            say(f"waiting for rank {describe_ranks(missing)} for {now - began:.0f} s; {here}")
+            log(f"waiting for rank {describe_ranks(missing)} for {now - began:.0f} s; {here}")
         time.sleep(0.05 if now - began < 5 else 0.5)
 
 

@@ -1,4 +1,4 @@
-"""The process group of a run: join it, leave it, and share the cores of a CPU host."""
+"""The process group of a run, and each CPU rank's share of its host's cores."""
 
 import contextlib
 import datetime
@@ -37,7 +37,7 @@ def process_group(
     A single process needs no port and no address. On CUDA, device tensors go through NCCL, host tensors through gloo.
 
     Args:
-        store: where the ranks have met already; otherwise they meet now.
+        store: the run's store, if the ranks are connected already; otherwise they connect now.
 
     Raises:
         UserError: the master cannot be reached, or its port is taken.
@@ -76,8 +76,8 @@ def process_group(
 
 @contextlib.contextmanager
 def _told_by_environment(env: RankEnvironment) -> Iterator[None]:
-    """DeepSpeed and torch read the rank from these variables, whatever launcher brought it; afterwards they are as they
-    were, so that nothing in this process takes itself for a rank."""
+    """Set the variables from which DeepSpeed and torch read the rank, whatever the launcher calls them; restored
+    afterwards, so that nothing later in this process takes itself for a rank."""
     told = {"RANK": str(env.rank), "WORLD_SIZE": str(env.world_size), "LOCAL_RANK": str(env.local_rank)}
     before = {name: os.environ.get(name) for name in told}
     os.environ.update(told)

@@ -36,7 +36,7 @@ def join_ranks(
         UserError: a rank is missing, a host differs, or rank 0 cannot be reached.
     """
     train = resolved.train
-    watchdog = Watchdog(env.rank, node_name(), train.timeout_minutes, speaks=env.local_rank == 0)
+    watchdog = Watchdog(env.rank, node_name(), train.timeout_minutes, is_logger=env.local_rank == 0)
     if env.world_size == 1:
         yield None, watchdog
         return
@@ -46,7 +46,7 @@ def join_ranks(
         run_dir = Path(train.run_dir)
         report = examine(env, device, run_dir, shards)
         run_preflight(
-            env, store, report, run_dir, needed_bytes=resolved.checkpoint_bytes, join_minutes=join_minutes, say=log
+            env, store, report, run_dir, needed_bytes=resolved.checkpoint_bytes, join_minutes=join_minutes, log=log
         )
     store.set_timeout(datetime.timedelta(minutes=train.timeout_minutes))
     watchdog.connect(store, env.world_size, env.master_port or DEFAULT_MASTER_PORT)

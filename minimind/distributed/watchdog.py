@@ -45,11 +45,11 @@ class Watchdog:
 
     Args:
         timeout_minutes: how long the rank may stay at one place.
-        speaks: whether this rank prints that other ranks are silent; one of each host is enough.
+        is_logger: whether this rank prints that other ranks are silent; one of each host is enough.
     """
 
-    def __init__(self, rank: int = 0, host: str = "", timeout_minutes: float = 30.0, *, speaks: bool = True) -> None:
-        self._rank, self._host, self._speaks = rank, host, speaks
+    def __init__(self, rank: int = 0, host: str = "", timeout_minutes: float = 30.0, *, is_logger: bool = True) -> None:
+        self._rank, self._host, self._is_logger = rank, host, is_logger
         self._name = f"rank {rank} on {host} (process {os.getpid()})"
         self._timeout = timeout_minutes * 60
         self._place: tuple[int | None, str] = (None, "starting")
@@ -94,7 +94,7 @@ class Watchdog:
             self._threads.append(thread)
 
     @contextlib.contextmanager
-    def reporting(self) -> Iterator[None]:
+    def report_failure(self) -> Iterator[None]:
         """Tell the other ranks when the block fails. An error that follows from another rank's end ends this process
         with that rank's exit code; the line about it has been printed.
 
@@ -145,10 +145,10 @@ class Watchdog:
             f"nothing moved for {time.monotonic() - self._since:.0f} s at {self.position} (--timeout-minutes "
             f"{self._timeout / 60:g}); ranks: {self._summary['where'] if answers else f'{self._first} does not answer'}"
         )
-        self._say(f"error: {reason}; the run continues from its last checkpoint when it is started again")
+        self._log(f"error: {reason}; the run continues from its last checkpoint when it is started again")
         self._fail(reason, EXIT_LOST)
 
-    def _say(self, line: str) -> None:
+    def _log(self, line: str) -> None:
         print(f"rank {self._rank} on {self._host}: {line}", file=sys.stderr, flush=True)
 
     def _watch_itself(self) -> None:
@@ -162,9 +162,9 @@ class Watchdog:
                 self._heard += now - last
             last = now
             silence = now - self._heard
-            if self._speaks and self._rank and is_silent != (silence > SILENCE_SECONDS) and not self._is_ending:
+            if self._is_logger and self._rank and is_silent != (silence > SILENCE_SECONDS) and not self._is_ending:
                 is_silent = not is_silent
-                self._say(describe_silence(self._first, silence) if is_silent else f"{self._first} answers again")
+                self._log(describe_silence(self._first, silence) if is_silent else f"{self._first} answers again")
             if now - self._since > self._timeout + MARGIN_SECONDS and not self._is_ending:
                 self._end_hanging()
                 self._ended.set()
@@ -204,12 +204,12 @@ class Watchdog:
         summary_now, lost = (json.loads(value or "{}") for value in self._store.multi_get(["summary", "lost"]))
         if summary_now and summary_now["count"] != self._summary.get("count"):
             self._heard = time.monotonic()
-            self._tell_silence(self._summary["silent"], summary_now["silent"])
+            self._log_silence(self._summary["silent"], summary_now["silent"])
             self._summary = summary_now
         is_last = bool(self._rank and (lost or self._summary.get("ended")))
         if is_last:
             self._send_beat(ended=True)  # rank 0 need not wait for this one
-            self._heard = math.inf  # what rank 0 does from now on is its own affair
+            self._heard = math.inf  # rank 0 may be silent from now on
         if lost and lost["rank"] != self._rank and not self._lost.is_set():
             self._end_lost(Loss(**lost))
         return not is_last
@@ -224,15 +224,15 @@ class Watchdog:
     def _announce(self, loss: Loss) -> None:
         self._store.compare_set("lost", "", json.dumps(vars(loss)))  # the first loss is the cause of the others
 
-    def _tell_silence(self, before: dict[str, str], now: dict[str, str]) -> None:
-        if self._speaks:
+    def _log_silence(self, before: dict[str, str], now: dict[str, str]) -> None:
+        if self._is_logger:
             for name in now.keys() - before.keys() - {self._name}:
-                self._say(now[name])
+                self._log(now[name])
             for name in before.keys() - now.keys() - {self._name}:
-                self._say(f"{name} answers again")
+                self._log(f"{name} answers again")
 
     def _end_lost(self, loss: Loss) -> None:
-        """Say who was lost, let the rank's own thread end, and see to it that the process does."""
+        """Log the loss, let the rank's main thread end, and after `GRACE_SECONDS` end the process."""
         if loss.code is not None:
             # The failing rank has logged the cause; if every rank fails alike, they are all exiting already.
             self._ended.wait(2 * BEAT_SECONDS)
@@ -240,7 +240,7 @@ class Watchdog:
             return
         self._code = EXIT_LOST if loss.code is None else loss.code
         where = f"; ranks: {self._summary['where']}" if self._summary["where"] else ""
-        self._say(
+        self._log(
             f"error: {loss.reason}{where}; ending; the run continues from its last checkpoint when it is started again"
         )
         self._lost.set()

@@ -20,13 +20,14 @@ from minimind.data.shards import find_split, open_split
 from minimind.distributed.collectives import gather_objects, log, on_first_rank
 from minimind.distributed.environment import RankEnvironment
 from minimind.distributed.launchers.watch import LauncherWatch
+from minimind.distributed.out_of_memory import explain_out_of_memory
 from minimind.distributed.stop_requests import listen
 from minimind.distributed.watchdog import Watchdog
 from minimind.errors import UserError
 from minimind.model.kernels.matmul import multiplies
 from minimind.parallel.deepspeed_check import check_ds_config
 from minimind.parallel.engine import build_engine, build_model
-from minimind.training.out_of_memory import full_memory_in_words
+from minimind.training.out_of_memory import memory_remedies
 from minimind.training.peak_flops import peak_flops
 from minimind.training.profiler import StepProfiler
 from minimind.training.record.metrics import MetricsLog
@@ -161,7 +162,8 @@ def run_rank(
             trainer.profiler = StepProfiler(run_dir, env.rank, train.profile_steps, device)
             stack.callback(trainer.profiler.close)
         try:
-            with full_memory_in_words(resolved, env, device, watchdog):  # said in the run's events too
+            # Inside the other one (train.main), so that the run's events get the line too.
+            with explain_out_of_memory(device, memory_remedies(resolved), env.rank_label, lambda: watchdog.position):
                 return trainer.fit()
         except UserError as error:
             if metrics is not None:

@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from training_runs import RankPool, rank_pool
 
-from minimind.distributed import cpu_gather
 from minimind.distributed.cpu_gather import gather_in_place
 from minimind.distributed.environment import read_environment
 from minimind.distributed.process_group import process_group
 
 RANKS = 3
+SMALL, LARGE = 2**15, 2**15 + 1
+"""The largest part that gloo copies without a team of threads, and the smallest that needs one."""
 
 
 @pytest.fixture(scope="module")
@@ -22,50 +23,38 @@ def pool():
     yield from rank_pool(RANKS)
 
 
-def gather(dtype: torch.dtype, largest_copy: int, in_place: bool, async_op: bool) -> tuple[bool, int]:
-    """On every rank: whether three gathers at once gave what all_gather_into_tensor gives, and how many broadcasts."""
-    usual, cpu_gather._LARGEST_COPY = cpu_gather._LARGEST_COPY, largest_copy
-    count, broadcast = 0, dist.broadcast
-
-    def counted(*args, **kwargs):
-        nonlocal count
-        count += 1
-        return broadcast(*args, **kwargs)
-
+def gather(dtype: torch.dtype, size: int, in_place: bool, async_op: bool) -> bool:
+    """On every rank: whether three gathers at once gave what all_gather_into_tensor gives."""
     with process_group(read_environment(), torch.device("cpu")):
         rank, right, works = dist.get_rank(), [], []
-        dist.broadcast = counted
-        try:
-            for number in range(3):
-                own = (torch.arange(1000) * (rank + 1) + number).to(dtype)
-                wanted, found = torch.zeros(RANKS * 1000, dtype=dtype), torch.zeros(RANKS * 1000, dtype=dtype)
-                dist.all_gather_into_tensor(wanted, own)
-                if in_place:
-                    part = found[rank * 1000 : (rank + 1) * 1000]
-                    part.copy_(own)
-                    own = part
-                works.append(gather_in_place(output_tensor=found, input_tensor=own, async_op=async_op))
-                right.append((found, wanted))
-            for work in works:
-                assert (work is not None) == async_op
-                if work is not None:
-                    work.wait()
-                    assert work.is_completed()
-        finally:
-            dist.broadcast, cpu_gather._LARGEST_COPY = broadcast, usual
-    return all(torch.equal(found, wanted) for found, wanted in right), count
+        for number in range(3):
+            own = (torch.arange(size) * (rank + 1) + number).to(dtype)
+            wanted, found = torch.zeros(RANKS * size, dtype=dtype), torch.zeros(RANKS * size, dtype=dtype)
+            dist.all_gather_into_tensor(wanted, own)
+            if in_place:
+                part = found[rank * size : (rank + 1) * size]
+                part.copy_(own)
+                own = part
+            works.append(gather_in_place(output_tensor=found, input_tensor=own, async_op=async_op))
+            right.append((found, wanted))
+        for work in works:
+            assert (work is not None) == async_op
+            if work is not None:
+                work.wait()
+                assert work.is_completed()
+    return all(torch.equal(found, wanted) for found, wanted in right)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
 @pytest.mark.parametrize("in_place", [False, True], ids=["", "in place"])
 @pytest.mark.parametrize("async_op", [False, True], ids=["", "async"])
-def test_large_parts_are_broadcast_where_they_belong(pool: RankPool, dtype, in_place, async_op):
-    assert pool.run(gather, dtype, 0, in_place, async_op) == [(True, 3 * RANKS)] * RANKS
+def test_large_parts_arrive_where_they_belong(pool: RankPool, dtype, in_place, async_op):
+    assert pool.run(gather, dtype, LARGE, in_place, async_op) == [True] * RANKS
 
 
-def test_small_parts_go_as_before(pool: RankPool):
-    assert pool.run(gather, torch.float32, 1000, False, True) == [(True, 0)] * RANKS
-    assert pool.run(gather, torch.float32, 999, False, True) == [(True, 3 * RANKS)] * RANKS
+@pytest.mark.parametrize("async_op", [False, True], ids=["", "async"])
+def test_small_parts_arrive_where_they_belong(pool: RankPool, async_op):
+    assert pool.run(gather, torch.float32, SMALL, False, async_op) == [True] * RANKS
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +105,8 @@ def threads_founded(elements: int) -> tuple[int, int]:
 @pytest.mark.parametrize("pool_name", ["single", "pool"])
 def test_gloo_founds_no_teams_of_threads(pool_name: str, request: pytest.FixtureRequest):
     ranks: RankPool = request.getfixturevalue(pool_name)
-    assert set(ranks.run(threads_founded, cpu_gather._LARGEST_COPY)) == {(0, 0)}
-    found = ranks.run(threads_founded, cpu_gather._LARGEST_COPY + 1)
+    assert set(ranks.run(threads_founded, SMALL)) == {(0, 0)}
+    found = ranks.run(threads_founded, LARGE)
     assert {ours for ours, _ in found} == {0}
     assert all(by_gloo > 0 for _, by_gloo in found)
 

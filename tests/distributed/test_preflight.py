@@ -60,7 +60,7 @@ def attend(store, rank: int, run_dir: Path, found: dict, change: dict, join_minu
     own = dataclasses.replace(examine(env, torch.device("cpu"), run_dir, "f"), **change)
     try:
         run_preflight(
-            env, store, own, run_dir, needed_bytes=1, join_minutes=join_minutes, say=found.setdefault("said", []).append
+            env, store, own, run_dir, needed_bytes=1, join_minutes=join_minutes, log=found.setdefault("said", []).append
         )
         found[rank] = "passed"
     except UserError as error:
@@ -95,14 +95,15 @@ def test_every_rank_stops_with_the_same_line_and_no_folder_is_left(tmp_path, mon
     assert found[0] == found[1] and "does not see" in found[0] and not (tmp_path / "here").exists()
 
 
-def test_missing_failed_and_doubled_ranks_are_named(tmp_path):
+def test_missing_failed_and_doubled_ranks_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "FAREWELL_SECONDS", 0.1)
     store, found = torch.distributed.HashStore(), {}
     attend(store, 0, tmp_path, found, {}, join_minutes=0.01)
     assert "rank 1 of 2 did not come in 0.01 minutes; here: " in found[0]
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OneRankError, match="two processes call themselves rank 0"):
         own = examine(WORLD, torch.device("cpu"), tmp_path, "f")
-        run_preflight(WORLD, store, own, tmp_path, needed_bytes=1, join_minutes=1, say=print)
+        run_preflight(WORLD, store, own, tmp_path, needed_bytes=1, join_minutes=1, log=print)
     store, found = torch.distributed.HashStore(), {}
     announce_failure(dataclasses.replace(WORLD, rank=1), store, UserError("no shards"))
     attend(store, 0, tmp_path, found, {})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_runs import rank_pool
 
-from minimind.distributed import environment as distributed
+from minimind.distributed import collectives
 from minimind.distributed.environment import RankEnvironment, find_device, read_environment
 from minimind.distributed.process_group import process_group, share_cores
 from minimind.errors import UserError
@@ -115,10 +115,9 @@ def test_a_group_of_one_needs_no_port_and_can_be_made_again(clean_environment):
     for _ in range(2):
         with process_group(RankEnvironment(), torch.device("cpu")):
             assert torch.distributed.get_world_size() == 1 and deepspeed.comm.is_initialized()
-            assert distributed.all_reduce_sum(torch.tensor([2.0])).item() == 2.0
-            assert distributed.broadcast_object({"a": 1}) == {"a": 1}
-            assert distributed.gather_objects("x") == ["x"]
-            assert distributed.any_rank(True) and not distributed.any_rank(False)
+            assert collectives.all_reduce_sum(torch.tensor([2.0])).item() == 2.0
+            assert collectives.broadcast_object({"a": 1}) == {"a": 1}
+            assert collectives.gather_objects("x") == ["x"]
             # DeepSpeed clones the world on first use, and must not meet the clone of a group that is gone.
             clone = deepspeed.utils.groups._clone_world_group()
             assert deepspeed.comm.get_global_rank(clone, 0) == 0
@@ -164,36 +163,34 @@ def test_cores_are_shared_among_the_ranks_of_a_host(monkeypatch):
         torch.set_num_threads(before)
 
 
-def collectives() -> dict:
+def use_collectives() -> dict:
     env = read_environment()
     with process_group(env, find_device(env)):
         rank = env.rank
-        distributed.barrier()
         return {
-            "sum": distributed.all_reduce_sum(torch.tensor([float(rank + 1)])).item(),
-            "broadcast": distributed.broadcast_object(("from", rank)),
-            "gather": distributed.gather_objects(rank * 10),
-            "any": [distributed.any_rank(rank == 1), distributed.any_rank(False)],
+            "sum": collectives.all_reduce_sum(torch.tensor([float(rank + 1)])).item(),
+            "broadcast": collectives.broadcast_object(("from", rank)),
+            "gather": collectives.gather_objects(rank * 10),
         }
 
 
 def test_collectives_of_two_ranks_twice_in_the_same_processes():
     for pool in rank_pool(2):
         for _ in range(2):
-            for result in pool.run(collectives):
-                assert result == {"sum": 3.0, "broadcast": ("from", 0), "gather": [0, 10], "any": [True, False]}
+            for result in pool.run(use_collectives):
+                assert result == {"sum": 3.0, "broadcast": ("from", 0), "gather": [0, 10]}
 
 
 def test_only_rank_0_logs(capsys, monkeypatch, clean_environment):
-    distributed.log("one")
+    collectives.log("one")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    distributed.log("two")
+    collectives.log("two")
     assert capsys.readouterr().out == "one\n"
 
 
 def test_a_rank_among_several_names_itself_and_its_host(monkeypatch):
     monkeypatch.setenv("SLURMD_NODENAME", "node7")
-    assert RankEnvironment(rank=3, world_size=4).speaker == "rank 3 on node7"
-    assert RankEnvironment().speaker == ""
+    assert RankEnvironment(rank=3, world_size=4).rank_label == "rank 3 on node7"
+    assert RankEnvironment().rank_label == ""

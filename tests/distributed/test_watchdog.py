@@ -38,7 +38,7 @@ def live(rank: int, world_size: int, port: int, minutes: float, what: str, log: 
     pipe.send("ready")
 
     def work() -> None:
-        with contextlib.closing(own), own.reporting():
+        with contextlib.closing(own), own.report_failure():
             pipe.recv()
             if what == "fail":
                 raise UserError("the disk is full")
@@ -202,3 +202,4 @@ def test_an_orderly_end_is_no_death(start, first):
 def test_ranks_are_written_short():
     assert describe_ranks([5, 0, 1, 2]) == "0-2, 5"
     assert describe_ranks([]) == ""
+    assert describe_ranks([0, 1, 3, 5], 2) == "0-1, 3 and more, 4 in all,"

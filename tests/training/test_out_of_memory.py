@@ -10,7 +10,7 @@ import torch
 from training_runs import flags_for, losses, train
 
 from minimind.checkpoints.folder import list_checkpoints
-from minimind.distributed.out_of_memory import is_full_memory
+from minimind.distributed.out_of_memory import is_out_of_memory
 from minimind.errors import OneRankError, UserError
 from minimind.evaluate import OUTPUT_NAME
 from minimind.evaluate import main as evaluate
@@ -70,8 +70,8 @@ def test_another_error_stays_what_it_is(tiny_corpus, tmp_path, monkeypatch):
     fill_memory(monkeypatch, 1, RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match=r"^a bug$"):
         train(flags_for(tiny_corpus, tmp_path))
-    assert not is_full_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
-    assert is_full_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert is_out_of_memory(MemoryError())
 
 
 def test_generate_and_evaluate_say_what_helps_them(tiny_corpus, tmp_path, monkeypatch):
