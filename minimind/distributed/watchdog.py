@@ -87,6 +87,7 @@ class Watchdog:
         self._store.set_timeout(datetime.timedelta(days=365))
         addresses = [address for address in open_connections(port) if address not in before]
         self._beat: dict[str, Any] = {"name": self._name, "addresses": addresses, "count": 0}
+        self._send_beat(ended=False)  # from now on this rank is missed if it dies
         self._heard = time.monotonic()
         for work in (self._keep_beating, self._watch_itself):
             thread = threading.Thread(target=work, name="watchdog", daemon=True)
