@@ -19,6 +19,7 @@ import tyro
 
 from minimind.checkpoints.formats.load_model import load_model
 from minimind.cli import parse_flags, without_local_rank
+from minimind.config.run_config import Precision
 from minimind.data.dataset import TokenDataset
 from minimind.data.shards import ShardReader
 from minimind.data.tokenizer import load_tokenizer
@@ -60,7 +61,7 @@ class EvaluateFlags:
     """Windows of one forward."""
     max_samples: int | None = None
     """Measure this many windows only; None: all."""
-    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    precision: Precision | None = None
     """Arithmetic [default: bf16 on a GPU that has it, otherwise fp32]."""
     int8: bool = False
     """On a CPU: 8-bit weights with bf16 arithmetic, as minimind.generate --int8 has them."""

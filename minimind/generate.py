@@ -13,13 +13,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import tyro
 
 from minimind.checkpoints.formats.load_model import load_model, stretch_context
 from minimind.cli import parse_flags
+from minimind.config.run_config import Precision
 from minimind.data.tokenizer import Tokenizer, load_tokenizer
 from minimind.distributed.out_of_memory import explain_out_of_memory
 from minimind.errors import UserError, run_main
@@ -46,7 +46,7 @@ class GenerateFlags(GenerationOptions):
     """The system message of a chat."""
     json: bool = False
     """Print one JSON object for each prompt instead of text as it comes."""
-    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    precision: Precision | None = None
     """Arithmetic [default: bf16 on a GPU that has it, otherwise fp32]."""
     device: str | None = None
     """cpu, cuda, cuda:1 ... [default: a GPU where there is one]."""

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
 from minimind.checkpoints.formats.load_model import load_model
 from minimind.cli import parse_flags
+from minimind.config.run_config import Precision
 from minimind.data.tokenizer import load_tokenizer
 from minimind.distributed.out_of_memory import explain_out_of_memory
 from minimind.errors import UserError, run_main
@@ -60,7 +60,7 @@ class ServeFlags(GenerationOptions):
     """Requests decoded together."""
     max_waiting: int = 64
     """Requests that may wait for their turn; more are refused (429)."""
-    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    precision: Precision | None = None
     """Arithmetic [default: bf16 on a GPU that has it, otherwise fp32]."""
     int8: bool = False
     """On a CPU: 8-bit weights with bf16 arithmetic, the fastest; a little less exact."""

@@ -4,6 +4,7 @@ DeepSpeed ignores a misspelt section, and dies late and at length of a wrong sha
 anything is started. Does not import deepspeed; knows nothing of the run.
 """
 
+import copy
 from typing import Any, Literal
 
 from minimind.errors import UserError
@@ -173,6 +174,34 @@ def _check_optimizer_params(ds: dict[str, Any]) -> None:
     for key in ds.get("optimizer", {}).get("params", {}):
         if key not in known:
             raise UserError(f"DeepSpeed config: optimizer.params: unknown field '{key}'{nearest(key, sorted(known))}")
+
+
+def with_stage(ds: dict[str, Any], stage: int, offloaded: tuple[str, ...]) -> dict[str, Any]:
+    """The user's JSON in another ZeRO stage, with other things offloaded, and all else as it is."""
+    changed = copy.deepcopy(ds)
+    zero = changed.setdefault("zero_optimization", {})
+    zero["stage"] = stage
+    for what in ("optimizer", "param"):
+        zero.pop(f"offload_{what}", None)
+        if what in offloaded:
+            zero[f"offload_{what}"] = {"device": "cpu"}
+    if stage != 3:
+        zero.pop("zero_hpz_partition_size", None)
+    if stage == 0:  # 16 bit goes through autocast there
+        for key in ("bf16", "fp16", "data_types"):
+            changed.pop(key, None)
+        changed["torch_autocast"] = {"enabled": AUTO}
+    elif "torch_autocast" in changed and "bf16" not in changed:
+        del changed["torch_autocast"]
+        changed["data_types"] = {"grad_accum_dtype": "fp32"}
+    return changed
+
+
+def without_batch(ds: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
+    """A copy of the user's JSON that leaves the batch to the run, and the accumulation that it had."""
+    accumulation = ds.get("gradient_accumulation_steps")
+    keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    return {**copy.deepcopy(ds), **dict.fromkeys(keys, AUTO)}, accumulation if isinstance(accumulation, int) else None
 
 
 def settle_communication(ds: dict[str, Any], *, dp_size: int, device_type: str, has_experts: bool) -> None:

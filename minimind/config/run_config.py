@@ -18,6 +18,8 @@ from minimind.model.presets import PRESETS
 from minimind.schema import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Limits, check_fields, nearest
 
 Precision = Literal["fp32", "bf16", "fp16"]
+DTYPE_NAMES: dict[Precision, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""torch's name of the type that each precision computes in."""
 Schedule = Literal["cosine", "linear", "constant", "wsd", "step", "exponential", "deepspeed"]
 OptimizerName = Literal["adamw", "muon", "deepspeed"]
 MoeBackend = Literal["autoep", "deepspeed"]

@@ -2,12 +2,13 @@
 
 import torch
 
+from minimind.config.run_config import DTYPE_NAMES, Precision
 from minimind.errors import UserError, first_line
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-
-def choose_device(device: str | None, precision: str | None, *, int8: bool = False) -> tuple[torch.device, torch.dtype]:
+def choose_device(
+    device: str | None, precision: Precision | None, *, int8: bool = False
+) -> tuple[torch.device, torch.dtype]:
     """The device and the arithmetic that the flags name, or the best there is; for 8-bit weights, what they need.
 
     Raises:
@@ -24,4 +25,4 @@ def choose_device(device: str | None, precision: str | None, *, int8: bool = Fal
         precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if int8 and (chosen.type, precision) != ("cpu", "bf16"):
         raise UserError("int8 works on a CPU in bf16 alone: leave out --precision, and give --device cpu or none")
-    return chosen, _DTYPES[precision]
+    return chosen, getattr(torch, DTYPE_NAMES[precision])

@@ -14,6 +14,7 @@ from minimind.checkpoints.saving import CheckpointSaver
 from minimind.config.command_line import CommandLine
 from minimind.config.resolve import load_ds_config, resolve_run
 from minimind.config.resolved_run import ResolvedRun
+from minimind.config.run_config import DTYPE_NAMES
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import BatchLoader
 from minimind.data.shards import find_split, open_split
@@ -108,7 +109,7 @@ def run_rank(
             env.world_size,
             pin_memory=device.type == "cuda",
         )
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(train.precision, torch.float32)
+        dtype = getattr(torch, DTYPE_NAMES[train.precision])
         peak, source = peak_flops(device, dtype)
         log(f"peak of one device: {peak / 1e12:.3g} TFLOP/s in {train.precision} ({source})")
         if device.type == "cpu" and dtype != torch.float32 and not multiplies(dtype):

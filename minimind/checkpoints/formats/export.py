@@ -17,6 +17,7 @@ from minimind.checkpoints.formats.layout import Layout, cut_part, keep_last, lay
 from minimind.checkpoints.formats.pth import choose_form, file_name, write_pth
 from minimind.checkpoints.formats.source import ModelSource, find_tokenizer
 from minimind.checkpoints.safetensors import write_shards
+from minimind.config.run_config import DTYPE_NAMES, Precision
 from minimind.data.tokenizer import CONFIG_NAME, load_tokenizer
 from minimind.errors import UserError
 from minimind.files import new_folder, replace_file, write_json
@@ -26,7 +27,6 @@ from minimind.model.pretrained import CONFIG_FILE, MODEL_TYPE
 from minimind.model.router import BIAS_NAME
 from minimind.units import parse_size
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LAYOUTS: dict[str, Layout] = {"ernie4_5_moe": "ernie4_5_moe", "glm4_moe": "glm4_moe"}
 # MiniMind's own form is one file whatever its size: nothing but this project reads it, tensor by tensor.
 _ONE_FILE = 1 << 62
@@ -46,7 +46,7 @@ class ExportFlags:
     """The folder to make."""
     format: Literal["hf", "minimind", "pth"] = "hf"
     """hf: config, safetensors and tokenizer for transformers, vLLM, llama.cpp; minimind: this project's own."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    dtype: Precision = "fp32"
     """Type of the weights."""
     max_shard_size: str = "5GB"
     """hf: most bytes of one file of weights, such as 500MB."""
@@ -102,7 +102,7 @@ def write_huggingface(source: ModelSource, flags: ExportFlags, folder: Path) -> 
     files = tokenizer_files(tokenizer_file, source.config.max_position_embeddings)
     shard_bytes = parse_size(flags.max_shard_size, "max_shard_size")
     write_weights(source, flags, folder, _LAYOUTS.get(kind, "per_expert"), shard_bytes)
-    dtype = str(_DTYPES[flags.dtype]).removeprefix("torch.")
+    dtype = DTYPE_NAMES[flags.dtype]
     # Both names of the type: transformers 5 reads the first, older programs the second.
     write_json(folder / CONFIG_FILE, {**to_huggingface(source.config), "dtype": dtype, "torch_dtype": dtype})
     write_json(folder / "generation_config.json", generation_config(source.config, tokenizer_file))
@@ -137,7 +137,7 @@ def write_as_pth(source: ModelSource, flags: ExportFlags, folder: Path) -> str:
     """One file of weights under their scripts' name, beside it the config as JSON, and the tokenizer as it is."""
     form = choose_form(source.config)
     path = folder / file_name(source.config)
-    write_pth(path, source.config, reader(source, form, _DTYPES[flags.dtype]))
+    write_pth(path, source.config, reader(source, form, getattr(torch, DTYPE_NAMES[flags.dtype])))
     write_json(path.with_suffix(".json"), {"model_type": MODEL_TYPE, **source.config.to_dict()})
     copy_tokenizer(source, flags, folder)
     return f"{path.name} of jingyaogong/minimind ({'present' if source.config.qk_norm else 'older'} form)"
@@ -147,7 +147,7 @@ def write_weights(source: ModelSource, flags: ExportFlags, folder: Path, layout:
     """The weights in a layout, one tensor in memory at a time."""
     parts = lay_out(source.config, layout)
     exact = {part.name for part in parts if part.name.endswith(BIAS_NAME)}
-    dtype = _DTYPES[flags.dtype]
+    dtype = getattr(torch, DTYPE_NAMES[flags.dtype])
     shapes = {part.name: part.shape for part in parts}
     read = reader(source, layout, dtype)
     write_shards(folder, shapes, read, dtype=dtype, max_shard_bytes=max_bytes, exact=exact)

@@ -3,13 +3,13 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from minimind.checkpoints.consolidate import TrainingCheckpoint
 from minimind.checkpoints.formats.source import ModelSource, find_tokenizer, open_source
 from minimind.checkpoints.probe import check_probe_loss, probe_loss
+from minimind.config.run_config import Precision
 from minimind.data.tokenizer import JSON_NAME, MODEL_NAME, load_tokenizer
 from minimind.errors import UserError
 from minimind.inference.device import choose_device
@@ -22,7 +22,7 @@ def load(
     checkpoint: str | Path,
     *,
     device: str | None = None,
-    precision: Literal["fp32", "bf16", "fp16"] | None = None,
+    precision: Precision | None = None,
     tokenizer: str | Path | None = None,
 ) -> LanguageModel:
     """A trained model with its tokenizer, ready to generate: what Python and notebooks load one with.

@@ -7,10 +7,9 @@ compare the two. Knows nothing of ranks, ZeRO or optimizers.
 import torch
 
 from minimind.config.resolved_run import ResolvedRun
+from minimind.config.run_config import DTYPE_NAMES
 from minimind.model.config import ModelConfig
 from minimind.model.kernels import matmul
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**25}
 """Logits that stand in memory at once in the loss."""
@@ -107,7 +106,9 @@ def _block_bytes(resolved: ResolvedRun, device_type: str, has_experts: bool) -> 
     if device_type == "cpu":  # a number for every row that is normed
         total += 8 + 4 * model.qk_norm * (model.num_attention_heads + model.num_key_value_heads)
     # A processor without 16-bit products computes attention in float32, and rounds the outcome.
-    is_widened = device_type == "cpu" and compute == 2 and not matmul.multiplies(_DTYPES[train.precision])
+    is_widened = (
+        device_type == "cpu" and compute == 2 and not matmul.multiplies(getattr(torch, DTYPE_NAMES[train.precision]))
+    )
     inside = 4 if is_widened else compute
     total += 2 * (query + key) * inside + is_widened * query * compute + 4 * model.num_attention_heads
     seq_len = resolved.data.seq_len

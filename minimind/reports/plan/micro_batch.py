@@ -4,7 +4,6 @@ Each try is `minimind.reports.plan.trial` in a child, so that running out of mem
 follows from what the earlier ones held, so the search stops below the limit instead of running into it.
 """
 
-import copy
 import dataclasses
 import json
 import subprocess
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from minimind.config.deepspeed_keys import AUTO
+from minimind.config.deepspeed_keys import without_batch
 from minimind.config.resolve import resolve_run
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import RunConfig
@@ -102,17 +101,10 @@ def _next_size(peaks: dict[int, int], ceiling: int, limit: int) -> int:
 
 def _resolve(run: RunConfig, ds: dict[str, Any], micro: int, ranks: int, device_type: str) -> ResolvedRun:
     """The run with this micro-batch; accumulation over two where it accumulates at all."""
-    ds = copy.deepcopy(ds)
-    accumulation = run.train.gradient_accumulation_steps
-    if accumulation is None and isinstance(ds.get("gradient_accumulation_steps"), int):
-        accumulation = ds["gradient_accumulation_steps"]
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        ds[key] = AUTO
+    ds, theirs = without_batch(ds)
+    accumulation = min(2, run.train.gradient_accumulation_steps or theirs or 1)
     train = dataclasses.replace(
-        run.train,
-        micro_batch_size=micro,
-        global_batch_size=None,
-        gradient_accumulation_steps=min(2, accumulation or 1),
+        run.train, micro_batch_size=micro, global_batch_size=None, gradient_accumulation_steps=accumulation
     )
     return resolve_run(
         dataclasses.replace(run, train=train),
@@ -125,15 +117,13 @@ def _resolve(run: RunConfig, ds: dict[str, Any], micro: int, ranks: int, device_
     )
 
 
-def try_steps(resolved: ResolvedRun, ranks: int, limit: int | None, steps: int = 3) -> dict[str, Any] | None:
+def try_steps(resolved: ResolvedRun, ranks: int, limit: int | None) -> dict[str, Any] | None:
     """What `minimind.reports.plan.trial` finds of the run, or None where it needs more than `limit` bytes.
 
     Raises:
         UserError: the trial failed otherwise; with the last line that it said.
     """
-    order = json.dumps(
-        {"run": resolved.run.to_dict(), "ds": resolved.ds, "steps": steps, "limit_bytes": limit, "ranks": ranks}
-    )
+    order = json.dumps({"run": resolved.run.to_dict(), "ds": resolved.ds, "limit_bytes": limit, "ranks": ranks})
     port = str(find_free_port())
     processes = []
     for rank in range(ranks):

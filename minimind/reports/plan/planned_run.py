@@ -3,14 +3,13 @@
 What `minimind.plan` prints, as values. Touches no device but to ask the present one for its size.
 """
 
-import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
 
-from minimind.config.deepspeed_keys import AUTO
+from minimind.config.deepspeed_keys import with_stage
 from minimind.config.resolve import resolve_run
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import RunConfig
@@ -152,27 +151,6 @@ def resolve_for(run: RunConfig, ds: dict[str, Any], options: PlanOptions) -> Res
         device_type=options.device,
         bf16_supported=options.device == "cuda",
     )
-
-
-def with_stage(ds: dict[str, Any], stage: int, offloaded: tuple[str, ...]) -> dict[str, Any]:
-    """The user's JSON in another ZeRO stage, with other things offloaded, and all else as it is."""
-    changed = copy.deepcopy(ds)
-    zero = changed.setdefault("zero_optimization", {})
-    zero["stage"] = stage
-    for what in ("optimizer", "param"):
-        zero.pop(f"offload_{what}", None)
-        if what in offloaded:
-            zero[f"offload_{what}"] = {"device": "cpu"}
-    if stage != 3:
-        zero.pop("zero_hpz_partition_size", None)
-    if stage == 0:  # 16 bit goes through autocast there
-        for key in ("bf16", "fp16", "data_types"):
-            changed.pop(key, None)
-        changed["torch_autocast"] = {"enabled": AUTO}
-    elif "torch_autocast" in changed and "bf16" not in changed:
-        del changed["torch_autocast"]
-        changed["data_types"] = {"grad_accum_dtype": "fp32"}
-    return changed
 
 
 def device_limit(options: PlanOptions) -> int:

@@ -8,7 +8,6 @@ leaves at once with code `EXIT_TOO_LARGE`, before the machine runs out of memory
 
 import contextlib
 import ctypes
-import dataclasses
 import json
 import os
 import resource
@@ -41,6 +40,7 @@ from minimind.parallel.engine import build_engine, build_model
 from minimind.training.trainer import Trainer
 
 EXIT_TOO_LARGE = 3
+STEPS = 3
 SECONDS_BETWEEN_LOOKS = 0.01
 _M_MMAP_THRESHOLD = -3
 
@@ -53,7 +53,6 @@ class Order:
     """A resolved run configuration."""
     ds: dict[str, Any]
     """The resolved DeepSpeed JSON."""
-    steps: int = 3
     ranks: int = 1
     limit_bytes: int | None = None
     """Give up when a rank holds more: device memory on CUDA, resident memory beyond the start on a CPU."""
@@ -62,19 +61,6 @@ class Order:
     def resolved(self) -> ResolvedRun:
         """The run, as the engine takes it."""
         return resolve_run(RunConfig.from_dict(self.run), self.ds, dp_size=self.ranks)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What the first rank saw."""
-
-    peak_bytes: int
-    """Most memory held during a step, beyond what the process had before the model."""
-    held_bytes: int
-    """Memory held between two steps."""
-    step_seconds: float
-    """Of the fastest step."""
-    device: str
 
 
 def main() -> int:
@@ -90,24 +76,25 @@ def main() -> int:
             print(f"rank {env.rank}: {device} is out of memory", file=sys.stderr)
             return EXIT_TOO_LARGE
     if env.is_first:
-        print(json.dumps(dataclasses.asdict(finding)), flush=True)
+        print(json.dumps(finding), flush=True)
     return 0
 
 
-def take_steps(order: Order, env: RankEnvironment, device: torch.device, folder: Path) -> Finding:
-    """Build the engine and train for `order.steps` steps. Every rank calls this."""
+def take_steps(order: Order, env: RankEnvironment, device: torch.device, folder: Path) -> dict[str, float]:
+    """Build the engine and train for `STEPS` steps: `peak_bytes`, the most memory held during the last step beyond what
+    the process had before the model, and `step_seconds` of the fastest. Every rank calls this."""
     base = held_bytes(device)
     with give_up_beyond(None if order.limit_bytes is None else base + order.limit_bytes, device):
         trainer = make_trainer(order.resolved, env, device, folder)
         seconds = []
-        for step in range(order.steps):
-            if step == order.steps - 1:
+        for step in range(STEPS):
+            if step == STEPS - 1:
                 reset_peak(device)
             began = time.perf_counter()
             trainer.train_step(trainer.loader.step_batches(step))
             synchronize(device)
             seconds.append(time.perf_counter() - began)
-        finding = Finding(peak_bytes(device) - base, held_bytes(device) - base, min(seconds), describe_device(device))
+        finding = {"peak_bytes": peak_bytes(device) - base, "step_seconds": min(seconds)}
         trainer.engine.destroy()
     return finding
 
@@ -211,11 +198,6 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def describe_device(device: torch.device) -> str:
-    """What the trial ran on, for people."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 if __name__ == "__main__":
