@@ -1,4 +1,4 @@
-"""The command line of a run: flags from the fields of `RunConfig`, and `--config FILE` below them."""
+"""The command line of a run: flags from the fields of `RunConfig`, over the defaults of `--config FILE`."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ _MODEL_HELP = f"Model preset, one of {', '.join(PRESETS)}; any field of the mode
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A parsed command line: the run, and what is asked of this one invocation."""
+    """A parsed command line."""
 
     run: RunConfig
     dry_run: bool
@@ -46,7 +46,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class _Start:
-    """As `Selection`; a field of `TrainConfig` that also chooses the defaults of the model's."""
+    """Read in the first pass too: it chooses the defaults of the model's flags."""
 
     init_from: str | None = None
 

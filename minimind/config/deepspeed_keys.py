@@ -1,7 +1,6 @@
-"""What DeepSpeed's JSON may say: its sections, their shapes, and what this trainer has no use for.
+"""DeepSpeed's JSON by itself: its sections and types, and the sections that this trainer has no use for.
 
-DeepSpeed ignores a misspelt section, and dies late and at length of a wrong shape; here each is one line, before
-anything is started. Does not import deepspeed; knows nothing of the run.
+DeepSpeed ignores a misspelt section and fails late on a wrong type; here each is one line, before anything starts.
 """
 
 import copy

@@ -1,14 +1,15 @@
-"""What a model with experts asks of DeepSpeed: the backend, the `expert_parallel` block, and what is refused at once.
+"""DeepSpeed settings of a model with experts: the backend, the `expert_parallel` block, and what the backend refuses.
 
-The block that AutoEP reads is written here from the model's config, every name and every rule of routing; nothing is
-left to DeepSpeed's detection. Does not import deepspeed; knows neither ranks nor modules.
+The block for AutoEP is written from the model's config, every name and routing rule; nothing is left to DeepSpeed's
+detection. What the engines do with it: `minimind.parallel.expert_names`.
 """
 
 import math
 from typing import Annotated, Any
 
-from minimind.config.deepspeed_keys import AUTO, Auto, offload_device, zero_stage
+from minimind.config.deepspeed_keys import AUTO, Auto
 from minimind.config.overlaps import Overlaps
+from minimind.config.resolved_run import ResolvedRun, ResolvedTrain
 from minimind.config.run_config import RunConfig, TrainConfig
 from minimind.errors import UserError
 from minimind.model.config import ModelConfig
@@ -98,11 +99,12 @@ def take_experts(overlaps: Overlaps, run: RunConfig, ds: dict[str, Any]) -> dict
     return {"moe_backend": backend, "ep_size": ep_size}
 
 
-def write_experts(ds: dict[str, Any], run: RunConfig) -> None:
+def write_experts(ds: dict[str, Any], model: ModelConfig, train: ResolvedTrain) -> None:
     """Put the resolved block into the copy of the JSON that DeepSpeed gets, or take it out."""
     block = ds.pop(BLOCK, {})
-    if run.train.moe_backend == "autoep":
-        ds[BLOCK] = {**autoep_block(run.model, run.train.ep_size or 1), **_free(block)}
+    if train.moe_backend == "autoep":
+        free = {key: value for key, value in block.items() if key in _FREE_KEYS and value != AUTO}
+        ds[BLOCK] = {**autoep_block(model, train.ep_size), **free}
 
 
 def draws_experts(train: TrainConfig) -> bool:
@@ -110,17 +112,17 @@ def draws_experts(train: TrainConfig) -> bool:
     return train.moe_random_selection or train.moe_sample_second or train.moe_gate_noise != "none"
 
 
-def check_experts(run: RunConfig, ds: dict[str, Any], dp_size: int) -> None:
+def check_experts(resolved: ResolvedRun) -> None:
     """Refuse, before anything is started, what the backend cannot do.
 
     Raises:
         UserError: naming the setting, its value and what to do.
     """
-    if run.train.moe_backend is None:
+    if resolved.train.moe_backend is None:
         return
-    _check_ep_size(run, dp_size)
-    _check_gating(run)
-    _check_zero(run, ds)
+    _check_ep_size(resolved.train.ep_size, resolved.model.num_experts, resolved.dp_size)
+    _check_gating(resolved)
+    _check_zero(resolved)
 
 
 def _check_dense(train: TrainConfig, enabled: Any) -> None:
@@ -145,12 +147,7 @@ def _check_keys(config: ModelConfig, block: dict[str, Any]) -> None:
             convert(value, _TYPES[key], f"DeepSpeed config: {BLOCK}.{key}")
 
 
-def _free(block: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in block.items() if key in _FREE_KEYS and value != AUTO}
-
-
-def _check_ep_size(run: RunConfig, dp_size: int) -> None:
-    ep_size, num_experts = run.train.ep_size or 1, run.model.num_experts
+def _check_ep_size(ep_size: int, num_experts: int, dp_size: int) -> None:
     both = math.gcd(num_experts, dp_size)
     valid = ", ".join(str(size) for size in range(1, both + 1) if both % size == 0)
     if num_experts % ep_size:
@@ -159,8 +156,8 @@ def _check_ep_size(run: RunConfig, dp_size: int) -> None:
         raise UserError(f"ep_size: {ep_size} does not divide {dp_size} ranks; possible: {valid}")
 
 
-def _check_gating(run: RunConfig) -> None:
-    train, config, default = run.train, run.model, TrainConfig()
+def _check_gating(resolved: ResolvedRun) -> None:
+    train, config, default = resolved.train, resolved.model, TrainConfig()
     changed = [name for name in _GATING_FIELDS if getattr(train, name) != getattr(default, name)]
     if train.moe_backend == "autoep":
         if changed:
@@ -180,20 +177,21 @@ def _check_gating(run: RunConfig) -> None:
             raise UserError(f"{name}: {value} is for one expert a token, and num_experts_per_tok is {top_k}")
         if name == "moe_sample_second" and top_k != 2:
             raise UserError(f"{name}: {value} is for two experts a token, and num_experts_per_tok is {top_k}")
-    if train.moe_drop_tokens and train.moe_min_capacity > run.data.seq_len:
+    if train.moe_drop_tokens and train.moe_min_capacity > resolved.data.seq_len:
         raise UserError(
-            f"moe_min_capacity: {train.moe_min_capacity} is above seq_len {run.data.seq_len}, the tokens of one forward"
+            f"moe_min_capacity: {train.moe_min_capacity} is above seq_len {resolved.data.seq_len}, which is all the "
+            "tokens of one forward"
         )
 
 
-def _check_zero(run: RunConfig, ds: dict[str, Any]) -> None:
-    train, stage = run.train, zero_stage(ds)
-    zero = ds.get("zero_optimization", {})
+def _check_zero(resolved: ResolvedRun) -> None:
+    train, stage = resolved.train, resolved.zero.stage
+    zero = resolved.ds.get("zero_optimization", {})
     if train.moe_backend == "deepspeed" and stage == 3:
         raise UserError("moe_backend: deepspeed does not run under ZeRO stage 3; use --moe-backend autoep, or stage 2")
     if train.precision == "fp16" and stage == 0:
         raise UserError("precision: fp16 at ZeRO stage 0 does not tell all ranks of an expert's overflow; use stage 1")
-    if ds.get("use_data_before_expert_parallelism"):
+    if resolved.ds.get("use_data_before_expert_parallelism"):
         raise UserError(
             "DeepSpeed config: use_data_before_expert_parallelism is not used: checkpoints are laid out for experts "
             "on neighbouring ranks; remove it"
@@ -202,9 +200,9 @@ def _check_zero(run: RunConfig, ds: dict[str, Any]) -> None:
         for key in ("zero_quantized_gradients", "zero_quantized_weights"):
             if zero.get(key):
                 raise UserError(f"DeepSpeed config: AutoEP under stage 3 does not know {key}; remove it")
-        if zero.get("zero_hpz_partition_size", 1) > 1:
+        if resolved.zero.hpz_partition_size > 1:
             raise UserError("DeepSpeed config: AutoEP under stage 3 does not know zero_hpz_partition_size; remove it")
-        if offload_device(ds, "optimizer") == "nvme" or offload_device(ds, "param") == "nvme":
+        if "nvme" in (resolved.zero.offload_optimizer, resolved.zero.offload_param):
             raise UserError("DeepSpeed config: experts cannot be saved from nvme under stage 3; offload to cpu")
     elif stage:
         for key in ("reduce_scatter", "contiguous_gradients"):

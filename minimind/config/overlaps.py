@@ -1,7 +1,4 @@
-"""Settings that both the run and DeepSpeed's JSON have: what each side says, and whether they agree.
-
-Every disagreement is collected and reported at once. Does not import deepspeed; knows no defaults and changes nothing.
-"""
+"""Settings that the run configuration and DeepSpeed's JSON share: what each side says, and where they disagree."""
 
 from typing import Any
 
@@ -27,7 +24,7 @@ class Overlaps:
         return ours
 
     def take(self, name: str, ours: Any, section: dict[str, Any], key: str, prefix: str = "") -> Any:
-        """As `agree`, with the other side read from `section`; "auto" and absent are unset."""
+        """`agree` with the value of `section`, where "auto" and absent mean unset."""
         theirs = section.get(key)
         return self.agree(name, ours, None if theirs == AUTO else theirs, prefix + key)
 

@@ -1,9 +1,7 @@
-"""DeepSpeed's JSON beside the run configuration: load, resolve the overlaps, validate. Pure functions.
+"""Merge the run configuration and DeepSpeed's JSON into one `ResolvedRun`. Pure functions, without DeepSpeed.
 
-DeepSpeed's file is the user's own and is handed over untouched, but for the settings that the run configuration also
-has (batch sizes, clipping, optimizer, precision, schedule). Those are resolved on a copy, and every disagreement is
-reported at once. Does not import deepspeed, and knows no rank: their number and the device come as arguments. What the
-file may hold at all is `deepspeed_keys`.
+The user's JSON goes to DeepSpeed as it is, except for the settings that the run configuration also has (batch sizes,
+clipping, optimizer, precision, schedule). Those are resolved on a copy, and all disagreements are reported at once.
 """
 
 import copy
@@ -15,7 +13,7 @@ from minimind.config.deepspeed_keys import AUTO, check_sections, settle_communic
 from minimind.config.expert_parallel import check_experts, take_experts, write_experts
 from minimind.config.overlaps import Overlaps, resolve_batch, take_optimizer, take_precision, take_schedule
 from minimind.config.resolved_run import ResolvedRun, ResolvedTrain
-from minimind.config.run_config import RunConfig, TrainConfig, check_run
+from minimind.config.run_config import DTYPE_NAMES, RunConfig, TrainConfig, check_run
 from minimind.errors import UserError
 from minimind.files import read_json
 from minimind.schema import check_fields
@@ -109,20 +107,23 @@ def resolve_run(
     values["precision"] = precision or ("bf16" if bf16_supported and device_type != "cpu" else "fp32")
     # What came from the JSON has the types and limits of the run's own fields.
     values = check_fields(TrainConfig, values, "DeepSpeed config")
-    resolved = dataclasses.replace(run, train=dataclasses.replace(train, **values))
-    check_run(resolved)
-    _check_schedule_fields(resolved.train)
+    run = dataclasses.replace(run, train=dataclasses.replace(train, **values))
+    check_run(run)
+    _check_schedule_fields(run.train)
+    values |= {**_resolve_length(run, num_samples), "ep_size": values["ep_size"] or 1}
     _resolve_hpz(ds, dp_size, local_world_size)
     settle_communication(ds, dp_size=dp_size, device_type=device_type, has_experts=run.model.use_moe)
     notes = [f'{where}: "auto" left to DeepSpeed\'s default' for where in _drop_autos(ds)]
-    _write_back(ds, resolved)
-    write_experts(ds, resolved)
-    _check_combinations(resolved, ds, device_type)
-    check_experts(resolved, ds, dp_size)
-    notes += _advice(resolved, ds)
-    length = _resolve_length(resolved, num_samples)
-    settled = ResolvedTrain(**{**vars(resolved.train), **length, "ep_size": resolved.train.ep_size or 1})
-    return ResolvedRun(run.model, run.data, settled, ds, dp_size, tuple(notes))
+    settled = ResolvedTrain(**{**vars(train), **values})
+    _write_back(ds, settled)
+    write_experts(ds, run.model, settled)
+    resolved = ResolvedRun(run.model, run.data, settled, ds, dp_size, notes=())
+    _check_combinations(resolved, device_type)
+    check_experts(resolved)
+    zero = resolved.zero
+    if settled.gradient_accumulation_steps > 1 and zero.weights == "bf16" and zero.grad_accum_dtype is None:
+        notes.append('gradients accumulate in bf16; "data_types": {"grad_accum_dtype": "fp32"} keeps them exact')
+    return dataclasses.replace(resolved, notes=tuple(notes))
 
 
 def _uses_autocast(ds: dict[str, Any]) -> bool:
@@ -184,16 +185,15 @@ def _drop_autos(ds: dict[str, Any]) -> list[str]:
     return dropped
 
 
-def _write_back(ds: dict[str, Any], run: RunConfig) -> None:
+def _write_back(ds: dict[str, Any], train: ResolvedTrain) -> None:
     """Put the resolved overlaps into the copy that DeepSpeed gets."""
-    train = run.train
     ds["train_micro_batch_size_per_gpu"] = train.micro_batch_size
     ds["train_batch_size"] = train.global_batch_size
     ds["gradient_accumulation_steps"] = train.gradient_accumulation_steps
     ds["gradient_clipping"] = train.max_grad_norm
     ds.setdefault("steps_per_print", None)
     section = ds.setdefault("optimizer", {})
-    section.setdefault("type", {"adamw": "AdamW", "muon": "Muon"}.get(train.optimizer or "", ""))
+    section.setdefault("type", {"adamw": "AdamW", "muon": "Muon"}.get(train.optimizer, ""))
     params = section.setdefault("params", {})
     params["lr"], params["weight_decay"] = train.lr, train.weight_decay
     if train.betas is not None:
@@ -208,39 +208,29 @@ def _write_back(ds: dict[str, Any], run: RunConfig) -> None:
         ds.pop("bf16", None)
         ds.pop("fp16", None)
         if train.precision != "fp32":
-            dtype = "bfloat16" if train.precision == "bf16" else "float16"
-            ds["torch_autocast"] = {**autocast, "enabled": True, "dtype": dtype}
+            ds["torch_autocast"] = {**autocast, "enabled": True, "dtype": DTYPE_NAMES[train.precision]}
     else:
         for key in ("bf16", "fp16"):
             ds.setdefault(key, {})["enabled"] = train.precision == key
 
 
-def _check_combinations(run: RunConfig, ds: dict[str, Any], device_type: str) -> None:
-    train, stage = run.train, zero_stage(ds)
+def _check_combinations(resolved: ResolvedRun, device_type: str) -> None:
+    train, zero = resolved.train, resolved.zero
     if train.precision == "fp16" and device_type == "cpu":
         raise UserError("precision: fp16 does not run on CPU; use --precision bf16 or fp32")
-    if stage == 0 and any(ds.get(key, {}).get("enabled") for key in ("bf16", "fp16")):
+    if zero.stage == 0 and zero.weights != "fp32":
         raise UserError(
             f"DeepSpeed config: zero_optimization.stage 0 with a {train.precision} block starts Adam at its second "
             'step; replace the block by "torch_autocast": {"enabled": "auto"}, or use stage 1'
         )
-    if stage == 0 and train.optimizer != "adamw":
+    if zero.stage == 0 and train.optimizer != "adamw":
         raise UserError(
-            f"optimizer: {ds['optimizer']['type']} does not hold back a step with a NaN gradient at ZeRO stage 0; use "
-            "stage 1, or adamw"
+            f"optimizer: {resolved.optimizer_type} applies a NaN gradient at ZeRO stage 0; use stage 1, or adamw"
         )
-    if train.optimizer == "muon" and ds["zero_optimization"].get("reduce_scatter", True):
+    if train.optimizer == "muon" and resolved.ds["zero_optimization"].get("reduce_scatter", True):
         raise UserError(
             'DeepSpeed config: Muon needs "reduce_scatter": false in zero_optimization; see ds_configs/zero2_muon.json'
         )
-
-
-def _advice(run: RunConfig, ds: dict[str, Any]) -> list[str]:
-    notes = []
-    accumulates = (run.train.gradient_accumulation_steps or 1) > 1
-    if accumulates and ds.get("bf16", {}).get("enabled") and ds.get("data_types", {}).get("grad_accum_dtype") is None:
-        notes.append('gradients accumulate in bf16; "data_types": {"grad_accum_dtype": "fp32"} keeps them exact')
-    return notes
 
 
 def _resolve_length(run: RunConfig, num_samples: int | None) -> dict[str, int]:

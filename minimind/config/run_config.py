@@ -1,8 +1,7 @@
-"""The run's configuration: one typed place for everything a run can be told.
+"""`RunConfig(model, data, train)`: every setting of a run, its documentation and its limits.
 
-`RunConfig(model, data, train)` is read from a JSON file, flags override it, and flags are generated from the fields
-below. A field that is None was not set by the user: `minimind.config.resolve` fills it from the DeepSpeed JSON or
-from its documented default. Knows nothing of torch, ranks or files other than the configuration file itself.
+Flags are generated from these fields. None means that the user has not set the field: `minimind.config.resolve` fills
+it from the DeepSpeed JSON or with the documented default.
 """
 
 import dataclasses
@@ -32,7 +31,7 @@ SHARE = Limits(at_least=0, at_most=1)
 
 
 def _default(text: str, help: str | None = None) -> Any:
-    """What --help calls the default of a field whose None is filled in later."""
+    """The default that --help shows for a field whose None is filled in later."""
     return tyro.conf.arg(help_behavior_hint=f"(default: {text})", help=help)
 
 
