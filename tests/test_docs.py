@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from activation_formula import layer_activations_per_token
 from docs_pages import (
     LANGUAGES,
     PAGES,
@@ -42,7 +43,6 @@ from minimind.model.loss import LMHead
 from minimind.model.moe import MoEFeedForward
 from minimind.model.rope import attention_factor, inverse_frequencies, rotary_tables, rotate
 from minimind.model.router import route, router_aux_loss
-from minimind.reports.plan.activations import layer_activations_per_token
 from minimind.training.lr_schedule import learning_rate
 from minimind.training.record.metrics import _TENSORBOARD_NAMES
 

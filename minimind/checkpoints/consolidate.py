@@ -1,7 +1,6 @@
-"""Whole tensors, by MiniMind's names, out of the files that DeepSpeed wrote: ZeRO 0 to 3, on any number of ranks, dense
-models and experts of either backend.
+"""Whole tensors, by MiniMind's names, from DeepSpeed's files: ZeRO 0 to 3, any number of ranks, either expert backend.
 
-Files are mapped, not read: a tensor costs memory while it is looked at. Needs no DeepSpeed. Knows nothing of engines.
+Files are mapped, not read: a tensor costs memory while it is used. Works without DeepSpeed.
 """
 
 import functools

@@ -1,7 +1,7 @@
-"""One rank's part of a checkpoint as files: taken from DeepSpeed, copied to host memory, written, hashed.
+"""One rank's files of a checkpoint: collected from DeepSpeed, copied to host memory, written and hashed.
 
-DeepSpeed decides what is in its files and what they are called; here they are only written, so that nothing fails
-between its collectives and the bytes on the disk are those that were hashed. Knows nothing of folders of checkpoints.
+DeepSpeed decides names and content; writing happens here, so that nothing fails between its collectives and the bytes
+on the disk are the ones that were hashed.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""What `minimind.checkpoint` shows: a run's checkpoints as a table, their verification, and the difference of two."""
+"""What `minimind.checkpoint` shows: a table of a run's checkpoints, their verification, the difference of two."""
 
 import dataclasses
 import sys

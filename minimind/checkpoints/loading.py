@@ -1,7 +1,7 @@
-"""From a run folder back into an engine: which checkpoint, whether it is this run's, and its state on any topology.
+"""Resume: choose a checkpoint of a run folder and load it into an engine.
 
-Where the ranks, the ZeRO stage and the precision are those of the checkpoint, DeepSpeed loads its own files and the run
-goes on bit for bit; otherwise through the portable form. Knows nothing of the training loop.
+On the same ranks, ZeRO stage and precision DeepSpeed loads its own files, and the run continues bit for bit; otherwise
+the state goes through the portable form.
 """
 
 import contextlib

@@ -1,8 +1,7 @@
-"""Checkpoint folders on disk: their manifest, whether they are valid, which is the newest, which may go.
+"""The manifest of a checkpoint folder: its files with size and sha256, and whether they agree with it.
 
-A checkpoint is `checkpoints/step_XXXXXXXX/`. Its manifest names every file with size and sha256, carries its own sha256
-and is written before the folder gets that name: a folder without one, or that disagrees with it, is damaged. Knows
-nothing of ranks, of DeepSpeed or of tensors.
+A checkpoint is `checkpoints/step_XXXXXXXX/`. The manifest carries its own sha256 and is written before the folder gets
+that name: a folder without a manifest, or that disagrees with it, is damaged.
 """
 
 import concurrent.futures

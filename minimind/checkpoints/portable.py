@@ -1,7 +1,7 @@
-"""The form of a checkpoint that belongs to no topology: float32 weights and optimizer state by parameter name.
+"""Portable checkpoint: float32 weights and optimizer state, keyed by parameter name, for any topology.
 
-Made from DeepSpeed's files tensor by tensor and kept beside the checkpoint: plain safetensors files, one for the
-weights and one for each kind of optimizer state. Knows nothing of engines, and needs no DeepSpeed.
+Converted from DeepSpeed's files tensor by tensor and kept beside the checkpoint as plain safetensors files: one for the
+weights and one for each kind of optimizer state. Works without DeepSpeed.
 """
 
 import contextlib

@@ -1,7 +1,6 @@
-"""Which checkpoints stay, how one goes, and what a save that was interrupted has left.
+"""Which checkpoints to keep, how to delete one, and what to do about an interrupted save.
 
-A folder is renamed before it is deleted, so that none ever looks whole while it is half gone. Knows nothing of what is
-inside them but their manifests.
+Folders are renamed before deletion, so that a half-deleted checkpoint never passes for a complete one.
 """
 
 import contextlib

@@ -1,7 +1,4 @@
-"""What a checkpoint remembers of its run beside tensors: the data, what decides a step's samples, how files are cut.
-
-With these a continuation is compared. Knows nothing of engines, files or ranks.
-"""
+"""What identifies a run in its checkpoints, and what a continuation may change."""
 
 import dataclasses
 from dataclasses import dataclass

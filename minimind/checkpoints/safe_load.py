@@ -1,8 +1,7 @@
-"""The content of DeepSpeed's files without running code in them.
+"""Read DeepSpeed's files without running code in them.
 
-They are pickles, so they could hold any program; here they are read with `weights_only`: tensors, plain values, and the
-few small state classes of DeepSpeed, for which stand-ins do where DeepSpeed is not there. Knows nothing of what the
-states mean.
+They are pickles, so they could hold any program. Here they are read with `weights_only`: tensors, plain values and a
+few small state classes of DeepSpeed, with stand-ins where DeepSpeed is not installed.
 """
 
 import pickle

@@ -1,7 +1,6 @@
-"""Weights in a folder of safetensors files: one, or shards with an index, as the Hugging Face tools lay them out.
+"""A folder of safetensors files as the Hugging Face tools lay it out: one file, or shards with an index.
 
-Written one tensor at a time, so a model may be larger than memory; read by name, mapped from the disk. Knows nothing of
-what the tensors mean.
+Written one tensor at a time, so a model may be larger than memory; read by name, mapped from the disk.
 """
 
 import json

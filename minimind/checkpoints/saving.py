@@ -1,8 +1,8 @@
-"""An engine's state to disk, on all ranks together, at once or beside training.
+"""Save an engine's state from all ranks, at once or beside training.
 
-DeepSpeed says what belongs into which file; every rank writes its own into a folder that nothing names. When all have
-been flushed, the manifest lists them, the folder gets its name, `latest` moves, and old checkpoints go. Whatever fails
-on one rank is raised on all. Knows nothing of the training loop.
+DeepSpeed decides the content of each file; every rank writes its own into a partial folder. When all are flushed, the
+manifest lists them, the folder gets its name, `latest` moves, and old checkpoints are deleted. A failure on one rank is
+raised on all.
 """
 
 import concurrent.futures

@@ -1,7 +1,6 @@
-"""One engine's tensors, by its own names, out of what each of its ranks has saved.
+"""Whole tensors of one engine, by its own names, from the partitions that its ranks saved.
 
-ZeRO cuts parameters and optimizer state into flat pieces; here they are put together again, one tensor at a time, from
-mapped files. Knows nothing of files, and of experts only that fewer ranks share them.
+ZeRO cuts parameters and optimizer state into flat pieces; they are joined one tensor at a time from mapped files.
 """
 
 import itertools

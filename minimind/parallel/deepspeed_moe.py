@@ -1,5 +1,5 @@
-"""One MoE layer run by `deepspeed.moe`: who goes to which expert, and who is passed over, is DeepSpeed's; the weights
-of those that are taken, the shared experts and the balance are the model's own. Knows nothing of engines and steps.
+"""One MoE layer run by `deepspeed.moe`, which chooses experts and drops tokens. The weights of the chosen experts, the
+shared experts and the balance are the model's own.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
-"""From a plain model to a DeepSpeed engine, and one optimizer step on it. The only caller of `deepspeed.initialize`.
+"""From a plain model to a DeepSpeed engine. The only caller of `deepspeed.initialize`.
 
 The optimizer is torch's fused AdamW (on CPU the fastest, and the same arithmetic in every ZeRO stage), DeepSpeed's CPU
-Adam under offload, or what the JSON names. Knows nothing of data, schedules or checkpoints.
+Adam under offload, or the one that the JSON names.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ def build_engine(resolved: ResolvedRun, model: MiniMindForCausalLM) -> deepspeed
         del ds["optimizer"]
 
         def build_optimizer(_given: Any) -> torch.optim.Optimizer:
-            # Called when the experts have been taken over: the parameters are others than before.
+            # DeepSpeed calls this after expert replacement, so the parameter objects are the new ones.
             groups = parameter_groups(model, train.weight_decay)
             assert train.betas is not None and train.eps is not None
             return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
@@ -82,7 +82,7 @@ def build_engine(resolved: ResolvedRun, model: MiniMindForCausalLM) -> deepspeed
 
 
 def nothing_to_reduce(resolved: ResolvedRun, optimizer: Any) -> bool:
-    """Whether DeepSpeed's averaging of gradients over the ranks is a copy there and back.
+    """Whether gradient averaging would be a no-op round trip.
 
     On one rank, where gradients are whole: at stage 0, and at stage 1 under the BF16 optimizer. Elsewhere the reduction
     also moves gradients to where the update finds them; and at stage 0 it gives idle experts their zeros.

@@ -1,4 +1,4 @@
-"""MiniMind's names for what DeepSpeed's layers of experts hold: which part of which tensor a rank's parameter is.
+"""Map the parameters of DeepSpeed's expert layers to parts of the model's tensors, on every rank.
 
 A MoE layer has one name scheme wherever a model stands by itself, `model.layers.N.mlp.` followed by `gate.weight`
 (E, hidden_size), `experts.gate_up_proj` (E, 2 * I, hidden_size; gate first), `experts.down_proj` (E, hidden_size, I),
@@ -25,7 +25,7 @@ What DeepSpeed writes of them, beside what it writes of a dense model:
   `ep_size_N`) is cut over the ranks that hold the same experts (those of equal rank % ep_size), other groups over all.
 - Under stage 3 there are no files of experts: their weights are in the `zero_pp_rank_N` files alone.
 
-Knows nothing of modules, files or ranks; needs no DeepSpeed.
+Works without DeepSpeed. See also `config.expert_parallel`, `parallel.experts` and `checkpoints.consolidate`.
 """
 
 import re

@@ -1,10 +1,9 @@
-"""Expert parallelism, applied to a plain model from outside: what has to be done before, at and after
-`deepspeed.initialize`, whichever backend runs the experts. Knows nothing of batches, steps or checkpoints.
+"""Expert parallelism, applied to a plain model from outside: before, in and after `deepspeed.initialize`.
 
-Each `layers.N.mlp` gets a layer of DeepSpeed's in its place (AutoEP inside `initialize`, from the block that
-`ds_experts` writes; `deepspeed.moe` before it), so whatever was taken from the old layers must be taken again: the
-routers that the auxiliary loss listens to, the parameters of the optimizer. A group of `ep_size` neighbouring ranks
-holds one set of experts; ranks that hold the same experts average their gradients.
+Each `layers.N.mlp` is replaced by a layer of DeepSpeed's (AutoEP inside `initialize`, from the block that
+`config.expert_parallel` writes; `deepspeed.moe` before it), so everything that refers to the old layers is taken again:
+the routers of the auxiliary loss, the parameters of the optimizer. A group of `ep_size` neighbouring ranks holds one
+set of experts; ranks that hold the same experts average their gradients.
 """
 
 import functools

@@ -1,6 +1,7 @@
-"""fp16's dynamic loss scale through a resume: DeepSpeed saves its own, but not torch's, which it uses at stage 0.
+"""fp16's dynamic loss scale: read it, and restore it at a resume.
 
-A scale that began anew would skip the next steps until it has come down. Knows nothing of files.
+DeepSpeed saves its own, but not torch's, which it uses at stage 0. A scale that began anew would skip steps until it
+has come down.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,6 @@
-"""What the backward of the model needs to find: bytes of activations and of the loss, by arithmetic over its shape.
+"""Bytes of activations and of the loss that the backward pass keeps, by arithmetic over the model's shape.
 
-It follows the modules of `minimind.model` line by line: what autograd saves there is what counts here, and tests
-compare the two. Knows nothing of ranks, ZeRO or optimizers.
+It follows the modules of `minimind.model` line by line: it counts what autograd saves there, and tests compare the two.
 """
 
 import torch
@@ -76,21 +75,6 @@ def backward_peak(resolved: ResolvedRun, device_type: str) -> int:
     matrix = model.vocab_size * model.hidden_size * (8 if compute == 4 else 6)
     recomputed = _block_bytes(resolved, device_type, last) if train.activation_checkpointing else 0
     return matrix + tokens * (width + recomputed)
-
-
-def layer_activations_per_token(config: ModelConfig) -> int:
-    """Elements that the backward of one block keeps for a token on a GPU, with fused attention and norms.
-
-    The input of each norm and its output (4 x hidden), queries and keys before their norms, queries, keys and values
-    as attention takes them, its output, and four feed-forward widths (gate, up, SiLU of gate, product).
-    """
-    query, key = _attention_widths(config)
-    before_norm = query + key if config.qk_norm else 0
-    mixed = 4 * _feed_forward_width(config, config.use_moe)
-    if config.use_moe:
-        mixed += 2 * config.hidden_size * config.num_experts_per_tok  # dispatched, and combined
-        mixed += 2 * config.hidden_size * config.moe_residual
-    return 4 * config.hidden_size + before_norm + 2 * (query + key) + mixed
 
 
 def _block_bytes(resolved: ResolvedRun, device_type: str, has_experts: bool) -> int:

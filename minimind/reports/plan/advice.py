@@ -1,13 +1,9 @@
-"""What somebody who has trained such models would say about a planned run: a sentence for each, or nothing.
-
-Rules over figures that the plan has already computed. Each names its figure and what to do. Starts nothing, reads no
-file.
-"""
+"""Rules of thumb applied to a planned run; each yields warnings, with a figure and what to do, or nothing."""
 
 import math
 
 from minimind.reports.plan.activations import precision_of
-from minimind.reports.plan.planned_run import Planned
+from minimind.reports.plan.planned_run import PlannedRun
 from minimind.units import format_bytes
 
 FEWEST_STEPS = 1000
@@ -18,7 +14,7 @@ LR_FACTOR = 6.0
 FEWEST_TOKENS_PER_PARAMETER = 5.0
 
 
-def advise(plan: Planned) -> list[str]:
+def advise(plan: PlannedRun) -> list[str]:
     """Every warning that applies, the gravest first."""
     rules = (_fits, _length, _schedule, _stage, _experts, _throughput)
     return [line for rule in rules for line in rule(plan)]
@@ -29,7 +25,7 @@ def usual_learning_rate(num_params: int) -> float:
     return max(1e-5, 0.003239 - 0.0001395 * math.log(num_params))
 
 
-def _fits(plan: Planned) -> list[str]:
+def _fits(plan: PlannedRun) -> list[str]:
     if plan.memory.total <= plan.limit:
         return []
     found = f"{format_bytes(plan.memory.total)} a rank do not fit {format_bytes(plan.limit)}"
@@ -43,7 +39,7 @@ def _fits(plan: Planned) -> list[str]:
     return [f"{found} in any stage: take more GPUs or a smaller model{checkpoint}"]
 
 
-def _length(plan: Planned) -> list[str]:
+def _length(plan: PlannedRun) -> list[str]:
     run, lines = plan.resolved, []
     batch = run.train.global_batch_size * run.data.seq_len
     if plan.tokens is not None and plan.steps is not None:
@@ -70,7 +66,7 @@ def _length(plan: Planned) -> list[str]:
     return lines
 
 
-def _schedule(plan: Planned) -> list[str]:
+def _schedule(plan: PlannedRun) -> list[str]:
     train, lines = plan.resolved.train, []
     if train.warmup_steps and plan.steps:
         if train.warmup_steps >= plan.steps:
@@ -85,7 +81,7 @@ def _schedule(plan: Planned) -> list[str]:
     return lines
 
 
-def _stage(plan: Planned) -> list[str]:
+def _stage(plan: PlannedRun) -> list[str]:
     zero, lines = plan.resolved.zero, []
     fitting = [name for name, other in plan.without.items() if other.total <= plan.limit]
     simpler = [name for name in ("ZeRO 1", "ZeRO 2", "ZeRO 3") if name in fitting]
@@ -103,7 +99,7 @@ def _stage(plan: Planned) -> list[str]:
     return lines
 
 
-def _experts(plan: Planned) -> list[str]:
+def _experts(plan: PlannedRun) -> list[str]:
     model = plan.resolved.model
     if not model.use_moe:
         return []
@@ -121,7 +117,7 @@ def _experts(plan: Planned) -> list[str]:
     return lines
 
 
-def _throughput(plan: Planned) -> list[str]:
+def _throughput(plan: PlannedRun) -> list[str]:
     train, lines = plan.resolved.train, []
     accumulates = train.gradient_accumulation_steps > 1
     micro, largest = train.micro_batch_size, plan.largest_micro_batch

@@ -1,9 +1,9 @@
-"""Time, money and disk of a planned run: arithmetic over its figures. Measures nothing."""
+"""Time and money of a planned run, and how many checkpoints it keeps."""
 
 from dataclasses import dataclass
 
 from minimind.config.run_config import TrainConfig
-from minimind.reports.plan.planned_run import Planned
+from minimind.reports.plan.planned_run import PlannedRun
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class RunCost:
 
 
 def estimate_cost(
-    plan: Planned,
+    plan: PlannedRun,
     tokens_per_second: float | None,
     mfu: float,
     peak: tuple[float, str] | None,

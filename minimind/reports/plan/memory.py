@@ -1,8 +1,8 @@
-"""How much memory one rank will need: arithmetic over the model, the ZeRO stage, the precision and the batch.
+"""How much memory one rank needs: arithmetic over the model, the ZeRO stage, the precision and the batch.
 
-It counts the tensors that torch and DeepSpeed 0.19 allocate, at the four moments of a step when memory can be highest;
-tests hold it against measured runs. It leaves out the libraries themselves, CUDA's context and fragmentation. ZeRO's
-partitioning follows arXiv 1910.02054. Touches no device.
+It counts the tensors that torch and DeepSpeed 0.19 allocate at the five moments of a step when memory can be highest;
+tests compare it with measured runs. The libraries, CUDA's context and fragmentation are left out. ZeRO's partitioning
+follows arXiv 1910.02054.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
-"""The largest micro-batch that fits the present device, by real steps in processes of their own.
+"""The largest micro-batch that fits the present device, by real steps in child processes.
 
-Each try is `minimind.reports.plan.trial` in a child, so that running out of memory ends the child alone; the next size
-follows from what the earlier ones held, so the search stops below the limit instead of running into it.
+Each try is `minimind.reports.plan.trial` in a child, so that running out of memory ends only the child. The next size
+follows from the peaks of the earlier ones, so the search stops below the limit instead of running into it.
 """
 
 import dataclasses

@@ -1,7 +1,4 @@
-"""The figures of a plan: the run resolved for the ranks that are planned, its memory in every ZeRO stage, its length.
-
-What `minimind.plan` prints, as values. Touches no device but to ask the present one for its size.
-"""
+"""The figures of a plan: the run resolved for the planned ranks, its memory in every ZeRO stage, its length."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -79,7 +76,7 @@ def check_options(options: PlanOptions) -> PlanOptions:
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """A run as the plan knows it."""
 
     resolved: ResolvedRun
@@ -99,7 +96,7 @@ class Planned:
     """The same run without activation checkpointing."""
 
 
-def make_plan(run: RunConfig, ds: dict[str, Any], options: PlanOptions) -> Planned:
+def make_plan(run: RunConfig, ds: dict[str, Any], options: PlanOptions) -> PlannedRun:
     """Everything that the plan says, as figures.
 
     Raises:
@@ -126,7 +123,7 @@ def make_plan(run: RunConfig, ds: dict[str, Any], options: PlanOptions) -> Plann
         others[name] = estimate_memory(other, options.device)
         largest[name] = largest_micro_batch(other, limit, options.device)
     whole = dataclasses.replace(resolved.train, activation_checkpointing=False)
-    return Planned(
+    return PlannedRun(
         resolved=resolved,
         world_size=options.num_gpus * options.num_nodes,
         num_nodes=options.num_nodes,
@@ -162,7 +159,7 @@ def device_limit(options: PlanOptions) -> int:
     return round(ASSUMED_GPU_MEMORY * USABLE)
 
 
-def configured_column(plan: Planned) -> str | None:
+def configured_column(plan: PlannedRun) -> str | None:
     """The column of the table that is the configured run itself."""
     zero = plan.resolved.zero
     names = [name for name, stage, what in VARIANTS if (stage, what) == (zero.stage, zero.offloaded)]

@@ -5,14 +5,14 @@ import torch
 from minimind.reports.plan.advice import advise
 from minimind.reports.plan.cost import RunCost, estimate_cost, kept_checkpoints
 from minimind.reports.plan.memory import ITEMS, MemoryEstimate
-from minimind.reports.plan.planned_run import USABLE, VARIANTS, Planned, PlanOptions, configured_column
+from minimind.reports.plan.planned_run import USABLE, VARIANTS, PlannedRun, PlanOptions, configured_column
 from minimind.training.peak_flops import data_sheet_peak
 from minimind.units import format_bytes, format_hours, format_table
 
 ASSUMED_MFU = 0.35
 
 
-def show_plan(plan: Planned, options: PlanOptions) -> str:
+def show_plan(plan: PlannedRun, options: PlanOptions) -> str:
     """The plan as text for a terminal."""
     run, train = plan.resolved, plan.resolved.train
     gpus = f"{plan.world_size} ranks on {plan.num_nodes} node{'s' if plan.num_nodes > 1 else ''}"
@@ -53,7 +53,7 @@ def _is_assumed(options: PlanOptions) -> bool:
     return options.gpu_memory is None and not torch.cuda.is_available()
 
 
-def _cost(plan: Planned, options: PlanOptions) -> RunCost | None:
+def _cost(plan: PlannedRun, options: PlanOptions) -> RunCost | None:
     name = options.gpu
     if name is None and torch.cuda.is_available():
         name = torch.cuda.get_device_name(0)
@@ -62,7 +62,7 @@ def _cost(plan: Planned, options: PlanOptions) -> RunCost | None:
     return estimate_cost(plan, options.tokens_per_second, mfu, peak, options.price)
 
 
-def memory_table(plan: Planned) -> str:
+def memory_table(plan: PlannedRun) -> str:
     """An item a row, a ZeRO stage a column; the configured one is marked."""
     marked = configured_column(plan)
     columns: dict[str, MemoryEstimate | None] = {name: plan.without.get(name) for name, _, _ in VARIANTS}

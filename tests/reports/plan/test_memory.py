@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from activation_formula import layer_activations_per_token
 
 from minimind.config.resolve import resolve_run
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
@@ -17,7 +18,6 @@ from minimind.reports.plan.activations import (
     CHUNK_LOGITS,
     LONGEST_BY_PRODUCTS,
     activation_bytes,
-    layer_activations_per_token,
 )
 from minimind.reports.plan.memory import (
     MemoryEstimate,
