@@ -120,7 +120,7 @@ class TrainingCheckpoint:
             return self._open_whole()
         if (self.folder / "offloaded_tensors").exists():
             raise CheckpointError(
-                f"{self.folder}: its optimizer state lies in NVMe swap files, which are not read here"
+                f"{self.folder}: its optimizer state is in NVMe swap files, which cannot be read outside DeepSpeed"
             )
         states = [read_states(path)["optimizer_state_dict"] for path in self._files("*_optim_states.pt")]
         world_size, ep_size = self.manifest.world_size, self.manifest.ep_size

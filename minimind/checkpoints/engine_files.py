@@ -26,7 +26,7 @@ from minimind.checkpoints.safe_load import load_states
 _CLASSES = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
 
 States = dict[str, Any]
-"""File name -> what DeepSpeed wants in it."""
+"""File name -> the content that DeepSpeed gives it."""
 
 
 class StateFiles(CheckpointEngine):
@@ -129,7 +129,7 @@ def _copy(value: Any, copy_tensor: Any) -> Any:
         return type(value)((key, _copy(item, copy_tensor)) for key, item in value.items())  # type: ignore[call-arg]
     if type(value) in (list, tuple):
         return type(value)(_copy(item, copy_tensor) for item in value)
-    return copy.copy(value)  # a loss scale changes while training goes on
+    return copy.copy(value)  # a loss scale changes during training
 
 
 def write_states(folder: Path, states: States) -> list[FileRecord]:

@@ -18,7 +18,7 @@ from minimind.schema import check_fields
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 CLIENT_STATE_KEY = "minimind"
-"""Under which our own state lies in DeepSpeed's files."""
+"""Key of our own state in DeepSpeed's files."""
 # Stands in the manifest for its own sha256 while that is computed.
 _NO_SEAL = "0" * 64
 _HASHING_THREADS = 4
@@ -62,7 +62,7 @@ class CheckpointManifest:
     model: Mapping = dataclasses.field(default_factory=dict)
     versions: Mapping = dataclasses.field(default_factory=dict)
     conversion: Mapping = dataclasses.field(default_factory=dict)
-    """Of a converted checkpoint: what it was made from, and what else an engine has to be told."""
+    """Of a portable checkpoint: its source, and the engine state that is no tensor. The name is the one on disk."""
     files: tuple[FileRecord, ...] = ()
     format_version: int = FORMAT_VERSION
 

@@ -77,7 +77,7 @@ def prune(
 def clear_partials(run_dir: Path) -> list[str]:
     """Deal with what a save that was interrupted has left, and say what was done.
 
-    A folder that is complete and only lacked its name gets it; the others are deleted.
+    A folder that is complete and only lacks its name gets it; other partial folders are deleted.
     """
     folder = checkpoints_folder(run_dir)
     said = []

@@ -62,7 +62,7 @@ def describe_sampling(resolved: ResolvedRun) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands. Only what is global: anything of one rank is derived from it."""
+    """Progress of a run. Global figures only: anything of one rank is derived from them."""
 
     step: int = 0
     consumed_samples: int = 0

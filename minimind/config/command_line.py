@@ -37,7 +37,7 @@ class CommandLine:
 
 @dataclass(frozen=True)
 class Selection:
-    """Flags that choose the defaults of all others, read in a first pass."""
+    """Flags that choose the defaults of the other flags, read in a first pass."""
 
     config: Annotated[str | None, _default("none")] = None
     """JSON file with defaults, such as the run_config.json of another run; flags override it."""

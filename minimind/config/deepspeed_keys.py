@@ -106,7 +106,7 @@ def optimizer_name(ds: dict[str, Any]) -> str | None:
         return None
     if kind.lower() == "muon":
         return "muon"
-    # With adam_w_mode (DeepSpeed's default) "Adam" is AdamW; without it, it is somebody else's optimizer.
+    # With adam_w_mode (DeepSpeed's default) "Adam" is AdamW; without it, it is a different optimizer.
     is_adamw = kind.lower() == "adamw" or (
         kind.lower() == "adam" and section.get("params", {}).get("adam_w_mode", True)
     )
@@ -212,7 +212,7 @@ def settle_communication(ds: dict[str, Any], *, dp_size: int, device_type: str, 
     | `reduce_scatter` | true | false on a single rank without experts, where it copies every gradient once more |
     | `reduce_bucket_size` | 200,000,000 (stage 3: 50,000,000) | the same, but at stage 2 20,000,000 |
 
-    No sum changes by any of them: with one rank there is nothing to sum, and the others only say when and how much.
+    None of them changes a sum: on one rank there is nothing to sum, and they only decide when and how much at once.
 
     Args:
         dp_size: data-parallel ranks.

@@ -40,7 +40,7 @@ _GATING_FIELDS = (
     "moe_gate_noise", "moe_sample_second",
 )  # fmt: skip
 _CAPACITY_FIELDS = ("moe_capacity_factor", "moe_eval_capacity_factor", "moe_min_capacity", "moe_random_selection")
-# The grouped product of torch wants every row aligned to 16 bytes.
+# torch's grouped matmul requires rows aligned to 16 bytes.
 _ALIGNED_ELEMENTS = 8
 
 

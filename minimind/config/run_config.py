@@ -158,7 +158,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything about a run. `model` also stands for a preset's name in files and flags."""
+    """Everything about a run. In files and flags `model` may also be the name of a preset."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

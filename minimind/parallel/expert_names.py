@@ -1,6 +1,6 @@
 """Map the parameters of DeepSpeed's expert layers to parts of the model's tensors, on every rank.
 
-A MoE layer has one name scheme wherever a model stands by itself, `model.layers.N.mlp.` followed by `gate.weight`
+In a plain model the names of a MoE layer are `model.layers.N.mlp.` followed by `gate.weight`
 (E, hidden_size), `experts.gate_up_proj` (E, 2 * I, hidden_size; gate first), `experts.down_proj` (E, hidden_size, I),
 `shared_experts.*`, `e_score_correction_bias` (E,). The engines' own layers hold the same numbers as:
 

@@ -88,7 +88,7 @@ def compute_experts_here(model: MiniMindForCausalLM) -> None:
 
 
 def _run_experts(experts: GroupedExperts, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """(M, hidden_size) rows, one expert's behind the other's, `counts` (E,) of each -> the same shape."""
+    """(M, hidden_size) rows, sorted by expert, `counts` (E,) rows of each -> the same shape."""
     is_default = experts.use_grouped_mm and experts.gate_up_impl == "separate" and experts.activation == "swiglu"
     if not takes_cpu_experts(rows) or not is_default:
         return GroupedExperts.forward(experts, rows, counts)

@@ -46,7 +46,7 @@ class MemoryEstimate:
         return self.parameters + self.gradients + self.optimizer
 
     def summary(self) -> str:
-        """One line for people."""
+        """The estimate in one line."""
         items = [name for name in ITEMS if getattr(self, name)]
         parts = ", ".join(f"{name} {format_bytes(getattr(self, name))}" for name in items)
         host = f"; host {format_bytes(self.host)}" if self.host else ""

@@ -25,7 +25,7 @@ from minimind.units import format_bytes
 
 USABLE_DEVICE = 0.95
 USABLE_HOST = 0.8
-"""Of the memory that is free now: the rest of the machine goes on living."""
+"""Share of the memory that is free now; the rest is left to the machine's other processes."""
 TRY_SECONDS = 900
 LARGEST = 4096
 
