@@ -19,16 +19,19 @@ PRECISION_SECTIONS = ("bf16", "fp16", "torch_autocast")
 
 # The top level of DeepSpeed 0.19.8's configuration. DeepSpeed ignores a key that it does not know.
 # fmt: off
-SECTIONS = frozenset((
+_SCALARS = frozenset((
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "data_types", "zero_optimization",
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients",
-    "gradient_predivide_factor", "sparse_gradients", "disable_allgather", "aio", "steps_per_print",
-    "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "comms_logger", "flops_profiler",
-    "timers", "tensorboard", "wandb", "csv_monitor", "comet", "checkpoint", "compile", "expert_parallel",
-    "use_data_before_expert_parallelism", "disable_python_gc",
+    "gradient_predivide_factor", "sparse_gradients", "disable_allgather", "steps_per_print", "wall_clock_breakdown",
+    "memory_breakdown", "dump_state", "log_level", "use_data_before_expert_parallelism", "disable_python_gc",
+))
+_OBJECTS = frozenset((
+    "optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "data_types", "zero_optimization", "aio",
+    "comms_logger", "flops_profiler", "timers", "tensorboard", "wandb", "csv_monitor", "comet", "checkpoint",
+    "compile", "expert_parallel",
 ))
 # fmt: on
+SECTIONS = _SCALARS | _OBJECTS
 
 # Known to DeepSpeed, but it would do nothing here, or change what a step means; each with what to do instead.
 UNUSED_SECTIONS = {
@@ -53,14 +56,7 @@ UNUSED_SECTIONS = {
 }
 
 
-# Top-level keys that hold one value; every other one is an object.
 # fmt: off
-_SCALARS = frozenset((
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients",
-    "gradient_predivide_factor", "sparse_gradients", "disable_allgather", "steps_per_print", "wall_clock_breakdown",
-    "memory_breakdown", "dump_state", "log_level", "use_data_before_expert_parallelism", "disable_python_gc",
-))
 Auto = Literal["auto"]
 _TYPES: dict[tuple[str, str], Any] = {
     ("optimizer", "type"): str, ("optimizer", "params"): dict | None,
@@ -124,7 +120,7 @@ def check_sections(ds: dict[str, Any]) -> None:
             raise UserError(f"DeepSpeed config: '{key}' is not used by this trainer: {UNUSED_SECTIONS[key]}; remove it")
         if key not in SECTIONS:
             raise UserError(f"DeepSpeed config: unknown section '{key}'{nearest(key, sorted(SECTIONS))}")
-        if key not in _SCALARS:
+        if key in _OBJECTS:
             convert(value, dict, f"DeepSpeed config: {key}")
     for (section, key), kind in _TYPES.items():
         if key in ds.get(section, {}):
