@@ -107,7 +107,7 @@ def write_experts(ds: dict[str, Any], model: ModelConfig, train: ResolvedTrain) 
         ds[BLOCK] = {**autoep_block(model, train.ep_size), **free}
 
 
-def draws_experts(train: TrainConfig) -> bool:
+def uses_random_routing(train: TrainConfig) -> bool:
     """Whether the choice of experts has a random part in training."""
     return train.moe_random_selection or train.moe_sample_second or train.moe_gate_noise != "none"
 

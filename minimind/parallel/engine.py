@@ -19,7 +19,12 @@ from minimind.config.resolved_run import ResolvedRun
 from minimind.model import MiniMindForCausalLM
 from minimind.model.layers import FeedForward
 from minimind.parallel.deepspeed_check import _build_errors
-from minimind.parallel.experts import compute_experts_here, leave_out_of_compilation, take_over_experts, watch_experts
+from minimind.parallel.experts import (
+    attach_router_hooks,
+    leave_out_of_compilation,
+    replace_experts,
+    use_cpu_expert_kernels,
+)
 from minimind.parallel.optimizer import clips_here, parameter_groups
 
 
@@ -60,7 +65,7 @@ def build_engine(resolved: ResolvedRun, model: MiniMindForCausalLM) -> deepspeed
 
     if clips_here(resolved):
         ds["gradient_clipping"] = 0.0
-    take_over_experts(resolved, model)
+    replace_experts(resolved, model)
     if gathers_by_block(ds):
         _gather_by_block(model)
     with _build_errors():
@@ -73,8 +78,8 @@ def build_engine(resolved: ResolvedRun, model: MiniMindForCausalLM) -> deepspeed
         )
     if nothing_to_reduce(resolved, engine.optimizer):
         engine.enable_backward_allreduce = False
-    watch_experts(resolved, model)
-    compute_experts_here(model)
+    attach_router_hooks(resolved, model)
+    use_cpu_expert_kernels(model)
     if train.compile:
         leave_out_of_compilation(model)
         engine.compile()

@@ -17,7 +17,7 @@ from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_gr
 from deepspeed.utils import groups
 from torch import nn
 
-from minimind.config.expert_parallel import draws_experts
+from minimind.config.expert_parallel import uses_random_routing
 from minimind.config.resolved_run import ResolvedRun
 from minimind.model import MiniMindForCausalLM
 from minimind.model.kernels.experts import cpu_experts_of_rows, takes_cpu_experts
@@ -27,7 +27,7 @@ from minimind.parallel.deepspeed_moe import GateRecord, NativeExperts
 from minimind.parallel.expert_names import find_part
 
 
-def take_over_experts(resolved: ResolvedRun, model: MiniMindForCausalLM) -> None:
+def replace_experts(resolved: ResolvedRun, model: MiniMindForCausalLM) -> None:
     """Put `deepspeed.moe` in place of the model's experts, where that is to run them: each rank keeps its own share.
 
     Before `deepspeed.initialize`; AutoEP takes them over inside it. Every rank calls this.
@@ -51,11 +51,11 @@ def take_over_experts(resolved: ResolvedRun, model: MiniMindForCausalLM) -> None
                 if whole is not parameter:  # the shared experts have moved
                     parameter.copy_(whole[part.index])
         layer.mlp = native
-    model.model.draws_random |= draws_experts(train)
+    model.model.draws_random |= uses_random_routing(train)
     model.router_record = GateRecord()
 
 
-def watch_experts(resolved: ResolvedRun, model: MiniMindForCausalLM) -> None:
+def attach_router_hooks(resolved: ResolvedRun, model: MiniMindForCausalLM) -> None:
     """Let the model's balance be taken from the layers that DeepSpeed has put in place of its own.
 
     The selection bias keeps float32 whatever the model was cast to: in bfloat16 its small steps would be lost.
@@ -78,7 +78,7 @@ def watch_experts(resolved: ResolvedRun, model: MiniMindForCausalLM) -> None:
     model.router_record.watch(routers)
 
 
-def compute_experts_here(model: MiniMindForCausalLM) -> None:
+def use_cpu_expert_kernels(model: MiniMindForCausalLM) -> None:
     """On a CPU, let AutoEP's experts be computed as those of the plain model are, unless the JSON says how: torch's
     grouped product is a plain loop there in 16 bit, and MKL's in float32."""
     for layer in model.model.layers:

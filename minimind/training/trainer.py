@@ -19,7 +19,7 @@ from minimind.checkpoints.folder import step_of
 from minimind.checkpoints.loading import engine_probe_loss
 from minimind.checkpoints.run_state import TrainState
 from minimind.checkpoints.saving import CheckpointSaver
-from minimind.config.expert_parallel import draws_experts
+from minimind.config.expert_parallel import uses_random_routing
 from minimind.config.resolved_run import ResolvedRun
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import Batch, BatchLoader, eval_batches
@@ -224,7 +224,7 @@ class Trainer:
     def _seed_dropout(self, step: int) -> None:
         """Dropout and a router's noise are functions of (seed, step, rank): a resume needs no saved random state."""
         model = self.resolved.model
-        if model.dropout or model.attention_dropout or draws_experts(self.resolved.train):
+        if model.dropout or model.attention_dropout or uses_random_routing(self.resolved.train):
             # Distinct for every (step, rank) of a run below 2**20 ranks; torch mixes the bits.
             seed = (self.resolved.train.seed << 52 ^ step << 20 ^ self.loader.dp_rank) % 2**63
             torch.manual_seed(seed)

@@ -14,7 +14,7 @@ from minimind.distributed.process_group import process_group
 from minimind.model import MiniMindForCausalLM, ModelConfig
 from minimind.model.layers import FeedForward
 from minimind.parallel.engine import build_engine, build_model
-from minimind.parallel.experts import take_over_experts, watch_experts
+from minimind.parallel.experts import attach_router_hooks, replace_experts
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(3, 64, (4, 17), generator=torch.Generator().manual_seed(2))
@@ -34,11 +34,11 @@ def build(model: dict[str, Any], **train: Any) -> tuple[MiniMindForCausalLM, Min
     """The plain model, and the same with its experts taken over, as the engine has it."""
     resolved = resolve(1, 1, model, moe_backend="deepspeed", **train)
     plain, native = build_model(resolved, CPU), build_model(resolved, CPU)
-    take_over_experts(resolved, native)
+    replace_experts(resolved, native)
     for module in native.modules():
         if hasattr(module, "set_deepspeed_parallelism"):
             module.set_deepspeed_parallelism()
-    watch_experts(resolved, native)
+    attach_router_hooks(resolved, native)
     return plain, native
 
 
@@ -169,7 +169,7 @@ def test_an_optimizer_of_the_json_gets_the_experts_too():
 def test_the_layers_that_were_not_taken_over_are_noticed():
     resolved = resolve(1, 1, EXPERTS)
     with pytest.raises(RuntimeError, match="2 layers have experts, and DeepSpeed has taken over 0"):
-        watch_experts(resolved, MiniMindForCausalLM(ModelConfig(**EXPERTS)))
+        attach_router_hooks(resolved, MiniMindForCausalLM(ModelConfig(**EXPERTS)))
 
 
 def test_the_selection_bias_keeps_float32_in_a_bf16_engine():
