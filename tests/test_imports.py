@@ -64,7 +64,7 @@ def top(name: str) -> str:
 
 
 def test_the_walk_sees_what_is_there():
-    assert ("minimind.config.resolve", False) in imports_of("minimind.parallel.engine")
+    assert ("minimind.config.resolved_run", False) in imports_of("minimind.parallel.engine")
     assert ("deepspeed", False) in imports_of("minimind.parallel.engine")
     assert ("deepspeed", False) not in imports_of("minimind.training.trainer"), "a type checker's import was counted"
 
