@@ -1,9 +1,9 @@
-"""How well a trained model predicts text: loss, perplexity and bits per byte.
+"""Evaluate a trained model: loss, perplexity and bits per byte, or multiple-choice accuracy.
 
     python -m minimind.evaluate --checkpoint RUN_OR_STEP_OR_EXPORT --shards DIR
     python -m minimind.evaluate --checkpoint RUN_OR_STEP_OR_EXPORT --text FILES | --multiple-choice FILE
 
-Every token of the data is predicted once, in windows of `seq_len` tokens. Knows nothing of how the model was trained.
+Every token of the data is predicted once, in windows of `seq_len` tokens.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ class EvaluateFlags:
     checkpoint: Path
     """A run's folder, one of its checkpoints, an exported folder, or a .pth."""
     tokenizer: Path | None = None
-    """Tokenizer file or folder, where none lies beside the weights."""
+    """Tokenizer file or folder, if none is stored beside the weights."""
     shards: Path | None = None
     """A corpus made by data_prep.tokenize_corpus, or one shard folder."""
     split: Literal["train", "val"] = "val"
@@ -64,7 +64,7 @@ class EvaluateFlags:
     precision: Precision | None = None
     """Arithmetic [default: bf16 on a GPU that has it, otherwise fp32]."""
     int8: bool = False
-    """On a CPU: 8-bit weights with bf16 arithmetic, as minimind.generate --int8 has them."""
+    """On a CPU: 8-bit weights with bf16 arithmetic, as in minimind.generate --int8."""
     device: str | None = None
     """cpu, cuda, cuda:1 ... [default: a GPU where there is one]."""
     output: Path | None = None
@@ -80,14 +80,14 @@ class EvaluateFlags:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command, as one process or as one of many ranks."""
+    """Run the command, as one process or as one of several ranks."""
     args = without_local_rank(sys.argv[1:] if args is None else args)
     env = read_environment()
     flags = parse_flags(EvaluateFlags, args, default=tyro.MISSING_NONPROP, prog="python -m minimind.evaluate")
     device, dtype = choose_device(flags.device, flags.precision, int8=flags.int8)
     if env.world_size > 1 and device.type == "cuda":
         device = find_device(env)
-    with explain_out_of_memory(device, cures(flags, dtype), env.rank_label):
+    with explain_out_of_memory(device, remedies(flags, dtype), env.rank_label):
         run(flags, env, device, dtype)
 
 
@@ -118,8 +118,8 @@ def run(flags: EvaluateFlags, env: RankEnvironment, device: torch.device, dtype:
         report(result, flags, reader.fingerprint)
 
 
-def cures(flags: EvaluateFlags, dtype: torch.dtype) -> list[str]:
-    """What lowers the memory that measuring needs."""
+def remedies(flags: EvaluateFlags, dtype: torch.dtype) -> list[str]:
+    """Flags that lower the memory of an evaluation."""
     found = ["pass --precision bf16"] if dtype == torch.float32 else []
     if flags.multiple_choice is not None:
         return [*found, f"shorten the questions of {flags.multiple_choice}"]
@@ -129,7 +129,7 @@ def cures(flags: EvaluateFlags, dtype: torch.dtype) -> list[str]:
 
 
 def measure(model: MiniMindForCausalLM, reader: ShardReader, flags: EvaluateFlags, env: RankEnvironment) -> Evaluation:
-    """`evaluate` as the flags ask for it. Every rank calls this."""
+    """`evaluate` with the settings of the flags. Every rank calls this."""
     return evaluate(
         model,
         TokenDataset(reader, flags.seq_len, flags.document_mask, keep_tail=True),
@@ -141,7 +141,7 @@ def measure(model: MiniMindForCausalLM, reader: ShardReader, flags: EvaluateFlag
 
 
 def report_choices(score: ChoiceScore, flags: EvaluateFlags) -> None:
-    """Print the shares, and write them with what they belong to."""
+    """Print the accuracies, and write them with the flags."""
     output = write_result(flags, asdict(score))
     print(f"accuracy        {score.accuracy:.4f}")
     print(f"length-normed   {score.accuracy_norm:.4f}")
@@ -150,7 +150,7 @@ def report_choices(score: ChoiceScore, flags: EvaluateFlags) -> None:
 
 
 def report(result: Evaluation, flags: EvaluateFlags, fingerprint: str) -> None:
-    """Print the figures, and write them with what they belong to."""
+    """Print the figures, and write them with the flags and the data."""
     output = write_result(flags, {**asdict(result), "data_fingerprint": fingerprint})
     print(f"loss            {result.loss:.4f}")
     print(f"perplexity      {result.perplexity:.3f}")
@@ -160,7 +160,7 @@ def report(result: Evaluation, flags: EvaluateFlags, fingerprint: str) -> None:
 
 
 def write_result(flags: EvaluateFlags, values: dict[str, Any]) -> Path:
-    """Write figures and the flags that they belong to as JSON; gives the file."""
+    """Write figures and flags as JSON; gives the file."""
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(flags).items() if name != "output"}
     settings["text"] = [str(file) for file in flags.text]
     output = flags.output or output_folder(flags.checkpoint) / OUTPUT_NAME

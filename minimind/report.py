@@ -1,7 +1,7 @@
-"""After a run: one HTML file with its curves, events and settings. `python -m minimind.report RUN... --output FILE`
+"""Report on runs in one HTML file: `python -m minimind.report RUN... --output FILE`
 
-Several runs stand on the same axes, by step, tokens and hours. The file needs no network; a folder beside it holds a
-PNG of each chart. Reads only run folders.
+Curves of several runs on the same axes by step, tokens and hours, events, and settings that differ. Reads only run
+folders.
 """
 
 import sys
@@ -16,8 +16,7 @@ from minimind.errors import UserError, run_main
 from minimind.files import replace_file
 from minimind.reports.run.charts import STYLES
 from minimind.reports.run.data import name_runs, read_run
-from minimind.reports.run.drawing import draw_all, write_pictures
-from minimind.reports.run.page import compose_page
+from minimind.reports.run.page import compose_page, write_pictures
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,11 @@ def main(args: Sequence[str] | None = None) -> int:
     runs = [read_run(run, name) for run, name in zip(flags.runs, name_runs(flags.runs), strict=True)]
     try:
         flags.output.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(flags.output, compose_page(runs, draw_all(runs)))
+        replace_file(flags.output, compose_page(runs))
         print(f"wrote {flags.output}")
         if flags.png:
-            print(f"wrote {write_pictures(runs, flags.output.with_suffix(''))} pictures")
+            folder = flags.output.with_suffix("")
+            print(f"wrote {folder}/: {write_pictures(runs, folder)} pictures")
     except OSError as error:
         raise UserError(f"output {flags.output}: {error.strerror}; give a path that can be written") from None
     return 0

@@ -1,7 +1,6 @@
-"""How runs are going, a line each, from any shell: `python -m minimind.status RUN...`
+"""The status of runs, a line each, from any shell: `python -m minimind.status RUN...`
 
-Reads only the run folders, also while they are written: configuration, the end of metrics.jsonl, events, the names of
-the checkpoints, the lock's age. Asks no process and no device.
+Reads only the run folders, also while they are written to; no process and no device is asked.
 """
 
 import sys
@@ -18,7 +17,7 @@ from minimind.reports.status import find_runs, read_status, status_table
 
 @dataclass(frozen=True)
 class _Flags:
-    """Show how runs are going, a line each; reads only their folders."""
+    """Show the status of runs, a line each; reads only their folders."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Run folders, or folders of them."""

@@ -1,20 +1,17 @@
-"""Entry: `python -m minimind.train FLAGS`, on every rank, under any launcher.
+"""Train a model: `python -m minimind.train FLAGS`, on every rank, under any launcher.
 
-Parse, resolve, open the data, form the process group, build, fit. Everything that a user can get wrong is found before
-the process group is made, as far as it can be known then. Holds no logic of its own.
+Mistakes in flags, files and shards are reported before the process group is made, so that no hardware waits for them.
 """
 
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from minimind.cli import without_local_rank
 from minimind.config.command_line import parse_command_line
 from minimind.config.resolved_run import ResolvedRun
-from minimind.data.dataset import TokenDataset
 from minimind.distributed.collectives import log
 from minimind.distributed.cpu_tuning import keep_freed_memory
 from minimind.distributed.environment import RankEnvironment, find_device, is_first_rank, read_environment
@@ -27,7 +24,7 @@ from minimind.distributed.startup import join_ranks, report_startup_error
 from minimind.errors import EXIT_STOPPED, UserError, run_main
 from minimind.reports.plan.memory import estimate_memory
 from minimind.training.out_of_memory import memory_remedies
-from minimind.training.setup import prepare, run_rank
+from minimind.training.setup import RunData, prepare, run_rank
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -38,45 +35,43 @@ def main(args: Sequence[str] | None = None) -> int:
     command = parse_command_line(args)
     device = find_device(env)
     if device.type == "cpu" and not keep_freed_memory():
-        log("malloc is left as it is (another C library, or MALLOC_* is set): what is freed may have to be taken anew")
+        log("malloc is left as it is (another C library, or MALLOC_* is set): freed memory may go back to the system")
     env = find_master(env)
     use_own_caches(env)
     try:
-        resolved, dataset, eval_dataset = prepare(command, env, device)
+        resolved, data = prepare(command, env, device)
     except UserError as error:
         report_startup_error(env, error)
         raise
     if env.is_first:
-        print(describe(resolved, env, device, dataset, eval_dataset), flush=True)
+        print(describe(resolved, env, device, data), flush=True)
     if command.dry_run:
         if env.is_first:
             print(json.dumps({"run": resolved.run.to_dict(), "deepspeed": resolved.ds}, indent=2))
         return 0
     timeout_minutes = resolved.train.timeout_minutes
     with (
-        join_ranks(resolved, env, device, dataset.reader.fingerprint) as (store, watchdog),
+        join_ranks(resolved, env, device, data.train.reader.fingerprint) as (store, watchdog),
         process_group(env, device, timeout_minutes, store),
         watchdog.report_failure(),
         explain_out_of_memory(device, memory_remedies(resolved), env.rank_label, lambda: watchdog.position),
     ):
-        finished = run_rank(resolved, env, device, dataset, eval_dataset, watchdog, launcher)
+        finished = run_rank(resolved, env, device, data, watchdog, launcher)
     return 0 if finished else EXIT_STOPPED
 
 
-def describe(
-    resolved: ResolvedRun, env: RankEnvironment, device: torch.device, dataset: TokenDataset, eval_dataset: Any
-) -> str:
-    """What a run is, in a few lines: printed at its start, and by --dry-run."""
+def describe(resolved: ResolvedRun, env: RankEnvironment, device: torch.device, data: RunData) -> str:
+    """A run in a few lines: printed at its start, and by --dry-run."""
     train, config = resolved.train, resolved.model
     tokens_per_step = train.global_batch_size * resolved.data.seq_len
-    per_epoch = len(dataset) / train.global_batch_size
+    per_epoch = len(data.train) / train.global_batch_size
     memory = estimate_memory(resolved, device.type)
     lines = [
         f"run       {train.run_dir}",
         f"model     {config.num_params():,} parameters ({config.num_active_params():,} active a token)",
         f"device    {env.world_size} x {device.type}, {train.precision}, ZeRO stage {resolved.zero.stage}",
-        f"data      {dataset.reader.num_tokens:,} tokens, {len(dataset):,} samples of {resolved.data.seq_len}"
-        + (f"; {eval_dataset.reader.num_tokens:,} validation tokens" if eval_dataset else "; no validation split"),
+        f"data      {data.train.reader.num_tokens:,} tokens, {len(data.train):,} samples of {resolved.data.seq_len}"
+        + (f"; {data.val.reader.num_tokens:,} validation tokens" if data.val else "; no validation split"),
         f"batch     {train.global_batch_size} samples = {train.micro_batch_size} x {train.gradient_accumulation_steps} "
         f"accumulated x {resolved.dp_size} ranks; {tokens_per_step:,} tokens a step",
         f"length    {train.steps:,} steps, {train.steps / per_epoch:.2f} epochs ({per_epoch:.1f} steps an epoch), "

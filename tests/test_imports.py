@@ -116,7 +116,8 @@ def test_the_rooms_below_the_ranks_run_without_deepspeed():
     run_without(["deepspeed", "transformers"], [*below, *(name for name in MODULES if top(name) == "data_prep")])
     # Generation too, in Python or by the command.
     run_without(["deepspeed", "transformers"], ["minimind.checkpoints.formats.load_model", "minimind.generate"])
-    run_without(["deepspeed", "torch"], ["minimind", "minimind.training.record.run_files", "minimind.status"])
+    reading = ["minimind", "minimind.training.record.run_files", "minimind.status", "minimind.report"]
+    run_without(["deepspeed", "torch"], reading)
 
 
 def run_without(missing: list[str], names: list[str]) -> None:

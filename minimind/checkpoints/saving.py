@@ -81,6 +81,11 @@ class CheckpointSaver:
         """Whether this rank's share of the present stage is done; `advance` takes all ranks that say so further."""
         return self._work is None or self._work.done()
 
+    def is_due(self, step: int) -> bool:
+        """Whether `save_every` asks for a checkpoint after `step`."""
+        every = self._resolved.train.save_every
+        return bool(every and step % every == 0)
+
     def start(self, state: TrainState, *, eval_loss: float | None = None, probe_loss: float | None = None) -> None:
         """Take the engine's state and begin to write it; waits for the checkpoint before. Every rank calls this.
 

@@ -4,41 +4,92 @@ import contextlib
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from minimind.data.dataset import TokenDataset
-from minimind.data.loader import eval_batches
+from minimind.data.loader import Batch, eval_batches
 from minimind.data.manifest import MANIFEST_NAME
 from minimind.data.shards import ShardReader, ShardWriter, open_split
 from minimind.data.tokenizer import load_tokenizer
 from minimind.distributed.collectives import all_reduce_sum
 from minimind.errors import UserError
 from minimind.model import MiniMindForCausalLM
+from minimind.model.transformer import CausalLMOutput
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured. `bits_per_byte` does not depend on the tokenizer, so it compares models of all kinds."""
+    """The figures of one evaluation. `bits_per_byte` does not depend on the tokenizer, so it compares any models."""
 
     loss: float
     """Mean negative log-likelihood of a token, in nats."""
     perplexity: float
     """exp(loss)."""
     bits_per_byte: float
-    """The loss in bits, times the tokens that one byte of UTF-8 text takes (end tokens included)."""
+    """The loss in bits, times the tokens per byte of UTF-8 text (end tokens included)."""
     num_targets: int
     """Tokens predicted."""
     num_samples: int
     """Windows read."""
 
 
+def sum_loss(model: Any, batch: Batch) -> CausalLMOutput:
+    """Forward of a model or an engine, with the loss summed over the targets of `batch`, which is on its device."""
+    return model(
+        batch.input_ids,
+        batch.labels,
+        position_ids=batch.position_ids,
+        cu_seqlens=batch.cu_seqlens,
+        loss_reduction="sum",
+    )
+
+
 @torch.no_grad()
+def measure_loss(
+    model: Any,
+    dataset: TokenDataset,
+    device: torch.device,
+    *,
+    micro_batch_size: int,
+    max_samples: int | None = None,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    before_batch: Callable[[], object] = lambda: None,
+) -> Evaluation:
+    """The loss over the windows of `dataset`, whatever it is; the same on any number of ranks. Every rank calls this.
+
+    Args:
+        model: a model, or a DeepSpeed engine.
+        dp_rank, dp_size: this rank among those that share the windows.
+    """
+    num_samples = min(max_samples or len(dataset), len(dataset))
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # sum of the losses, number of targets
+    try:
+        for batch in eval_batches(dataset, micro_batch_size, dp_rank, dp_size, max_samples=num_samples):
+            before_batch()
+            batch_loss = sum_loss(model, batch.to(device, non_blocking=True)).loss
+            assert batch_loss is not None
+            totals += torch.stack([batch_loss.double(), torch.tensor(float(batch.num_targets)).to(totals)])
+    finally:
+        model.train(was_training)
+    if dp_size > 1:
+        totals = all_reduce_sum(totals)
+    loss_sum, num_targets = totals.tolist()
+    loss = loss_sum / num_targets if num_targets else math.nan
+    bytes_per_token = dataset.reader.manifest.bytes_per_token
+    bits_per_byte = loss / math.log(2) / bytes_per_token if bytes_per_token else math.nan
+    return Evaluation(loss, math.exp(min(loss, 700.0)), bits_per_byte, int(num_targets), num_samples)
+
+
 def evaluate(
     model: MiniMindForCausalLM,
     dataset: TokenDataset,
@@ -48,49 +99,38 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
 ) -> Evaluation:
-    """Measure `model` on the windows of `dataset`; with several ranks, every one calls this and gets the same answer.
+    """`measure_loss` of a loaded model, with a progress bar. Every rank calls this.
 
-    Raises `UserError` when the loss is NaN or infinite, or no token counts.
+    Raises:
+        UserError: the loss is NaN or infinite, or there is no target.
     """
-    device = model.lm_head.weight.device
-    was_training = model.training
-    model.eval()
     num_samples = min(max_samples or len(dataset), len(dataset))
-    totals = torch.zeros(2, dtype=torch.float64)  # sum of the losses, number of targets
-    batches = eval_batches(dataset, micro_batch_size, rank, world_size, max_samples=num_samples)
     num_batches = -(-num_samples // (micro_batch_size * world_size))
     quiet = rank != 0 or not sys.stderr.isatty()
-    try:
-        for batch in tqdm(batches, total=num_batches, desc="evaluating", unit="batch", disable=quiet):
-            moved = batch.to(device)
-            output = model(
-                moved.input_ids,
-                moved.labels,
-                position_ids=moved.position_ids,
-                cu_seqlens=moved.cu_seqlens,
-                loss_reduction="sum",
-            )
-            totals += torch.tensor([float(output.loss), batch.num_targets], dtype=torch.float64)
-    finally:
-        model.train(was_training)
-    if world_size > 1:
-        totals = all_reduce_sum(totals)
-    loss_sum, num_targets = totals.tolist()
-    if num_targets == 0 or not math.isfinite(loss_sum):
-        raise UserError(
-            f"the loss over {num_targets:.0f} tokens is {loss_sum}: the model's weights or the data are bad"
+    with tqdm(total=num_batches, desc="evaluating", unit="batch", disable=quiet) as bar:
+        found = measure_loss(
+            model,
+            dataset,
+            model.lm_head.weight.device,
+            micro_batch_size=micro_batch_size,
+            max_samples=num_samples,
+            dp_rank=rank,
+            dp_size=world_size,
+            before_batch=bar.update,
         )
-    loss = loss_sum / num_targets
-    bytes_per_token = dataset.reader.manifest.bytes_per_token
-    bits_per_byte = loss / math.log(2) / bytes_per_token if bytes_per_token else math.nan
-    return Evaluation(loss, math.exp(min(loss, 700.0)), bits_per_byte, int(num_targets), num_samples)
+    if not math.isfinite(found.loss):
+        raise UserError(
+            f"the loss over {found.num_targets} tokens is {found.loss}: the model's weights or the data are bad"
+        )
+    return found
 
 
 @contextlib.contextmanager
 def shards_of_texts(files: Sequence[Path], tokenizer_file: Path) -> Iterator[ShardReader]:
-    """Text files as shards, each file one document; they lie in a temporary folder until the context is left.
+    """Text files as shards in a temporary folder, each file one document.
 
-    Raises `UserError` for a file that cannot be read, is not UTF-8, or is empty.
+    Raises:
+        UserError: a file cannot be read, is not UTF-8, or is empty.
     """
     tokenizer = load_tokenizer(tokenizer_file)
     with tempfile.TemporaryDirectory(prefix="minimind-text-") as folder:
@@ -119,12 +159,16 @@ def _read_text(file: Path) -> str:
 
 
 def open_shards(folder: Path, split: str) -> ShardReader:
-    """The split of a corpus, or the shard folder given itself, whatever its name."""
+    """A split of a corpus, or `folder` itself if it holds shards."""
     return ShardReader(folder) if (folder / MANIFEST_NAME).exists() else open_split(folder, split)
 
 
 def check_vocabulary(model: MiniMindForCausalLM, reader: ShardReader) -> None:
-    """Raise `UserError` when the data has token ids that the model lacks."""
+    """Refuse data with token ids that the model lacks.
+
+    Raises:
+        UserError: naming both sizes.
+    """
     there, here = reader.manifest.vocab_size, model.config.vocab_size
     if there > here:
         raise UserError(f"the data has a vocabulary of {there} tokens and the model one of {here}: another tokenizer")

@@ -1,30 +1,36 @@
-"""How runs are going, read from their folders."""
+"""The status of runs, read from their folders."""
 
 import json
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from minimind.checkpoints.folder import list_checkpoints, step_of
 from minimind.errors import UserError
 from minimind.training.record.events import Event, read_events
-from minimind.training.record.run_files import METRICS_NAME, RUN_CONFIG_NAME, parse_records
+from minimind.training.record.run_files import (
+    METRICS_NAME,
+    RUN_CONFIG_NAME,
+    StepRecord,
+    evaluations_of,
+    read_records,
+    steps_of,
+)
 from minimind.training.run_lock import LOCK_NAME, PATIENCE_SECONDS
 from minimind.units import format_duration, format_table
 
 TAIL_BYTES = 2**19
 TREND_STEPS = 50
-# Of a run that nothing else says how it goes on: no lock on this file system, but a step a moment ago.
+# Without a lock file, a run that has just written a step is taken to be running.
 FRESH_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What a run folder says."""
+    """The status of a run, from its folder."""
 
     name: str
     state: str
@@ -62,16 +68,15 @@ def is_run(folder: Path) -> bool:
 
 
 def read_status(folder: Path) -> RunStatus:
-    """The state of a run as its folder tells it now."""
-    records, events = read_tail(folder / METRICS_NAME), read_events(folder)
-    steps = [record for record in records if "loss" in record]
-    evaluations = [record for record in records if "eval_loss" in record]
-    last = steps[-1] if steps else {}
+    """Read a run's status from its folder."""
+    records, events = read_records(folder / METRICS_NAME, TAIL_BYTES), read_events(folder)
+    steps, evaluations = steps_of(records), evaluations_of(records)
+    last: StepRecord = steps[-1] if steps else {"step": 0}
     total = _total_steps(folder)
     checkpoints = list_checkpoints(folder)
     state = find_state(folder, steps, events)
-    step = int(last.get("step", 0))
-    seconds = [value for record in steps[-TREND_STEPS:] if (value := _number(record, "step_seconds")) is not None]
+    step = last["step"]
+    seconds = [value for record in steps[-TREND_STEPS:] if (value := record.get("step_seconds")) is not None]
     left = None
     if state == "running" and total and seconds:
         left = max(0, total - step) * statistics.median(seconds)
@@ -80,19 +85,19 @@ def read_status(folder: Path) -> RunStatus:
         state=state,
         step=step,
         total_steps=total,
-        loss=_number(last, "loss"),
+        loss=last.get("loss"),
         trend=describe_trend(steps),
-        eval_loss=_number(evaluations[-1], "eval_loss") if evaluations else None,
-        tokens_per_second=_number(last, "tokens_per_second"),
-        mfu=_number(last, "mfu"),
+        eval_loss=evaluations[-1].get("eval_loss") if evaluations else None,
+        tokens_per_second=last.get("tokens_per_second"),
+        mfu=last.get("mfu"),
         seconds_left=left,
         checkpoint=step_of(checkpoints[-1]) if checkpoints else None,
         health=describe_health(state, events, step),
     )
 
 
-def find_state(folder: Path, steps: Sequence[Mapping[str, Any]], events: Sequence[Event]) -> str:
-    """What the run does, from its lock's age and its last event."""
+def find_state(folder: Path, steps: Sequence[StepRecord], events: Sequence[Event]) -> str:
+    """The state of a run, from its lock's age and its last event."""
     if not is_run(folder):
         return "never started"
     last = next((event for event in reversed(events) if event.event not in ("alarm", "save")), None)
@@ -108,9 +113,9 @@ def find_state(folder: Path, steps: Sequence[Mapping[str, Any]], events: Sequenc
     return "running" if lock is None and age is not None and age < FRESH_SECONDS else "crashed"
 
 
-def describe_trend(steps: Sequence[Mapping[str, Any]]) -> str:
-    """falling, rising or flat: the loss of the newest steps beside those before them, by the spread of either."""
-    losses = [value for record in steps[-2 * TREND_STEPS :] if (value := _number(record, "loss")) is not None]
+def describe_trend(steps: Sequence[StepRecord]) -> str:
+    """falling, rising or flat: mean loss of the newest steps against the steps before, by its standard error."""
+    losses = [value for record in steps[-2 * TREND_STEPS :] if (value := record.get("loss")) is not None]
     if len(losses) < 8:
         return ""
     half = len(losses) // 2
@@ -129,23 +134,11 @@ def describe_health(state: str, events: Sequence[Event], step: int) -> str:
     if state == "failed":
         return next(event.message for event in reversed(since) if event.event == "fail")
     if state == "crashed":
-        return "ended without a word; the same command continues it"
+        return "ended without an event (killed?); the same command continues it"
     alarms = {event.kind: event for event in since if event.event == "alarm"}
     if not alarms:
         return "ok"
     return "; ".join(f"{kind} at step {event.step}" for kind, event in alarms.items())
-
-
-def read_tail(path: Path) -> list[dict[str, Any]]:
-    """The newest records of a metrics file, however long it is; its last line may be half written."""
-    if not path.exists():
-        return []
-    with open(path, "rb") as file:
-        file.seek(0, 2)
-        start = max(0, file.tell() - TAIL_BYTES)
-        file.seek(start)
-        text = file.read().decode("utf-8", errors="replace")
-    return parse_records(text.split("\n", 1)[-1] if start else text)
 
 
 def status_table(found: Sequence[RunStatus]) -> str:
@@ -184,8 +177,3 @@ def _age(path: Path) -> float | None:
         return time.time() - path.stat().st_mtime
     except OSError:
         return None
-
-
-def _number(record: Mapping[str, Any], name: str) -> float | None:
-    value = record.get(name)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

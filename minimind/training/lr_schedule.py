@@ -1,6 +1,6 @@
 """Learning rate as a pure function of the step: a resume needs nothing but the step.
 
-Linear warm-up, then cosine, linear, constant, WSD, step or exponential. Knows no optimizer.
+Linear warm-up, then cosine, linear, constant, WSD, step or exponential.
 """
 
 import math

@@ -1,8 +1,4 @@
-"""What a device could compute at most: the denominator of MFU.
-
-A table for the accelerators whose makers publish a dense figure, one timed matrix product for everything else. Knows
-nothing of models or training.
-"""
+"""Peak FLOP/s of a device, the denominator of MFU: from its data sheet, or measured by a timed matmul."""
 
 import functools
 import re
@@ -13,7 +9,7 @@ import torch
 from minimind.model.kernels.matmul import product
 
 # Dense peak of the data sheets in FLOP/s, without sparsity: (bf16 and fp16, fp32 as torch computes it by default).
-# The first name that stands in the device's own as whole words counts ("RTX A4000" is no A40), the longer ones first.
+# The first name found in the device's own as whole words counts ("RTX A4000" is no A40), so longer names come first.
 _DATA_SHEETS = (
     ("GB200", 2500e12, 80e12),
     ("B200", 2250e12, 80e12),
@@ -42,22 +38,22 @@ _DATA_SHEETS = (
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Peak of one device in FLOP/s for matrix products in `dtype`, and where the figure comes from."""
+    """Peak of one device in FLOP/s for matmuls in `dtype`, and the source of the figure."""
     if device.type == "cuda":
         found = data_sheet_peak(torch.cuda.get_device_name(device), half=dtype != torch.float32)
         if found is not None:
             return found[0], f"data sheet of {found[1]}"
-    return measure_peak(device, dtype), "measured by a matrix product"
+    return measure_peak(device, dtype), "measured by a matmul"
 
 
 def data_sheet_peak(name: str, *, half: bool) -> tuple[float, str] | None:
-    """Dense peak in FLOP/s of the accelerator called `name`, and what its data sheet calls it; None: not in the table.
+    """Dense peak in FLOP/s of the accelerator called `name`, and its name in the table; None: not there.
 
     Args:
         half: bf16 and fp16, else fp32.
     """
     for known, half_peak, single_peak in _DATA_SHEETS:
-        # A laptop's chip of the same name is another one, and a MIG slice is a part of one.
+        # A laptop's chip of the same name is slower, and a MIG slice is a part of a chip.
         if re.search(rf"\b{known}\b", name) and not re.search(r"\b(Laptop|MIG|D)\b", name):
             return (half_peak if half else single_peak), known
     return None
@@ -70,23 +66,23 @@ def known_accelerators() -> list[str]:
 
 @functools.cache
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """The best rate in FLOP/s of a square matrix product, larger and larger until one takes a twentieth of a second.
+    """The best rate in FLOP/s of square matmuls, doubled in size until one takes a twentieth of a second.
 
-    A CPU without instructions for `dtype` is a hundred times slower than one with them: the size follows the speed.
+    The size follows the speed: a CPU without instructions for `dtype` is a hundred times slower than one with them.
     Measured once in a process.
     """
     size, largest = (2048, 8192) if device.type == "cuda" else (128, 4096)
     best = 0.0
     while True:
-        seconds = _time_product(device, dtype, size)
+        seconds = _time_matmul(device, dtype, size)
         best = max(best, 2 * size**3 / seconds)
         if seconds > 0.05 or size == largest:
             return best
         size *= 2
 
 
-def _time_product(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Seconds of the fastest of three products of two matrices of size x size."""
+def _time_matmul(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """Seconds of the fastest of three matmuls of size x size."""
     left = torch.randn(size, size, device=device).to(dtype)
     right = torch.randn(size, size, device=device).to(dtype)
     fastest = float("inf")

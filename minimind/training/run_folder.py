@@ -1,7 +1,6 @@
-"""A run's folder at the start of a job: whose it is, what it continues from, and what is written into it.
+"""A run's folder at the start of a job: whether it is this run's, the checkpoint to resume from, its configuration.
 
-`run_config.json` and `ds_config.json` say what runs there now; a continuation may change everything but what the run
-is. Knows nothing of engines or of the loop.
+`run_config.json` and `ds_config.json` describe the job that runs now. `AT_RESUME` says what a resumed run may change.
 """
 
 import dataclasses
@@ -40,7 +39,7 @@ def identify(reader: ShardReader) -> DataFingerprint:
 
 
 def check_run_folder(resolved: ResolvedRun, corpus: DataFingerprint) -> list[str]:
-    """Refuse a run folder that belongs to another run; gives the other changes since its last start, in words.
+    """Refuse a run folder of a different run; gives the allowed changes since its last start, in words.
 
     Raises:
         UserError: listing every difference.

@@ -1,20 +1,23 @@
-"""Put a run together: configuration, data, engine, checkpoint, trainer."""
+"""How a run is put together: open the data, take the run folder, build the engine, load, fit."""
 
 import contextlib
 import dataclasses
 import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import deepspeed
 import torch
 
 from minimind.checkpoints.formats.init_from import check_starting_weights, set_starting_weights
 from minimind.checkpoints.loading import load_checkpoint
-from minimind.checkpoints.run_state import TrainState
+from minimind.checkpoints.run_state import DataFingerprint, TrainState
 from minimind.checkpoints.saving import CheckpointSaver
 from minimind.config.command_line import CommandLine
 from minimind.config.resolve import load_ds_config, resolve_run
 from minimind.config.resolved_run import ResolvedRun
-from minimind.config.run_config import DTYPE_NAMES
+from minimind.config.run_config import DTYPE_NAMES, RunConfig
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import BatchLoader
 from minimind.data.shards import find_split, open_split
@@ -22,159 +25,209 @@ from minimind.distributed.collectives import gather_objects, log, on_first_rank
 from minimind.distributed.environment import RankEnvironment
 from minimind.distributed.launchers.watch import LauncherWatch
 from minimind.distributed.out_of_memory import explain_out_of_memory
-from minimind.distributed.stop_requests import listen
 from minimind.distributed.watchdog import Watchdog
 from minimind.errors import UserError
 from minimind.model.kernels.matmul import multiplies
 from minimind.parallel.deepspeed_check import check_ds_config
 from minimind.parallel.engine import build_engine, build_model
+from minimind.training.control import hold_run
+from minimind.training.evaluator import Evaluator
+from minimind.training.objectives.pretrain import Pretrain
 from minimind.training.out_of_memory import memory_remedies
 from minimind.training.peak_flops import peak_flops
 from minimind.training.profiler import StepProfiler
-from minimind.training.record.metrics import MetricsLog
+from minimind.training.record.metrics import NullRecord, RunRecord
 from minimind.training.record.wandb import WandbLog, check_wandb
-from minimind.training.run_folder import check_run_folder, identify, open_run_folder
-from minimind.training.run_lock import RunLock, hold_run_folder
+from minimind.training.run_folder import Resume, check_run_folder, identify, open_run_folder
 from minimind.training.trainer import Trainer
 
 
-def prepare(
-    command: CommandLine, env: RankEnvironment, device: torch.device
-) -> tuple[ResolvedRun, TokenDataset, TokenDataset | None]:
-    """Open the shards and settle the configuration; no process group is needed or made.
+@dataclass(frozen=True)
+class RunData:
+    """The windows of a run."""
+
+    train: TokenDataset
+    val: TokenDataset | None
+    """None: the corpus has no validation split."""
+
+    @property
+    def fingerprint(self) -> DataFingerprint:
+        """What identifies the training data."""
+        return identify(self.train.reader)
+
+
+def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) -> tuple[ResolvedRun, RunData]:
+    """Open the data and resolve the configuration; no process group is needed or made.
 
     Raises:
         UserError: anything wrong with flags, files, shards or the run folder.
     """
     run = command.run
-    if run.data.shards is None:
-        raise UserError("shards: not given; pass --shards DIR, a folder made by python -m data_prep.tokenize_corpus")
-    folder = Path(run.data.shards)
-    train_reader = open_split(folder, "train")
-    eval_reader = open_split(folder, "val") if find_split(folder, "val") else None
-    if eval_reader is None and (run.train.eval_every or run.train.eval_samples):
-        raise UserError(f"eval_every: {folder} has no validation split; prepare one, or leave out the --eval flags")
-    vocab = train_reader.manifest.vocab_size
-    if vocab > run.model.vocab_size:
-        raise UserError(
-            f"vocab_size: the shards of {folder} have {vocab} tokens and the model only {run.model.vocab_size}; pass "
-            f"--vocab-size {vocab}"
-        )
-    dataset = TokenDataset(train_reader, run.data.seq_len, run.data.document_mask)
-    eval_dataset = None
-    if eval_reader is not None:
-        eval_dataset = TokenDataset(eval_reader, run.data.seq_len, run.data.document_mask, keep_tail=True)
+    data = open_data(run)
     resolved = resolve_run(
         run,
         load_ds_config(run.train.ds_config),
         dp_size=env.world_size,
-        num_samples=len(dataset),
+        num_samples=len(data.train),
         local_world_size=env.local_world_size,
         device_type=device.type,
         bf16_supported=device.type == "cuda" and torch.cuda.is_bf16_supported(),
     )
     check_ds_config(resolved.ds)
     check_wandb(run.train.wandb_project)
-    check_run_folder(resolved, identify(train_reader))
+    check_run_folder(resolved, data.fingerprint)
     if run.train.init_from is not None:
         check_starting_weights(run.model, Path(run.train.init_from))
-    return resolved, dataset, eval_dataset
+    return resolved, data
+
+
+def open_data(run: RunConfig) -> RunData:
+    """Open the splits of a corpus.
+
+    Raises:
+        UserError: no shards, damaged ones, or ones that do not fit the run.
+    """
+    if run.data.shards is None:
+        raise UserError("shards: not given; pass --shards DIR, a folder made by python -m data_prep.tokenize_corpus")
+    folder = Path(run.data.shards)
+    train = open_split(folder, "train")
+    val = open_split(folder, "val") if find_split(folder, "val") else None
+    if val is None and (run.train.eval_every or run.train.eval_samples):
+        raise UserError(f"eval_every: {folder} has no validation split; prepare one, or leave out the --eval flags")
+    vocab = train.manifest.vocab_size
+    if vocab > run.model.vocab_size:
+        raise UserError(
+            f"vocab_size: the shards of {folder} have {vocab} tokens and the model only {run.model.vocab_size}; pass "
+            f"--vocab-size {vocab}"
+        )
+    seq_len, mask = run.data.seq_len, run.data.document_mask
+    return RunData(
+        TokenDataset(train, seq_len, mask),
+        None if val is None else TokenDataset(val, seq_len, mask, keep_tail=True),
+    )
 
 
 def run_rank(
     resolved: ResolvedRun,
     env: RankEnvironment,
     device: torch.device,
-    dataset: TokenDataset,
-    eval_dataset: TokenDataset | None,
+    data: RunData,
     watchdog: Watchdog,
     launcher: LauncherWatch,
 ) -> bool:
-    """Build and train inside the process group; whether the run reached its last step. Every rank calls this."""
+    """Put the run together and train, inside the process group; whether it reached its last step. Every rank calls
+    this."""
     train, run_dir = resolved.train, Path(resolved.train.run_dir)
     with contextlib.ExitStack() as stack:
-        requests = stack.enter_context(listen(run_dir if env.is_first else None))
-        launcher.start(requests.launcher_gone)
-        stack.callback(launcher.close)
-        locks: list[RunLock] = []  # of rank 0
-        on_first_rank(lambda: locks.append(stack.enter_context(hold_run_folder(run_dir))))
-        notes = check_run_folder(resolved, identify(dataset.reader))
-        resume = on_first_rank(lambda: open_run_folder(resolved, dataset.reader, notes))
-        loader = BatchLoader(
-            dataset,
-            train.seed,
-            train.micro_batch_size,
-            train.global_batch_size,
-            env.rank,
-            env.world_size,
-            pin_memory=device.type == "cuda",
-        )
-        dtype = getattr(torch, DTYPE_NAMES[train.precision])
-        peak, source = peak_flops(device, dtype)
-        log(f"peak of one device: {peak / 1e12:.3g} TFLOP/s in {train.precision} ({source})")
-        if device.type == "cpu" and dtype != torch.float32 and not multiplies(dtype):
-            log(f"this processor has no products in {train.precision}: computed in float32 and rounded, at its speed")
-        model = build_model(resolved, device)
-        if train.init_from is not None and resume is None:
-            set_starting_weights(model, Path(train.init_from))
-            log(f"weights of {train.init_from}")
-        engine = build_engine(resolved, model)
+        control = stack.enter_context(hold_run(run_dir, watchdog, launcher, is_first=env.is_first))
+        notes = check_run_folder(resolved, data.fingerprint)  # again: another job may have begun a run there meanwhile
+        resume = on_first_rank(lambda: open_run_folder(resolved, data.train.reader, notes))
+        peak = describe_device(device, resolved)
+        engine = make_engine(resolved, device, resume)
         stack.callback(engine.destroy)
-        state = TrainState()
-        if resume is not None:
-            state = load_checkpoint(engine, resolved, resume.folder, resume.manifest, resume.portable)
-            log(f"resumed from {resume.folder} at step {state.step}")
-            if resume.manifest.shard_fingerprint != dataset.reader.fingerprint:
-                state = dataclasses.replace(state, data_start_step=state.step)
-                log(f"the shards are new: their order begins at step {state.step}")
-        loader.first_step = state.data_start_step
-        saver = CheckpointSaver(engine, resolved, identify(dataset.reader), asynchronous=train.async_save)
+        state = load_state(engine, resolved, resume, data.fingerprint)
+        saver = CheckpointSaver(engine, resolved, data.fingerprint, asynchronous=train.async_save)
         stack.callback(saver.close)
-        metrics = None
-        hosts = gather_objects(socket.gethostname())
-        if env.is_first:
-            wandb = None
-            if train.wandb_project is not None:
-                wandb = WandbLog(train.wandb_project, run_dir, resolved.run.to_dict())
-            metrics = MetricsLog(
-                run_dir, state.step, train.steps, tensorboard=train.tensorboard, hosts=hosts, wandb=wandb
-            )
-            stack.callback(metrics.close)
-            began = f"resumed from {resume.folder.name}" if resume is not None else "started"
-            metrics.log_event("resume" if resume is not None else "start", state.step, began)
+        record = stack.enter_context(open_record(resolved, env, state, resume, peak))
+        profiler = StepProfiler(run_dir, env.rank, train.profile_steps, device)
+        stack.callback(profiler.close)
         trainer = Trainer(
             resolved=resolved,
             engine=engine,
-            loader=loader,
-            eval_dataset=eval_dataset,
-            device=device,
-            metrics=metrics,
+            objective=Pretrain(),
+            loader=make_loader(resolved, data.train, env, state, pin_memory=device.type == "cuda"),
+            evaluator=Evaluator(data.val, train, env.rank, env.world_size),
             saver=saver,
-            requests=requests,
-            watchdog=watchdog,
-            lock=locks[0] if locks else None,
+            record=record,
+            control=control,
+            profiler=profiler,
             state=state,
-            flops_per_token=resolved.model.flops_per_token(resolved.data.seq_len),
-            peak_flops=peak,
-            tokens_per_byte=tokens_per_byte(eval_dataset),
             last_checkpoint=resume.folder if resume is not None else None,
         )
-        if train.profile_steps:
-            trainer.profiler = StepProfiler(run_dir, env.rank, train.profile_steps, device)
-            stack.callback(trainer.profiler.close)
         try:
-            # Inside the other one (train.main), so that the run's events get the line too.
+            # Inside the one of train.main, so that the run's events get the line too.
             with explain_out_of_memory(device, memory_remedies(resolved), env.rank_label, lambda: watchdog.position):
                 return trainer.fit()
         except UserError as error:
-            if metrics is not None:
-                metrics.log_event("fail", trainer.state.step, str(error))
+            record.log_event("fail", trainer.state.step, str(error))
             raise
 
 
-def tokens_per_byte(eval_dataset: TokenDataset | None) -> float:
-    """Tokens of the validation split for one UTF-8 byte of its text: turns loss a token into loss a byte."""
-    if eval_dataset is None:
-        return 1.0
-    manifest = eval_dataset.reader.manifest
-    return manifest.total_tokens / max(1, manifest.total_bytes)
+def describe_device(device: torch.device, resolved: ResolvedRun) -> float:
+    """Log the peak of one device in the run's precision, in FLOP/s, and give it."""
+    precision = resolved.train.precision
+    dtype = getattr(torch, DTYPE_NAMES[precision])
+    peak, source = peak_flops(device, dtype)
+    log(f"peak of one device: {peak / 1e12:.3g} TFLOP/s in {precision} ({source})")
+    if device.type == "cpu" and dtype != torch.float32 and not multiplies(dtype):
+        log(f"this processor has no matmul in {precision}: computed in float32 and rounded, at its speed")
+    return peak
+
+
+def make_engine(resolved: ResolvedRun, device: torch.device, resume: Resume | None) -> deepspeed.DeepSpeedEngine:
+    """The model with its initial weights, or those of `init_from`, in an engine. Every rank calls this."""
+    init_from = resolved.train.init_from
+    model = build_model(resolved, device)
+    if init_from is not None and resume is None:
+        set_starting_weights(model, Path(init_from))
+        log(f"weights of {init_from}")
+    return build_engine(resolved, model)
+
+
+def load_state(
+    engine: deepspeed.DeepSpeedEngine, resolved: ResolvedRun, resume: Resume | None, fingerprint: DataFingerprint
+) -> TrainState:
+    """Load the checkpoint to resume from, if any, and give the run's position. Every rank calls this."""
+    if resume is None:
+        return TrainState()
+    state = load_checkpoint(engine, resolved, resume.folder, resume.manifest, resume.portable)
+    log(f"resumed from {resume.folder} at step {state.step}")
+    if resume.manifest.shard_fingerprint != fingerprint.fingerprint:
+        state = dataclasses.replace(state, data_start_step=state.step)
+        log(f"the shards are new: their order begins at step {state.step}")
+    return state
+
+
+def make_loader(
+    resolved: ResolvedRun, dataset: TokenDataset, env: RankEnvironment, state: TrainState, *, pin_memory: bool
+) -> BatchLoader:
+    """This rank's training batches."""
+    train = resolved.train
+    micro, together = train.micro_batch_size, train.global_batch_size
+    loader = BatchLoader(dataset, train.seed, micro, together, env.rank, env.world_size, pin_memory=pin_memory)
+    loader.first_step = state.data_start_step
+    return loader
+
+
+@contextlib.contextmanager
+def open_record(
+    resolved: ResolvedRun, env: RankEnvironment, state: TrainState, resume: Resume | None, peak: float
+) -> Iterator[NullRecord]:
+    """The run's record on rank 0, a null record on all others. Every rank calls this.
+
+    Args:
+        peak: of one device, in FLOP/s.
+    """
+    hosts = gather_objects(socket.gethostname())
+    if not env.is_first:
+        yield NullRecord()
+        return
+    run, run_dir = resolved.run, Path(resolved.train.run_dir)
+    project = run.train.wandb_project
+    record = RunRecord(
+        run_dir,
+        state.step,
+        resolved.train.steps,
+        peak_tokens_per_second=peak * env.world_size / run.model.flops_per_token(run.data.seq_len),
+        tensorboard=run.train.tensorboard,
+        hosts=hosts,
+        wandb=WandbLog(project, run_dir, run.to_dict()) if project is not None else None,
+    )
+    try:
+        if resume is not None:
+            record.log_event("resume", state.step, f"resumed from {resume.folder.name}")
+        else:
+            record.log_event("start", state.step, "started")
+        yield record
+    finally:
+        record.close()

@@ -11,8 +11,9 @@ from training_runs import flags_for, train
 
 from minimind import status
 from minimind.errors import UserError
-from minimind.reports.status import describe_trend, read_status, read_tail
+from minimind.reports.status import describe_trend, read_status
 from minimind.training.record.events import EventLog
+from minimind.training.record.run_files import read_records
 
 
 def write_run(folder: Path, steps: int = 40, total: int = 100, *, cut: bool = False, **values: Any) -> Path:
@@ -87,21 +88,21 @@ def test_a_folder_of_runs_is_all_of_them(tmp_path, capsys):
     assert (first.split()[0], second.split()[0]) == ("a", "b")
 
 
-def test_only_the_end_of_a_long_file_is_read(tmp_path, monkeypatch):
+def test_only_the_end_of_a_long_file_is_read(tmp_path):
     run = write_run(tmp_path / "long", steps=5000)
-    monkeypatch.setattr("minimind.reports.status.TAIL_BYTES", 2000)
-    tail = read_tail(run / "metrics.jsonl")
+    tail = read_records(run / "metrics.jsonl", 2000)
     assert 5 < len(tail) < 30 and tail[-1]["step"] == 5000
+    assert len(read_records(run / "metrics.jsonl", 10**9)) == 5000
 
 
 def test_the_trend_is_more_than_noise():
     def trend(*losses: float) -> str:
-        return describe_trend([{"loss": loss} for loss in losses])
+        return describe_trend([{"step": i, "loss": loss} for i, loss in enumerate(losses)])
 
     assert trend(*(3 - i / 10 for i in range(20))) == "falling"
     assert trend(*(3 + i / 10 for i in range(20))) == "rising"
     assert trend(*(3 + (-1) ** i for i in range(20))) == "flat"
-    assert trend(3, 2) == "" and describe_trend([{"loss": "nan"}] * 50) == ""
+    assert trend(3, 2) == "" and describe_trend([{"step": 1, "loss": None}] * 50) == ""
 
 
 def test_a_real_run_from_start_to_end(tiny_corpus, tmp_path, capsys):

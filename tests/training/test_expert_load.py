@@ -6,19 +6,21 @@ import torch
 from pytest import approx
 
 from minimind.model import CausalLMOutput
-from minimind.training.expert_load import count_choices, load_of, summarize_load
+from minimind.training.objectives.objective import LossParts
+from minimind.training.step_record import summarize_load
 
 
-def test_counts_add_up_over_micro_batches():
-    first = CausalLMOutput(expert_load=torch.tensor([[3, 1], [2, 2]]), dropped=torch.tensor([1, 0]))
-    second = CausalLMOutput(expert_load=torch.tensor([[1, 3], [4, 0]]))
-    counts = count_choices(second, count_choices(first, None))
-    assert counts.tolist() == [[4, 4, 1], [6, 2, 0]]
-    assert load_of(counts).tolist() == [[4, 4], [6, 2]]
+def test_the_counts_of_a_forward_end_with_the_dropped_choices():
+    loss = torch.zeros(())
+    load = torch.tensor([[3, 1], [2, 2]])
+    output = CausalLMOutput(loss=loss, aux_loss=loss, expert_load=load, dropped=torch.tensor([1, 0]))
+    assert LossParts.of(output).expert_counts.tolist() == [[3, 1, 1], [2, 2, 0]]
+    assert LossParts.of(output._replace(dropped=None)).expert_counts.tolist() == [[3, 1, 0], [2, 2, 0]]
+    assert LossParts.of(CausalLMOutput(loss=loss)).expert_counts is None
 
 
 def test_figures_of_a_load():
-    found = summarize_load(torch.tensor([[5, 5, 5, 5, 2], [20, 0, 0, 0, 10], [10, 10, 0, 0, 0]]))
+    found = summarize_load(1, torch.tensor([[5, 5, 5, 5, 2], [20, 0, 0, 0, 10], [10, 10, 0, 0, 0]]))
     assert found["expert_load"] == [[5, 5, 5, 5], [20, 0, 0, 0], [10, 10, 0, 0]]
     layers = found["expert_balance"]
     assert layers["min"] == [5, 0, 0] and layers["max"] == [5, 20, 10]
@@ -28,6 +30,6 @@ def test_figures_of_a_load():
 
 
 def test_one_expert_is_always_balanced():
-    assert summarize_load(torch.tensor([[7, 0]]))["load_entropy"] == 1.0
-    uneven = summarize_load(torch.tensor([[3, 1, 0]]))["load_entropy"]
+    assert summarize_load(1, torch.tensor([[7, 0]]))["load_entropy"] == 1.0
+    uneven = summarize_load(1, torch.tensor([[3, 1, 0]]))["load_entropy"]
     assert uneven == approx((0.75 * math.log(4 / 3) + 0.25 * math.log(4)) / math.log(2))

@@ -49,7 +49,7 @@ def test_data_sheets(monkeypatch, name, half, single):
 def test_a_device_that_only_sounds_alike_is_measured(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(module, "measure_peak", lambda device, dtype: 5.0)
-    assert peak_flops(torch.device("cuda", 0), torch.bfloat16) == (5.0, "measured by a matrix product")
+    assert peak_flops(torch.device("cuda", 0), torch.bfloat16) == (5.0, "measured by a matmul")
 
 
 def test_the_measurement_takes_the_best_rate_and_stops_where_it_takes_long(monkeypatch):
@@ -59,7 +59,7 @@ def test_the_measurement_takes_the_best_rate_and_stops_where_it_takes_long(monke
         sizes.append(size)
         return {128: 1e-4, 256: 4e-4, 512: 0.1}[size]
 
-    monkeypatch.setattr(module, "_time_product", slow_from_512)
+    monkeypatch.setattr(module, "_time_matmul", slow_from_512)
     assert measure_peak.__wrapped__(torch.device("cpu"), torch.float32) == 2 * 256**3 / 4e-4
     assert sizes == [128, 256, 512]
 

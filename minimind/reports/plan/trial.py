@@ -29,7 +29,6 @@ from minimind.config.resolve import resolve_run
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import RunConfig
 from minimind.data.dataset import TokenDataset
-from minimind.data.loader import BatchLoader
 from minimind.data.shards import ShardWriter, open_split
 from minimind.distributed.environment import RankEnvironment, find_device, is_first_rank, read_environment
 from minimind.distributed.process_group import process_group
@@ -37,6 +36,12 @@ from minimind.distributed.stop_requests import StopRequests
 from minimind.distributed.watchdog import Watchdog
 from minimind.errors import run_main
 from minimind.parallel.engine import build_engine, build_model
+from minimind.training.control import RunControl
+from minimind.training.evaluator import Evaluator
+from minimind.training.objectives.pretrain import Pretrain
+from minimind.training.profiler import StepProfiler
+from minimind.training.record.metrics import NullRecord
+from minimind.training.setup import make_loader
 from minimind.training.trainer import Trainer
 
 EXIT_TOO_LARGE = 3
@@ -101,30 +106,25 @@ def take_steps(order: Order, env: RankEnvironment, device: torch.device, folder:
 
 def make_trainer(resolved: ResolvedRun, env: RankEnvironment, device: torch.device, folder: Path) -> Trainer:
     """A trainer on random tokens that keeps no record and saves nothing. Every rank calls this."""
-    run, train = resolved, resolved.train
-    micro, together = train.micro_batch_size, train.global_batch_size
+    tokens = resolved.data.seq_len * resolved.train.global_batch_size + 1
     dataset = TokenDataset(
-        open_split(write_random_tokens(folder, run.model.vocab_size, run.data.seq_len * together + 1), "train"),
-        run.data.seq_len,
-        run.data.document_mask,
+        open_split(write_random_tokens(folder, resolved.model.vocab_size, tokens), "train"),
+        resolved.data.seq_len,
+        resolved.data.document_mask,
     )
-    loader = BatchLoader(dataset, train.seed, micro, together, env.rank, env.world_size)
     engine = build_engine(resolved, build_model(resolved, device))
     engine.train()
     return Trainer(
         resolved=resolved,
         engine=engine,
-        loader=loader,
-        eval_dataset=None,
-        device=device,
-        metrics=None,
+        objective=Pretrain(),
+        loader=make_loader(resolved, dataset, env, TrainState(), pin_memory=False),
+        evaluator=Evaluator(None, resolved.train, env.rank, env.world_size),
         saver=CheckpointSaver(engine, resolved, DataFingerprint("", ""), asynchronous=False),
-        requests=StopRequests(None),
-        watchdog=Watchdog(),
-        lock=None,
+        record=NullRecord(),
+        control=RunControl(folder, StopRequests(None), Watchdog()),
+        profiler=StepProfiler(folder, env.rank, 0, device),
         state=TrainState(),
-        flops_per_token=0.0,
-        peak_flops=None,
     )
 
 

@@ -1,39 +1,31 @@
-"""The curves of a report, drawn by matplotlib: as SVG for the page and as PNG for papers.
+"""The curves of a report, drawn by matplotlib as SVG for the page and as PNG for papers.
 
-Each run has its own dashes and marker beside its colour, so that a print without colour can be read. Knows nothing of
-files or pages.
+Runs differ in dashes and markers as well as in colour, so that a print without colour can be read.
 """
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from minimind.reports.run.data import RunData
+from minimind.reports.run.data import AXES, RunData
 
-# Okabe and Ito's colours, told apart with every kind of colour vision; dashes and markers for a print without any.
-STYLES: tuple[tuple[str, Any, str], ...] = (
-    ("#0072B2", "-", "o"),
-    ("#D55E00", (0, (5, 2)), "s"),
-    ("#009E73", (0, (1, 1.5)), "^"),
-    ("#CC79A7", (0, (5, 2, 1, 2)), "D"),
-    ("#56B4E9", (0, (8, 3)), "v"),
-    ("#000000", (0, (3, 1, 1, 1, 1, 1)), "x"),
+# Okabe and Ito's colours, told apart with every kind of colour vision; dashes; markers and their sign in the page.
+STYLES: tuple[tuple[str, Any, str, str], ...] = (
+    ("#0072B2", "-", "o", "●"),
+    ("#D55E00", (0, (5, 2)), "s", "■"),
+    ("#009E73", (0, (1, 1.5)), "^", "▲"),
+    ("#CC79A7", (0, (5, 2, 1, 2)), "D", "◆"),
+    ("#56B4E9", (0, (8, 3)), "v", "▼"),
+    ("#000000", (0, (3, 1, 1, 1, 1, 1)), "x", "✕"),
 )
-AXIS_NAMES = {"step": "optimizer step", "tokens": "tokens seen", "hours": "hours of training"}
-SIZE = (5.4, 3.5)
-"""Inches: on a phone the page is as wide, so letters keep their size."""
 _SETTINGS: Any = {
     "svg.fonttype": "none",
-    "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica"],
-    "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -42,9 +34,8 @@ _SETTINGS: Any = {
 }
 
 
-@dataclass(frozen=True)
-class Chart:
-    """What one chart shows."""
+class Chart(NamedTuple):
+    """A chart of one or two curves of every run."""
 
     key: str
     title: str
@@ -67,15 +58,14 @@ CHARTS = (
 
 
 def draw_chart(chart: Chart, runs: Sequence[RunData], axis: str) -> Figure | None:
-    """A figure of one chart over one axis; None where no run has it."""
-    if not any(name in run.curves for run in runs for name in chart.curves):
+    """A figure of one chart over one axis; None if no run has it."""
+    if not any(key in run.curves for run in runs for key in chart.curves):
         return None
     with mpl.rc_context(_SETTINGS):
-        figure = Figure(figsize=SIZE, layout="constrained")
+        # As wide as a phone, so letters keep their size there.
+        figure = Figure(figsize=(5.4, 3.5), layout="constrained")
         axes = figure.add_subplot()
-        for number, run in enumerate(runs):
-            _draw_run(axes, chart, run, number, axis)
-        axes.set_xlabel(AXIS_NAMES[axis])
+        axes.set_xlabel(AXES[axis])
         axes.set_ylabel(chart.unit)
         axes.set_title(chart.title, loc="left", fontsize=11, fontweight="bold")
         if chart.log:
@@ -85,77 +75,53 @@ def draw_chart(chart: Chart, runs: Sequence[RunData], axis: str) -> Figure | Non
         if axis == "tokens":
             axes.xaxis.set_major_formatter(EngFormatter())
         for number, run in enumerate(runs):
-            _draw_events(axes, run, number, axis)
+            for key in chart.curves:
+                if key in run.curves:
+                    _draw_curve(axes, run, key, axis, number, label=run.name if key == chart.curves[0] else None)
+            _draw_events(axes, run, axis, number)
         figure.legend(loc="outside lower left", ncols=min(3, len(runs)), frameon=False, fontsize=9, handlelength=3)
     return figure
 
 
-def _draw_run(axes: Any, chart: Chart, run: RunData, number: int, axis: str) -> None:
-    color, dashes, marker = STYLES[number % len(STYLES)]
-    for position, name in enumerate(chart.curves):
-        curve = run.curves.get(name)
-        if curve is None:
-            continue
-        places, values = getattr(curve, axis), curve.value
-        style = {"color": color, "linestyle": dashes, "marker": marker, "markersize": 4}
-        if len(values) > 40 and name == "loss":
-            axes.plot(places, values, color=color, linewidth=0.5, alpha=0.3)
-            values = smooth(values)
-        # A marker here and there, not in the same places for every run.
-        stride = max(1, len(values) // 8)
-        label = run.name if position == 0 else None
-        axes.plot(places, values, label=label, linewidth=1.5, markevery=(number * stride // 4, stride), **style)
+def _draw_curve(axes: Any, run: RunData, key: str, axis: str, number: int, *, label: str | None) -> None:
+    color, dashes, marker, _ = STYLES[number]
+    places, values = run.curves[key][axis], run.curves[key]["value"]
+    if key == "loss" and len(values) > 40:
+        axes.plot(places, values, color=color, linewidth=0.5, alpha=0.3)
+        values = smooth(values)
+    stride = max(1, len(values) // 8)  # a marker here and there, in different places for each run
+    axes.plot(
+        places, values, color=color, linestyle=dashes, linewidth=1.5, label=label,
+        marker=marker, markersize=4, markevery=(number * stride // 4, stride),
+    )  # fmt: skip
 
 
-def _draw_events(axes: Any, run: RunData, number: int, axis: str) -> None:
+def _draw_events(axes: Any, run: RunData, axis: str, number: int) -> None:
     """Saves as small triangles at the foot, resumes as dashed lines with R, alarms as dotted lines with !."""
-    color = STYLES[number % len(STYLES)][0]
+    color, at = STYLES[number][0], axes.get_xaxis_transform()
     for event in run.events:
-        place = place_of(run, event.step, axis)
-        if place is None or event.event not in ("save", "resume", "alarm"):
+        if event.event not in ("save", "resume", "alarm"):
             continue
-        if event.event == "save":
-            height = 0.015 + 0.03 * number  # runs that save at the same steps stand above one another
-            axes.plot(
-                [place],
-                [height],
-                marker="^",
-                markersize=4,
-                color=color,
-                transform=axes.get_xaxis_transform(),
-                linestyle="none",
-                clip_on=False,
-            )
+        place = place_of(run, event.step, axis)
+        if event.event == "save":  # runs that save at the same steps are stacked
+            height = 0.015 + 0.03 * number
+            axes.plot([place], [height], "^", markersize=4, color=color, transform=at, clip_on=False)
             continue
         sign, dashes = ("!", ":") if event.event == "alarm" else ("R", "--")
         axes.axvline(place, color=color, linestyle=dashes, linewidth=1.0)
-        axes.text(
-            place,
-            0.98,
-            sign,
-            color=color,
-            transform=axes.get_xaxis_transform(),
-            ha="center",
-            va="top",
-            fontsize=9,
-            fontweight="bold",
-            bbox={"facecolor": "white", "edgecolor": color, "pad": 1.0},
-        )
+        box = {"facecolor": "white", "edgecolor": color, "pad": 1.0}
+        axes.text(place, 0.98, sign, color=color, transform=at, ha="center", va="top", weight="bold", bbox=box)
 
 
-def place_of(run: RunData, step: int, axis: str) -> float | None:
-    """Where a step stands on an axis; the nearest shown step before it."""
-    if axis == "step":
-        return step
-    curve = run.curves.get("loss")
-    if curve is None:
-        return None
-    earlier = [place for at, place in zip(curve.step, getattr(curve, axis), strict=True) if at <= step]
-    return earlier[-1] if earlier else 0.0
+def place_of(run: RunData, step: int, axis: str) -> float:
+    """The place of a step on an axis: that of the nearest shown step before it."""
+    curve = run.curves.get("loss", {"step": []})
+    earlier = sum(shown <= step for shown in curve["step"])
+    return step if axis == "step" else curve[axis][earlier - 1] if earlier else 0.0
 
 
 def smooth(values: Sequence[float], share: float = 0.03) -> list[float]:
-    """An exponential mean over about `share` of the curve, started without a bias towards zero."""
+    """An exponential mean over about `share` of the curve, without a bias towards zero at its start."""
     keep = 1 - 1 / max(2.0, share * len(values))
     mean, weight, smoothed = 0.0, 0.0, []
     for value in values:
@@ -165,23 +131,20 @@ def smooth(values: Sequence[float], share: float = 0.03) -> list[float]:
 
 
 def draw_expert_load(run: RunData) -> Figure | None:
-    """The load of each expert of each layer over the last steps, with the figures written in where there is room."""
+    """The load of each expert of each layer over the last steps, with the figures written in if there is room."""
     if not run.expert_load:
         return None
-    layers, experts = len(run.expert_load), len(run.expert_load[0])
     with mpl.rc_context({**_SETTINGS, "axes.grid": False}):
-        figure = Figure(figsize=(SIZE[0], max(1.8, min(6.0, 0.9 + 0.3 * layers))), layout="constrained")
-        axes = figure.add_subplot()
-        image = axes.imshow(run.expert_load, cmap="Greys", vmin=0.0, vmax=2.0, aspect="auto")
-        axes.set_xlabel("expert")
-        axes.set_ylabel("expert layer")
+        figure = Figure(figsize=(5.4, max(1.8, min(6.0, 0.9 + 0.3 * len(run.expert_load)))), layout="constrained")
+        axes = figure.add_subplot(xlabel="expert", ylabel="expert layer")
         axes.set_title(f"Expert load at the end: {run.name}", loc="left", fontsize=11, fontweight="bold")
-        figure.colorbar(image, label="1 = even load")
-        if experts <= 10:
-            for row, loads in enumerate(run.expert_load):
-                for column, load in enumerate(loads):
-                    shade = "white" if load > 1.2 else "black"
-                    axes.text(column, row, f"{load:.2f}", ha="center", va="center", fontsize=8, color=shade)
+        figure.colorbar(
+            axes.imshow(run.expert_load, cmap="Greys", vmin=0, vmax=2, aspect="auto"), label="1 = even load"
+        )
+        for row, loads in enumerate(run.expert_load if len(run.expert_load[0]) <= 10 else []):
+            for column, load in enumerate(loads):
+                shade = "white" if load > 1.2 else "black"
+                axes.text(column, row, f"{load:.2f}", ha="center", va="center", fontsize=8, color=shade)
     return figure
 
 
@@ -189,12 +152,11 @@ def to_svg(figure: Figure, key: str) -> str:
     """The figure as an SVG element; `key` keeps its inner names apart from those of other figures on the page."""
     text = io.StringIO()
     with mpl.rc_context({**_SETTINGS, "svg.hashsalt": key}):
-        FigureCanvasSVG(figure)
         figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()
-    return svg[svg.index("<svg") :].replace('id="', f'id="{key}-').replace('href="#', f'href="#{key}-').replace(
-        "url(#", f"url(#{key}-"
-    )  # fmt: skip
+    for reference in ('id="', 'href="#', "url(#"):
+        svg = svg.replace(reference, f"{reference}{key}-")
+    return svg[svg.index("<svg") :]
 
 
 def to_png(figure: Figure) -> bytes:
@@ -205,9 +167,8 @@ def to_png(figure: Figure) -> bytes:
     return data.getvalue()
 
 
-def plot_area(figure: Figure) -> dict[str, Any]:
-    """Where the axes stand in the figure, in shares of its width, and what they show: for reading values by pointer."""
-    (axes, *_) = figure.axes
-    box = axes.get_position()
-    low, high = axes.get_xlim()
+def plot_area(figure: Figure) -> dict[str, float]:
+    """Place of the axes in the figure, in shares of its width, and their range: to read values by pointer."""
+    axes = figure.axes[0]
+    (low, high), box = axes.get_xlim(), axes.get_position()
     return {"left": box.x0, "right": box.x1, "low": low, "high": high}

@@ -1,30 +1,33 @@
-"""What a run says while it goes: metrics.jsonl, TensorBoard, and a progress bar or plain lines.
+"""The record of a run: metrics.jsonl, events.jsonl, alarms, TensorBoard, Weights & Biases, and the progress display.
 
-Rank 0 alone writes. Every optimizer step stands once in metrics.jsonl, also after a resume. Knows nothing of the model
-or of DeepSpeed: values come in as numbers.
+Rank 0 has a `RunRecord`, every other rank a `NullRecord`, so the loop asks no rank.
 """
 
 import contextlib
 import json
 import math
 import os
-import re
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
+import numpy as np
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from minimind.errors import UserError
 from minimind.training.record.alarms import AlarmWatch
 from minimind.training.record.events import EventLog
 from minimind.training.record.progress import Progress
-from minimind.training.record.run_files import METRICS_NAME, keep_until, read_records
+from minimind.training.record.run_files import (
+    METRICS_NAME,
+    EvaluationRecord,
+    Record,
+    StepRecord,
+    finite,
+    keep_until,
+    read_records,
+)
 from minimind.training.record.wandb import WandbLog
-
-_NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\.(.+)")
 
 _TENSORBOARD_NAMES = {
     "loss": "train/loss",
@@ -44,16 +47,38 @@ _TENSORBOARD_NAMES = {
 }
 
 
-class MetricsLog:
-    """The record of a run in its folder; opened on rank 0 only.
+class NullRecord:
+    """The record on a rank that writes none."""
+
+    def log_step(self, record: StepRecord) -> None:
+        """Record one optimizer step."""
+
+    def log_evaluation(self, record: EvaluationRecord) -> None:
+        """Record an evaluation."""
+
+    def log_event(self, event: str, step: int, message: str) -> None:
+        """Record an event after `step` steps."""
+
+    def log(self, message: str) -> None:
+        """Print a line."""
+
+    def flush(self) -> None:
+        """Bring everything written so far to the disk."""
+
+    def close(self) -> None:
+        """Flush and close."""
+
+
+class RunRecord(NullRecord):
+    """The record of a run in its folder.
 
     Args:
-        run_dir: the run's folder.
-        start_step: steps already taken; what the files hold beyond them (a run that went on after its last checkpoint)
-            is taken out, because those steps are about to happen again.
+        start_step: steps already taken. Lines beyond it (a run that went on after its last checkpoint) are dropped,
+            because those steps are about to be repeated.
         total_steps: for the progress display.
+        peak_tokens_per_second: with every device at its peak FLOP/s, the denominator of MFU; None: no MFU.
         hosts: name of the host of each rank, for alarms.
-        wandb: takes every record, too.
+        wandb: gets every record as well.
     """
 
     def __init__(
@@ -62,6 +87,7 @@ class MetricsLog:
         start_step: int,
         total_steps: int,
         *,
+        peak_tokens_per_second: float | None = None,
         tensorboard: bool = True,
         hosts: Sequence[str] = (),
         wandb: WandbLog | None = None,
@@ -70,51 +96,41 @@ class MetricsLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         keep_until(self._path, start_step)
         self._file: TextIO = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (open for the life of the run)
-        put_in_the_past(run_dir / "tensorboard", time.time())
         self._tensorboard = (
             SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1, flush_secs=30)
             if tensorboard
             else None
         )
+        self._wandb = wandb
+        self._peak = peak_tokens_per_second
         self._progress = Progress(start_step, total_steps)
         self._events = EventLog(run_dir)
-        self._wandb = wandb
         self._alarms = AlarmWatch(hosts=hosts)
-        for record in read_records(self._path):  # a resumed run is judged by what came before, too
+        for record in read_records(self._path):  # a resumed run is judged by its earlier steps too
             self._alarms.observe(record)
 
-    def log_step(self, record: Mapping[str, Any]) -> None:
-        """Write the record of one optimizer step; `record["step"]` counts from 1."""
-        self._write(record)
+    def log_step(self, record: StepRecord) -> None:
+        """Write the record of one optimizer step, with its MFU."""
+        speed = record.get("tokens_per_second")
+        record["mfu"] = speed / self._peak if speed is not None and self._peak else None
         self._progress.show(record)
-        self._raise_alarms(record)
-
-    def log_evaluation(self, record: Mapping[str, Any]) -> None:
-        """Write the record of an evaluation after `record["step"]` steps, and show it."""
         self._write(record)
-        self._progress.say(
+
+    def log_evaluation(self, record: EvaluationRecord) -> None:
+        """Write the record of an evaluation, and show it."""
+        self.log(
             f"step {record['step']}  eval loss {record['eval_loss']:.4f}  "
             f"bits/byte {record['eval_bits_per_byte']:.4f}  perplexity {record['eval_perplexity']:.2f}"
         )
-        self._raise_alarms(record)
+        self._write(record)
 
     def log_event(self, event: str, step: int, message: str) -> None:
-        """Write what happened after `step` steps into events.jsonl."""
+        """Append to events.jsonl."""
         self._events.write(event, step, message)
 
-    def _raise_alarms(self, record: Mapping[str, Any]) -> None:
-        for alarm in self._alarms.observe(record):
-            self._progress.say(f"alarm: step {alarm.step}: {alarm.message}")
-            self._events.write("alarm", alarm.step, alarm.message, alarm.kind)
-
-    def log_histogram(self, name: str, values: torch.Tensor, step: int) -> None:
-        """Add a histogram to TensorBoard, where it is on."""
-        if self._tensorboard is not None:
-            self._tensorboard.add_histogram(name, values, step)
-
-    def say(self, message: str) -> None:
+    def log(self, message: str) -> None:
         """Print a line without tearing the progress bar."""
-        self._progress.say(message)
+        self._progress.log(message)
 
     def flush(self) -> None:
         """Bring everything written so far to the disk."""
@@ -124,48 +140,39 @@ class MetricsLog:
             self._tensorboard.flush()
 
     def close(self) -> None:
-        """Flush and close; the object is of no use afterwards."""
-        # Closed already, or a full disk: that was said when it was met, and must not hide the error under way.
+        """Flush and close; a second call does nothing."""
+        # A full disk was reported when it was met, and must not hide the error under way.
         with contextlib.suppress(ValueError, OSError):
             self.flush()
-        with contextlib.suppress(OSError):
-            self._file.close()
-        if self._tensorboard is not None:
-            with contextlib.suppress(OSError):
-                self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        self._progress.close()
+        for part in (self._file, self._tensorboard, self._wandb, self._progress):
+            if part is not None:
+                with contextlib.suppress(OSError):
+                    part.close()
 
-    def _write(self, record: Mapping[str, Any]) -> None:
+    def _write(self, record: Record) -> None:
         try:
-            self._file.write(json.dumps({key: _finite(value) for key, value in record.items()}) + "\n")
+            self._file.write(json.dumps({key: _jsonable(value) for key, value in record.items()}) + "\n")
             self._file.flush()
         except OSError as error:
             raise UserError(f"{self._path}: {error.strerror or error}; free disk space and resume the run") from None
         if self._wandb is not None:
             self._wandb.log(record)
         if self._tensorboard is not None:
-            for key, name in _TENSORBOARD_NAMES.items():
-                value = record.get(key)
-                if isinstance(value, (int, float)):
-                    self._tensorboard.add_scalar(name, value, record["step"])
+            self._to_tensorboard(self._tensorboard, record)
+        for alarm in self._alarms.observe(finite(record)):
+            self.log(f"alarm: step {alarm.step}: {alarm.message}")
+            self._events.write("alarm", alarm.step, alarm.message, alarm.kind)
+
+    def _to_tensorboard(self, writer: SummaryWriter, record: Record) -> None:
+        step, values = record["step"], dict[str, Any](record)
+        for key, name in _TENSORBOARD_NAMES.items():
+            if isinstance(value := values.get(key), (int, float)):
+                writer.add_scalar(name, value, step)
+        if "data_seconds" in values:  # a reading of the device: a histogram of every step would be many
+            for layer, load in enumerate(values.get("expert_load", ())):
+                writer.add_histogram(f"experts/load_{layer}", np.array(load), step)
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they are written as strings, so that no reader takes them for numbers."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
-
-
-def put_in_the_past(folder: Path, now: float) -> None:
-    """Rename the event files in `folder` that a file made `now` would not come after; their order stays."""
-    found = sorted(path for path in folder.glob("events.out.tfevents.*") if _NAME.fullmatch(path.name))
-    latest = int(now) - 1
-    for path in reversed(found):
-        match = _NAME.fullmatch(path.name)
-        assert match is not None
-        if int(match[1]) > latest:
-            os.replace(path, path.with_name(f"events.out.tfevents.{latest:010d}.{match[2]}"))
-        latest = min(latest, int(match[1])) - 1
+def _jsonable(value: Any) -> Any:
+    """JSON has no NaN and no infinity: written as strings, no reader takes them for numbers."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

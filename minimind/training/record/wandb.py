@@ -1,7 +1,6 @@
-"""A run's figures to Weights & Biases, for those who ask for it; the package is imported only then.
+"""A run's figures to Weights & Biases, if asked for; the package is imported only then.
 
-The run there has an identity made from the run's folder, so a resumed run goes on in it. Rank 0 alone has one. A
-failure of the service never ends a training. Knows nothing of what the figures mean.
+A failure of the service never ends a training.
 """
 
 import hashlib
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind.errors import UserError
+from minimind.training.record.run_files import Record
 
 
 def check_wandb(project: str | None) -> None:
@@ -26,37 +26,31 @@ def check_wandb(project: str | None) -> None:
 
 
 class WandbLog:
-    """One run at Weights & Biases.
-
-    Args:
-        run_dir: gives the name, and the identity.
-        settings: the run's configuration, shown there.
-    """
+    """One run at Weights & Biases, named after the run folder; a resumed run continues it. Rank 0 only."""
 
     def __init__(self, project: str, run_dir: Path, settings: Mapping[str, Any]) -> None:
         wandb = importlib.import_module("wandb")
         identity = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
-        self._failed = False
         try:
             self._run = wandb.init(
                 project=project, name=run_dir.name, id=identity, resume="allow", config=dict(settings), dir=str(run_dir)
             )
-        except Exception as error:  # no account, no network: theirs to say
+        except Exception as error:  # no account, no network: its own words are the best
             raise UserError(f"wandb_project: {project}: {error}; run wandb login, or leave it out") from None
+        self._failed = False
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Send the figures of one record under its step."""
+    def log(self, record: Record) -> None:
+        """Send the figures of one record under its step; the first failure ends the sending."""
         if self._failed:
             return
-        figures = {name: value for name, value in record.items() if isinstance(value, (int, float))}
         try:
-            self._run.log(figures, step=record["step"])
-        except Exception as error:  # training is worth more than its curve elsewhere
+            self._run.log({k: v for k, v in record.items() if isinstance(v, (int, float))}, step=record["step"])
+        except Exception as error:
             self._failed = True
             print(f"wandb: {error}; no more is sent", file=sys.stderr, flush=True)
 
-    def finish(self) -> None:
-        """Send what is left."""
+    def close(self) -> None:
+        """Send the rest."""
         try:
             self._run.finish()
         except Exception as error:

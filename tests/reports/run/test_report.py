@@ -175,16 +175,16 @@ def test_a_long_run_is_thinned_to_exact_values(tmp_path, monkeypatch):
     lines = [json.dumps({"step": i, "loss": float(i), "step_seconds": 1.0, "tokens_seen": i}) for i in range(1, 37)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 37, "los')
     found = read_run(tmp_path, "long")
-    assert found.every == 4 and found.curves["loss"].step == [1, 5, 9, 13, 17, 21, 25, 29, 33, 36]
-    assert found.curves["loss"].value == [float(step) for step in found.curves["loss"].step]
-    assert found.curves["loss"].hours[-1] == pytest.approx(36 / 3600)
+    assert found.every == 4 and found.curves["loss"]["step"] == [1, 5, 9, 13, 17, 21, 25, 29, 33, 36]
+    assert found.curves["loss"]["value"] == [float(step) for step in found.curves["loss"]["step"]]
+    assert found.curves["loss"]["hours"][-1] == pytest.approx(36 / 3600)
 
 
 def test_figures_that_are_no_numbers_are_left_out(tmp_path):
     records = [{"step": 1, "loss": "nan", "grad_norm": None}, {"step": 2, "loss": 2.0, "grad_norm": "inf"}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     found = read_run(tmp_path, "bad")
-    assert found.curves["loss"].step == [2] and "grad_norm" not in found.curves
+    assert found.curves["loss"]["step"] == [2] and "grad_norm" not in found.curves
     assert report.main([str(tmp_path), "--output", str(tmp_path / "r.html"), "--no-png"]) == 0
     assert not (tmp_path / "r").exists()
 

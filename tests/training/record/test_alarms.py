@@ -199,7 +199,7 @@ def test_noise_and_figures_that_are_missing_raise_none():
         for i, (a, b, c) in enumerate(noise)
     ]
     assert kinds(AlarmWatch(), records) == []
-    strange = [{"step": i, "loss": "nan", "grad_norm": None, "mfu": None} for i in range(100)]
+    strange = [{"step": i, "loss": None, "grad_norm": None, "mfu": None} for i in range(100)]
     assert kinds(AlarmWatch(), strange) == []
 
 

@@ -9,14 +9,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from minimind.errors import UserError
-from minimind.training.record import metrics
-from minimind.training.record.metrics import MetricsLog
-from minimind.training.record.run_files import METRICS_NAME, keep_until
+from minimind.training.record import progress
+from minimind.training.record.metrics import RunRecord
+from minimind.training.record.run_files import METRICS_NAME, evaluations_of, keep_until, read_records, steps_of
 from minimind.training.step_record import peak_memory_bytes
 
 
 def record(step: int, **values) -> dict:
-    speed = {"tokens_per_second": 1000.0, "mfu": 0.4, "step_seconds": 0.1}
+    speed = {"tokens_per_second": 1000.0, "step_seconds": 0.1}
     return {"step": step, "loss": 1.0 / step, "lr": 1e-3, "grad_norm": 2.0, **speed, **values}
 
 
@@ -32,7 +32,7 @@ def lines(run_dir: Path) -> list[dict]:
 
 
 def test_steps_and_evaluations_are_written_at_once_and_shown(tmp_path, capsys):
-    log = MetricsLog(tmp_path / "run", 0, 3, tensorboard=False)
+    log = RunRecord(tmp_path / "run", 0, 3, peak_tokens_per_second=2500.0, tensorboard=False)
     log.log_step(record(1))
     assert [line["step"] for line in lines(tmp_path / "run")] == [1], "a line waits in a buffer"
     log.log_step(record(2))
@@ -50,13 +50,13 @@ def test_steps_and_evaluations_are_written_at_once_and_shown(tmp_path, capsys):
 
 
 def test_a_resume_takes_out_what_is_about_to_happen_again(tmp_path):
-    log = MetricsLog(tmp_path, 0, 9, tensorboard=False)
+    log = RunRecord(tmp_path, 0, 9, tensorboard=False)
     for step in (1, 2, 3, 4):
         log.log_step(record(step, loss=9.0))
         if step % 2 == 0:
             log.log_evaluation(evaluation(step))
     log.close()
-    resumed = MetricsLog(tmp_path, 2, 9, tensorboard=False)
+    resumed = RunRecord(tmp_path, 2, 9, tensorboard=False)
     resumed.log_step(record(3, loss=8.0))
     resumed.close()
     assert [(line["step"], line.get("loss", "eval")) for line in lines(tmp_path)] == [
@@ -73,43 +73,50 @@ def test_a_damaged_file_loses_only_its_damaged_lines(tmp_path):
         + b'{"step": null}\n[1]\n\n\xff\xfe\x00\n{"loss": 1}\n{"step": "2"}\n'
         + json.dumps(record(2)).encode()  # cut: no end of line
     )
+    with open(path, "ab") as file:
+        file.write(b'\n{"step": 3, "eval_loss": 2.5, "eval_')
+    assert [item["step"] for item in steps_of(read_records(path))] == [1, 2]
+    assert evaluations_of(read_records(path)) == []
     keep_until(path, 5)
-    assert path.read_text() == whole
+    assert path.read_text() == whole + json.dumps(record(2)) + "\n"
     keep_until(tmp_path / "nothing", 5)
     assert not (tmp_path / "nothing").exists()
 
 
 def test_no_nan_and_no_infinity_reaches_the_json(tmp_path):
-    log = MetricsLog(tmp_path, 0, 3, tensorboard=False)
-    log.log_step(record(1, loss=float("nan"), grad_norm=float("inf"), mfu=None))
+    log = RunRecord(tmp_path, 0, 3, tensorboard=False)
+    log.log_step(record(1, loss=float("nan"), grad_norm=float("inf")))
     log.close()
     assert (lines(tmp_path)[0]["loss"], lines(tmp_path)[0]["grad_norm"]) == ("nan", "inf")
     assert lines(tmp_path)[0]["mfu"] is None
+    assert read_records(tmp_path / METRICS_NAME) == [{**record(1), "loss": None, "grad_norm": None, "mfu": None}]
 
 
 def test_tensorboard_has_every_figure_and_a_resume_purges(tmp_path):
-    log = MetricsLog(tmp_path, 0, 4)
+    log = RunRecord(tmp_path, 0, 4, peak_tokens_per_second=2500.0)
     for step in (1, 2, 3):
-        log.log_step(record(step, loss_scale=65536.0, peak_memory_bytes=10, aux_loss=0.1))
+        read = {"data_seconds": 0.1} if step == 2 else {}
+        log.log_step(record(step, loss_scale=65536.0, peak_memory_bytes=10, expert_load=[[3, 1], [2, 2]], **read))
     log.log_evaluation(evaluation(3))
-    log.log_histogram("weights", torch.arange(5.0), 3)
     log.close()
-    log = MetricsLog(tmp_path, 2, 4)
+    log = RunRecord(tmp_path, 2, 4)
     log.log_step(record(3, loss=7.0))
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     expected = {
-        "train/loss", "train/lr", "train/grad_norm", "train/loss_scale", "train/aux_loss", "speed/tokens_per_second",
+        "train/loss", "train/lr", "train/grad_norm", "train/loss_scale", "eval/loss", "speed/tokens_per_second",
         "speed/mfu", "speed/step_seconds", "memory/peak_bytes",
     }  # fmt: skip
     assert expected <= set(events.Tags()["scalars"])
+    assert events.Tags()["histograms"] == ["experts/load_0", "experts/load_1"]
+    assert [event.step for event in events.Histograms("experts/load_0")] == [2], "one for each reading of the device"
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5), (3, 7.0)]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_one_line_and_closing_does_not_hide_it(tmp_path):
-    log = MetricsLog(tmp_path, 0, 3, tensorboard=False)
+    log = RunRecord(tmp_path, 0, 3, tensorboard=False)
     log._file.close()
     log._file = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115
     with pytest.raises(UserError, match=r"metrics.jsonl: No space left on device; free disk space and resume"):
@@ -119,8 +126,8 @@ def test_a_full_disk_is_one_line_and_closing_does_not_hide_it(tmp_path):
 
 def test_lines_come_now_and_then_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    log = MetricsLog(tmp_path, 0, 100, tensorboard=False)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    log = RunRecord(tmp_path, 0, 100, tensorboard=False)
     for step in range(1, 101):
         now[0] += 1.0
         log.log_step(record(step))
@@ -131,9 +138,9 @@ def test_lines_come_now_and_then_where_there_is_no_terminal(tmp_path, capsys, mo
 
 def test_a_terminal_gets_a_bar(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    log = MetricsLog(tmp_path, 2, 4, tensorboard=False)
+    log = RunRecord(tmp_path, 2, 4, peak_tokens_per_second=2500.0, tensorboard=False)
     log.log_step(record(3))
-    log.say("between")
+    log.log("between")
     log.log_step(record(4))
     log.close()
     out, err = capsys.readouterr()

@@ -81,5 +81,5 @@ def test_a_service_that_fails_ends_nothing(tmp_path, package, capsys):
     (tmp_path / "down").touch()
     for step in (1, 2):
         log.log({"step": step, "loss": 1.0})
-    log.finish()
+    log.close()
     assert capsys.readouterr().err == "wandb: no network; no more is sent\n"

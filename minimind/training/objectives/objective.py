@@ -1,0 +1,42 @@
+"""The interface between the training loop and an objective: a batch in, the parts of its loss out."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from minimind.data.loader import Batch
+from minimind.model.transformer import CausalLMOutput
+
+
+class LossParts(NamedTuple):
+    """The loss of one micro-batch on one rank."""
+
+    loss: torch.Tensor  # () sum over the targets of this micro-batch
+    aux_loss: torch.Tensor | None = None  # () of the routers, a mean over this micro-batch; None for a dense model
+    # (num_moe_layers, num_experts + 1) int64: choices of each expert, and in the last column those that were dropped
+    expert_counts: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, output: CausalLMOutput) -> "LossParts":
+        """The parts of a forward whose loss is summed over the targets.
+
+        Counts come from the forward's output, so a recomputation under activation checkpointing adds nothing.
+        """
+        assert output.loss is not None, "the forward had no labels"
+        if output.aux_loss is None:
+            return cls(output.loss)
+        load, dropped = output.expert_load, output.dropped
+        assert load is not None
+        dropped = load.new_zeros(load.shape[0]) if dropped is None else dropped
+        return cls(output.loss, output.aux_loss, torch.cat([load, dropped.unsqueeze(1)], dim=1))
+
+
+class Objective(Protocol):
+    """What a run minimises. The loop divides the summed loss by the targets of the whole step, over all ranks."""
+
+    def count_targets(self, batches: Sequence[Batch]) -> int:
+        """Targets of a step on this rank."""
+
+    def loss(self, engine: Any, batch: Batch) -> LossParts:
+        """Forward of one micro-batch, already on the device. Every rank calls this."""
