@@ -123,7 +123,7 @@ def try_steps(resolved: ResolvedRun, ranks: int, limit: int | None) -> dict[str,
     Raises:
         UserError: the trial failed otherwise; with the last line that it said.
     """
-    order = json.dumps({"run": resolved.run.to_dict(), "ds": resolved.ds, "limit_bytes": limit, "ranks": ranks})
+    order = json.dumps({"run": resolved.run.to_dict(), "ds": resolved.ds, "limit_bytes": limit})
     port = str(find_free_port())
     processes = []
     for rank in range(ranks):

@@ -1,9 +1,10 @@
-"""Real optimizer steps on random tokens, to see what a run needs.
+"""One try of a micro-batch: real optimizer steps on random tokens, and the memory that they hold.
 
-    python -m minimind.reports.plan.trial < RUN
+    python -m minimind.reports.plan.trial < ORDER       JSON: run, ds (both resolved), limit_bytes (or null)
 
-Every rank builds the engine as training does, takes some steps, and rank 0 prints one line of JSON. Past the limit it
-leaves at once with code `EXIT_TOO_LARGE`, before the machine runs out of memory. Saves nothing; knows no flags.
+Every rank builds the engine as training does, and rank 0 prints `peak_bytes` and `step_seconds` as JSON. A rank that
+holds more than the limit (device memory on CUDA, resident memory beyond the start on a CPU) leaves at once with
+`EXIT_TOO_LARGE`, before the machine runs out of memory. Saves nothing.
 """
 
 import contextlib
@@ -16,9 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -50,33 +49,17 @@ SECONDS_BETWEEN_LOOKS = 0.01
 _M_MMAP_THRESHOLD = -3
 
 
-@dataclass(frozen=True)
-class Order:
-    """What a trial is to do; read from standard input as JSON."""
-
-    run: dict[str, Any]
-    """A resolved run configuration."""
-    ds: dict[str, Any]
-    """The resolved DeepSpeed JSON."""
-    ranks: int = 1
-    limit_bytes: int | None = None
-    """Give up when a rank holds more: device memory on CUDA, resident memory beyond the start on a CPU."""
-
-    @property
-    def resolved(self) -> ResolvedRun:
-        """The run, as the engine takes it."""
-        return resolve_run(RunConfig.from_dict(self.run), self.ds, dp_size=self.ranks)
-
-
 def main() -> int:
     """Take the order from standard input and print the finding; `EXIT_TOO_LARGE` when it does not fit."""
-    order = Order(**json.load(sys.stdin))
+    order = json.load(sys.stdin)
     env = read_environment()
     device = find_device(env)
+    run = RunConfig.from_dict(order["run"])
+    resolved = resolve_run(run, order["ds"], dp_size=env.world_size, device_type=device.type)
     return_freed_memory()
     with process_group(env, device), tempfile.TemporaryDirectory() as folder:
         try:
-            finding = take_steps(order, env, device, Path(folder))
+            finding = take_steps(resolved, order["limit_bytes"], env, device, Path(folder))
         except torch.OutOfMemoryError:
             print(f"rank {env.rank}: {device} is out of memory", file=sys.stderr)
             return EXIT_TOO_LARGE
@@ -85,12 +68,14 @@ def main() -> int:
     return 0
 
 
-def take_steps(order: Order, env: RankEnvironment, device: torch.device, folder: Path) -> dict[str, float]:
+def take_steps(
+    resolved: ResolvedRun, limit: int | None, env: RankEnvironment, device: torch.device, folder: Path
+) -> dict[str, float]:
     """Build the engine and train for `STEPS` steps: `peak_bytes`, the most memory held during the last step beyond what
     the process had before the model, and `step_seconds` of the fastest. Every rank calls this."""
     base = held_bytes(device)
-    with give_up_beyond(None if order.limit_bytes is None else base + order.limit_bytes, device):
-        trainer = make_trainer(order.resolved, env, device, folder)
+    with give_up_beyond(None if limit is None else base + limit, device):
+        trainer = make_trainer(resolved, env, device, folder)
         seconds = []
         for step in range(STEPS):
             if step == STEPS - 1:
