@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -157,3 +159,11 @@ def test_help_names_the_command_presets_and_documented_defaults(capsys):
     assert "(default: None)" not in text.split("--vocab-size")[0]
     for name in (field.name for field in dataclasses.fields(TrainConfig)):
         assert f"--{name.replace('_', '-')}" in text
+
+
+def test_a_configuration_is_read_without_torch():
+    code = (
+        "import sys, minimind.config.command_line, minimind.config.resolve; "
+        "print([name for name in ('torch', 'deepspeed') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
