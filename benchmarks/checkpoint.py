@@ -7,115 +7,81 @@ step alone and beside a save. Starts under any launcher; rank 0 prints the table
 """
 
 import statistics
-import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import tyro
-from engines import build
-from measure import Claim, environment, report
+from harness import Claim, build_engine, joined, report, time_rounds, workspace
 
 from minimind.checkpoints.run_state import TrainState
 from minimind.checkpoints.saving import CheckpointSaver, DataFingerprint
-from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import preset
-from minimind.distributed.environment import find_device, read_environment
-from minimind.distributed.process_group import process_group
 from minimind.parallel.optimizer import optimizer_step
 
 
-@dataclass
-class Flags:
-    """What is saved, and where."""
+def main(
+    model: str = "minimind3",
+    ds_config: str | None = None,
+    output: Path | None = None,
+    seq_len: int = 64,
+    repeats: int = 3,
+) -> None:
+    """Measure both kinds.
 
-    model: str = "minimind3"
-    """Model preset."""
-    ds_config: str | None = None
-    """DeepSpeed JSON [default: ZeRO stage 1]."""
-    output: Path | None = None
-    """Folder on the disk to measure [default: a temporary one]."""
-    seq_len: int = 64
-    """Tokens of a step's one sequence a rank."""
-    repeats: int = 3
-    """Saves of each kind."""
-    report_file: Path | None = None
-    """Where the JSON goes."""
+    Args:
+        ds_config: DeepSpeed JSON [default: ZeRO stage 1].
+        output: folder on the disk to measure [default: a temporary one].
+        seq_len: tokens of a step's one sequence a rank.
+    """
+    with workspace(output) as folder, joined() as (env, device):
+        run = {"run_dir": str(folder), "seq_len": seq_len, "micro_batch_size": 1, "keep_last": 1, "seed": 0}
+        engine, resolved = build_engine(preset(model), env, device, ds_config=ds_config, **run)
+        tokens = torch.ones(1, seq_len, dtype=torch.int64, device=device)
+
+        def step() -> None:
+            engine.backward(engine(tokens, tokens).loss)
+            optimizer_step(engine, resolved)
+
+        alone = statistics.median(time_rounds({"step": step}, 3)["step"])
+        setting = f"{model}, {env.world_size} ranks, ZeRO {resolved.zero.stage}"
+        claims = [Claim(f"step alone, {setting}", (alone,), unit="s")]
+        for kind in ("at once", "beside training"):
+            beside = kind == "beside training"
+            saver = CheckpointSaver(engine, resolved, DataFingerprint("", ""), asynchronous=beside)
+            for figure, value in time_saves(saver, step, repeats, wait=not beside).items():
+                claims.append(Claim(f"checkpoint {kind}: {figure}", (value,), unit="s"))
+            saver.close()
+        (saved, *_) = (folder / "checkpoints").glob("step_*")
+        size = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
+        if env.is_first:
+            claims.append(Claim("checkpoint", (size / 1e6,), unit="MB"))
+            report(__file__, claims, {"precision": resolved.train.precision})
+        engine.destroy()
 
 
-def step(engine, resolved: ResolvedRun, seq_len: int) -> float:
-    """One training step; its seconds."""
-    began = time.perf_counter()
-    tokens = torch.ones(1, seq_len, dtype=torch.int64, device=engine.device)
-    engine.backward(engine(tokens, tokens).loss)
-    optimizer_step(engine, resolved)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def measure(engine, resolved: ResolvedRun, flags: Flags, *, asynchronous: bool) -> dict[str, float]:
+def time_saves(saver: CheckpointSaver, step: Callable[[], None], repeats: int, *, wait: bool) -> dict[str, float]:
     """Seconds of the loop's pause, until the checkpoint has its name, and of the steps meanwhile (medians)."""
-    saver = CheckpointSaver(engine, resolved, DataFingerprint("", ""), asynchronous=asynchronous)
     pauses, totals, steps = [], [], []
-    for repeat in range(flags.repeats + 1):  # the first only warms up: it also allocates the host copies
+    for repeat in range(repeats + 1):  # the first only warms up: it also allocates the host copies
         began = time.perf_counter()
         saver.start(TrainState(step=repeat + 1))
-        if not asynchronous:
+        if wait:
             saver.wait()
         paused = time.perf_counter() - began
         beside = []
         while saver.is_saving:
-            beside.append(step(engine, resolved, flags.seq_len))
+            beside += time_rounds({"step": step}, 1, warm_up=0)["step"]
             if saver.is_idle:
                 saver.advance()
         if repeat:
             pauses.append(paused)
             totals.append(time.perf_counter() - began)
             steps += beside
-    saver.close()
-    result = {"pause_seconds": statistics.median(pauses), "until_named_seconds": statistics.median(totals)}
-    return {**result, "step_seconds_meanwhile": statistics.median(steps)} if steps else result
-
-
-def main() -> None:
-    """Measure both kinds and print."""
-    flags = tyro.cli(Flags)
-    where = environment()
-    env = read_environment()
-    device = find_device(env)
-    with tempfile.TemporaryDirectory(dir=flags.output) as name, process_group(env, device):
-        engine, resolved = build(
-            preset(flags.model),
-            env,
-            device,
-            ds_config=flags.ds_config,
-            seq_len=flags.seq_len,
-            run_dir=name,
-            micro_batch_size=1,
-            keep_last=1,
-            seed=0,
-        )
-        alone = statistics.median([step(engine, resolved, flags.seq_len) for _ in range(4)][1:])
-        kinds = {
-            "at once": measure(engine, resolved, flags, asynchronous=False),
-            "beside training": measure(engine, resolved, flags, asynchronous=True),
-        }
-        folder = next((Path(name) / "checkpoints").glob("step_*"))
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        if env.is_first:
-            setting = f"{flags.model}, {env.world_size} ranks, ZeRO {resolved.zero.stage}"
-            claims = [
-                Claim(f"step alone, {setting}", (alone,), unit="s"),
-                Claim("checkpoint", (size / 1e6,), unit="MB"),
-            ]
-            for kind, figures in kinds.items():
-                for figure, value in figures.items():
-                    claims.append(Claim(f"checkpoint {kind}: {figure.replace('_', ' ')}", (value,), unit="s"))
-            report(__file__, where, claims, {"precision": resolved.train.precision}, flags.report_file)
-        engine.destroy()
+    found = {"pause seconds": pauses, "until named seconds": totals, "step seconds meanwhile": steps}
+    return {name: statistics.median(values) for name, values in found.items() if values}
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

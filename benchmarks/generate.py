@@ -6,24 +6,17 @@ Every row decodes greedily from the same prompt, alone, without an end; rows tak
 `--checkpoint` and `--text` it also says what each precision costs in bits per byte. Prints a table and writes JSON.
 """
 
-import contextlib
-import io
-import json
+import functools
 import shutil
 import statistics
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import tyro
-from measure import Claim, environment, ratios, report
+from harness import Claim, ratios, report, time_rounds, transformers_model
 
-from minimind import export
-from minimind.checkpoints.formats.huggingface_config import to_huggingface
 from minimind.checkpoints.formats.load_model import load_model
-from minimind.checkpoints.safetensors import write_shards
 from minimind.data.dataset import TokenDataset
 from minimind.inference.decoding import Decoding
 from minimind.inference.evaluation import evaluate, shards_of_texts
@@ -43,44 +36,33 @@ def main(
     threads: int = 1,
     checkpoint: Path | None = None,
     text: tuple[Path, ...] = (),
-    output: Path | None = None,
 ) -> None:
     """Measure.
 
     Args:
         model: preset, with random weights, whose speed is measured.
-        new_tokens: tokens a row decodes.
         repeats: runs of each row; they take turns, and medians count.
-        threads: of torch.
         checkpoint: a trained model, for the quality.
         text: files that the quality is measured on.
-        output: where the JSON goes.
     """
-    where = environment()
     torch.set_num_threads(threads)
     rows = build_rows(model)
-    speeds: dict[str, list[float]] = {name: [] for name in rows}
     for run in rows.values():
         run(8)
-    for _ in range(repeats):
-        for name, run in rows.items():
-            start = time.perf_counter()
-            run(new_tokens)
-            speeds[name].append(new_tokens / (time.perf_counter() - start))
-    title = f"{model}, {new_tokens} new tokens, {threads} threads"
-    claims = [
-        Claim(f"decoding {title}: {name} over transformers", ratios(speeds[f"minimind {name}"], theirs), 1.3, unit="x")
-        for name, theirs in ((name, speeds[f"transformers {name}"]) for name in PRECISIONS)
-    ]
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
-    fastest = max((name for name in medians if name.startswith("minimind")), key=lambda name: medians[name])
-    for name in PRECISIONS:
-        goal = f"decoding {title}: {fastest} over transformers {name}"
-        claims.append(Claim(goal, ratios(speeds[fastest], speeds[f"transformers {name}"]), 2.0, unit="x"))
-    claims += [Claim(f"decoding {title}: {name}", tuple(values), unit="tokens/s") for name, values in speeds.items()]
+    seconds = time_rounds({name: functools.partial(run, new_tokens) for name, run in rows.items()}, repeats, warm_up=0)
+    speeds = {name: [new_tokens / taken for taken in values] for name, values in seconds.items()}
+    title = f"decoding {model}, {new_tokens} new tokens, {threads} threads"
+    ours = [name for name in speeds if name.startswith("minimind")]
+    fastest = max(ours, key=lambda name: statistics.median(speeds[name]))
+    claims = []
+    for way, target in (("minimind {}", 1.3), (fastest, 2.0)):
+        for name in PRECISIONS:
+            shares = ratios(speeds[way.format(name)], speeds[f"transformers {name}"])
+            claims.append(Claim(f"{title}: {way.format(name)} over transformers {name}", shares, target, unit="x"))
+    claims += [Claim(f"{title}: {name}", values, unit="tokens/s") for name, values in speeds.items()]
     quality = measure_quality(checkpoint, text) if checkpoint is not None else {}
     claims += [Claim(f"quality of {checkpoint}: {name}", (bits,), unit="bits a byte") for name, bits in quality.items()]
-    report(__file__, where, claims, {"tokens_per_second": speeds, "bits_per_byte": quality}, output)
+    report(__file__, claims, {"tokens_per_second": speeds, "bits_per_byte": quality})
 
 
 def build_rows(model: str) -> dict[str, Callable[[int], object]]:
@@ -118,18 +100,12 @@ def use_ours(model: MiniMindForCausalLM) -> Callable[[int], object]:
 
 
 def use_transformers(base: MiniMindForCausalLM, dtype: torch.dtype) -> Callable[[int], object]:
-    """An export, loaded by transformers."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        source = export.ModelSource(Path(folder), base.config, {}, base.state_dict().__getitem__, None)
-        parts = {part.name: part.shape for part in export.lay_out(base.config, "per_expert")}
-        read = export.reader(source, "per_expert", torch.float32)
-        write_shards(Path(folder), parts, read, dtype=torch.float32, max_shard_bytes=1 << 40)
-        Path(folder, "config.json").write_text(json.dumps(to_huggingface(base.config)), encoding="utf-8")
-        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    theirs = transformers_model(base.config)
+    theirs.load_state_dict(base.state_dict())
+    theirs = theirs.to(dtype).eval()
     theirs.generation_config.eos_token_id = None
     input_ids = torch.tensor([PROMPT])
     mask = torch.ones_like(input_ids)

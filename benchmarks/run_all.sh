@@ -25,7 +25,7 @@ unset OMP_NUM_THREADS
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 # A processor without products in bf16 is measured in float32, which is slower: there each script takes fewer or smaller
 # turns, and leaves out what nothing was promised for.
-bf16="$("$python" -c 'import sys; sys.path.insert(0, "benchmarks"); import measure; print(measure.computes_in_bf16())')"
+bf16="$(PYTHONPATH=benchmarks "$python" -c 'import harness; print(harness.has_fast_bf16())')"
 precision=bf16 start=() data=() layers=() experts=() stages=() train=() memory=() learning=() scaling=() decoding=()
 if [ "$bf16" != True ]; then
   precision=fp32
@@ -72,7 +72,7 @@ run generate.py 6 "${decoding[@]}"
 run checkpoint.py 3
 
 printf '\n'
-"$python" benchmarks/summary.py
+"$python" benchmarks/harness.py
 if [ ${#failed[@]} -gt 0 ]; then
   printf 'failed or not run: %s\n' "${failed[@]}"
   exit 1

@@ -8,11 +8,12 @@ page's head.
 """
 
 import json
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from measure import OUT, ROOT
+from harness import OUT, ROOT
 
 from minimind.config.run_config import preset
 from minimind.model.config import ModelConfig
@@ -58,24 +59,19 @@ def wire_bytes(job: Job, stage: int, world: int, ep_size: int = 1) -> dict[str, 
     all-gathers each micro-batch, before the forward and before the backward pass (arXiv 1910.02054, section 7).
     Experts are divided by ep_size, and their gradients are reduced over world / ep_size ranks.
     """
-    total = job.config.num_params()
-    routed = _routed_params(job.config)
+    total, config = job.config.num_params(), job.config
+    layers = sum(config.has_experts(layer) for layer in range(config.num_hidden_layers))
+    routed = layers * config.num_experts * 3 * config.hidden_size * config.expert_feed_forward_size
     sent = {"gradients": 0.0, "weights": 0.0, "tokens": 0.0}
     for params, ranks in ((total - routed, world), (routed / ep_size, world // ep_size)):
         once = params * BYTES * (ranks - 1) / ranks
         sent["gradients"] += once * {0: 1, 1: 1, 2: job.accumulation, 3: job.accumulation}[stage]
         sent["weights"] += once * {0: 1, 1: 1, 2: 1, 3: 2 * job.accumulation}[stage]
     if ep_size > 1:
-        layers = sum(job.config.has_experts(layer) for layer in range(job.config.num_hidden_layers))
-        row = job.config.hidden_size * BYTES * job.config.num_experts_per_tok
+        row = config.hidden_size * BYTES * config.num_experts_per_tok
         # There and back, in the forward and in the backward pass; 1 / ep_size of the tokens stay where they are.
         sent["tokens"] = 4 * layers * job.tokens * row * (ep_size - 1) / ep_size * job.accumulation
     return sent
-
-
-def _routed_params(config: ModelConfig) -> int:
-    layers = sum(config.has_experts(layer) for layer in range(config.num_hidden_layers))
-    return layers * config.num_experts * 3 * config.hidden_size * config.expert_feed_forward_size
 
 
 def step_seconds(job: Job, cluster: Cluster, stage: int, world: int, ep_size: int = 1) -> tuple[float, float]:
@@ -92,39 +88,50 @@ def step_seconds(job: Job, cluster: Cluster, stage: int, world: int, ep_size: in
     return computing, ring + sent["tokens"] / tokens_bandwidth + latency
 
 
+PAGE = """# Larger worlds, by arithmetic
+
+Made by `benchmarks/scaling.py`; nothing on this page was measured on a cluster. Seconds of computing are
+the exact operations of a step over {mfu:.0%} of {peak:.0f} TFLOP/s (one H200 in bf16; the share is an aim, not a \
+measurement).
+Bandwidths a GPU and direction: {inside:.0f} GB/s inside a node of {gpus_per_node}, {between:.0f} GB/s between nodes
+(80% of NVLink 4 and of 400 Gbit/s); {latency:.0f} us a ring step between nodes. Weights and
+gradients travel in bf16. A rank takes 8 sequences of 2048 tokens, 4 times a step.
+
+Efficiency: computing over computing plus communication, nothing overlapped (the lower bound), and over the
+longer of the two (everything overlapped, the upper bound). A run lies between.
+
+{measured}
+{tables}
+## Where it will stop scaling
+
+{limits}
+
+What helps, in this order: more accumulation (stages 0 and 1 talk once a step whatever it is), a larger
+micro-batch, `zero3_hpz.json` (the all-gathers of stage 3 stay inside a node), and for experts an ep_size
+that stays inside a node.
+"""
+
+
 def write_page(cluster: Cluster) -> str:
     """The whole page."""
-    lines = [
-        "# Larger worlds, by arithmetic",
-        "",
-        "Made by `benchmarks/scaling.py`; nothing on this page was measured on a cluster. Seconds of computing are",
-        f"the exact operations of a step over {cluster.mfu:.0%} of {cluster.peak_flops / 1e12:.0f} TFLOP/s (one H200 in"
-        " bf16; the share is an aim, not a measurement).",
-        f"Bandwidths a GPU and direction: {cluster.inside / 1e9:.0f} GB/s inside a node of {cluster.gpus_per_node}, "
-        f"{cluster.between / 1e9:.0f} GB/s between nodes",
-        f"(80% of NVLink 4 and of 400 Gbit/s); {cluster.latency * 1e6:.0f} us a ring step between nodes. Weights and",
-        "gradients travel in bf16. A rank takes 8 sequences of 2048 tokens, 4 times a step.",
-        "",
-        "Efficiency: computing over computing plus communication, nothing overlapped (the lower bound), and over the",
-        "longer of the two (everything overlapped, the upper bound). A run lies between.",
-        "",
-        measured_part(),
-    ]
-    for name, ep_sizes in (("minimind3", (1,)), ("large", (1,)), ("moe-64e", (1, 8))):
-        job = Job(preset(name))
-        for ep_size in ep_sizes:
-            lines += ["", f"## {name}" + (f", ep_size {ep_size}" if len(ep_sizes) > 1 else ""), ""]
-            lines += table(job, cluster, ep_size)
-    lines += ["", "## Where it will stop scaling", "", *limits(cluster)]
-    return "\n".join(lines) + "\n"
+    tables = [
+        f"\n## {title}\n\n{table(Job(preset(name)), cluster, ep_size)}\n"
+        for title, name, ep_size in (
+            ("minimind3", "minimind3", 1), ("large", "large", 1),
+            ("moe-64e, ep_size 1", "moe-64e", 1), ("moe-64e, ep_size 8", "moe-64e", 8),
+        )
+    ]  # fmt: skip
+    return PAGE.format(
+        mfu=cluster.mfu, peak=cluster.peak_flops / 1e12, inside=cluster.inside / 1e9, between=cluster.between / 1e9,
+        gpus_per_node=cluster.gpus_per_node, latency=cluster.latency * 1e6, measured=measured_part(),
+        tables="".join(tables), limits=limits(cluster),
+    )  # fmt: skip
 
 
-def table(job: Job, cluster: Cluster, ep_size: int) -> list[str]:
+def table(job: Job, cluster: Cluster, ep_size: int) -> str:
     """One row for each world: for each stage megabytes sent, seconds, and both efficiencies."""
-    lines = [
-        "| GPUs | computing, s |" + "".join(f" ZeRO {stage}: MB sent, s, efficiency |" for stage in STAGES),
-        "|---|---|" + "---|" * len(STAGES),
-    ]
+    lines = ["| GPUs | computing, s |" + "".join(f" ZeRO {stage}: MB sent, s, efficiency |" for stage in STAGES)]
+    lines.append("|---|---|" + "---|" * len(STAGES))
     for world in WORLDS:
         cells = []
         for stage in STAGES:
@@ -133,29 +140,19 @@ def table(job: Job, cluster: Cluster, ep_size: int) -> list[str]:
             low, high = computing / (computing + talking), computing / max(computing, talking)
             cells.append(f" {sent:,.0f}, {talking:.3f}, {low:.0%} to {high:.0%} |")
         lines.append(f"| {world} | {computing:.3f} |" + "".join(cells))
-    return lines
+    return "\n".join(lines)
 
 
-def limits(cluster: Cluster) -> list[str]:
+def limits(cluster: Cluster) -> str:
     """For each model and stage, the first world whose communication outlasts its computing."""
     lines = []
     for name in ("minimind3", "large", "moe-64e"):
         for stage in STAGES:
-            beyond = [
-                world
-                for world in WORLDS
-                if step_seconds(Job(preset(name)), cluster, stage, world)[1]
-                > step_seconds(Job(preset(name)), cluster, stage, world)[0]
-            ]
-            found = f"from {beyond[0]} GPUs" if beyond else f"not up to {WORLDS[-1]}"
+            times = {world: step_seconds(Job(preset(name)), cluster, stage, world) for world in WORLDS}
+            beyond = [f"from {world} GPUs" for world, (computing, talking) in times.items() if talking > computing]
+            found = [*beyond, f"not up to {WORLDS[-1]}"][0]
             lines.append(f"- {name}, ZeRO {stage}: communication outlasts computing {found}.")
-    lines += [
-        "",
-        "What helps, in this order: more accumulation (stages 0 and 1 talk once a step whatever it is), a larger",
-        "micro-batch, `zero3_hpz.json` (the all-gathers of stage 3 stay inside a node), and for experts an ep_size",
-        "that stays inside a node.",
-    ]
-    return lines
+    return "\n".join(lines)
 
 
 def measured_part() -> str:
@@ -164,26 +161,17 @@ def measured_part() -> str:
     if not path.exists():
         return "Measured here: nothing yet (`weak_scaling.json` is missing)."
     content = json.loads(path.read_text())
-    (claim,) = content["claims"]
-    seconds = {key: sorted(values)[len(values) // 2] for key, values in content["measured"]["seconds_a_step"].items()}
+    seconds = {key: statistics.median(values) for key, values in content["measured"]["seconds_a_step"].items()}
+    sent = sum(wire_bytes(Job(preset("minimind3")), 1, 2).values()) / 1e6
     return (
         f"Measured ({content['environment']['date'][:10]}, {content['environment']['cores']} cores): a ZeRO-1 step of "
         f"minimind3 takes {seconds['1']:.2f} s on one rank and {seconds['2']:.2f} s on two, an efficiency of "
-        f"{claim['median']:.0%}; by the formula two ranks send {wire_megabytes(2):,.0f} MB each a step."
+        f"{content['claims'][0]['median']:.0%}; by the formula two ranks send {sent:,.0f} MB each a step."
     )
 
 
-def wire_megabytes(world: int) -> float:
-    """Megabytes a rank sends in one step of minimind3 under ZeRO-1."""
-    return sum(wire_bytes(Job(preset("minimind3")), 1, world).values()) / 1e6
-
-
 def main(output: Path = ROOT / "benchmarks" / "scaling.md") -> None:
-    """Write the page.
-
-    Args:
-        output: where it goes.
-    """
+    """Write the page into `output`."""
     output.write_text(write_page(Cluster()))
     print(f"wrote {output}")
 

@@ -7,69 +7,51 @@ JSONL and writing shards. Prints a table and writes JSON. Run it on a quiet mach
 """
 
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import sentencepiece
 import tyro
-from measure import Claim, environment, ratios
-from measure import report as write_report
-from texts import run_module
+from harness import ROOT, Claim, make_tokenizer, ratios, read_texts, report, run_module, workspace
 
 BATCH = 1000
 
 
-def main(
-    megabytes: int = 50,
-    repeats: int = 5,
-    memory_megabytes: tuple[int, ...] = (50, 500),
-    output: Path | None = None,
-) -> None:
+def main(megabytes: int = 50, repeats: int = 5, memory_megabytes: tuple[int, ...] = (50, 500)) -> None:
     """Measure throughput and peak memory.
 
     Args:
         megabytes: size of the JSONL for the speed.
         repeats: runs of each; they take turns, and medians count.
         memory_megabytes: sizes of the JSONL for the peak memory, one run each.
-        output: where the JSON goes.
     """
-    where = environment()
     cores = len(os.sched_getaffinity(0))
-    folder = Path(tempfile.mkdtemp(prefix="tokenize-corpus-"))
-    try:
-        base, tokenizer = prepare_inputs(folder)
-        source = folder / "speed.jsonl"
-        text_bytes = repeat_corpus(base, source, megabytes * 1_000_000)
-        rows: dict[str, list[float]] = {"library, one core": [], "library, all cores at once": [], "tool": []}
+    rows: dict[str, list[float]] = {"library, one core": [], "tool": []}
+    with workspace() as folder:
+        base, source = folder / "default.jsonl", folder / "speed.jsonl"
+        run_module("data_prep.default_corpus", "--output", base)
+        tokenizer = make_tokenizer(base, folder / "tokenizer") / "tokenizer.model"
+        text_megabytes = repeat_corpus(base, source, megabytes * 1_000_000) / 1e6
         for _ in range(repeats):
-            seconds = run_library(source, tokenizer, 1)
-            rows["library, one core"].append(text_bytes / seconds / 1e6)
-            seconds = run_library(source, tokenizer, cores)
-            rows["library, all cores at once"].append(cores * text_bytes / seconds / 1e6)
-            rows["tool"].append(text_bytes / run_tool(source, tokenizer, folder / "out")[0] / 1e6)
+            rows["library, one core"].append(text_megabytes / run_library(source, tokenizer))
+            rows["tool"].append(text_megabytes / run_tool(source, tokenizer, folder / "out")[0])
         peaks = {}
         for size in memory_megabytes:
             repeat_corpus(base, source, size * 1_000_000)
             peaks[size] = run_tool(source, tokenizer, folder / "out", measure_memory=True)[1]
-    finally:
-        shutil.rmtree(folder)
-    report(rows, peaks, cores, where, output)
-
-
-def prepare_inputs(folder: Path) -> tuple[Path, Path]:
-    """The default corpus, and a tokenizer trained on it."""
-    base = folder / "default.jsonl"
-    run_module("data_prep.default_corpus", "--output", base)
-    run_module("data_prep.train_tokenizer", "--input", base, "--output", folder / "tokenizer")
-    return base, folder / "tokenizer" / "tokenizer.model"
+    ideal = [cores * speed for speed in rows["library, one core"]]
+    claims = [Claim(f"tokenizing: {name}", values, unit="MB/s") for name, values in rows.items()]
+    name = f"tokenizing: tool over the bare library times {cores} cores"
+    claims.append(Claim(name, ratios(rows["tool"], ideal), 0.85, unit="x"))
+    for size, peak in peaks.items():
+        name = f"tokenizing {size} MB: peak memory of all processes, shared pages once"
+        claims.append(Claim(name, (peak,), 500.0, at_least=False, unit="MB"))
+    report(__file__, claims, {"megabytes_per_second": rows, "peak_memory_megabytes": peaks})
 
 
 def repeat_corpus(base: Path, target: Path, num_bytes: int) -> int:
@@ -85,53 +67,34 @@ def repeat_corpus(base: Path, target: Path, num_bytes: int) -> int:
     return text_bytes
 
 
-def run_library(source: Path, tokenizer: Path, processes: int) -> float:
-    """Seconds that the slowest of `processes` takes to encode all texts of `source`, each for itself, all at once."""
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(processes)
-    results = context.Queue()
-    workers = [context.Process(target=encode_all, args=(source, tokenizer, barrier, results)) for _ in range(processes)]
-    for worker in workers:
-        worker.start()
-    seconds = max(results.get() for _ in workers)
-    for worker in workers:
-        worker.join()
-    return seconds
-
-
-def encode_all(source: Path, tokenizer: Path, barrier, results) -> None:
-    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    with source.open("rb") as file:
-        texts = [json.loads(line)["text"] for line in file]
-    barrier.wait()
+def run_library(source: Path, tokenizer: Path) -> float:
+    """Seconds that one core takes to encode all texts of `source`, which are in memory."""
+    model, texts = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)), read_texts(source)
     start = time.perf_counter()
     for i in range(0, len(texts), BATCH):
         model.encode(texts[i : i + BATCH], num_threads=1)
-    results.put(time.perf_counter() - start)
+    return time.perf_counter() - start
 
 
-def run_tool(
-    source: Path, tokenizer: Path, output: Path, measure_memory: bool = False
-) -> tuple[float, dict[str, float]]:
-    """(seconds, peak MB of the whole process tree). Memory is only watched when asked: watching costs time."""
+def run_tool(source: Path, tokenizer: Path, output: Path, measure_memory: bool = False) -> tuple[float, float]:
+    """Seconds, and the peak MB of all its processes. Memory is only watched if asked: watching costs time."""
     shutil.rmtree(output, ignore_errors=True)
-    flags = ["--input", source, "--tokenizer", tokenizer, "--output", output]
-    command = [sys.executable, "-m", "data_prep.tokenize_corpus", *map(str, flags)]
-    peak = {"pss": 0.0, "rss": 0.0}
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "data_prep.tokenize_corpus", "--input", source, "--tokenizer", tokenizer]
+    peak, start = 0.0, time.perf_counter()
+    process = subprocess.Popen(
+        [*map(str, command), "--output", str(output)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while measure_memory and process.poll() is None:
-        for kind, value in read_memory(process.pid).items():
-            peak[kind] = max(peak[kind], value)
+        peak = max(peak, read_memory(process.pid))
         time.sleep(0.1)
     if process.wait():
-        raise SystemExit(f"{' '.join(command)} failed")
+        raise SystemExit(f"{' '.join(map(str, command))} failed")
     return time.perf_counter() - start, peak
 
 
-def read_memory(pid: int) -> dict[str, float]:
-    """MB of a process and all below it: with shared pages counted once (pss), and in each process (rss)."""
-    total = {"pss": 0.0, "rss": 0.0}
+def read_memory(pid: int) -> float:
+    """MB of a process and all its descendants, shared pages counted once (pss)."""
+    total = 0.0
     try:
         root = psutil.Process(pid)
         processes = [root, *root.children(recursive=True)]
@@ -139,38 +102,10 @@ def read_memory(pid: int) -> dict[str, float]:
         return total
     for process in processes:
         try:
-            memory = process.memory_full_info()
+            total += process.memory_full_info().pss / 1e6
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-        for kind in total:
-            total[kind] += getattr(memory, kind) / 1e6
     return total
-
-
-def report(
-    rows: dict[str, list[float]],
-    peaks: dict[int, dict[str, float]],
-    cores: int,
-    where: dict[str, Any],
-    output: Path | None,
-) -> None:
-    """Speeds in MB of text a second, their ratios, and the memory."""
-    ideal = [cores * speed for speed in rows["library, one core"]]
-    claims = [Claim(f"tokenizing: {name}", tuple(values), unit="MB/s") for name, values in rows.items()]
-    claims += [
-        Claim(
-            f"tokenizing: tool over the bare library times {cores} cores", ratios(rows["tool"], ideal), 0.85, unit="x"
-        ),
-        Claim(
-            "tokenizing: tool over the bare library on all cores at once",
-            ratios(rows["tool"], rows["library, all cores at once"]),
-            unit="x",
-        ),
-    ]
-    for size, peak in peaks.items():
-        name = f"tokenizing {size} MB: peak memory of all processes, shared pages once"
-        claims.append(Claim(name, (peak["pss"],), 500.0, at_least=False, unit="MB"))
-    write_report(__file__, where, claims, {"megabytes_per_second": rows, "peak_memory_megabytes": peaks}, output)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,36 @@
 """Programs that train side by side and take turns: all are started, all but one stand still, each is timed in its turn.
 
 So every one is measured on the whole machine, warm, within the same minutes, and unchanged: a program is only stopped
-and continued from outside (SIGSTOP, SIGCONT), and its steps are read from what it prints or logs.
+and continued from outside (SIGSTOP, SIGCONT), and its steps are read from what it prints or logs. One of them is the
+reference trainer, jingyaogong/minimind, copied from a checkout because it writes beside its sources.
 """
 
 import contextlib
 import math
 import os
-import queue
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
+from harness import ROOT
 
 PATIENCE = 600.0  # seconds without a step, compilation included, after which a program counts as stuck
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one program did in one turn."""
+    """One turn of one program. `first`: number of its first step, from the group `step` of its pattern (else 0)."""
 
     first: int
-    """Number of its first step, as its pattern's group `step` gives it (0 without the group)."""
     steps: int
     wall_seconds: float
     cpu_seconds: float
@@ -50,59 +52,60 @@ class Contestant:
     cwd: Path | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     log: Path | None = None
-    lines: list[str] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
-    _process: "subprocess.Popen[str] | None" = None
-    _seen: "queue.Queue[tuple[float, int] | None]" = field(default_factory=queue.Queue)
+    _process: "subprocess.Popen[bytes] | None" = None
+    _output: Any = None
+    _offset: int = 0  # bytes of the log, or of the output, that have been read
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of a step, turn by turn."""
+        return [turn.wall_seconds / turn.steps for turn in self.turns]
+
+    @property
+    def cpu_seconds(self) -> list[float]:
+        """Processor time of a step, turn by turn."""
+        return [turn.cpu_seconds / turn.steps for turn in self.turns]
 
     def start(self) -> None:
         """Start it, in a session of its own so that it can be stopped with all its children."""
+        self._output = tempfile.NamedTemporaryFile(prefix="turns-")  # noqa: SIM115 - closed by `end`
         env = {**os.environ, "PYTHONUNBUFFERED": "1", **self.env}
         self._process = subprocess.Popen(
-            self.command,
-            cwd=self.cwd,
-            env=env,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            self.command, cwd=self.cwd, env=env, stdout=self._output, stderr=subprocess.STDOUT, start_new_session=True
         )
-        threading.Thread(target=self._read_output, daemon=True).start()
-        if self.log is not None:
-            threading.Thread(target=self._follow_log, daemon=True).start()
 
     def wait_steps(self, count: int) -> tuple[float, int]:
-        """Let it make `count` more steps; the time (perf_counter) at which the last was seen, and its number."""
-        seen = (0.0, 0)
-        for _ in range(count):
-            try:
-                moment = self._seen.get(timeout=PATIENCE)
-            except queue.Empty:
-                moment = None
-            if moment is None:
-                raise SystemExit(f"{self.name} ended or hangs before its step; its last lines:\n{self.tail()}")
-            seen = moment
-        return seen
+        """Wait for `count` more steps: the time (perf_counter) at which the last was seen, and the first's number."""
+        assert self._process is not None
+        steps, moment = [], time.perf_counter()
+        while len(steps) < count:
+            has_ended = self._process.poll() is not None
+            new = self._read_steps()
+            if new:
+                steps, moment = steps + new, time.perf_counter()
+            elif has_ended or time.perf_counter() - moment > PATIENCE:
+                last = "\n".join(Path(self._output.name).read_text(errors="replace").splitlines()[-15:])
+                raise SystemExit(f"{self.name} ended or hangs before its step; its last lines:\n{last}")
+            else:
+                time.sleep(0.005)
+        return moment, steps[0]
 
     def take_turn(self) -> Turn:
         """Continue it, time `steps` steps, and stop it.
 
-        It was stopped as soon as a step was seen to end, so the next one is whole but for some milliseconds.
+        It was stopped as soon as a step was seen to end, so the next one is complete but for some milliseconds.
         """
-        while not self._seen.empty():  # a short step may have ended while it was being stopped
-            self._seen.get()
-        cpu_began, began = self._cpu_seconds(), time.perf_counter()
+        self._read_steps()  # a short step may have ended while it was being stopped
+        cpu_began, began = self._cpu_time(), time.perf_counter()
         self.send(signal.SIGCONT)
-        ended, first = self.wait_steps(1)
-        if self.steps > 1:
-            ended, _ = self.wait_steps(self.steps - 1)
+        ended, first = self.wait_steps(self.steps)
         self.send(signal.SIGSTOP)
-        turn = Turn(first, self.steps, ended - began, self._cpu_seconds() - cpu_began)
-        self.turns.append(turn)
-        return turn
+        self.turns.append(Turn(first, self.steps, ended - began, self._cpu_time() - cpu_began))
+        return self.turns[-1]
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal to it and to everything below it: a launcher gives its ranks sessions of their own."""
+        """Send a signal to it and all its descendants: a launcher gives its ranks sessions of their own."""
         for process in self._family():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
@@ -112,54 +115,33 @@ class Contestant:
         family = self._family()
         for number in (signal.SIGTERM, signal.SIGCONT):
             self.send(number)
-        _, left = psutil.wait_procs(family, timeout=20)
-        for process in left:
+        for process in psutil.wait_procs(family, timeout=20)[1]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         if self._process is not None:
             self._process.wait()
+            self._output.close()
 
     def _family(self) -> list[psutil.Process]:
-        if self._process is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if self._process is not None:
+                root = psutil.Process(self._process.pid)
+                return [root, *root.children(recursive=True)]
+        return []
+
+    def _read_steps(self) -> list[int]:
+        """The numbers of the steps in the lines that have come since the last call."""
+        path = self.log or Path(self._output.name)
+        if not path.exists():
             return []
-        try:
-            root = psutil.Process(self._process.pid)
-            return [root, *root.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
+        with path.open("rb") as file:
+            file.seek(self._offset)
+            lines = file.read().rpartition(b"\n")[0]
+        self._offset += len(lines) + 1 if lines else 0
+        found = (re.search(self.pattern, line) for line in lines.decode(errors="replace").splitlines())
+        return [int(match.groupdict().get("step") or 0) for match in found if match]
 
-    def tail(self) -> str:
-        """Its last lines."""
-        return "\n".join(self.lines[-15:])
-
-    def _read_output(self) -> None:
-        assert self._process is not None and self._process.stdout is not None
-        for line in self._process.stdout:
-            self.lines.append(line.rstrip("\n"))
-            if self.log is None:
-                self._note(line)
-        self._seen.put(None)
-
-    def _follow_log(self) -> None:
-        assert self.log is not None and self._process is not None
-        while not self.log.exists() and self._process.poll() is None:
-            time.sleep(0.05)
-        with contextlib.suppress(OSError), open(self.log, encoding="utf-8") as file:
-            part = ""
-            while self._process.poll() is None:
-                part += file.readline()
-                if part.endswith("\n"):
-                    self._note(part)
-                    part = ""
-                else:
-                    time.sleep(0.01)
-
-    def _note(self, line: str) -> None:
-        found = re.search(self.pattern, line)
-        if found:
-            self._seen.put((time.perf_counter(), int(found.groupdict().get("step") or 0)))
-
-    def _cpu_seconds(self) -> float:
+    def _cpu_time(self) -> float:
         total = 0.0
         for process in self._family():
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -186,7 +168,7 @@ def started(contestants: Sequence[Contestant], warm_steps: int = 2) -> Iterator[
 
 
 def take_turns(contestants: Sequence[Contestant], rounds: int, deadline: float = math.inf) -> None:
-    """`rounds` times one turn for each, in the same order; results stand in their `turns`.
+    """Give each one turn in each of `rounds` rounds, in the same order; the results are their `turns`.
 
     Args:
         deadline: time (perf_counter) by which to be done: a round that would take longer is not begun, but for the
@@ -199,11 +181,65 @@ def take_turns(contestants: Sequence[Contestant], rounds: int, deadline: float =
             print(f"  the time is up after {number} of {rounds} rounds", file=sys.stderr, flush=True)
             return
         for contestant in contestants:
-            turn = contestant.take_turn()
-            print(
-                f"  round {number + 1}: {contestant.name}: {turn.wall_seconds / turn.steps:.3f} s a step "
-                f"({turn.cpu_seconds / turn.steps:.3f} s of CPU)",
-                file=sys.stderr,
-                flush=True,
-            )
+            contestant.take_turn()
+            found = f"{contestant.seconds[-1]:.3f} s a step ({contestant.cpu_seconds[-1]:.3f} s of CPU)"
+            print(f"  round {number + 1}: {contestant.name}: {found}", file=sys.stderr, flush=True)
         longest = max(longest, time.perf_counter() - began)
+
+
+def our_trainer(
+    name: str, run_dir: Path, flags: Sequence[object], steps: int, env: Mapping[str, str], launcher: Sequence[str] = ()
+) -> Contestant:
+    """`python -m minimind.train` under ZeRO-1 with document masks, without an end."""
+    command = [*(launcher or [sys.executable]), "-m", "minimind.train", "--run-dir", run_dir, "--document-mask"]
+    command += ["--steps", 100000, "--no-tensorboard", "--ds-config", ROOT / "ds_configs" / "zero1.json", *flags]
+    pattern = r'"step": (?P<step>\d+), "loss"'
+    return Contestant(name, list(map(str, command)), pattern, steps, ROOT, env, run_dir / "metrics.jsonl")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A copy of a checkout of the reference trainer, ready to run."""
+
+    folder: Path
+    pattern = r"Epoch:\[1/1\]\((?P<step>\d+)/\d+\)"  # the line that it prints after each micro-batch
+
+    @classmethod
+    def copied(cls, checkout: Path, folder: Path) -> "Peer":
+        """Copy what its trainer needs. Exits with one line when `checkout` is no checkout of it."""
+        if not (checkout / "trainer" / "train_pretrain.py").is_file():
+            raise SystemExit(
+                f"--peer {checkout}: no checkout of jingyaogong/minimind (trainer/train_pretrain.py missing)"
+            )
+        for part in ("model", "trainer", "dataset"):
+            shutil.copytree(checkout / part, folder / part)
+        return cls(folder)
+
+    @property
+    def tokenizer(self) -> Path:
+        """Its tokenizer, for our shards of the same text."""
+        return self.folder / "model" / "tokenizer.json"
+
+    def command(self, text: Path, length: int, batch: int, accumulation: int, *more: object) -> list[str]:
+        """Its own trainer on `text` (JSONL), on the CPU or the first GPU; start it in `folder / "trainer"`."""
+        flags: list[object] = ["--data_path", text, "--max_seq_len", length, "--batch_size", batch, "--epochs", 1]
+        flags += ["--accumulation_steps", accumulation, "--log_interval", 1, "--num_workers", 1]
+        flags += ["--save_dir", self.folder / "out", "--save_interval", 10**9, *more]
+        return [sys.executable, "train_pretrain.py", *map(str, flags)]
+
+    def read_tokens(self, texts: Sequence[str], length: int) -> list[list[int]]:
+        """Each text as its dataset gives it to the model, without the padding."""
+        from transformers import AutoTokenizer
+
+        if not texts:  # transformers' tokenizer takes no empty batch
+            return []
+        tokenizer = AutoTokenizer.from_pretrained(self.folder / "model")
+        encoded = tokenizer(list(texts), add_special_tokens=False, max_length=length - 2, truncation=True).input_ids
+        return [[tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id] for tokens in encoded]
+
+
+def reference_order(num_texts: int) -> list[int]:
+    """Which text its trainer takes when, in the first epoch: it seeds the order with 42 + 0."""
+    import torch
+
+    return torch.randperm(num_texts, generator=torch.Generator().manual_seed(42)).tolist()

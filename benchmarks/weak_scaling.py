@@ -5,20 +5,15 @@
 Every rank has the same batch in both. The ratio is the tokens a second of two ranks over twice those of one.
 """
 
-import json
 import math
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Literal
 
 import tyro
-from measure import ROOT, Claim, environment, ratios, report
-from peer import read_texts
-from texts import find_text, make_shards, run_module
-from train import STEP_IN_LOG
-from turns import Contestant, started, take_turns
+from harness import Claim, find_text, make_shards, make_tokenizer, ratios, read_texts, report, workspace, write_texts
+from turns import our_trainer, started, take_turns
 
 
 def main(
@@ -32,51 +27,33 @@ def main(
     steps: int = 2,
     ranks: int = 2,
     text: Path | None = None,
-    output: Path | None = None,
 ) -> None:
     """Measure.
 
     Args:
-        precision: of forward and backward.
-        model: preset.
-        micro_batch_size: sequences a rank in one forward.
         accumulation: micro-batches a rank in an optimizer step.
-        seq_len: length of a sequence.
-        rounds: turns of each, at most.
-        minutes: time for all of it: fewer rounds are made on a slow machine.
-        steps: optimizer steps in a turn.
-        ranks: ranks of the larger world.
-        text: JSONL with a `text` field [default: what `texts.py` finds on this machine].
-        output: where the JSON goes.
     """
-    where, deadline = environment(), time.perf_counter() + 60 * minutes
-    with tempfile.TemporaryDirectory(prefix="weak-scaling-") as name:
-        folder = Path(name)
-        texts = read_texts(find_text(text, folder), 20_000)
-        source = folder / "part.jsonl"
-        source.write_text("".join(json.dumps({"text": item}) + "\n" for item in texts))
-        run_module("data_prep.train_tokenizer", "--input", source, "--output", folder / "tokenizer")
-        shards = make_shards(source, folder / "tokenizer", folder / "shards")
+    deadline = time.perf_counter() + 60 * minutes
+    with workspace() as folder:
+        source = write_texts(folder / "part.jsonl", read_texts(find_text(text, folder), 20_000))
+        shards = make_shards(source, make_tokenizer(source, folder / "tokenizer"), folder / "shards")
+        flags = ["--model", model, "--shards", shards, "--seq-len", seq_len, "--micro-batch-size", micro_batch_size]
+        flags += ["--gradient-accumulation-steps", accumulation, "--precision", precision]
         contestants = []
         for world in (1, ranks):
-            run_dir = folder / f"run{world}"
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-            command += ["-m", "minimind.train", "--model", model, "--shards", str(shards), "--run-dir", str(run_dir)]
-            command += ["--seq-len", str(seq_len), "--micro-batch-size", str(micro_batch_size), "--document-mask"]
-            command += ["--gradient-accumulation-steps", str(accumulation), "--precision", precision]
-            command += ["--steps", "100000", "--no-tensorboard", "--ds-config", str(ROOT / "ds_configs" / "zero1.json")]
-            env = {"OMP_NUM_THREADS": "1"}
-            log = run_dir / "metrics.jsonl"
-            contestants.append(Contestant(f"{world} ranks", command, STEP_IN_LOG, steps, cwd=ROOT, env=env, log=log))
+            launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}")
+            one = our_trainer(
+                f"{world} ranks", folder / f"run{world}", flags, steps, {"OMP_NUM_THREADS": "1"}, launcher
+            )
+            contestants.append(one)
         with started(contestants):
             take_turns(contestants, rounds, deadline)
-    alone, together = ([turn.wall_seconds / steps for turn in contestant.turns] for contestant in contestants)
-    # Twice the work in the same time would be a ratio of 1.
-    shares = ratios(alone, together)
+    alone, together = (contestant.seconds for contestant in contestants)
     title = f"weak scaling, {precision}, ZeRO-1: {ranks} ranks over {ranks} times one"
-    claims = [Claim(title, shares, 0.9, unit="x")]
+    # Twice the work in the same time would be a ratio of 1.
+    claims = [Claim(title, ratios(alone, together), 0.9, unit="x")]
     tokens = micro_batch_size * accumulation * seq_len
-    report(__file__, where, claims, {"seconds_a_step": {"1": alone, str(ranks): together}, "tokens": tokens}, output)
+    report(__file__, claims, {"seconds_a_step": {"1": alone, str(ranks): together}, "tokens": tokens})
 
 
 if __name__ == "__main__":

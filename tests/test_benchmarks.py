@@ -12,10 +12,10 @@ from repository import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from measure import Claim, format_table, ratios, report
-from peer import micro_batches
+import harness
+from harness import Claim, format_table, ratios, report, time_rounds
 from scaling import STAGES, Cluster, Job, step_seconds, wire_bytes, write_page
-from turns import Contestant, started, take_turns
+from turns import Contestant, reference_order, started, take_turns
 
 from minimind.config.run_config import preset
 
@@ -39,15 +39,22 @@ def test_the_median_decides(values, target, at_least, passed):
     assert ("NOT REACHED" in table) == (passed is False) and ("pass" in table) == (passed is True)
 
 
-def test_a_report_is_written_with_its_environment(tmp_path, capsys):
-    where = {"cores": 2, "cpu": "a processor", "device": "cpu", "load_at_start": 0.1}
-    report(
-        "benchmarks/x.py", where, [Claim("c", ratios((4.0, 9.0), (2.0, 3.0)), 2.0)], {"raw": [1]}, tmp_path / "x.json"
-    )
+def test_a_report_is_written_with_its_machine_and_summed_up(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(harness, "OUT", tmp_path)
+    report("benchmarks/x.py", [Claim("c", ratios((4.0, 9.0), (2.0, 3.0)), 2.0), Claim("d", [1.0])], {"raw": [1]})
     content = json.loads((tmp_path / "x.json").read_text())
-    assert content["environment"] == where and content["measured"] == {"raw": [1]}
+    assert content["measured"] == {"raw": [1]} and content["environment"]["versions"]["torch"]
     assert content["claims"][0]["median"] == 2.5 and content["claims"][0]["passed"]
-    assert "a processor" in capsys.readouterr().out
+    assert content["environment"]["cpu"] in capsys.readouterr().out
+    harness.summarize(all=True)
+    summary = capsys.readouterr().out
+    assert "1 of 1 reached" in summary and content["environment"]["cpu"] in summary and "| d |" in summary
+
+
+def test_ways_are_timed_round_by_round_after_the_warm_up():
+    calls = []
+    seconds = time_rounds({"a": lambda: calls.append("a"), "b": lambda: time.sleep(0.01)}, 3)
+    assert len(calls) == 4 and all(len(values) == 3 for values in seconds.values()) and min(seconds["b"]) > 0.01
 
 
 def test_programs_take_turns_and_none_is_left():
@@ -97,10 +104,9 @@ def test_a_program_that_ends_early_is_named_with_its_last_words():
         signal.signal(signal.SIGTERM, handler)
 
 
-def test_micro_batches_take_every_text_once():
-    batches = micro_batches(11, 4)
-    assert [len(batch) for batch in batches] == [4, 4, 3]
-    assert sorted(index for batch in batches for index in batch) == list(range(11)) and batches == micro_batches(11, 4)
+def test_the_reference_takes_every_text_once():
+    order = reference_order(11)
+    assert sorted(order) == list(range(11)) and order == reference_order(11) != sorted(order)
 
 
 def test_bytes_on_the_wire_follow_the_stages():
