@@ -1,4 +1,4 @@
-"""The device and the precision that a command decodes or evaluates on."""
+"""Device and precision for generation and evaluation."""
 
 import torch
 
@@ -9,10 +9,10 @@ from minimind.errors import UserError, first_line
 def choose_device(
     device: str | None, precision: Precision | None, *, int8: bool = False
 ) -> tuple[torch.device, torch.dtype]:
-    """The device and the arithmetic that the flags name, or the best there is; for 8-bit weights, what they need.
+    """The given device and precision, or the best available; int8 weights need bf16 on a CPU.
 
     Raises:
-        UserError: the device is absent, or cannot do what is asked.
+        UserError: the device is absent, or does not support the precision.
     """
     if int8:
         device, precision = device or "cpu", precision or "bf16"

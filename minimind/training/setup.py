@@ -10,7 +10,7 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from minimind.checkpoints.formats.init_from import check_starting_weights, set_starting_weights
+from minimind.checkpoints.formats.init_from import check_init_checkpoint, load_init_checkpoint
 from minimind.checkpoints.loading import load_checkpoint
 from minimind.checkpoints.run_state import DataFingerprint, TrainState
 from minimind.checkpoints.saving import CheckpointSaver
@@ -77,7 +77,7 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
     check_wandb(run.train.wandb_project)
     check_run_folder(resolved, data.fingerprint)
     if run.train.init_from is not None:
-        check_starting_weights(run.model, Path(run.train.init_from))
+        check_init_checkpoint(run.model, Path(run.train.init_from))
     return resolved, data
 
 
@@ -169,7 +169,7 @@ def make_engine(resolved: ResolvedRun, device: torch.device, resume: Resume | No
     init_from = resolved.train.init_from
     model = build_model(resolved, device)
     if init_from is not None and resume is None:
-        set_starting_weights(model, Path(init_from))
+        load_init_checkpoint(model, Path(init_from))
         log(f"weights of {init_from}")
     return build_engine(resolved, model)
 

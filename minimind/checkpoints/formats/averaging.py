@@ -1,7 +1,7 @@
-"""Weights out of training checkpoints into an exported folder: of a single one, or the mean of several.
+"""Average the weights of training checkpoints into an exported folder.
 
 The mean of the last checkpoints often generalises better than any of them (Izmailov et al., arXiv:1803.05407). One
-tensor is in memory at a time. Knows nothing of engines.
+tensor of each is in memory at a time.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,11 @@ from minimind.model.pretrained import CONFIG_FILE, MODEL_TYPE, WEIGHTS_FILE
 
 
 def write_average(folders: Sequence[Path], output: Path) -> None:
-    """Write the mean float32 weights of verified checkpoints as an exported folder, which `load_model` reads.
-
-    The folder appears when it is complete; an interruption leaves nothing of its name.
+    """Write the mean float32 weights of verified checkpoints, or those of one, as an exported folder (atomic).
 
     Raises:
-        CheckpointError: they are not of one model.
-        UserError: `output` is there already, or cannot be written.
+        CheckpointError: the checkpoints are of different models.
+        UserError: `output` exists, or cannot be written.
     """
     if not folders:
         raise UserError("paths: no checkpoint given; name one or more")
@@ -58,4 +56,4 @@ def write_average(folders: Sequence[Path], output: Path) -> None:
 def _check_same_model(a: CheckpointManifest, b: CheckpointManifest) -> None:
     differing = [key for key in sorted(a.model.keys() | b.model.keys()) if a.model.get(key) != b.model.get(key)]
     if differing:
-        raise CheckpointError(f"checkpoints of steps {a.step} and {b.step}: other models: {', '.join(differing)}")
+        raise CheckpointError(f"checkpoints of steps {a.step} and {b.step}: different models: {', '.join(differing)}")

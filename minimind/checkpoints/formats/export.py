@@ -13,9 +13,10 @@ from tqdm import tqdm
 from minimind.checkpoints.folder import checkpoint_name, checkpoints_folder
 from minimind.checkpoints.formats.huggingface_config import choose_architecture, to_huggingface
 from minimind.checkpoints.formats.huggingface_tokenizer import tokenizer_files
-from minimind.checkpoints.formats.layout import Layout, cut_part, keep_last, lay_out
+from minimind.checkpoints.formats.layout import LAYOUTS, Layout, cut_part, keep_last, lay_out
+from minimind.checkpoints.formats.load_model import find_tokenizer_file
 from minimind.checkpoints.formats.pth import choose_form, file_name, write_pth
-from minimind.checkpoints.formats.source import ModelSource, find_tokenizer
+from minimind.checkpoints.formats.source import ModelSource
 from minimind.checkpoints.safetensors import write_shards
 from minimind.config.run_config import DTYPE_NAMES, Precision
 from minimind.data.tokenizer import CONFIG_NAME, load_tokenizer
@@ -27,8 +28,7 @@ from minimind.model.pretrained import CONFIG_FILE, MODEL_TYPE
 from minimind.model.router import BIAS_NAME
 from minimind.units import parse_size
 
-_LAYOUTS: dict[str, Layout] = {"ernie4_5_moe": "ernie4_5_moe", "glm4_moe": "glm4_moe"}
-# MiniMind's own form is one file whatever its size: nothing but this project reads it, tensor by tensor.
+# Our own form is one file of any size: only this project reads it, tensor by tensor.
 _ONE_FILE = 1 << 62
 
 
@@ -51,9 +51,9 @@ class ExportFlags:
     max_shard_size: str = "5GB"
     """hf: most bytes of one file of weights, such as 500MB."""
     tokenizer: Path | None = None
-    """Tokenizer file or folder, where none lies beside the weights."""
+    """Tokenizer file or folder, if none is stored beside the weights."""
     model: str | None = None
-    """Of a .pth: the preset that says what shapes do not tell (heads, experts a token) [default: by its form]."""
+    """For a .pth: the preset with what tensor shapes do not show (heads, experts a token) [default: by its form]."""
 
     def __post_init__(self) -> None:
         if (self.run_dir is None) == (self.checkpoint is None):
@@ -69,7 +69,7 @@ def choose_checkpoint(flags: ExportFlags) -> Path:
         return flags.checkpoint
     assert flags.run_dir is not None
     if not checkpoints_folder(flags.run_dir).is_dir():
-        raise UserError(f"run_dir: {flags.run_dir} is no run's folder; for anything else give --checkpoint")
+        raise UserError(f"run_dir: {flags.run_dir} is not a run; for anything else use --checkpoint")
     if flags.step is None:
         return flags.run_dir
     folder = checkpoints_folder(flags.run_dir) / checkpoint_name(flags.step)
@@ -80,10 +80,10 @@ def choose_checkpoint(flags: ExportFlags) -> Path:
 
 
 def export(source: ModelSource, flags: ExportFlags) -> str:
-    """Write `source` as the flags say; gives what the result is. The folder appears when it is complete.
+    """Write `source` in the format of the flags (atomic); returns the name of the result's architecture or file.
 
     Raises:
-        UserError: the format has no such model, a weight does not fit the type, or the folder cannot be written.
+        UserError: the format cannot hold this model, a weight overflows the type, or the folder cannot be written.
     """
     write = {"hf": write_huggingface, "minimind": write_own, "pth": write_as_pth}[flags.format]
     try:
@@ -98,10 +98,10 @@ def write_huggingface(source: ModelSource, flags: ExportFlags, folder: Path) -> 
     kind = choose_architecture(source.config)
     tokenizer_file = find_given_tokenizer(source, flags.tokenizer)
     if tokenizer_file is None:
-        raise UserError(f"{source.where}: no tokenizer lies beside it; name one with --tokenizer")
+        raise UserError(f"{source.where}: there is no tokenizer beside it; give --tokenizer")
     files = tokenizer_files(tokenizer_file, source.config.max_position_embeddings)
     shard_bytes = parse_size(flags.max_shard_size, "max_shard_size")
-    write_weights(source, flags, folder, _LAYOUTS.get(kind, "per_expert"), shard_bytes)
+    write_weights(source, flags, folder, LAYOUTS.get(kind, "per_expert"), shard_bytes)
     dtype = DTYPE_NAMES[flags.dtype]
     # Both names of the type: transformers 5 reads the first, older programs the second.
     write_json(folder / CONFIG_FILE, {**to_huggingface(source.config), "dtype": dtype, "torch_dtype": dtype})
@@ -112,7 +112,7 @@ def write_huggingface(source: ModelSource, flags: ExportFlags, folder: Path) -> 
 
 
 def generation_config(config: ModelConfig, tokenizer_file: Path) -> dict[str, Any]:
-    """What `minimind.generate` does by default, in transformers' words."""
+    """The defaults of `minimind.generate` under transformers' names."""
     defaults, tokenizer = GenerationOptions(), load_tokenizer(tokenizer_file)
     return {
         "bos_token_id": config.bos_token_id,
@@ -126,7 +126,7 @@ def generation_config(config: ModelConfig, tokenizer_file: Path) -> dict[str, An
 
 
 def write_own(source: ModelSource, flags: ExportFlags, folder: Path) -> str:
-    """config.json, model.safetensors, and the tokenizer as it is."""
+    """config.json, model.safetensors and the tokenizer."""
     write_weights(source, flags, folder, "fused", _ONE_FILE)
     write_json(folder / CONFIG_FILE, {"model_type": MODEL_TYPE, **source.config.to_dict()})
     copy_tokenizer(source, flags, folder)
@@ -134,13 +134,13 @@ def write_own(source: ModelSource, flags: ExportFlags, folder: Path) -> str:
 
 
 def write_as_pth(source: ModelSource, flags: ExportFlags, folder: Path) -> str:
-    """One file of weights under their scripts' name, beside it the config as JSON, and the tokenizer as it is."""
+    """One file of weights under the name that their scripts expect, our config as JSON, and the tokenizer."""
     form = choose_form(source.config)
     path = folder / file_name(source.config)
     write_pth(path, source.config, reader(source, form, getattr(torch, DTYPE_NAMES[flags.dtype])))
     write_json(path.with_suffix(".json"), {"model_type": MODEL_TYPE, **source.config.to_dict()})
     copy_tokenizer(source, flags, folder)
-    return f"{path.name} of jingyaogong/minimind ({'present' if source.config.qk_norm else 'older'} form)"
+    return f"{path.name} of jingyaogong/minimind ({'current' if source.config.qk_norm else 'older'} form)"
 
 
 def write_weights(source: ModelSource, flags: ExportFlags, folder: Path, layout: Layout, max_bytes: int) -> None:
@@ -166,27 +166,22 @@ def reader(source: ModelSource, layout: Layout, dtype: torch.dtype) -> Callable[
         converted = tensor.to(wanted)
         if wanted == torch.float16 and not converted.isfinite().all() and tensor.isfinite().all():
             largest = float(tensor.abs().max())
-            raise UserError(f"dtype: {name} holds {largest:.3g}, which fp16 cannot; give --dtype bf16 or fp32")
+            raise UserError(f"dtype: {name} holds {largest:.3g}, which overflows fp16; use --dtype bf16 or fp32")
         return converted
 
     return read
 
 
 def find_given_tokenizer(source: ModelSource, given: Path | None) -> Path | None:
-    """The tokenizer that was named, or the one beside the weights, if there is one."""
-    if given is None:
-        return source.tokenizer_file
-    found = find_tokenizer(given) if given.is_dir() else given
-    if found is None or not found.is_file():
-        raise UserError(f"tokenizer: there is none at {given}")
-    return found
+    """The given tokenizer, or the one beside the weights, if any."""
+    return source.tokenizer_file if given is None else find_tokenizer_file(given)
 
 
 def copy_tokenizer(source: ModelSource, flags: ExportFlags, folder: Path) -> None:
-    """The tokenizer's file, and of a SentencePiece model its settings; a model may come without any."""
+    """The tokenizer's file and its settings, if it has any; a model may come without a tokenizer."""
     file = find_given_tokenizer(source, flags.tokenizer)
     if file is None:
-        print(f"note: no tokenizer lies beside {source.where}, so none is in the export", file=sys.stderr)
+        print(f"note: there is no tokenizer beside {source.where}, so the export has none", file=sys.stderr)
         return
     replace_file(folder / file.name, file.read_bytes())
     settings = file.with_name(CONFIG_NAME)

@@ -1,7 +1,6 @@
-"""A model's config as transformers, vLLM and llama.cpp read it, and back: which of their architectures it is, exactly.
+"""Convert a model's config to the form of transformers, vLLM and llama.cpp, and back.
 
-A model is given the name of an architecture only where that one computes the same function. Standard library; knows
-nothing of tensors or files.
+A model gets the name of an architecture only if that architecture computes exactly the same function.
 """
 
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from minimind.errors import UserError
 from minimind.model.config import ModelConfig
 
 OWN_KEY = "minimind"
-"""Key of config.json under which our own config stands whole; other programs pass over it."""
+"""Key of config.json that holds our complete config; other programs ignore it."""
 
 _NAMES = {
     "llama": "LlamaForCausalLM",
@@ -20,15 +19,19 @@ _NAMES = {
     "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
 }
+_SAME_NAMES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "initializer_range",
+    "bos_token_id", "pad_token_id",
+)  # fmt: skip
 READABLE = ("llama", "qwen3", "qwen3_moe")
 """Architectures whose foreign models can be read; of the others, only exports of this project."""
 
 
 def choose_architecture(config: ModelConfig) -> str:
-    """The `model_type` of transformers that computes what this config describes.
+    """The `model_type` of transformers that computes this model.
 
     Raises:
-        UserError: there is none, with the reason.
+        UserError: there is none; the message says why.
     """
     if not config.use_moe:
         return "qwen3" if config.qk_norm else "llama"
@@ -62,7 +65,7 @@ def to_huggingface(config: ModelConfig) -> dict[str, Any]:
     """The content of config.json, without the type of the weights.
 
     Raises:
-        UserError: as `choose_architecture`.
+        UserError: no architecture computes this model.
     """
     kind = choose_architecture(config)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
@@ -106,7 +109,7 @@ def to_huggingface(config: ModelConfig) -> dict[str, Any]:
 
 
 def _own_fields(config: ModelConfig, kind: str) -> dict[str, Any]:
-    """What only one architecture has."""
+    """Fields of one architecture alone."""
     if kind == "llama":
         return {"mlp_bias": False}
     if kind == "qwen3":
@@ -155,15 +158,15 @@ def _own_fields(config: ModelConfig, kind: str) -> dict[str, Any]:
 
 
 def from_huggingface(values: Mapping[str, Any]) -> ModelConfig:
-    """Our config of a model of theirs.
+    """Our config for a foreign model.
 
     Raises:
-        UserError: another architecture, or one with something that our model does not have.
+        UserError: an unsupported architecture, or one with a feature that our model lacks.
     """
     kind = values.get("model_type")
     if isinstance(values.get(OWN_KEY), Mapping):
         config = ModelConfig.from_dict(values[OWN_KEY])
-        # An edit of theirs counts: then ours is no longer what stands there.
+        # Ours holds only while nobody has edited the other fields.
         if all(values.get(key) == value for key, value in to_huggingface(config).items()):
             return config
     if kind not in READABLE:
@@ -175,19 +178,12 @@ def from_huggingface(values: Mapping[str, Any]) -> ModelConfig:
         head_dim = None
     eos = values.get("eos_token_id")
     fields = {
-        "vocab_size": values.get("vocab_size"),
-        "hidden_size": hidden,
-        "intermediate_size": values.get("intermediate_size"),
-        "num_hidden_layers": values.get("num_hidden_layers"),
-        "num_attention_heads": heads,
+        **{name: values.get(name) for name in _SAME_NAMES},
         "num_key_value_heads": values.get("num_key_value_heads") or heads,
         "max_position_embeddings": values.get("max_position_embeddings", 2048 if kind == "llama" else 32768),
         "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
         "tie_word_embeddings": values.get("tie_word_embeddings", False),
-        "initializer_range": values.get("initializer_range", 0.02),
-        "bos_token_id": values.get("bos_token_id"),
         "eos_token_id": eos[0] if isinstance(eos, list) and eos else eos,
-        "pad_token_id": values.get("pad_token_id"),
         **_read_rope(values),
     }
     missing = [name for name in ("vocab_size", "hidden_size", "num_hidden_layers") if fields[name] is None]
@@ -210,7 +206,7 @@ def _refuse_extras(values: Mapping[str, Any]) -> None:
         (values.get("quantization_config"), "quantized weights"),
     ):
         if holds:
-            raise UserError(f"{what} has no place in this project's model")
+            raise UserError(f"{what} is not supported by this model")
 
 
 def _read_rope(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,7 +216,9 @@ def _read_rope(values: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "default":
         return {"rope_theta": float(theta)}
     if kind != "yarn" or rope.get("mscale") or rope.get("truncate") is False:
-        raise UserError(f"rotary positions of type {kind!r} with {sorted(rope)} have no place in this project's model")
+        raise UserError(
+            f"rotary positions of type {kind!r} with {sorted(rope)} are not supported by this model"
+        )
     factor = rope.get("attention_factor")
     trained = rope.get("original_max_position_embeddings") or values.get("max_position_embeddings")
     return {

@@ -1,7 +1,7 @@
-"""A tokenizer as the Hugging Face tools read it: `tokenizer.json` with the same ids for every text, and its settings.
+"""Export a tokenizer for the Hugging Face tools: `tokenizer.json` with the same ids for every text, and its settings.
 
-A SentencePiece model becomes byte-fallback BPE over plain text: its pieces are written with spaces, not with the mark
-that stands for them, so that the mark itself stays text. Knows nothing of models but the longest text they read.
+A SentencePiece model becomes byte-fallback BPE over plain text: its pieces are written with spaces instead of the
+SentencePiece blank, so that the blank itself stays ordinary text.
 """
 
 import json
@@ -14,7 +14,7 @@ from minimind.data.tokenizer import BLANK, CONFIG_NAME, JSON_NAME, MODEL_NAME, S
 from minimind.errors import UserError
 
 _END_OF_DOCUMENT, _START, _END = SPECIAL_TOKENS
-# As minimind.inference.chat writes a conversation.
+# The format of minimind.data.chat_template.
 _CHAT_TEMPLATE = (
     "{% for message in messages %}"
     f"{{{{ '{_START}' + message['role'] + '\\n' + message['content'] + '{_END}\\n' }}}}"
@@ -24,14 +24,13 @@ _CHAT_TEMPLATE = (
 
 
 def tokenizer_files(file: Path, max_length: int) -> dict[str, bytes]:
-    """Name and content of each file that `AutoTokenizer` needs (and, of a SentencePiece model, the model itself, which
-    llama.cpp reads).
+    """Name and content of each file that `AutoTokenizer` needs, and for llama.cpp the SentencePiece model itself.
 
     Args:
         max_length: tokens that the model can read.
 
     Raises:
-        UserError: the tokenizer is damaged, or of a kind that is not read.
+        UserError: the tokenizer is damaged or of an unsupported kind.
     """
     tokenizer = load_tokenizer(file)
     data = file.read_bytes()
@@ -52,7 +51,7 @@ def tokenizer_files(file: Path, max_length: int) -> dict[str, bytes]:
 
 
 def _strip(data: bytes) -> bytes:
-    """A tokenizer.json without what our own reader leaves out: truncation, padding, begin and end tokens."""
+    """A tokenizer.json without what our own reader ignores: truncation, padding, begin and end tokens."""
     content = json.loads(data)
     unwanted = [key for key in ("truncation", "padding") if content.get(key) is not None]
     processor = content.get("post_processor")
@@ -68,8 +67,8 @@ def _dump(content: dict[str, Any]) -> bytes:
 def convert_sentencepiece(data: bytes) -> dict[str, Any]:
     """The tokenizer.json of a SentencePiece model of this project: BPE, byte fallback, no normalisation.
 
-    A merge is any cut of a piece into two pieces; SentencePiece makes the one whose whole stands first in the
-    vocabulary, and of equal ones the leftmost.
+    A merge is any split of a piece into two pieces; SentencePiece applies the merge whose result comes first in the
+    vocabulary, the leftmost among equals.
     """
     model = sentencepiece.SentencePieceProcessor(model_proto=data)
     pieces = [model.id_to_piece(token_id) for token_id in range(model.vocab_size())]

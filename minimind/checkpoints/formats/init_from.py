@@ -1,6 +1,6 @@
-"""The weights of an exported model into one that is about to be trained, before DeepSpeed takes it over.
+"""--init-from: copy the weights of another model into one that is about to be trained, before DeepSpeed wraps it.
 
-Also into a model that was partitioned as it was built. Knows nothing of checkpoints: the optimizer starts anew.
+The optimizer starts fresh.
 """
 
 from pathlib import Path
@@ -14,11 +14,11 @@ from minimind.errors import UserError
 from minimind.model import MiniMindForCausalLM, ModelConfig
 
 
-def check_starting_weights(config: ModelConfig, folder: Path) -> ModelSource:
-    """The model in `folder`, which must have the tensors of `config`.
+def check_init_checkpoint(config: ModelConfig, folder: Path) -> ModelSource:
+    """The model at `folder`, which must have the tensors of `config`.
 
     Raises:
-        UserError: it is missing, damaged, or of another shape, naming the first tensor that differs.
+        UserError: it is missing, damaged, or of another shape; the message names the first tensor that differs.
     """
     source = open_source(folder)
     wanted = own_shapes(config)
@@ -34,9 +34,9 @@ def check_starting_weights(config: ModelConfig, folder: Path) -> ModelSource:
 
 
 @torch.no_grad()
-def set_starting_weights(model: MiniMindForCausalLM, folder: Path) -> None:
+def load_init_checkpoint(model: MiniMindForCausalLM, folder: Path) -> None:
     """Copy every tensor of `folder` into `model`. Every rank calls this, and each reads every tensor."""
-    source = check_starting_weights(model.config, folder)
+    source = check_init_checkpoint(model.config, folder)
     targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name in source.shapes:
         target = targets[name]

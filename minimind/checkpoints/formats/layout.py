@@ -1,7 +1,6 @@
-"""How the tensors of this project's model lie in other people's files: their names, and which part of ours each holds.
+"""Tensor layouts of other programs: the names in their files, and which part of our tensors each one holds.
 
-A layout is a list of parts, read in both directions: a tensor of ours is cut into parts, or put together from them.
-Knows nothing of files; refuses to know which program wants which layout (`huggingface_config`, `pth_file`).
+A layout is a list of parts that works in both directions: our tensors are cut into parts, or joined from them.
 """
 
 import math
@@ -18,6 +17,9 @@ from minimind.model.router import BIAS_NAME
 Layout = Literal["fused", "per_expert", "per_shared_expert", "ernie4_5_moe", "glm4_moe"]
 """fused: this project's own names. per_expert: a matrix for each expert. per_shared_expert: and for each shared one.
 ernie4_5_moe, glm4_moe: per_expert, and what these architectures of transformers have besides."""
+
+LAYOUTS: dict[str, Layout] = {"ernie4_5_moe": "ernie4_5_moe", "glm4_moe": "glm4_moe"}
+"""By `model_type` of transformers; per_expert for all others."""
 
 _TIED_NAME = "lm_head.weight"
 

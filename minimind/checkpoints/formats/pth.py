@@ -1,7 +1,7 @@
-"""The `.pth` files of jingyaogong/minimind: the present form, and the older one without QK-norm, with shared experts.
+"""The `.pth` files of jingyaogong/minimind: the current form, and the older one without QK-norm, with shared experts.
 
-Such a file holds tensors and nothing else, so the config is read from their shapes and, where those do not tell, taken
-from the published models. Read with `weights_only`: no code in a file runs. Knows nothing of other formats.
+Such a file holds only tensors, so the config comes from their shapes and, where shapes do not show it, from the
+published models. Read with `weights_only`: no code in a file is run.
 """
 
 import dataclasses
@@ -28,15 +28,13 @@ _EMBEDDING, _HEAD, _LAYER = "model.embed_tokens.weight", "lm_head.weight", "mode
 
 
 def read_pth(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, mapped from the disk; of their file for resuming, the model's.
+    """The tensors of a file, memory-mapped; from their resume files, those of the model.
 
     Raises:
-        UserError: it is of another kind, cannot be read, refers to code, or holds anything but tensors.
+        UserError: the file is of another kind, unreadable, refers to code, or holds anything but tensors.
     """
     if path.suffix not in SUFFIXES:
-        raise UserError(
-            f"checkpoint {path} is a file of unknown kind; give a folder or a file *{' or *'.join(SUFFIXES)}"
-        )
+        raise UserError(f"checkpoint {path} is not a supported file; give a folder or a file *{' or *'.join(SUFFIXES)}")
     content: Any = load_states(path, [], mmap=True)
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]
@@ -44,7 +42,7 @@ def read_pth(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a file of weights: it holds no tensors by name")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or not value.is_floating_point():
-            raise UserError(f"{path}: not a file of weights: {name} is no tensor of floating-point numbers")
+            raise UserError(f"{path}: not a file of weights: {name} is not a floating-point tensor")
     return {name: tensor for name, tensor in content.items() if not _NOT_WEIGHTS.search(name)}
 
 
@@ -54,10 +52,10 @@ def layout_of(config: ModelConfig) -> Layout:
 
 
 def choose_form(config: ModelConfig) -> Layout:
-    """The layout in which their code computes what this config describes: present with QK-norm, older without.
+    """The layout in which their code computes this model: current with QK-norm, older without.
 
     Raises:
-        UserError: their code has no such model, with the reason.
+        UserError: their code has no such model; the message says why.
     """
     top_1_norm = config.use_moe and config.num_experts_per_tok == 1 and config.norm_topk_prob
     for holds, what in (
@@ -82,17 +80,17 @@ def choose_form(config: ModelConfig) -> Layout:
 
 
 def infer_config(path: Path, tensors: Mapping[str, Tensor], base: ModelConfig | None = None) -> ModelConfig:
-    """The config of a file's model: shapes first, then `base`, by default the published model of its kind.
+    """The config of a file's model: from shapes, then from `base`, by default the published model of its kind.
 
-    Shapes do not tell the number of heads of the older form, `num_experts_per_tok`, `rms_norm_eps` and the like.
+    Shapes do not show the number of heads of the older form, `num_experts_per_tok`, `rms_norm_eps` and the like.
 
     Raises:
-        UserError: it is no model of theirs.
+        UserError: the file holds another kind of model.
     """
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in tensors or tensors[name].dim() != 2:
-            raise UserError(f"{path}: no weights of jingyaogong/minimind: there is no matrix {name}")
+            raise UserError(f"{path}: not weights of jingyaogong/minimind: matrix {name} is missing")
         return tuple(tensors[name].shape)
 
     first, moe = f"{_LAYER}0.", any(".mlp.experts." in name for name in tensors)
@@ -132,8 +130,7 @@ def _numbers(names: Mapping[str, Tensor], prefix: str) -> set[int]:
 
 
 def write_pth(path: Path, config: ModelConfig, read: Callable[[str], Tensor]) -> None:
-    """Write the tensors `read(name)`, by their names, as one file that their scripts load. The whole model is in memory
-    meanwhile; the file appears whole or not at all.
+    """Write the tensors `read(name)` as one file that their scripts load (atomic). The whole model is held in memory.
 
     Raises:
         OSError: the disk is full, or the file cannot be written.
@@ -153,5 +150,5 @@ def write_pth(path: Path, config: ModelConfig, read: Callable[[str], Tensor]) ->
 
 
 def file_name(config: ModelConfig) -> str:
-    """The name under which their scripts look for a pretrained model."""
+    """The name that their scripts expect for a pretrained model."""
     return f"pretrain_{config.hidden_size}{'_moe' if config.use_moe else ''}.pth"

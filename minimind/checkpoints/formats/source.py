@@ -1,38 +1,36 @@
-"""A model's weights wherever they lie, one tensor at a time by our names: the one way in for loading and for export.
+"""Read a model's weights from any supported form, one tensor at a time, by our names; loading and export both use it.
 
-An exported folder (ours or of the Hugging Face tools), a `.pth` of jingyaogong/minimind, a run, or one of its
-checkpoints. No file's code runs. Knows nothing of engines, prompts or data.
+Forms: a run, one of its checkpoints, an exported folder (ours or Hugging Face), a `.pth` of jingyaogong/minimind. No
+code in a file is run.
 """
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from minimind.checkpoints.consolidate import TrainingCheckpoint
 from minimind.checkpoints.folder import checkpoints_folder, newest_valid, verify_checkpoint
 from minimind.checkpoints.formats.huggingface_config import from_huggingface
-from minimind.checkpoints.formats.layout import Layout, group_by_own, join_parts, lay_out, own_shapes
+from minimind.checkpoints.formats.layout import LAYOUTS, Layout, group_by_own, join_parts, lay_out, own_shapes
 from minimind.checkpoints.formats.pth import SUFFIXES, infer_config, layout_of, read_pth
 from minimind.checkpoints.manifest import MANIFEST_NAME
 from minimind.checkpoints.safetensors import INDEX_FILE, SafetensorsFolder
 from minimind.data.tokenizer import JSON_NAME, MODEL_NAME
 from minimind.errors import UserError
+from minimind.files import read_json
 from minimind.model.config import ModelConfig
 from minimind.model.pretrained import CONFIG_FILE, MODEL_TYPE, WEIGHTS_FILE
 
-_OTHER_LAYOUTS: dict[str, Layout] = {"ernie4_5_moe": "ernie4_5_moe", "glm4_moe": "glm4_moe"}
-# A second copy of the embedding, and what some versions of the Hugging Face tools saved beside the weights.
-_PASSED_OVER = ("rotary_emb.inv_freq",)
+# Some versions of the Hugging Face tools saved these beside the weights.
+_IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model's tensors come from."""
+    """A model on disk."""
 
     where: Path
     config: ModelConfig
@@ -41,9 +39,9 @@ class ModelSource:
     read: Callable[[str], Tensor]
     """One tensor, in host memory; it may be a view of a file."""
     tokenizer_file: Path | None
-    """Where one lies beside the weights."""
+    """The one stored beside the weights, if any."""
     checkpoint: TrainingCheckpoint | None = None
-    """Of a training checkpoint only."""
+    """None for exported models."""
 
     @property
     def folder(self) -> Path:
@@ -53,10 +51,10 @@ class ModelSource:
 
 def open_source(path: Path, base: ModelConfig | None = None) -> ModelSource:
     """The model at `path`: a run (its newest valid checkpoint), one of its checkpoints, a folder with config.json and
-    safetensors, a `.pth`, or a folder that holds one.
+    safetensors, a `.pth`, or a folder with one `.pth` in it.
 
     Args:
-        base: of a `.pth`, what its shapes do not tell.
+        base: for a `.pth`, the fields that tensor shapes do not show.
 
     Raises:
         UserError: there is no model, a file is missing or damaged, or the weights do not fit the config.
@@ -68,13 +66,12 @@ def open_source(path: Path, base: ModelConfig | None = None) -> ModelSource:
     found = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES]
     if (path / MANIFEST_NAME).is_file():
         verify_checkpoint(path)
-        return _open_checkpoint(path, path.parent.parent)
+        return open_checkpoint(path, find_tokenizer(path.parent.parent))
     if checkpoints_folder(path).is_dir():
         folder = newest_valid(path, lambda message: print(message, file=sys.stderr))
         if folder is None:
             raise UserError(f"checkpoint {path}: the run has not saved any")
-        # It has been compared with its manifest while it was looked for.
-        return _open_checkpoint(folder, path)
+        return open_checkpoint(folder, find_tokenizer(path))  # newest_valid has verified it
     if (path / CONFIG_FILE).is_file() and ((path / WEIGHTS_FILE).is_file() or (path / INDEX_FILE).is_file()):
         return _open_folder(path)
     if len(found) == 1:
@@ -87,36 +84,36 @@ def open_source(path: Path, base: ModelConfig | None = None) -> ModelSource:
     )
 
 
-def _open_checkpoint(folder: Path, run: Path) -> ModelSource:
+def open_checkpoint(
+    folder: Path, tokenizer_file: Path | None = None, read: Callable[[str], Tensor] | None = None
+) -> ModelSource:
+    """The model of a verified training checkpoint, its tensors by `read` if given, else from DeepSpeed's files."""
     checkpoint = TrainingCheckpoint(folder)
     buffers = checkpoint.buffers()
     shapes = {**checkpoint.shapes, **{name: tuple(buffer.shape) for name, buffer in buffers.items()}}
     config = ModelConfig.from_dict(checkpoint.manifest.model)
     _check_shapes(folder, own_shapes(config), shapes)
 
-    def read(name: str) -> Tensor:
+    def read_engine_files(name: str) -> Tensor:
         return buffers[name] if name in buffers else checkpoint.read(name)
 
-    return ModelSource(folder, config, shapes, read, find_tokenizer(run), checkpoint)
+    return ModelSource(folder, config, shapes, read or read_engine_files, tokenizer_file, checkpoint)
 
 
 def _open_folder(folder: Path) -> ModelSource:
     path = folder / CONFIG_FILE
-    try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable model config: {error}") from None
+    values = read_json(path, "model config")
     if not isinstance(values, dict):
-        raise UserError(f"{path}: not a model config: it is no JSON object")
+        raise UserError(f"model config {path}: expected a JSON object")
     kind = values.get("model_type")
     try:
         if kind == MODEL_TYPE:
             layout: Layout = "fused"
             config = ModelConfig.from_dict({name: value for name, value in values.items() if name != "model_type"})
         else:
-            layout, config = _OTHER_LAYOUTS.get(str(kind), "per_expert"), from_huggingface(values)
+            layout, config = LAYOUTS.get(str(kind), "per_expert"), from_huggingface(values)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"model config {path}: {error}") from None
     files = SafetensorsFolder(folder)
     return _open_parts(files.where, config, layout, files.shapes, files.read, find_tokenizer(folder))
 
@@ -129,17 +126,17 @@ def _open_pth(path: Path, base: ModelConfig | None) -> ModelSource:
 
 
 def _config_beside(path: Path) -> ModelConfig | None:
-    """The config that an export as `.pth` leaves beside the weights, for what their shapes do not tell."""
+    """The config that a `.pth` export writes beside the weights, for what tensor shapes do not show."""
     file = path.with_suffix(".json")
     if not file.is_file():
         return None
+    values = read_json(file, "model config")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(values, dict) or values.pop("model_type", None) != MODEL_TYPE:
             raise UserError("not a MiniMind config")
         return ModelConfig.from_dict(values)
-    except (OSError, ValueError, UserError) as error:
-        raise UserError(f"{file}: not a readable model config: {error}") from None
+    except UserError as error:
+        raise UserError(f"model config {file}: {error}") from None
 
 
 def _open_parts(
@@ -152,7 +149,7 @@ def _open_parts(
 ) -> ModelSource:
     parts = lay_out(config, layout)
     tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
-    found = {name: s for name, s in shapes.items() if name not in tied and not name.endswith(_PASSED_OVER)}
+    found = {name: s for name, s in shapes.items() if name not in tied and not name.endswith(_IGNORED_SUFFIX)}
     _check_shapes(where, {part.name: part.shape for part in parts}, found)
     groups, own = group_by_own(parts), own_shapes(config)
 
@@ -174,5 +171,5 @@ def _check_shapes(where: Path, wanted: Mapping[str, Sequence[int]], found: Mappi
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """The tokenizer in a model's folder, if there is one."""
+    """The tokenizer file in a folder, or None."""
     return next((folder / name for name in (MODEL_NAME, JSON_NAME) if (folder / name).is_file()), None)

@@ -176,7 +176,7 @@ def test_what_fp16_cannot_hold_is_named_and_nothing_is_left(tmp_path):
     with torch.no_grad():
         model.model.norm.weight[3] = 1e5
     model.save_pretrained(tmp_path / "own")
-    with pytest.raises(UserError, match=r"model\.norm\.weight holds 1e\+05, which fp16 cannot"):
+    with pytest.raises(UserError, match=r"model\.norm\.weight holds 1e\+05, which overflows fp16"):
         run_export("--checkpoint", tmp_path / "own", "--output", tmp_path / "out", "--dtype", "fp16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["own"]
 
@@ -192,12 +192,12 @@ def test_shards_keep_to_their_size():
         (["--checkpoint", "own", "--step", "3"], "step needs --run-dir"),
         (["--checkpoint", "own", "--max-shard-size", "many"], "'many' is not a size"),
         (["--checkpoint", "own", "--max-shard-size", "0"], "'0' is not a size"),
-        (["--run-dir", "own"], "own is no run's folder"),
+        (["--run-dir", "own"], "own is not a run"),
         (["--checkpoint", "nowhere"], "nowhere does not exist"),
         (["--checkpoint", "own", "--output", "own"], "own exists already"),
         (["--checkpoint", "own", "--model", "minimind3"], "only a .pth needs a preset"),
         (["--checkpoint", "own", "--tokenizer", "nowhere"], "none at nowhere"),
-        (["--checkpoint", "own"], "no tokenizer lies beside it"),
+        (["--checkpoint", "own"], "there is no tokenizer beside it"),
     ],
 )
 def test_a_wrong_flag_is_one_line(flags, said, tmp_path, monkeypatch, capsys):

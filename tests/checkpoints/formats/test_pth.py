@@ -151,9 +151,9 @@ def test_what_their_code_has_not_is_refused(changes, said):
     ("change", "said"),
     [
         (lambda tensors: tensors.pop("model.norm.weight"), "model.norm.weight of the model .* is missing"),
-        (lambda tensors: tensors.pop("model.embed_tokens.weight"), "there is no matrix model.embed_tokens.weight"),
+        (lambda tensors: tensors.pop("model.embed_tokens.weight"), "matrix model.embed_tokens.weight is missing"),
         (lambda tensors: tensors.update(more=torch.zeros(2)), "tensor more has no place"),
-        (lambda tensors: tensors.update(step=3), "step is no tensor"),
+        (lambda tensors: tensors.update(step=3), "step is not a floating-point tensor"),
         (lambda tensors: tensors.update({"model.norm.weight": torch.zeros(3)}), r"model.norm.weight is \(3,\)"),
         (lambda tensors: tensors.clear(), "holds no tensors"),
     ],
