@@ -1,9 +1,7 @@
-"""A run's checkpoints from the command line: look at them, check them, compare, thin out, convert, average.
+"""Manage a run's checkpoints: list, verify, prune, compare, convert, average: the command.
 
-    python -m minimind.checkpoint list|verify|prune RUN
-    python -m minimind.checkpoint diff A B | convert STEP | average STEP... --output DIR
-
-Every rule about checkpoints is elsewhere; this prints. Needs no DeepSpeed.
+python -m minimind.checkpoint list|verify|prune RUN
+python -m minimind.checkpoint diff A B | convert STEP | average STEP... --output DIR
 """
 
 import contextlib
@@ -26,7 +24,7 @@ from minimind.training.run_lock import hold_run_folder
 
 @dataclass(frozen=True)
 class List:
-    """Show the checkpoints of a run; whether their files are there in full is looked at, not their contents."""
+    """List the checkpoints of a run; files and sizes are checked, contents are not."""
 
     run: tyro.conf.Positional[Path]
     """The run's folder."""
@@ -34,7 +32,7 @@ class List:
 
 @dataclass(frozen=True)
 class Verify:
-    """Compare every byte with the manifest; exit code 1 when anything is damaged."""
+    """Compare every byte with the manifest; exit code 1 if anything is damaged."""
 
     path: tyro.conf.Positional[Path]
     """A run's folder, or one checkpoint."""
@@ -42,7 +40,7 @@ class Verify:
 
 @dataclass(frozen=True)
 class Prune:
-    """Delete old checkpoints of a run that no job works on."""
+    """Delete old checkpoints of a run that no job is using."""
 
     run: tyro.conf.Positional[Path]
     """The run's folder."""
@@ -55,12 +53,12 @@ class Prune:
     damaged: bool = False
     """Delete damaged checkpoints too."""
     dry_run: bool = False
-    """Only say what would go."""
+    """Only print what would be deleted."""
 
 
 @dataclass(frozen=True)
 class Diff:
-    """Compare two checkpoints, whatever they were saved by, tensor by tensor; exit code 1 when they differ."""
+    """Compare two checkpoints of any ranks and stages, tensor by tensor; exit code 1 if they differ."""
 
     a: tyro.conf.Positional[Path]
     """A checkpoint, or a run's folder for its newest."""
@@ -100,7 +98,7 @@ Command = (
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command; gives the exit code."""
+    """Run the command; returns the exit code."""
     args = sys.argv[1:] if args is None else args
     command = parse_flags(Command, args, prog="python -m minimind.checkpoint")  # type: ignore[arg-type, var-annotated]
     if isinstance(command, List):

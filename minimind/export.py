@@ -1,9 +1,7 @@
-"""A trained model as a folder that other tools load, and theirs as one of ours.
+"""Export a trained model for other tools, or convert one of theirs: the command.
 
-    python -m minimind.export --run-dir RUN --output DIR [--step N] [--format hf|minimind|pth]
-    python -m minimind.export --checkpoint STEP_OR_EXPORT_OR_HUGGING_FACE_FOLDER_OR_PTH --output DIR
-
-Copies tensors one by one; what each format is made of stands in its own module. Knows nothing of engines.
+python -m minimind.export --run-dir RUN --output DIR [--step N] [--format hf|minimind|pth]
+python -m minimind.export --checkpoint STEP_OR_EXPORT_OR_HUGGING_FACE_FOLDER_OR_PTH --output DIR
 """
 
 import sys
@@ -23,11 +21,11 @@ def main(args: Sequence[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     flags = parse_flags(ExportFlags, args, default=tyro.MISSING_NONPROP, prog="python -m minimind.export")
     if flags.output.exists():
-        raise UserError(f"output: {flags.output} exists already; name a new folder")
+        raise UserError(f"output: {flags.output} exists; give a new folder")
     base = None if flags.model is None else preset(flags.model)
     source = open_source(choose_checkpoint(flags), base)
     if base is not None and source.where.suffix not in (".pth", ".pt"):
-        raise UserError("model: only a .pth needs a preset; every other checkpoint says what it is")
+        raise UserError("model: only a .pth needs a preset; other checkpoints include their config")
     kind = export(source, flags)
     print(f"wrote {flags.output}: {kind}, {source.config.num_params():,} parameters, {flags.dtype}")
 

@@ -1,9 +1,9 @@
-"""Text from a trained model: `generate` and `stream` for Python, and the command.
+"""Generate text with a trained model, or chat: the command.
 
     python -m minimind.generate --checkpoint RUN_OR_STEP_OR_EXPORT --prompt TEXT
     python -m minimind.generate --checkpoint RUN_OR_STEP_OR_EXPORT          (chat in the terminal)
 
-Puts decoding, sampling and text together; knows nothing of how the model was trained.
+From Python: `minimind.generate` and `minimind.stream` (docs/en/python.md).
 """
 
 import dataclasses
@@ -37,9 +37,9 @@ class GenerateFlags(GenerationOptions):
     checkpoint: Path
     """A run's folder, one of its checkpoints, an exported folder, or a .pth."""
     tokenizer: Path | None = None
-    """Tokenizer file or folder, where none lies beside the weights."""
+    """Tokenizer file or folder, if none is stored beside the weights."""
     prompt: tuple[str, ...] = ()
-    """One or more texts to continue; without any, a chat begins."""
+    """One or more texts to continue; without one, a chat begins."""
     chat: bool = False
     """Put each prompt into the chat format, as a question."""
     system: str = ""
@@ -49,15 +49,15 @@ class GenerateFlags(GenerationOptions):
     precision: Precision | None = None
     """Arithmetic [default: bf16 on a GPU that has it, otherwise fp32]."""
     device: str | None = None
-    """cpu, cuda, cuda:1 ... [default: a GPU where there is one]."""
+    """cpu, cuda, cuda:1 ... [default: a GPU if there is one]."""
     int8: bool = False
-    """On a CPU: 8-bit weights with bf16 arithmetic, the fastest; a little less exact."""
+    """On a CPU: 8-bit weights with bf16 arithmetic, the fastest; slightly less exact."""
     compile: bool = False
     """Compile the model with torch.compile: a slow start, then faster."""
     rope_scaling_factor: float | None = None
     """Read up to this many times the trained context by YaRN."""
     rope_original_max_position_embeddings: int | None = None
-    """YaRN: the sequence length of training [default: what the model's config says]."""
+    """YaRN: the sequence length of training [default: from the model's config]."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +74,7 @@ def main(args: Sequence[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else args
     flags = parse_flags(GenerateFlags, args, default=tyro.MISSING_NONPROP, prog="python -m minimind.generate")
     device, dtype = choose_device(flags.device, flags.precision, int8=flags.int8)
-    with explain_out_of_memory(device, cures(flags, device, dtype)):
+    with explain_out_of_memory(device, memory_hints(flags, device, dtype)):
         run(flags, device, dtype)
 
 
@@ -104,8 +104,8 @@ def run(flags: GenerateFlags, device: torch.device, dtype: torch.dtype) -> None:
             print(f"--- {text}\n{completion.text}")
 
 
-def cures(flags: GenerateFlags, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """What lowers the memory that generating needs."""
+def memory_hints(flags: GenerateFlags, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """What lowers the memory that generation needs."""
     found = [] if flags.int8 or device.type != "cpu" else ["pass --int8"]
     if dtype == torch.float32 and device.type != "cpu":
         found.append("pass --precision bf16")
@@ -122,7 +122,7 @@ def print_completions(flags: GenerateFlags, completions: Sequence[Completion]) -
 
 
 def chat_in_terminal(model: MiniMindForCausalLM, tokenizer: Tokenizer, flags: GenerateFlags) -> None:
-    """Chat until the person leaves; where the input is no terminal, each of its lines is a message."""
+    """Chat until the user leaves; if the input is not a terminal, each of its lines is a message."""
     room = model.config.max_position_embeddings - flags.max_new_tokens
     chat = Chat(tokenizer, lambda prompt: stream_text(model, tokenizer, prompt, flags), room, flags.system)
     converse(chat, read_line, functools.partial(print, end="", flush=True))

@@ -1,8 +1,8 @@
-"""A trained model behind OpenAI's HTTP interface, with a chat page: the command.
+"""Serve a trained model through OpenAI's HTTP interface, with a chat page: the command.
 
     python -m minimind.serve --checkpoint RUN_OR_STEP_OR_EXPORT [--port 8000]
 
-Needs the packages of requirements-serve.txt. Loads and listens; knows nothing of requests.
+Needs the packages of requirements-serve.txt.
 """
 
 import os
@@ -41,31 +41,31 @@ KEY_VARIABLE = "MINIMIND_API_KEY"
 class ServeFlags(GenerationOptions):
     """Serve a trained model: /v1/models, /v1/completions, /v1/chat/completions, and a chat page at /.
 
-    The sampling flags hold for requests that say nothing else.
+    The sampling flags are defaults; requests override them.
     """
 
     checkpoint: Path
     """A run's folder, one of its checkpoints, an exported folder, or a .pth."""
     tokenizer: Path | None = None
-    """Tokenizer file or folder, where none lies beside the weights."""
+    """Tokenizer file or folder, if none is stored beside the weights."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0: every one of this machine."""
     port: int = 8000
     """Port to listen on; 0: any free one."""
     name: str | None = None
-    """The model's name [default: that of its folder]."""
+    """The model's name [default: its folder's name]."""
     api_key_file: Path | None = None
-    """File with a key that every request must bring; so does the variable MINIMIND_API_KEY."""
+    """File with a key that every request must send; or set the variable MINIMIND_API_KEY."""
     max_batch_size: int = 8
     """Requests decoded together."""
     max_waiting: int = 64
-    """Requests that may wait for their turn; more are refused (429)."""
+    """Requests that may wait; more are refused (429)."""
     precision: Precision | None = None
     """Arithmetic [default: bf16 on a GPU that has it, otherwise fp32]."""
     int8: bool = False
-    """On a CPU: 8-bit weights with bf16 arithmetic, the fastest; a little less exact."""
+    """On a CPU: 8-bit weights with bf16 arithmetic, the fastest; slightly less exact."""
     device: str | None = None
-    """cpu, cuda, cuda:1 ... [default: a GPU where there is one]."""
+    """cpu, cuda, cuda:1 ... [default: a GPU if there is one]."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +85,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if _missing is not None:
         raise UserError(f"the package {_missing} is missing: pip install -r requirements-serve.txt")
     api_key = read_key(flags.api_key_file)
-    # For every length of a prompt oneDNN compiles anew, half a megabyte; it would keep a thousand of them.
+    # oneDNN compiles for every prompt length, half a megabyte each, and by default keeps a thousand.
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, "16")
     device, dtype = choose_device(flags.device, flags.precision, int8=flags.int8)
@@ -106,7 +106,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def read_key(file: Path | None) -> str | None:
-    """The key of the file, or of the environment. Raises `UserError` for a file that cannot be read or is empty."""
+    """The API key from the file, or from the environment. Raises `UserError` for an unreadable or empty file."""
     if file is None:
         return os.environ.get(KEY_VARIABLE) or None
     try:
@@ -119,17 +119,17 @@ def read_key(file: Path | None) -> str | None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, taken before the model is loaded: a client that comes meanwhile waits.
+    """A listening socket, opened before the model is loaded: early clients wait instead of being refused.
 
     Raises:
-        UserError: the address cannot be had.
+        UserError: the address is in use or not available.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen()  # bound alone, a second server could bind it too, and fail only after loading
+        listener.listen()  # merely bound, a second server could bind it too, and fail only after loading
     except OSError as error:
         listener.close()
         raise UserError(

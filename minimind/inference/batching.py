@@ -1,7 +1,7 @@
-"""Requests of many clients through one model: a bounded queue, and a thread that decodes what waits as one batch.
+"""Serve many clients with one model: a bounded queue, and a thread that decodes waiting requests as one batch.
 
-Each request has its own sampling, length and stop texts, and gets what it would get alone. A request that is given up
-leaves the queue or its batch at once. Knows nothing of HTTP.
+Each request keeps its own sampling, length and stop texts, and gets the same answer as alone. A cancelled request
+leaves the queue or its batch at once.
 """
 
 import contextlib
@@ -20,37 +20,37 @@ from minimind.model import MiniMindForCausalLM
 
 @dataclass(frozen=True)
 class Update:
-    """What has become of a request: more text, and at its end the reason, or an error."""
+    """Progress of a request: more text, and at the end the reason, or an error."""
 
     text: str = ""
     reason: str | None = None
-    """"stop", "length" or "error"; None: it goes on."""
+    """"stop", "length" or "error"; None: more follows."""
     num_tokens: int = 0
-    """Tokens of the answer so far."""
+    """Tokens generated so far."""
     error: str = ""
 
 
 @dataclass(eq=False)
 class Request:
-    """One prompt to continue. `deliver` is called from the batching thread, in order, until there is a reason."""
+    """One prompt to continue. The batching thread calls `deliver` in order until an update has a reason."""
 
     prompt: list[int]
     options: GenerationOptions
     deliver: Callable[[Update], object]
-    is_given_up: bool = False
+    is_cancelled: bool = False
     _tokens: int = field(default=0, repr=False)
 
 
 class QueueFull(Exception):
-    """As many requests wait as may."""
+    """The queue is at its limit."""
 
 
 class Batcher:
-    """One thread that owns the model. `close` ends it; requests that are left get an error.
+    """One thread that owns the model. `close` ends it; unfinished requests get an error.
 
     Args:
         max_batch_size: requests decoded together.
-        max_waiting: requests that may wait for their turn.
+        max_waiting: requests that may wait in the queue.
     """
 
     def __init__(
@@ -68,20 +68,20 @@ class Batcher:
 
     @property
     def max_positions(self) -> int:
-        """Tokens of a prompt and its answer together."""
+        """Limit of prompt and answer together, in tokens."""
         return self._model.config.max_position_embeddings
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait for their turn."""
+        """Requests in the queue."""
         return len(self._waiting)
 
     def submit(self, request: Request) -> None:
-        """Let a request wait for its turn.
+        """Queue a request.
 
         Raises:
             UserError: the prompt cannot be continued.
-            QueueFull: too many wait already.
+            QueueFull: the queue is at its limit.
         """
         vocab_size = self._model.config.vocab_size
         check_prompts([request.prompt], vocab_size, self.max_positions, request.options.max_new_tokens)
@@ -91,14 +91,14 @@ class Batcher:
             self._waiting.append(request)
             self._changed.notify()
 
-    def give_up(self, request: Request) -> None:
-        """Nobody waits for this request any more: free its place."""
-        request.is_given_up = True
+    def cancel(self, request: Request) -> None:
+        """The client has gone: free the place of its request."""
+        request.is_cancelled = True
         with self._changed, contextlib.suppress(ValueError):
             self._waiting.remove(request)
 
     def close(self) -> None:
-        """End the thread after its present step."""
+        """End the thread after the current step."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -116,7 +116,7 @@ class Batcher:
                 self._fail(batch, f"{type(error).__name__}: {error}")
 
     def _next_batch(self) -> list[Request]:
-        """The oldest requests that fit together; waits for one. None at all: the end."""
+        """The oldest requests that fit together; waits for one. Empty after `close`."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._is_closed)
             batch: list[Request] = []
@@ -151,8 +151,8 @@ class Batcher:
 
     @staticmethod
     def _advance(request: Request, stream: TextStream, token: int | None) -> bool:
-        """Take one row's token; whether it has ended."""
-        if request.is_given_up:
+        """Take one row's token; returns whether the row has ended."""
+        if request.is_cancelled:
             return True
         text = ""
         if token is not None:

@@ -1,7 +1,7 @@
-"""A conversation in MiniMind's chat format, and the loop that holds one in a terminal.
+"""A conversation in MiniMind's chat format, and the loop that runs one in a terminal.
 
-A turn is `<|im_start|>role`, a line break, the content, `<|im_end|>` and a line break. What a person types can never
-become one of these marks. Knows nothing of sampling; answers come from a function that streams them.
+A turn is `<|im_start|>role`, a line break, the content, `<|im_end|>` and a line break. Typed text never becomes one of
+these marks.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +23,7 @@ HELP = """\
 
 
 Respond = Callable[[list[int]], Iterable[str]]
-"""Token ids of a conversation that an answer should follow -> pieces of the answer."""
+"""Token ids of a conversation -> pieces of the answer."""
 
 
 def encode_question(tokenizer: Tokenizer, question: str, system: str = "") -> list[int]:
@@ -34,7 +34,7 @@ def encode_question(tokenizer: Tokenizer, question: str, system: str = "") -> li
 
 @dataclass
 class Chat:
-    """A conversation that grows. The oldest exchanges leave it when it no longer fits `max_prompt_tokens`."""
+    """A growing conversation. The oldest exchanges are dropped when it no longer fits `max_prompt_tokens`."""
 
     tokenizer: Tokenizer
     respond: Respond
@@ -44,7 +44,7 @@ class Chat:
     num_forgotten: int = 0
 
     def ask(self, question: str) -> Iterator[str]:
-        """Add a question and stream its answer, which joins the conversation as far as it was streamed.
+        """Add a question and stream its answer; what was streamed becomes part of the conversation.
 
         Raises:
             UserError: the question alone is too long, or the model cannot answer; the question is then forgotten.
@@ -59,13 +59,13 @@ class Chat:
         except UserError:
             self.turns.pop()
             raise
-        except BaseException:  # stopped by the person: what has been said was said
+        except BaseException:  # interrupted: keep what was shown
             self.turns.append(Message("assistant", answer))
             raise
         self.turns.append(Message("assistant", answer))
 
     def undo(self) -> str | None:
-        """Take back the last exchange; returns its question."""
+        """Remove the last exchange; returns its question."""
         if len(self.turns) < 2:
             return None
         question = self.turns[-2].content
@@ -92,7 +92,7 @@ class Chat:
 
 
 def converse(chat: Chat, read_line: Callable[[], str], write: Callable[[str], object]) -> None:
-    """Hold a conversation until `/exit` or the end of the input. `read_line` raises EOFError at that end."""
+    """Chat until `/exit` or the end of the input, where `read_line` raises EOFError."""
     write("Type a message, or /help.\n")
     while True:
         try:
@@ -109,15 +109,15 @@ def converse(chat: Chat, read_line: Callable[[], str], write: Callable[[str], ob
         if line == "/exit":
             return
         try:
-            question = _obey(chat, line, write) if line.startswith("/") else line
+            question = _run_command(chat, line, write) if line.startswith("/") else line
             if question:
                 _show_answer(chat, question, write)
         except UserError as error:
             write(f"{error}\n")
 
 
-def _obey(chat: Chat, line: str, write: Callable[[str], object]) -> str | None:
-    """Do what a command says; returns a question to ask again, if any."""
+def _run_command(chat: Chat, line: str, write: Callable[[str], object]) -> str | None:
+    """Run a slash command; returns a question to ask again, if any."""
     command, _, argument = line.partition(" ")
     argument = argument.strip()
     if command == "/help":

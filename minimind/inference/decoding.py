@@ -1,7 +1,6 @@
-"""Token by token: a batch of prompts read once into a KV cache, then one forward a token.
+"""Decode a batch of prompts: read once into a KV cache, then one forward pass a token.
 
-Prompts of different lengths are padded on the left and masked, so a row's tokens are those it would get alone. Knows
-token ids only; text, stop strings and streams are elsewhere.
+Prompts of different lengths are padded on the left and masked, so each row gets the same tokens as alone.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,13 +18,13 @@ class Decoding:
 
     Args:
         prompts: token ids, each row at least one.
-        sampling: one for each row.
-        max_new_tokens: a row ends after so many.
-        stop_token_ids: a row ends before one of these.
-        vocab_size: ids from here on are never drawn; None: the model's.
+        sampling: options for each row.
+        max_new_tokens: a row ends after this many.
+        stop_token_ids: a row ends before any of these.
+        vocab_size: larger ids are never drawn; None: the model's.
 
     Raises:
-        UserError: an empty prompt, a token id the model does not have, or more tokens than it has positions for.
+        UserError: an empty prompt, a token id outside the vocabulary, or more tokens than the model has positions.
     """
 
     @torch.inference_mode()
@@ -44,12 +43,12 @@ class Decoding:
         weight = model.lm_head.weight
         self._model = model
         self._stop_token_ids = frozenset(stop_token_ids)
-        self._left = [max_new_tokens] * len(prompts)  # tokens each row may still get; 0: it has ended
+        self._left = [max_new_tokens] * len(prompts)  # tokens that each row may still get; 0: ended
         self._sampler = Sampler(
             sampling, prompts, min(vocab_size or config.vocab_size, config.vocab_size), weight.device
         )
-        # One place is never filled (the last token is not read), so that no step sees the whole of the tensors: a
-        # compiled model would be compiled once more for it.
+        # The last token is never read, so one position stays empty: a step that saw the full tensors would make
+        # torch.compile compile once more.
         capacity = longest + max_new_tokens
         self._cache = KVCache(config, len(prompts), capacity, weight.device, weight.dtype)
         padded = [[config.pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
@@ -65,19 +64,19 @@ class Decoding:
         return not any(self._left)
 
     def end(self, row: int) -> None:
-        """Let a row end here, whatever its reason."""
+        """End a row early."""
         self._left[row] = 0
 
     @torch.inference_mode()
     def step(self) -> list[int | None]:
-        """One more token for each row; None for a row that ends without one, or has ended before."""
+        """One more token for each row; None for a row that ends without one, or has already ended."""
         first = self._cache.length == 0
         seen = self._cache.length + self._unread.shape[1]
         mask = None if self._mask is None else self._mask[:, :seen]
-        # A compiled model (nn.Module.compile) reads the prompts as it is: only the steps after it are all alike.
+        # The prompts bypass a compiled model (nn.Module.compile): only the later steps all have one shape.
         forward: Callable[..., CausalLMOutput] = self._model.forward if first else self._model
         scores = forward(self._unread, attention_mask=mask, cache=self._cache, logits_to_keep=1).logits
-        assert scores is not None  # without labels there are always some
+        assert scores is not None  # there always are logits without labels
         logits = scores[:, -1]  # (B, vocab_size)
         if first and not bool(logits.isfinite().all()):
             raise UserError("the model's scores are NaN or infinite: its weights are damaged or its training diverged")

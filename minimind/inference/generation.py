@@ -16,14 +16,14 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True)
 class GenerationOptions(SamplingOptions):
-    """How a continuation is made, and where it ends."""
+    """How a continuation is sampled, and where it ends."""
 
     max_new_tokens: int = 256
-    """Most tokens of a continuation."""
+    """Limit of a continuation, in tokens."""
     stop: tuple[str, ...] = ()
-    """Texts before which a continuation ends."""
+    """A continuation ends before any of these texts."""
     stop_token_ids: tuple[int, ...] | None = None
-    """Token ids before which a continuation ends; None: the end of a document and the end of a turn."""
+    """A continuation ends before any of these ids; None: end of document and end of turn."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ def complete(
     prompts: Sequence[Prompt],
     options: GenerationOptions | None = None,
 ) -> list[Completion]:
-    """Continue prompts (texts or token ids), all in one batch; each gets what it would get alone.
+    """Continue prompts (texts or token ids) in one batch; each gets the same completion as alone.
 
-    An empty text continues the beginning of a document. Raises `UserError` for prompts that cannot be continued.
+    An empty text is the beginning of a document. Raises `UserError` for an invalid prompt.
     """
     batch = _Batch(model, tokenizer, prompts, options or GenerationOptions())
     for _ in batch.pieces():
@@ -54,13 +54,13 @@ def complete(
 def stream_text(
     model: MiniMindForCausalLM, tokenizer: Tokenizer, prompt: Prompt, options: GenerationOptions | None = None
 ) -> Iterator[str]:
-    """Continue one prompt; yields text as soon as it is sure, whole characters only."""
+    """Continue one prompt; yields text as soon as it is certain, complete characters only."""
     for _, piece in _Batch(model, tokenizer, [prompt], options or GenerationOptions()).pieces():
         yield piece
 
 
 class _Batch:
-    """Prompts being continued: decoding, and one text stream a row."""
+    """Prompts in progress: decoding, and one text stream a row."""
 
     def __init__(
         self, model: MiniMindForCausalLM, tokenizer: Tokenizer, prompts: Sequence[Prompt], options: GenerationOptions
@@ -84,7 +84,7 @@ class _Batch:
         self._max_new_tokens = options.max_new_tokens
 
     def pieces(self) -> Iterator[tuple[int, str]]:
-        """(row, text) as they come, until every row has ended."""
+        """(row, text) until every row has ended."""
         was_training = self._model.training
         self._model.eval()
         try:
@@ -115,7 +115,7 @@ class _Batch:
 
 
 def end_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end a document and a turn, as far as the tokenizer has them."""
+    """The ids that end a document and a turn, if the tokenizer has them."""
     ends = (SPECIAL_TOKENS[0], SPECIAL_TOKENS[2])
     return tuple(tokenizer.special_ids[end] for end in ends if end in tokenizer.special_ids)
 

@@ -1,7 +1,6 @@
-"""OpenAI's HTTP interface to a `Batcher`: models, completions, chat completions with server-sent events, and a page.
+"""OpenAI's HTTP interface to a `Batcher`: models, completions, chat completions with server-sent events, a chat page.
 
-What a client got wrong is a 4xx with the reason; what this server does not do is refused, not passed over. Knows
-nothing of models beyond what the batcher says.
+A client's mistake is a 4xx with the reason; an unsupported field is refused, never ignored.
 """
 
 import asyncio
@@ -31,16 +30,16 @@ from minimind.inference.generation import GenerationOptions
 PAGE = Path(__file__).with_name("chat_page.html")
 MAX_BODY_BYTES = 1 << 20
 _DISCONNECT_CHECK_SECONDS = 0.05
-# Fields that change nothing in an answer.
+# Accepted: fields that do not affect the answer.
 _HARMLESS = frozenset(("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"))
-# Fields that ask for nothing when they have one of these values.
+# Values that leave an unsupported field without effect.
 _NEUTRAL: tuple[Any, ...] = (None, False, 0, {}, [])
 
 StopTexts = Annotated[list[str], Field(max_length=16)]
 
 
 class SamplingBody(BaseModel):
-    """What both kinds of completion share."""
+    """Fields of both kinds of completion."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -59,13 +58,13 @@ class SamplingBody(BaseModel):
 
 
 class CompletionBody(SamplingBody):
-    """POST /v1/completions: one prompt, a text or token ids."""
+    """POST /v1/completions: one prompt, as text or token ids."""
 
     prompt: str | list[int] | Annotated[list[str], Field(max_length=1)]
 
 
 class ContentPart(BaseModel):
-    """A part of a message; only text can be read."""
+    """A part of a message; only text is supported."""
 
     type: str
     text: str = ""
@@ -86,7 +85,7 @@ class ChatBody(SamplingBody):
 
 
 class RequestError(Exception):
-    """What a client got wrong: an HTTP status, and the reason."""
+    """A client's mistake: an HTTP status and the reason."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -96,7 +95,7 @@ class RequestError(Exception):
 def build_app(
     batcher: Batcher, tokenizer: Tokenizer, *, model_name: str, defaults: GenerationOptions, api_key: str | None
 ) -> FastAPI:
-    """The application. `defaults` hold where a request says nothing; its `max_new_tokens` is cut to what fits."""
+    """The application. `defaults` fill in what a request leaves out, with `max_new_tokens` cut to what fits."""
     app = FastAPI(title="MiniMind", docs_url=None, redoc_url=None, openapi_url=None)
     answers = Answers(batcher, tokenizer, model_name, defaults)
     app.add_middleware(RequestGuard, api_key=api_key)
@@ -110,7 +109,7 @@ def build_app(
         return PAGE.read_text(encoding="utf-8")
 
     @app.get("/health")
-    async def say_health() -> dict[str, Any]:
+    async def check_health() -> dict[str, Any]:
         return {"status": "ok", "waiting": batcher.num_waiting}
 
     @app.get("/v1/models")
@@ -141,9 +140,9 @@ def build_app(
 
 
 class RequestGuard:
-    """What holds for every request to /v1: the key, and a body of a size that is read at all.
+    """Checks of every request to /v1: the API key and the size of the body.
 
-    Plain ASGI: behind Starlette's `BaseHTTPMiddleware`, `is_disconnected` never says that a client has gone.
+    Plain ASGI: under Starlette's `BaseHTTPMiddleware`, `is_disconnected` never becomes true.
     """
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
@@ -177,14 +176,14 @@ def error_response(status: int, message: str) -> JSONResponse:
 
 
 def describe(error: RequestValidationError) -> str:
-    """The first thing that is wrong with a body, in a line."""
+    """The first mistake in a body, in one line."""
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"] if part != "body")
     return f"{place}: {first['msg']}" if place else str(first["msg"])
 
 
 def read_message(message: ChatMessage) -> Message:
-    """A turn as MiniMind's chat format has it."""
+    """A turn of MiniMind's chat format."""
     role = "system" if message.role == "developer" else message.role
     if role not in ("system", "user", "assistant"):
         raise RequestError(400, f"role {message.role!r} is not one of system, user, assistant")
@@ -197,7 +196,7 @@ def read_message(message: ChatMessage) -> Message:
 
 
 class Answers:
-    """From a checked body to the batcher, and from its updates to a response."""
+    """Passes checked bodies to the batcher and turns its updates into responses."""
 
     def __init__(self, batcher: Batcher, tokenizer: Tokenizer, model_name: str, defaults: GenerationOptions) -> None:
         self._batcher = batcher
@@ -213,7 +212,7 @@ class Answers:
     async def answer(
         self, body: SamplingBody, prompt: list[int], limit: int | None, http: HTTPRequest, *, chat: bool
     ) -> Response:
-        """Queue a prompt and answer with its continuation, as a whole or as events."""
+        """Queue a prompt and answer with its continuation, in one piece or as events."""
         if body.model and body.model != self._model_name:
             raise RequestError(404, f"there is no model {body.model!r}, only {self._model_name!r}")
         options = self._read_options(body, len(prompt), limit)
@@ -233,14 +232,14 @@ class Answers:
             async for last in self._until_end(updates, http):
                 text += last.text
         finally:
-            self._batcher.give_up(request)
+            self._batcher.cancel(request)
         if last.reason == "error":
             return error_response(500, last.error)
         return JSONResponse(frame.whole(text, last))
 
     @staticmethod
     async def _until_end(updates: "asyncio.Queue[Update]", http: HTTPRequest) -> AsyncIterator[Update]:
-        """Every update, unless the client has gone."""
+        """Every update, until the client disconnects."""
         looked, update = time.monotonic(), Update()
         while update.reason is None:
             with contextlib.suppress(asyncio.TimeoutError):
@@ -269,8 +268,8 @@ class Answers:
             if usage:
                 yield event(frame.usage_piece(update))
             yield "data: [DONE]\n\n"
-        finally:  # also when the client has gone: the server then closes this generator
-            self._batcher.give_up(request)
+        finally:  # if the client disconnects, the server closes this generator
+            self._batcher.cancel(request)
 
     def _read_options(self, body: SamplingBody, prompt_length: int, limit: int | None) -> GenerationOptions:
         for name, value in (body.model_extra or {}).items():
@@ -323,7 +322,7 @@ class Frame:
         return {**self._head, "object": self._event_kind(), "choices": [choice]}
 
     def usage_piece(self, last: Update) -> dict[str, Any]:
-        """The event with the counts of tokens."""
+        """The event with token counts."""
         return {**self._head, "object": self._event_kind(), "choices": [], "usage": self._usage(last)}
 
     def _event_kind(self) -> str:

@@ -1,7 +1,6 @@
-"""From the model's scores to the next token: greedy, temperature, top-k, top-p, min-p and repetition penalty.
+"""Choose the next token from logits: greedy, temperature, top-k, top-p, min-p and repetition penalty.
 
-Works on a whole batch at once, each row by its own options and its own random numbers. Knows nothing of models, caches
-or text.
+Vectorised over a batch; each row has its own options and random numbers.
 """
 
 import math
@@ -17,7 +16,7 @@ from minimind.errors import UserError
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the next token is drawn. A value that cannot work raises `UserError` when the object is made."""
+    """How the next token is drawn. An invalid value raises `UserError` at construction."""
 
     temperature: float = 0.8
     """Divides the scores before the draw; 0 always takes the most likely token (greedy)."""
@@ -28,9 +27,9 @@ class SamplingOptions:
     min_p: float | None = None
     """Leave out tokens less likely than this share of the most likely one (arXiv 2407.01082); None: none."""
     repetition_penalty: float = 1.0
-    """Above 1: makes tokens that stand in the prompt or the answer less likely (arXiv 1909.05858)."""
+    """Above 1: makes tokens of the prompt and the answer less likely (arXiv 1909.05858)."""
     seed: int | None = None
-    """The same seed, the same draws, on any device; row i of a batch draws with seed + i. None: another every time."""
+    """The same seed, the same draws, on any device; row i of a batch draws with seed + i. None: random."""
 
     def __post_init__(self) -> None:
         _check(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or a number above")
@@ -44,9 +43,9 @@ class Sampler:
     """Draws the next token of each row.
 
     Args:
-        options: one for each row, its `seed` being the row's own.
-        prompts: the token ids that each row has read so far (they count for the repetition penalty).
-        vocab_size: ids from here on are never drawn (a model's matrix may have more rows than its tokenizer).
+        options: one for each row, with the row's own `seed`.
+        prompts: token ids that each row has read so far, for the repetition penalty.
+        vocab_size: larger ids are never drawn (a model's matrix may have more rows than its tokenizer has tokens).
     """
 
     def __init__(
@@ -103,7 +102,7 @@ class Sampler:
         draws = [0.0 if g else r.random() for g, r in zip(self._is_greedy, self._randoms, strict=True)]
         threshold = torch.tensor(draws, dtype=torch.float64, device=scores.device)[:, None] * cumulated[:, -1:]
         chosen = (cumulated <= threshold).sum(dim=-1, keepdim=True)
-        last = (probs > 0).sum(dim=-1, keepdim=True) - 1  # rounding must not lead behind the tokens that are left
+        last = (probs > 0).sum(dim=-1, keepdim=True) - 1  # rounding must not select a token that was cut off
         return token_ids.gather(1, torch.minimum(chosen, last))[:, 0]
 
 

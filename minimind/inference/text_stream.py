@@ -1,6 +1,6 @@
-"""Tokens into text that can be shown at once: whole characters only, and nothing of a stop string.
+"""Turn tokens into text as they come: complete characters only, and nothing of a stop string.
 
-Knows nothing of models; works with any tokenizer, because it compares decoded texts instead of joining pieces.
+Works with any tokenizer, because it compares decoded texts instead of joining pieces.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ REPLACEMENT = "\ufffd"
 
 
 class TextStream:
-    """The text of one continuation. What `push` and `finish` give out, joined, is `text`.
+    """The text of one continuation: the concatenation of what `push` and `finish` return.
 
     Args:
         prompt: token ids before the continuation (some tokenizers write a first token without its space).
-        stop: texts that end the continuation; neither they nor what follows is given out.
+        stop: texts that end the continuation; neither they nor anything after them is returned.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
@@ -23,16 +23,16 @@ class TextStream:
         self.is_stopped = False
         self._tokenizer = tokenizer
         self._stop = [string for string in stop if string]
-        self._held = ""  # decoded, but it may be the beginning of a stop string
-        self._token_ids: list[int] = []  # the tokens that the next decoding looks at
-        self._known = ""  # their text that has been taken over already
+        self._held = ""  # decoded, but may be the start of a stop string
+        self._token_ids: list[int] = []  # tokens to decode next
+        self._known = ""  # their text so far
         self._keep_last(prompt)
 
     def push(self, token_id: int) -> str:
-        """Take one more token; returns the text that can be shown now."""
+        """Add a token; returns the text that is now certain."""
         self._token_ids.append(token_id)
         decoded = self._tokenizer.decode(self._token_ids)
-        # A replacement character at the end is most often a character whose bytes have not all come yet.
+        # A replacement character at the end is usually a character with bytes still missing.
         if decoded.endswith(REPLACEMENT) or self.is_stopped:
             return ""
         new = decoded[len(self._known) :]
@@ -41,7 +41,7 @@ class TextStream:
         return self._give_out(new)
 
     def finish(self) -> str:
-        """No more tokens come; returns what was held back, incomplete characters as U+FFFD."""
+        """End the text; returns what was held back, incomplete characters as U+FFFD."""
         if self.is_stopped:
             return ""
         shown = self._give_out(self._tokenizer.decode(self._token_ids)[len(self._known) :])
@@ -52,7 +52,7 @@ class TextStream:
         return shown + rest
 
     def _keep_last(self, token_ids: Sequence[int]) -> None:
-        """Look back to one token only, if it has a text of its own."""
+        """Keep only the last token as context, if it decodes by itself."""
         last = list(token_ids[-1:])
         decoded = self._tokenizer.decode(last)
         if REPLACEMENT not in decoded:
@@ -73,7 +73,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop` may begin."""
+    """Length of the longest suffix of `text` that is a prefix of `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if stop.startswith(text[-length:]):
             return length

@@ -177,8 +177,8 @@ class RecordingBatcher(Batcher):
         self.given_up: queue.Queue[int] = queue.Queue()
         super().__init__(*args, **options)
 
-    def give_up(self, request: Request) -> None:
-        super().give_up(request)
+    def cancel(self, request: Request) -> None:
+        super().cancel(request)
         self.given_up.put(request._tokens)
 
 
@@ -305,10 +305,10 @@ def test_the_queue_is_bounded_and_a_place_given_up_is_free(batcher, model):
     waiting = [submit(number) for number in (1, 2, 3)]
     with pytest.raises(QueueFull):
         submit(4)
-    batcher.give_up(waiting[0])
+    batcher.cancel(waiting[0])
     assert batcher.num_waiting == 2
     submit(4)
-    batcher.give_up(first)
+    batcher.cancel(first)
     deadline = time.monotonic() + 60
     while not all(updates[n] and updates[n][-1].reason for n in (2, 3, 4)) and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -216,9 +216,7 @@ def _read_rope(values: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "default":
         return {"rope_theta": float(theta)}
     if kind != "yarn" or rope.get("mscale") or rope.get("truncate") is False:
-        raise UserError(
-            f"rotary positions of type {kind!r} with {sorted(rope)} are not supported by this model"
-        )
+        raise UserError(f"rotary positions of type {kind!r} with {sorted(rope)} are not supported by this model")
     factor = rope.get("attention_factor")
     trained = rope.get("original_max_position_embeddings") or values.get("max_position_embeddings")
     return {

@@ -194,7 +194,7 @@ def test_shards_keep_to_their_size():
         (["--checkpoint", "own", "--max-shard-size", "0"], "'0' is not a size"),
         (["--run-dir", "own"], "own is not a run"),
         (["--checkpoint", "nowhere"], "nowhere does not exist"),
-        (["--checkpoint", "own", "--output", "own"], "own exists already"),
+        (["--checkpoint", "own", "--output", "own"], "own exists"),
         (["--checkpoint", "own", "--model", "minimind3"], "only a .pth needs a preset"),
         (["--checkpoint", "own", "--tokenizer", "nowhere"], "none at nowhere"),
         (["--checkpoint", "own"], "there is no tokenizer beside it"),
