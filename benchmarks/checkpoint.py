@@ -2,8 +2,7 @@
 
     python benchmarks/checkpoint.py --model minimind3 --output DIR
 
-Seconds that the loop waits for each kind of save and until the checkpoint has its name, its size, and the seconds of a
-step alone and beside a save. Starts under any launcher; rank 0 prints the table and writes the JSON.
+Starts under any launcher; rank 0 prints the table and writes the JSON.
 """
 
 import statistics
@@ -22,12 +21,9 @@ from minimind.parallel.optimizer import optimizer_step
 
 
 def main(
-    model: str = "minimind3",
-    ds_config: str | None = None,
-    output: Path | None = None,
-    seq_len: int = 64,
+    model: str = "minimind3", ds_config: str | None = None, output: Path | None = None, seq_len: int = 64,
     repeats: int = 3,
-) -> None:
+) -> None:  # fmt: skip
     """Measure both kinds.
 
     Args:

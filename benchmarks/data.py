@@ -51,7 +51,7 @@ def main(
 
 
 def make_shards(folder: Path, count: int, tokens: int) -> None:
-    """A folder of `count` equal shards of random tokens in documents of 200: one written, the others hard links."""
+    """`count` equal shards of random tokens in documents of 200: one is written, the others are hard links."""
     (folder / "tokenizer.json").write_text("{}")
     values = np.random.default_rng(0).integers(3, 6400, (tokens // 200, 199))
     with ShardWriter(

@@ -7,11 +7,12 @@ gradients, as ZeRO keeps them. All of them have what `minimind.train` gives a pr
 loop's turn over the stage's in the same round.
 """
 
+import itertools
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -28,17 +29,10 @@ TARGETS = {0: None, 1: 0.95, 2: 0.95, 3: 0.85}
 
 
 def main(
-    precision: Literal["fp32", "bf16"] = "fp32",
-    model: str = "minimind3",
-    micro_batches: int = 8,
-    batch: int = 2,
-    seq_len: int = 340,
-    rounds: int = 5,
-    minutes: float = math.inf,
-    steps: int = 1,
-    stages: tuple[int, ...] = (0, 1, 2, 3),
-    only: str | None = None,
-) -> None:
+    precision: Literal["fp32", "bf16"] = "fp32", model: str = "minimind3", micro_batches: int = 8,
+    batch: int = 2, seq_len: int = 340, rounds: int = 5, minutes: float = math.inf, steps: int = 1,
+    stages: tuple[int, ...] = (0, 1, 2, 3), only: str | None = None,
+) -> None:  # fmt: skip
     """Measure, or with `only` be one of the contestants.
 
     Args:
@@ -79,18 +73,10 @@ def train(kind: str, precision: str, model: str, shape: tuple[int, int, int]) ->
             make_step = engine_step(
                 batches.to(device), *build_engine(preset(model), env, device, stage=int(kind), **run)
             )
-        for step in count(make_step):
+        for step in itertools.count(1):
+            make_step()
+            synchronize()
             print(f"step {step}", flush=True)
-
-
-def count(make_step: Callable[[], None]) -> Iterator[int]:
-    """The number of each step, when it is done."""
-    step = 0
-    while True:
-        make_step()
-        synchronize()
-        step += 1
-        yield step
 
 
 def bare_step(batches: torch.Tensor, precision: str, model: str) -> Callable[[], None]:

@@ -106,7 +106,7 @@ def measure_shape(config: ModelConfig, dtype: torch.dtype, tokens: int, rounds: 
 
 
 def check_equal(ways: dict[str, Way], states: Tensor) -> None:
-    """Every way computes what ours does."""
+    """Exit unless every way computes the same as ours."""
     with torch.no_grad():
         wanted = ways["ours"](states)
         for name, run in ways.items():

@@ -2,8 +2,8 @@
 
     python benchmarks/generate.py [--model minimind3] [--new-tokens 256] [--repeats 3] [--threads 1]
 
-Every row decodes greedily from the same prompt, alone, without an end; rows take turns, and medians count. With
-`--checkpoint` and `--text` it also says what each precision costs in bits per byte. Prints a table and writes JSON.
+Every row decodes greedily from the same prompt, alone, without an end. With `--checkpoint` and `--text` it also
+measures what each precision costs in bits per byte.
 """
 
 import functools
@@ -30,18 +30,13 @@ GREEDY = SamplingOptions(temperature=0.0)
 
 
 def main(
-    model: str = "minimind3",
-    new_tokens: int = 256,
-    repeats: int = 3,
-    threads: int = 1,
-    checkpoint: Path | None = None,
-    text: tuple[Path, ...] = (),
-) -> None:
+    model: str = "minimind3", new_tokens: int = 256, repeats: int = 3, threads: int = 1,
+    checkpoint: Path | None = None, text: tuple[Path, ...] = (),
+) -> None:  # fmt: skip
     """Measure.
 
     Args:
         model: preset, with random weights, whose speed is measured.
-        repeats: runs of each row; they take turns, and medians count.
         checkpoint: a trained model, for the quality.
         text: files that the quality is measured on.
     """

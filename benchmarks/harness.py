@@ -63,7 +63,7 @@ class Claim:
 def report(script: str, claims: Sequence[Claim], measured: dict[str, Any], path: Path | None = None) -> None:
     """Print the table of one benchmark and write its JSON [default: `out/SCRIPT.json`]."""
     where, rows = environment(), [claim.to_dict() for claim in claims]
-    print(f"{script}: {machine_of(where)}, load {where['load_at_start']} at start")
+    print(f"{script}: {where['machine']}, load {where['load_at_start']} at start")
     print(format_table(rows))
     path = path or OUT / f"{Path(script).stem}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def summarize(all: bool = False) -> None:
     contents = [json.loads(path.read_text()) for path in sorted(OUT.glob("*.json"))]
     rows = [row for content in contents for row in content["claims"]]
     promised = [row for row in rows if row["target"] is not None]
-    for machine in sorted({machine_of(content["environment"]) for content in contents}):
+    for machine in sorted({content["environment"]["machine"] for content in contents}):
         print(machine)
     print(format_table(promised))
     print(f"{sum(row['passed'] for row in promised)} of {len(promised)} reached")
@@ -102,30 +102,18 @@ def summarize(all: bool = False) -> None:
         print("\n" + format_table([row for row in rows if row["target"] is None]))
 
 
-def machine_of(where: dict[str, Any]) -> str:
-    """Cores, processor, device and versions, in one line."""
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    return f"{where['cores']} cores, {where['cpu']}, {where['device']}; {versions}"
-
-
 def environment() -> dict[str, Any]:
     """Date, device, cores, load and versions, without which a figure means nothing."""
     import torch  # slow to import, and some benchmarks are about just that
 
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+    installed = {package.name: package.version for package in importlib.metadata.distributions()}
+    versions = ", ".join(f"{name} {installed[name]}" for name in _PACKAGES if name in installed)
+    cores, device = len(os.sched_getaffinity(0)), torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "machine": f"{cores} cores, {cpu_name()}, {device}; Python {platform.python_version()}, {versions}",
+        "cores": cores,
         "load_at_start": round(LOAD_AT_START, 2),
-        "python": platform.python_version(),
-        "versions": versions,
         "threads": os.environ.get("OMP_NUM_THREADS", "torch's default"),
     }
 
@@ -151,7 +139,7 @@ def has_fast_bf16() -> bool:
 
 
 def core_threads() -> dict[str, str]:
-    """Environment of a program that has the whole machine; a value that is set already is kept."""
+    """Environment of a program that has all cores; a value that is set already is kept."""
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))}
 
 
@@ -243,13 +231,11 @@ def find_text(given: Path | None, folder: Path) -> Path:
         if not given.is_file():
             raise SystemExit(f"--text {given}: no such file")
         return given.resolve()
-    documents = read_descriptions()
-    path = folder / "text.jsonl"
-    if len(documents) < _ENOUGH:
-        run_module("data_prep.default_corpus", "--output", path)
-    else:
+    documents, path = read_descriptions(), folder / "text.jsonl"
+    if len(documents) >= _ENOUGH:
         random.Random(0).shuffle(documents)
-        write_texts(path, documents)
+        return write_texts(path, documents)
+    run_module("data_prep.default_corpus", "--output", path)
     return path
 
 

@@ -3,12 +3,10 @@
     python benchmarks/learning.py --peer DIR [--text FILE.jsonl] [--tokens 250000]
 
 Both train on the same texts at the same peak learning rate, for the same number of real tokens and about as many
-optimizer steps; the model is minimind3 in a smaller size, so that this takes minutes. Steps are small, for there must
-be enough of them: at first all models only learn which tokens are frequent, and stay at that loss for a time that
-chance decides (after 121 steps of 2,720 tokens three seeds of ours differed by 5%). Then the weights of both are read
-by our model and scored on the same held-out texts: the mean loss of each token after the first, the text alone in its
-context, in float32 (the reference's after its own start token, as it was trained). Nothing is timed: on a CPU as many
-repeats run side by side as there are cores, each on one thread.
+optimizer steps; the model is a smaller minimind3. Steps are small, because there must be many: at first models only
+learn which tokens are frequent, for a time that chance decides (after 121 steps of 2,720 tokens three seeds of ours
+differed by 5%). Then our code scores both on the same held-out texts in float32: the mean loss of each token after the
+first (the reference's after its own start token). On a CPU one-thread repeats run side by side.
 """
 
 import dataclasses
@@ -18,8 +16,8 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import tyro
@@ -37,8 +35,7 @@ HIDDEN_SIZE, LAYERS = 256, 4
 INITIALIZER_RANGE = round((3 * HIDDEN_SIZE) ** -0.5, 4)
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """How both are trained."""
 
     peer: Path
@@ -48,21 +45,14 @@ class Recipe:
 
 
 def main(
-    peer: Path,
-    text: Path | None = None,
-    tokens: int = 250_000,
-    length: int = 340,
-    batch: int = 4,
-    lr: float = 1e-3,
-    repeats: int = 4,
-    minutes: float = math.inf,
-) -> None:
+    peer: Path, text: Path | None = None, tokens: int = 250_000, length: int = 340, batch: int = 4,
+    lr: float = 1e-3, repeats: int = 4, minutes: float = math.inf,
+) -> None:  # fmt: skip
     """Measure.
 
     Args:
-        length: the reference's maximum length and our window.
         batch: texts in the reference's optimizer step; ours takes about as many real tokens.
-        repeats: each with other texts, as far as there are any; one alone says little.
+        repeats: each with other texts; one alone says little.
     """
     deadline, longest, recipe = time.perf_counter() + 60 * minutes, 0.0, Recipe(peer, length, batch, lr)
     at_once = 1 if torch.cuda.is_available() else min(len(os.sched_getaffinity(0)), repeats)
@@ -79,26 +69,21 @@ def main(
                 break
             numbers = range(len(losses), min(repeats, len(losses) + at_once))
             found = [take_texts(reference, rest, tokens, length, folder / f"repeat {n + 1}") for n in numbers]
-            parts = [part for part in found if part is not None]
-            losses += pool.map(lambda part: train_both(part, recipe, scored), parts)
+            losses += pool.map(lambda part: train_both(part, recipe, scored), filter(None, found))
             if not losses:
                 raise SystemExit(f"the text has fewer than {tokens:,} tokens: give more --text or fewer --tokens")
-            if len(parts) < len(found):
+            if None in found:
                 print(f"  the text is used up after {len(losses)} of {repeats} repeats", file=sys.stderr)
                 break
             longest = max(longest, time.perf_counter() - began)
     theirs, ours = zip(*losses, strict=True)
     title = f"evaluation loss after {tokens:,} tokens"
-    claims = [
-        Claim(f"{title}: {name}", losses, unit="nats a token")
-        for name, losses in (("minimind", theirs), ("ours", ours))
-    ]
+    claims = [Claim(f"{title}: {name}", found, unit="nats") for name, found in (("minimind", theirs), ("ours", ours))]
     claims.append(Claim(f"{title}: ours over minimind", ratios(ours, theirs), 1.0, at_least=False, unit="x"))
     report(__file__, claims, {"minimind": theirs, "ours": ours, "tokens": tokens})
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Texts of one repeat; `tokens` as the reference reads them: with its marks, and cut at its maximum length."""
 
     file: Path
@@ -133,7 +118,7 @@ def train_both(part: Part, recipe: Recipe, scored: Sequence[Sequence[int]]) -> t
 
 
 def train_reference(reference: Peer, file: Path, recipe: Recipe, env: dict[str, str]) -> MiniMindForCausalLM:
-    """One epoch of its own trainer; its weights in our model."""
+    """Its own trainer for an epoch; its weights in our model."""
     more = ["--hidden_size", HIDDEN_SIZE, "--num_hidden_layers", LAYERS, "--learning_rate", recipe.lr]
     run(reference.command(file, recipe.length, recipe.batch, 1, *more), reference.folder / "trainer", **env)
     state = torch.load(reference.folder / "out" / f"pretrain_{HIDDEN_SIZE}.pth", weights_only=True)

@@ -2,12 +2,10 @@
 
     python benchmarks/memory.py --peer DIR [--batch 32] [--length 340] [--vocab-size 32000]
 
-Each step runs in a process of its own, which first imports everything and then counts what it needs on top: the
-growth of its peak resident memory on a CPU, the allocator's peak on a GPU. The reference and Qwen3 compute in float32,
-as their loops do on a CPU (on a GPU under bf16 autocast); ours is the engine that `minimind.train` builds under ZeRO-1:
-in bf16 with float32 master weights, gradients and moments. Ours keeps no full logits and recomputes no activations but
-silu(gate) * up.
-That its loss is exact is checked in the same run against the plain cross-entropy in float64.
+Each step runs in a process of its own, which imports everything and then counts what it needs on top: the growth of
+its peak resident memory on a CPU, the allocator's peak on a GPU. The reference computes in float32, as its loop does on
+a CPU (on a GPU under bf16 autocast); ours is the engine that `minimind.train` builds under ZeRO-1. Its loss is compared
+with the plain cross-entropy in float64.
 """
 
 import dataclasses
@@ -16,22 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from harness import ROOT, Claim, build_engine, core_threads, joined, ratios, report, run, transformers_model, workspace
+from harness import Claim, build_engine, core_threads, joined, ratios, report, run, workspace
 from turns import Peer
 
 MARK = "measured: "
-KINDS = ("minimind", "Qwen3", "ours fp32", "ours bf16", "ours bf16 compiled")
+KINDS = ("minimind", "ours fp32", "ours bf16", "ours bf16 compiled")
 
 
 def main(
-    peer: Path,
-    batch: int = 32,
-    length: int = 340,
-    vocab_size: int = 32000,
-    repeats: int = 1,
-    kinds: tuple[str, ...] = KINDS,
-    only: str | None = None,
-) -> None:
+    peer: Path, batch: int = 32, length: int = 340, vocab_size: int = 32000, repeats: int = 1,
+    kinds: tuple[str, ...] = KINDS, only: str | None = None,
+) -> None:  # fmt: skip
     """Measure, or with `only` be one of the measured.
 
     Args:
@@ -68,9 +61,7 @@ def config_of(vocab_size: int) -> Any:
 
 def run_alone(kind: str, shape: list[str]) -> float:
     """What a process of its own measures."""
-    output = run(
-        [sys.executable, ROOT / "benchmarks" / "memory.py", "--only", kind, *shape], Path.cwd(), **core_threads()
-    )
+    output = run([sys.executable, __file__, "--only", kind, *shape], Path.cwd(), **core_threads())
     (line,) = [line for line in output.splitlines() if line.startswith(MARK)]
     return float(line.removeprefix(MARK))
 
@@ -87,17 +78,11 @@ def measure(kind: str, peer: Path, batch: int, length: int, vocab_size: int) -> 
         return loss_error(tokens[:2], vocab_size)
     if kind.startswith("ours"):
         return measure_ours(kind, tokens, vocab_size)
-    if kind == "minimind":
-        sys.path.insert(0, str(peer))
-        from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+    sys.path.insert(0, str(peer))
+    from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 
-        build: Any = lambda: MiniMindForCausalLM(MiniMindConfig(vocab_size=vocab_size))  # noqa: E731
-    else:
-        import transformers.models.qwen3.modeling_qwen3  # noqa: F401 - imports do not count
-
-        build = lambda: transformers_model(config_of(vocab_size))  # noqa: E731
     before = peak_memory_bytes(device)
-    model = build().to(device)
+    model = MiniMindForCausalLM(MiniMindConfig(vocab_size=vocab_size)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     for _ in range(2):
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda"):

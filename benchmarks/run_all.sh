@@ -3,16 +3,11 @@
 # Made for under 40 minutes on two quiet cores. A benchmark that fails is named at the end; the others go on.
 set -uo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-invoked="$PWD"
-cd "$root" || exit 1
-# shellcheck source=launch/env.sh
-. launch/env.sh
-python=.venv/bin/python
-peer="" text=()
+peer=() text=()
 while [ $# -gt 0 ]; do
   case "$1" in
-    --peer) peer="$(cd "$invoked" && realpath "$2")" ;;
-    --text) text=(--text "$(cd "$invoked" && realpath "$2")") ;;
+    --peer) peer=(--peer "$(realpath "$2")") ;;
+    --text) text=(--text "$(realpath "$2")") ;;
     *)
       echo "error: unknown argument $1; give --peer DIR or --text FILE.jsonl" >&2
       exit 2
@@ -20,48 +15,40 @@ while [ $# -gt 0 ]; do
   esac
   shift 2
 done
+cd "$root" || exit 1
+# shellcheck source=launch/env.sh
+. launch/env.sh
+python=.venv/bin/python
 # The benchmarks use all cores; each says where it uses one.
 unset OMP_NUM_THREADS
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 # A processor without products in bf16 is measured in float32, which is slower: there each script takes fewer or smaller
 # turns, and leaves out what nothing was promised for.
-bf16="$(PYTHONPATH=benchmarks "$python" -c 'import harness; print(harness.has_fast_bf16())')"
 precision=bf16 start=() data=() layers=() experts=() stages=() train=() memory=() learning=() scaling=() decoding=()
-if [ "$bf16" != True ]; then
-  precision=fp32
-  start=(--repeats 2)
-  data=(--repeats 2)
-  layers=(--rounds 5)
-  experts=(--rounds 2)
-  stages=(--stages 1 2 3 --batch 1)
-  train=(--batch 4 --programs minimind "ours fp32")
-  memory=(--kinds "ours bf16")
-  learning=(--tokens 80000)
-  scaling=(--accumulation 1 --steps 1 --rounds 5)
-  decoding=(--repeats 2)
+if [ "$(PYTHONPATH=benchmarks "$python" -c 'import harness; print(harness.has_fast_bf16())')" != True ]; then
+  precision=fp32 start=(--repeats 2) data=(--repeats 2) layers=(--rounds 5) experts=(--rounds 2)
+  stages=(--stages 1 2 3 --batch 1) train=(--batch 4 --programs minimind "ours fp32") memory=(--kinds "ours bf16")
+  learning=(--tokens 80000) scaling=(--accumulation 1 --steps 1 --rounds 5) decoding=(--repeats 2)
 fi
 failed=()
-mkdir -p benchmarks/out
 rm -f benchmarks/out/*.json
 
 # run NAME MINUTES ARGUMENTS: one benchmark, ended when it takes longer than it may.
 run() {
-  local name="$1" minutes="$2"
-  shift 2
-  printf '\n== %s  (%s)\n' "$name" "$(date +%H:%M:%S)"
-  timeout --kill-after=60 "${minutes}m" "$python" "benchmarks/$name" "$@" || failed+=("$name $*")
+  printf '\n== %s  (%s)\n' "$1" "$(date +%H:%M:%S)"
+  timeout --kill-after=60 "${2}m" "$python" "benchmarks/$1" "${@:3}" || failed+=("$1 ${*:3}")
 }
 
 run start.py 4 "${start[@]}"
 run data.py 4 "${data[@]}"
 run cpu_layers.py 2 "${layers[@]}"
 run experts.py 7 "${experts[@]}"
-[ "$bf16" = True ] && run deepspeed_overhead.py 7 --precision bf16 --rounds 11 --minutes 6
+[ "$precision" = bf16 ] && run deepspeed_overhead.py 7 --precision bf16 --rounds 11 --minutes 6
 run deepspeed_overhead.py 8 --precision fp32 --rounds 5 --minutes 6 "${stages[@]}"
-if [ -n "$peer" ]; then
-  run train.py 12 --peer "$peer" --rounds 2 --minutes 7 "${train[@]}" "${text[@]}"
-  run memory.py 8 --peer "$peer" "${memory[@]}"
-  run learning.py 9 --peer "$peer" --minutes 6 "${learning[@]}" "${text[@]}"
+if [ ${#peer[@]} -gt 0 ]; then
+  run train.py 12 "${peer[@]}" --rounds 2 --minutes 7 "${train[@]}" "${text[@]}"
+  run memory.py 8 "${peer[@]}" "${memory[@]}"
+  run learning.py 9 "${peer[@]}" --minutes 6 "${learning[@]}" "${text[@]}"
 else
   failed+=("train.py, memory.py, learning.py: not run, they need --peer DIR")
 fi

@@ -2,9 +2,8 @@
 
     python benchmarks/scaling.py            # writes benchmarks/scaling.md
 
-No measurement of a large world: derived from the exact counts of operations and parameters, from stated bandwidths,
-and from the parts that were measured here, whose JSON files it reads (`weak_scaling.json`). Every assumption is in the
-page's head.
+Derived from exact counts of operations and parameters, from stated bandwidths, and from `weak_scaling.json`, which was
+measured here. Every assumption is in the page's head.
 """
 
 import json
@@ -25,14 +24,14 @@ BYTES = 2  # bf16 weights and gradients on the wire: DeepSpeed's default communi
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of GPUs. Bandwidths are a GPU's share, in one direction, in bytes a second, as collectives reach them."""
+    """Nodes of GPUs. Bandwidths are a GPU's share, in one direction, in GB a second, as collectives reach them."""
 
     gpus_per_node: int = 8
-    peak_flops: float = 989e12  # H200, bf16, data sheet
+    peak_tflops: int = 989  # H200, bf16, data sheet
     mfu: float = 0.45
-    inside: float = 360e9  # NVLink 4: 450e9 by the data sheet, 80% of it in large collectives
-    between: float = 40e9  # 400 Gbit/s a GPU: 50e9, 80% of it
-    latency: float = 20e-6  # of one step of a ring between nodes
+    inside: int = 360  # NVLink 4: 450 by the data sheet, 80% of it in large collectives
+    between: int = 40  # 400 Gbit/s a GPU: 50, 80% of it
+    latency: int = 20  # microseconds of one step of a ring between nodes
 
 
 @dataclass(frozen=True)
@@ -77,24 +76,25 @@ def wire_bytes(job: Job, stage: int, world: int, ep_size: int = 1) -> dict[str, 
 def step_seconds(job: Job, cluster: Cluster, stage: int, world: int, ep_size: int = 1) -> tuple[float, float]:
     """Seconds of computing and of communicating in one optimizer step, each as if it were alone."""
     operations = job.config.flops_per_token(job.seq_len) * job.tokens * job.accumulation
-    computing = operations / (cluster.peak_flops * cluster.mfu)
+    computing = operations / (cluster.peak_tflops * 1e12 * cluster.mfu)
     sent = wire_bytes(job, stage, world, ep_size)
     nodes = max(1, world // cluster.gpus_per_node)
     bandwidth = cluster.inside if nodes == 1 else cluster.between
     tokens_bandwidth = cluster.inside if ep_size <= cluster.gpus_per_node else cluster.between
     rounds = {0: 2, 1: 2, 2: job.accumulation + 1, 3: 3 * job.accumulation}[stage]
-    latency = rounds * (nodes - 1) * cluster.latency
-    ring = (sent["gradients"] + sent["weights"]) / bandwidth
-    return computing, ring + sent["tokens"] / tokens_bandwidth + latency
+    latency = rounds * (nodes - 1) * cluster.latency * 1e-6
+    ring = (sent["gradients"] + sent["weights"]) / (bandwidth * 1e9)
+    return computing, ring + sent["tokens"] / (tokens_bandwidth * 1e9) + latency
 
 
 PAGE = """# Larger worlds, by arithmetic
 
 Made by `benchmarks/scaling.py`; nothing on this page was measured on a cluster. Seconds of computing are
-the exact operations of a step over {mfu:.0%} of {peak:.0f} TFLOP/s (one H200 in bf16; the share is an aim, not a \
-measurement).
-Bandwidths a GPU and direction: {inside:.0f} GB/s inside a node of {gpus_per_node}, {between:.0f} GB/s between nodes
-(80% of NVLink 4 and of 400 Gbit/s); {latency:.0f} us a ring step between nodes. Weights and
+the exact operations of a step over {cluster.mfu:.0%} of {cluster.peak_tflops} TFLOP/s (one H200 in bf16; \
+the share is an aim, not a measurement).
+Bandwidths a GPU and direction: {cluster.inside} GB/s inside a node of {cluster.gpus_per_node}, \
+{cluster.between} GB/s between nodes
+(80% of NVLink 4 and of 400 Gbit/s); {cluster.latency} us a ring step between nodes. Weights and
 gradients travel in bf16. A rank takes 8 sequences of 2048 tokens, 4 times a step.
 
 Efficiency: computing over computing plus communication, nothing overlapped (the lower bound), and over the
@@ -114,18 +114,13 @@ that stays inside a node.
 
 def write_page(cluster: Cluster) -> str:
     """The whole page."""
-    tables = [
-        f"\n## {title}\n\n{table(Job(preset(name)), cluster, ep_size)}\n"
-        for title, name, ep_size in (
-            ("minimind3", "minimind3", 1), ("large", "large", 1),
-            ("moe-64e, ep_size 1", "moe-64e", 1), ("moe-64e, ep_size 8", "moe-64e", 8),
+    tables = "".join(
+        f"\n## {name}{title}\n\n{table(Job(preset(name)), cluster, ep_size)}\n"
+        for name, title, ep_size in (
+            ("minimind3", "", 1), ("large", "", 1), ("moe-64e", ", ep_size 1", 1), ("moe-64e", ", ep_size 8", 8),
         )
-    ]  # fmt: skip
-    return PAGE.format(
-        mfu=cluster.mfu, peak=cluster.peak_flops / 1e12, inside=cluster.inside / 1e9, between=cluster.between / 1e9,
-        gpus_per_node=cluster.gpus_per_node, latency=cluster.latency * 1e6, measured=measured_part(),
-        tables="".join(tables), limits=limits(cluster),
     )  # fmt: skip
+    return PAGE.format(cluster=cluster, measured=measured_part(), tables=tables, limits=limits(cluster))
 
 
 def table(job: Job, cluster: Cluster, ep_size: int) -> str:

@@ -3,13 +3,13 @@
 python benchmarks/start.py
 """
 
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import tyro
 from harness import ROOT, Claim, make_shards, make_tokenizer, report, run, workspace
+from turns import our_trainer
 
 IMPORTS = (
     "torch",
@@ -36,20 +36,13 @@ def main(repeats: int = 3) -> None:
 
 def time_first_step(shards: Path, run_dir: Path) -> float:
     """Seconds from the command until metrics.jsonl holds the first step."""
-    command = [sys.executable, "-m", "minimind.train", "--model", "tiny", "--shards", str(shards)]
-    command += ["--run-dir", str(run_dir), "--seq-len", "64", "--steps", "100000", "--save-every", "0"]
-    log = run_dir / "metrics.jsonl"
-    began = time.perf_counter()
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    flags = ["--model", "tiny", "--shards", shards, "--seq-len", 64, "--save-every", 0]
+    trainer, began = our_trainer("tiny", run_dir, flags, 1, {}), time.perf_counter()
     try:
-        while not (log.exists() and log.stat().st_size):
-            if process.poll() is not None:
-                raise SystemExit(f"it ended without a step:\n{process.communicate()[0].decode()[-800:]}")
-            time.sleep(0.01)
-        return time.perf_counter() - began
+        trainer.start()
+        return trainer.wait_steps(1)[0] - began
     finally:
-        process.kill()
-        process.communicate()
+        trainer.end()
 
 
 def time_import(module: str) -> float:

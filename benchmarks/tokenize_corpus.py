@@ -2,10 +2,10 @@
 
     python benchmarks/tokenize_corpus.py [--megabytes 50] [--repeats 5] [--memory-megabytes 50 500]
 
-The library encodes texts that are in memory already; the tool is timed as a command, from its start to its end, reading
-JSONL and writing shards. Prints a table and writes JSON. Run it on a quiet machine.
+The library encodes texts that are in memory already; the tool is timed as a command that reads JSONL and writes shards.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -95,16 +95,11 @@ def run_tool(source: Path, tokenizer: Path, output: Path, measure_memory: bool =
 def read_memory(pid: int) -> float:
     """MB of a process and all its descendants, shared pages counted once (pss)."""
     total = 0.0
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
-        processes = [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return total
-    for process in processes:
-        try:
-            total += process.memory_full_info().pss / 1e6
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
+        for process in (root, *root.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                total += process.memory_full_info().pss / 1e6
     return total
 
 

@@ -1,4 +1,4 @@
-"""Training speed beside the reference trainer and transformers' Qwen3: real tokens a second on the same text.
+"""Training speed beside the reference trainer: real tokens a second on the same text.
 
     python benchmarks/train.py --peer DIR [--text FILE.jsonl] [--lengths 340 512]
 
@@ -9,7 +9,6 @@ of a mean step: texts of a few steps happen to be long or short. Ours is the com
 under ZeRO-1.
 """
 
-import json
 import math
 import sys
 import time
@@ -17,20 +16,9 @@ from pathlib import Path
 
 import torch
 import tyro
-from harness import (
-    ROOT,
-    Claim,
-    core_threads,
-    find_text,
-    has_fast_bf16,
-    make_shards,
-    ratios,
-    read_texts,
-    report,
-    workspace,
-    write_texts,
-)  # fmt: skip
-from turns import Contestant, Peer, our_trainer, reference_order, started, take_turns
+from harness import Claim, core_threads, find_text, has_fast_bf16, make_shards, ratios, read_texts, report, workspace
+from harness import write_texts as write
+from turns import Contestant, Peer, our_trainer, started, take_turns
 
 from minimind.config.run_config import preset
 from minimind.training.peak_flops import peak_flops
@@ -43,30 +31,23 @@ OURS_WITHOUT_BF16 = {"ours fp32": OURS["ours fp32"], "ours fp32 compiled": [*OUR
 
 
 def main(
-    peer: Path,
-    text: Path | None = None,
-    lengths: tuple[int, ...] = (340, 512),
-    rounds: int = 3,
-    minutes: float = math.inf,
-    batch: int = 8,
-    accumulation: int = 2,
-    steps: int = 2,
-    model: str = "minimind3",
+    peer: Path, text: Path | None = None, lengths: tuple[int, ...] = (340, 512), rounds: int = 3,
+    minutes: float = math.inf, batch: int = 8, accumulation: int = 2, steps: int = 2, model: str = "minimind3",
     programs: tuple[str, ...] | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Measure.
 
     Args:
         batch: sequences in a micro-batch, for all.
-        accumulation: micro-batches in an optimizer step of the padded ones; ours takes half as many, rounded up:
-            about as many real tokens, as nothing of it is padding.
-        steps: micro-batches of the padded ones in a turn; ours makes as many optimizer steps.
+        accumulation: micro-batches in an optimizer step of the reference; ours takes half as many, rounded up: about
+            as many real tokens, as nothing of it is padding.
+        steps: micro-batches of the reference in a turn; ours makes as many optimizer steps.
         model: preset; the peer has the shape of minimind3.
         programs: names of those that take turns, one of ours among them [default: all].
     """
     claims, measured = [], {}
     ours = OURS if has_fast_bf16() else OURS_WITHOUT_BF16
-    names = ("minimind", "Qwen3", *ours)
+    names = ("minimind", *ours)
     chosen = programs or names
     if not set(chosen) <= set(names) or not set(chosen) & set(ours):
         raise SystemExit(f"--programs {' '.join(chosen)}: choose of {', '.join(names)}, one of ours among them")
@@ -77,20 +58,14 @@ def main(
             source = find_text(text, folder)
             texts = read_texts(source, max((rounds + 2) * (steps + 3) * batch * 2, FEWEST_TEXTS))
             rows = reference.read_tokens(texts, length)
-            (folder / "tokens.json").write_text(json.dumps([rows[index] for index in reference_order(len(texts))]))
             shards = make_shards(source, reference.tokenizer, folder / "shards")
             threads = core_threads()
-            command = reference.command(write_texts(folder / "texts.jsonl", texts), length, batch, accumulation)
-            qwen3 = [sys.executable, ROOT / "benchmarks" / "padded_loop.py", "--tokens", folder / "tokens.json"]
-            qwen3 += ["--length", length, "--batch", batch, "--accumulation", accumulation, "--model", model]
+            command = reference.command(write(folder / "texts.jsonl", texts), length, batch, accumulation)
             env = {**threads, "HF_HOME": str(folder / "hf")}
-            contestants = [
-                Contestant("minimind", command, Peer.pattern, steps, reference.folder / "trainer", env),
-                Contestant("Qwen3", list(map(str, qwen3)), r"micro-batch (?P<step>\d+) ", steps, env=env),
-            ]
+            contestants = [Contestant("minimind", command, Peer.pattern, steps, reference.folder / "trainer", env)]
             accumulated = -(-accumulation // 2)
             flags = ["--model", model, "--shards", shards, "--seq-len", length, "--micro-batch-size", batch]
-            flags += ["--gradient-accumulation-steps", accumulated]
+            flags += ["--gradient-accumulation-steps", accumulated, "--no-tensorboard"]
             for name, more in ours.items():
                 contestants.append(our_trainer(name, folder / name.replace(" ", "-"), [*flags, *more], steps, threads))
             contestants = [contestant for contestant in contestants if contestant.name in chosen]
@@ -98,11 +73,9 @@ def main(
             with started(contestants):
                 take_turns(contestants, rounds, deadline)
         kept = sum(map(len, rows))
-        tokens = {name: batch * kept / len(rows) for name in ("minimind", "Qwen3")}
-        tokens |= dict.fromkeys(ours, accumulated * batch * length)
+        tokens = {"minimind": batch * kept / len(rows), **dict.fromkeys(ours, accumulated * batch * length)}
         speeds = {one.name: [tokens[one.name] / seconds for seconds in one.seconds] for one in contestants}
-        found = judge(length, speeds, model)
-        claims += found
+        claims += judge(length, speeds, model)
         per_cpu_second = {one.name: [tokens[one.name] / seconds for seconds in one.cpu_seconds] for one in contestants}
         measured[str(length)] = {"text": str(source), "padding_share": 1 - kept / (len(rows) * length)}
         measured[str(length)] |= {"tokens_per_second": speeds, "tokens_per_cpu_second": per_cpu_second}
@@ -116,9 +89,9 @@ def judge(length: int, speeds: dict[str, list[float]], model: str) -> list[Claim
     dtype = torch.bfloat16 if has_fast_bf16() else torch.float32
     judged = [name for name in speeds if name.startswith("ours") and ("bf16" in name) == (dtype == torch.bfloat16)]
     best = max(judged, key=lambda name: sum(speeds[name]))
-    for other, target in (("minimind", TARGETS.get(length)), ("Qwen3", None)):
-        if other in speeds:
-            claims.append(Claim(f"{title}: {best} over {other}", ratios(speeds[best], speeds[other]), target, unit="x"))
+    if "minimind" in speeds:
+        shares = ratios(speeds[best], speeds["minimind"])
+        claims.append(Claim(f"{title}: {best} over minimind", shares, TARGETS.get(length), unit="x"))
     peak, source = peak_flops(torch.device("cuda" if torch.cuda.is_available() else "cpu"), dtype)
     shares = [speed * preset(model).flops_per_token(length) / peak for speed in speeds[best]]
     note = f"of the peak of {peak / 1e9:,.0f} GFLOP/s, {source}"

@@ -192,7 +192,7 @@ def our_trainer(
 ) -> Contestant:
     """`python -m minimind.train` under ZeRO-1 with document masks, without an end."""
     command = [*(launcher or [sys.executable]), "-m", "minimind.train", "--run-dir", run_dir, "--document-mask"]
-    command += ["--steps", 100000, "--no-tensorboard", "--ds-config", ROOT / "ds_configs" / "zero1.json", *flags]
+    command += ["--steps", 100000, "--ds-config", ROOT / "ds_configs" / "zero1.json", *flags]
     pattern = r'"step": (?P<step>\d+), "loss"'
     return Contestant(name, list(map(str, command)), pattern, steps, ROOT, env, run_dir / "metrics.jsonl")
 
@@ -236,10 +236,3 @@ class Peer:
         tokenizer = AutoTokenizer.from_pretrained(self.folder / "model")
         encoded = tokenizer(list(texts), add_special_tokens=False, max_length=length - 2, truncation=True).input_ids
         return [[tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id] for tokens in encoded]
-
-
-def reference_order(num_texts: int) -> list[int]:
-    """Which text its trainer takes when, in the first epoch: it seeds the order with 42 + 0."""
-    import torch
-
-    return torch.randperm(num_texts, generator=torch.Generator().manual_seed(42)).tolist()

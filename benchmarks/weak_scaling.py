@@ -17,17 +17,10 @@ from turns import our_trainer, started, take_turns
 
 
 def main(
-    precision: Literal["fp32", "bf16"] = "bf16",
-    model: str = "minimind3",
-    micro_batch_size: int = 4,
-    accumulation: int = 4,
-    seq_len: int = 512,
-    rounds: int = 3,
-    minutes: float = math.inf,
-    steps: int = 2,
-    ranks: int = 2,
-    text: Path | None = None,
-) -> None:
+    precision: Literal["fp32", "bf16"] = "bf16", model: str = "minimind3", micro_batch_size: int = 4,
+    accumulation: int = 4, seq_len: int = 512, rounds: int = 3, minutes: float = math.inf, steps: int = 2,
+    ranks: int = 2, text: Path | None = None,
+) -> None:  # fmt: skip
     """Measure.
 
     Args:
@@ -38,7 +31,7 @@ def main(
         source = write_texts(folder / "part.jsonl", read_texts(find_text(text, folder), 20_000))
         shards = make_shards(source, make_tokenizer(source, folder / "tokenizer"), folder / "shards")
         flags = ["--model", model, "--shards", shards, "--seq-len", seq_len, "--micro-batch-size", micro_batch_size]
-        flags += ["--gradient-accumulation-steps", accumulation, "--precision", precision]
+        flags += ["--gradient-accumulation-steps", accumulation, "--precision", precision, "--no-tensorboard"]
         contestants = []
         for world in (1, ranks):
             launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}")

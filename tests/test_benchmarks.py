@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import harness
 from harness import Claim, format_table, ratios, report, time_rounds
 from scaling import STAGES, Cluster, Job, step_seconds, wire_bytes, write_page
-from turns import Contestant, reference_order, started, take_turns
+from turns import Contestant, started, take_turns
 
 from minimind.config.run_config import preset
 
@@ -43,12 +43,12 @@ def test_a_report_is_written_with_its_machine_and_summed_up(tmp_path, capsys, mo
     monkeypatch.setattr(harness, "OUT", tmp_path)
     report("benchmarks/x.py", [Claim("c", ratios((4.0, 9.0), (2.0, 3.0)), 2.0), Claim("d", [1.0])], {"raw": [1]})
     content = json.loads((tmp_path / "x.json").read_text())
-    assert content["measured"] == {"raw": [1]} and content["environment"]["versions"]["torch"]
+    assert content["measured"] == {"raw": [1]} and "torch 2" in content["environment"]["machine"]
     assert content["claims"][0]["median"] == 2.5 and content["claims"][0]["passed"]
-    assert content["environment"]["cpu"] in capsys.readouterr().out
+    assert content["environment"]["machine"] in capsys.readouterr().out
     harness.summarize(all=True)
     summary = capsys.readouterr().out
-    assert "1 of 1 reached" in summary and content["environment"]["cpu"] in summary and "| d |" in summary
+    assert "1 of 1 reached" in summary and content["environment"]["machine"] in summary and "| d |" in summary
 
 
 def test_ways_are_timed_round_by_round_after_the_warm_up():
@@ -102,11 +102,6 @@ def test_a_program_that_ends_early_is_named_with_its_last_words():
             pass
     finally:
         signal.signal(signal.SIGTERM, handler)
-
-
-def test_the_reference_takes_every_text_once():
-    order = reference_order(11)
-    assert sorted(order) == list(range(11)) and order == reference_order(11) != sorted(order)
 
 
 def test_bytes_on_the_wire_follow_the_stages():
