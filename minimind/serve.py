@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -24,6 +25,7 @@ from minimind.inference.batching import Batcher
 from minimind.inference.device import choose_device
 from minimind.inference.generation import GenerationOptions
 from minimind.model.kernels.packed_weights import prepare_decoding
+from minimind.schema import AT_LEAST_1, Limits, check_fields
 
 try:
     import uvicorn
@@ -50,15 +52,15 @@ class ServeFlags(GenerationOptions):
     """Tokenizer file or folder, if none is stored beside the weights."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0: every one of this machine."""
-    port: int = 8000
+    port: Annotated[int, Limits(at_least=0, at_most=65535)] = 8000
     """Port to listen on; 0: any free one."""
     name: str | None = None
     """The model's name [default: its folder's name]."""
     api_key_file: Path | None = None
     """File with a key that every request must send; or set the variable MINIMIND_API_KEY."""
-    max_batch_size: int = 8
+    max_batch_size: Annotated[int, AT_LEAST_1] = 8
     """Requests decoded together."""
-    max_waiting: int = 64
+    max_waiting: Annotated[int, AT_LEAST_1] = 64
     """Requests that may wait; more are refused (429)."""
     precision: Precision | None = None
     """Arithmetic [default: bf16 on a GPU that has it, otherwise fp32]."""
@@ -69,11 +71,8 @@ class ServeFlags(GenerationOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_batch_size", "max_waiting", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.port < 1 << 16:
-            raise UserError(f"port is {self.port}; it must be from 0 to 65535")
+        limited = ("port", "max_batch_size", "max_waiting", "max_new_tokens")
+        check_fields(ServeFlags, {name: getattr(self, name) for name in limited})
         if self.stop_token_ids is not None:
             raise UserError("stop_token_ids has no effect on a server: clients send stop texts")
 

@@ -77,7 +77,7 @@ def test_generate_and_stream_are_the_commands_generation(at_home):
     assert asked == "".join(minimind.stream(m, "x", chat=True, system="y", **options)) != expected[1].text
     with pytest.raises(UserError, match="add chat=True"):
         minimind.generate(m, "x", system="y")
-    with pytest.raises(UserError, match="top_k is 0"):
+    with pytest.raises(UserError, match="top_k: 0 is not"):
         minimind.generate(m, "x", top_k=0)
     with pytest.raises(TypeError, match="max_tokens"):
         minimind.generate(m, "x", max_tokens=3)

@@ -3,13 +3,14 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from minimind.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from minimind.inference.decoding import Decoding
 from minimind.inference.sampling import SamplingOptions
 from minimind.inference.text_stream import TextStream
 from minimind.model import MiniMindForCausalLM
+from minimind.schema import AT_LEAST_1
 
 Prompt = str | Sequence[int]
 
@@ -18,7 +19,7 @@ Prompt = str | Sequence[int]
 class GenerationOptions(SamplingOptions):
     """How a continuation is sampled, and where it ends."""
 
-    max_new_tokens: int = 256
+    max_new_tokens: Annotated[int, AT_LEAST_1] = 256
     """Limit of a continuation, in tokens."""
     stop: tuple[str, ...] = ()
     """A continuation ends before any of these texts."""

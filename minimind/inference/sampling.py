@@ -3,40 +3,36 @@
 Vectorised over a batch; each row has its own options and random numbers.
 """
 
-import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from minimind.errors import UserError
+from minimind.schema import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Limits, check_fields
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
     """How the next token is drawn. An invalid value raises `UserError` at construction."""
 
-    temperature: float = 0.8
+    temperature: Annotated[float, AT_LEAST_0] = 0.8
     """Divides the scores before the draw; 0 always takes the most likely token (greedy)."""
-    top_k: int | None = None
+    top_k: Annotated[int | None, AT_LEAST_1] = None
     """Draw among this many most likely tokens only; None: no limit."""
-    top_p: float | None = 0.95
+    top_p: Annotated[float | None, Limits(above=0, at_most=1)] = 0.95
     """Draw among the fewest most likely tokens that have this probability together (arXiv 1904.09751); None: all."""
-    min_p: float | None = None
+    min_p: Annotated[float | None, Limits(at_least=0, at_most=1)] = None
     """Leave out tokens less likely than this share of the most likely one (arXiv 2407.01082); None: none."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Annotated[float, ABOVE_0] = 1.0
     """Above 1: makes tokens of the prompt and the answer less likely (arXiv 1909.05858)."""
     seed: int | None = None
     """The same seed, the same draws, on any device; row i of a batch draws with seed + i. None: random."""
 
     def __post_init__(self) -> None:
-        _check(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or a number above")
-        _check(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1")
-        _check(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        _check(self.min_p is None or 0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
-        _check(0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "above 0")
+        check_fields(SamplingOptions, {field.name: getattr(self, field.name) for field in fields(SamplingOptions)})
 
 
 class Sampler:
@@ -104,8 +100,3 @@ class Sampler:
         chosen = (cumulated <= threshold).sum(dim=-1, keepdim=True)
         last = (probs > 0).sum(dim=-1, keepdim=True) - 1  # rounding must not select a token that was cut off
         return token_ids.gather(1, torch.minimum(chosen, last))[:, 0]
-
-
-def _check(holds: bool, name: str, value: object, must_be: str) -> None:
-    if not holds:
-        raise UserError(f"{name} is {value}; it must be {must_be}")

@@ -183,8 +183,8 @@ def test_yarn_by_a_flag_reads_a_longer_prompt(capsys, exported):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--temperature", "-1"], "temperature is -1.0"),
-        (["--top-p", "2"], "top_p is 2.0"),
+        (["--temperature", "-1"], "temperature: -1.0 is not"),
+        (["--top-p", "2"], "top_p: 2.0 is not"),
         (["--no-such-flag"], "no-such-flag"),
         (["--system", "x", "--prompt", "y"], "add --chat"),
         (["--json"], "json needs --prompt"),

@@ -139,5 +139,5 @@ def test_half_precision_scores_are_enough():
     ],
 )
 def test_an_impossible_value_is_named(name, value):
-    with pytest.raises(UserError, match=f"{name} is {value}"):
+    with pytest.raises(UserError, match=f"{name}: {value} is not"):
         SamplingOptions(**{name: value})

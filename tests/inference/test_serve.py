@@ -243,8 +243,8 @@ def test_a_client_that_goes_frees_its_place(gated, gate, model, stream):
         ({"n": 2}, "n is 2"),
         ({"tools": [{}]}, "tools is not supported"),
         ({"logprobs": True}, "logprobs is not supported"),
-        ({"temperature": -1}, "temperature is -1.0"),
-        ({"top_p": 2}, "top_p is 2.0"),
+        ({"temperature": -1}, "temperature: -1.0 is not"),
+        ({"top_p": 2}, "top_p: 2.0 is not"),
         ({"max_tokens": 0}, "max_new_tokens is 0"),
         ({"max_tokens": 100000}, "beyond the model's 512"),
         ({"content": "x " * 600}, "beyond the model's 512"),
@@ -357,8 +357,8 @@ def test_an_error_of_the_model_reaches_the_client_and_the_server_goes_on(exporte
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--port", "99999"], "port is 99999"),
-        (["--max-waiting", "0"], "max_waiting is 0"),
+        (["--port", "99999"], "port: 99999 is not a number from 0 to 65535"),
+        (["--max-waiting", "0"], "max_waiting: 0 is not"),
         (["--stop-token-ids", "3"], "stop_token_ids has no effect"),
         (["--api-key-file", "/nowhere"], "/nowhere cannot be read"),
         (["--host", "256.0.0.1"], "256.0.0.1"),

@@ -192,7 +192,7 @@ def edit_weights(folder, edit):
 DAMAGES = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
     "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
-    "JSON of another shape": (lambda folder: (folder / "config.json").write_text("[]"), "no JSON object"),
+    "JSON of another shape": (lambda folder: (folder / "config.json").write_text("[]"), "expected a JSON object"),
     "another model": (lambda folder: edit_config(folder, model_type="gpt2"), "model_type 'gpt2' is not one of"),
     "unknown field": (lambda folder: edit_config(folder, layers=3), "layers"),
     "impossible field": (lambda folder: edit_config(folder, num_key_value_heads=3), "num_key_value_heads"),

@@ -196,7 +196,7 @@ def test_shards_keep_to_their_size():
         (["--checkpoint", "nowhere"], "nowhere does not exist"),
         (["--checkpoint", "own", "--output", "own"], "own exists"),
         (["--checkpoint", "own", "--model", "minimind3"], "only a .pth needs a preset"),
-        (["--checkpoint", "own", "--tokenizer", "nowhere"], "none at nowhere"),
+        (["--checkpoint", "own", "--tokenizer", "nowhere"], "nowhere holds no tokenizer"),
         (["--checkpoint", "own"], "there is no tokenizer beside it"),
     ],
 )
