@@ -82,12 +82,12 @@ sys.modules[__name__].__class__ = _Package
 
 
 def openmp_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables to add before torch is loaded, so that the threads of a product keep waiting for the next one.
+    """Variables to set before torch is loaded, so that OpenMP threads spin between matmuls instead of sleeping.
 
-    libgomp waits in a short loop between two parallel regions, but nearly gives that up once a process has more threads
-    in teams than cores, and every small operation takes twice as long from then on. ACTIVE with libgomp's usual count
-    keeps it waiting over some ten microseconds even then, though not over the longer pauses of ZeRO 3: `cpu_gather`
-    keeps gloo from founding such teams. LLVM's OpenMP gets its usual 200 ms. Empty where somebody has chosen already.
+    libgomp spins briefly between parallel regions, but hardly at all once a process has more threads in teams than
+    cores; every small operation then takes twice as long. ACTIVE with libgomp's usual count keeps it spinning for some
+    ten microseconds, though not through the longer pauses of ZeRO 3: there `cpu_gather` keeps gloo from creating such
+    teams. LLVM's OpenMP gets its default of 200 ms. Empty if OMP_WAIT_POLICY is already set.
     """
     if "OMP_WAIT_POLICY" in environment:
         return {}
@@ -95,7 +95,7 @@ def openmp_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in usual.items() if name not in environment}
 
 
-os.environ.update(openmp_environment(os.environ))  # read when torch is loaded, which every module below may do
+os.environ.update(openmp_environment(os.environ))  # torch reads them when it is loaded
 
-# DeepSpeed warns at its import on every machine without a GPU; the run itself says on what device it trains.
+# DeepSpeed warns at import on every machine without a GPU; a run prints its device anyway.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())

@@ -166,7 +166,7 @@ def from_huggingface(values: Mapping[str, Any]) -> ModelConfig:
     kind = values.get("model_type")
     if isinstance(values.get(OWN_KEY), Mapping):
         config = ModelConfig.from_dict(values[OWN_KEY])
-        # Ours holds only while nobody has edited the other fields.
+        # Ours is valid only if the other fields have not been edited.
         if all(values.get(key) == value for key, value in to_huggingface(config).items()):
             return config
     if kind not in READABLE:
