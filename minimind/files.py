@@ -6,6 +6,7 @@ Data is written under a temporary name in the same folder, flushed to disk and r
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -119,3 +120,50 @@ def new_folder(final: Path) -> Iterator[Path]:
         publish(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+class FolderLock:
+    """Keeps other processes out of a folder until `release`, or until this process ends, however it ends.
+
+    `excludes` is False on a file system without locks: two writers at once are then up to the user.
+
+    Raises:
+        BlockingIOError: another process holds the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / ".lock"
+        self.excludes = True
+        while True:
+            # A file, not the folder itself: on NFS an exclusive lock needs a descriptor that can write.
+            self._descriptor: int | None = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(self._descriptor)
+                raise
+            except OSError:
+                self.excludes = False
+            if os.fstat(self._descriptor).st_nlink:
+                return
+            os.close(self._descriptor)  # its last owner removed the file between our open and our lock
+
+    @property
+    def is_held(self) -> bool:
+        """Whether `release` has not been called."""
+        return self._descriptor is not None
+
+    def release(self) -> None:
+        """Let other processes in; the second call does nothing."""
+        if self._descriptor is not None:
+            self._path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def boot_id() -> str:
+    """Identifies this host since it was started (two hosts may have one name); "" where the system does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""

@@ -1,11 +1,12 @@
 """Files that are either whole or not there."""
 
+import fcntl
 import hashlib
 import os
 
 import pytest
 
-from minimind.files import fsync_folder, hash_file, new_folder, replace_file
+from minimind.files import FolderLock, fsync_folder, hash_file, new_folder, replace_file
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -58,3 +59,29 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
             (folder / name).touch()
             assert not (final / name).exists()
         assert os.listdir(final.parent) == ["folder"] and os.listdir(final) == [name]
+
+
+def test_a_folder_lock_keeps_others_out_and_leaves_no_file(tmp_path):
+    lock = FolderLock(tmp_path)
+    with pytest.raises(BlockingIOError):
+        FolderLock(tmp_path)
+    lock.release()
+    lock.release()
+    assert os.listdir(tmp_path) == []
+    FolderLock(tmp_path).release()
+
+
+def test_a_lock_whose_file_its_owner_removes_meanwhile_is_taken_on_a_new_file(tmp_path, monkeypatch):
+    """Two processes that hold locks on two files of one name would both work in the folder."""
+    first, flock = FolderLock(tmp_path), fcntl.flock
+
+    def release_first(descriptor: int, how: int) -> None:
+        first.release()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", release_first)
+    second = FolderLock(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(BlockingIOError):
+        FolderLock(tmp_path)
+    second.release()

@@ -17,10 +17,9 @@ from data_prep.reading.records import ReadOptions
 from data_prep.reading.sources import DATASET, Source
 from data_prep.reading.tables import identify_dataset
 from minimind.data.manifest import MANIFEST_NAME
-from minimind.data.shard_writer import lock_folder
 from minimind.data.shards import SPLITS
 from minimind.errors import UserError
-from minimind.files import fsync_folder, hash_file, replace_file
+from minimind.files import FolderLock, fsync_folder, hash_file, replace_file
 
 PARTIAL_NAME = ".partial"
 STATE_NAME = "state.json"
@@ -57,9 +56,10 @@ class CorpusFolder:
         if output.exists() and not output.is_dir():
             raise UserError(f"--output {output} is a file: give the name of a folder")
         output.mkdir(parents=True, exist_ok=True)
-        self._descriptor: int | None = lock_folder(
-            output, UserError(f"--output {output} is being prepared by another process")
-        )
+        try:
+            self._lock = FolderLock(output)
+        except BlockingIOError:
+            raise UserError(f"--output {output} is being prepared by another process") from None
         try:
             self._enter(overwrite)
         except BaseException:
@@ -94,14 +94,14 @@ class CorpusFolder:
 
     def close(self) -> None:
         """Let go of the folder; remove what is worth nothing: a preparation without a finished shard."""
-        if self._descriptor is None:
+        if not self._lock.is_held:
             return
         if self.partial.is_dir() and not any(self.partial.glob("*/shard_*.npy")):
             shutil.rmtree(self.partial, ignore_errors=True)
-        if self._made_output and not any(self.output.iterdir()):
-            self.output.rmdir()
-        os.close(self._descriptor)
-        self._descriptor = None
+        self._lock.release()
+        if self._made_output:
+            with contextlib.suppress(OSError):  # there are files in it
+                self.output.rmdir()
 
     def __enter__(self) -> "CorpusFolder":
         return self

@@ -7,7 +7,6 @@ nothing of text.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 from pathlib import Path
@@ -18,8 +17,7 @@ import numpy as np
 
 from minimind.data.array_file import ArrayFile, check_array_file
 from minimind.data.manifest import MANIFEST_NAME, Manifest, ShardError, ShardInfo, TokenizerInfo
-from minimind.errors import UserError
-from minimind.files import fsync_folder, hash_file, replace_file
+from minimind.files import FolderLock, fsync_folder, hash_file, replace_file
 
 UNFINISHED_NAME = "unfinished.jsonl"
 DEFAULT_SHARD_TOKENS = 1 << 26
@@ -52,7 +50,7 @@ class ShardWriter:
         self._tokens: ArrayFile | None = None
         self._starts: ArrayFile | None = None
         self._bytes = 0
-        self._lock: int | None = None
+        self._lock: FolderLock | None = None
         self._started = False
         if shard_tokens < 1:
             raise ShardError(f"shard_tokens is {shard_tokens}; it must be at least 1")
@@ -67,7 +65,10 @@ class ShardWriter:
             self._eos = np.array([eos_token_id], dtype=dtype)
             self._made_folder = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = lock_folder(self.folder, ShardError(f"{self.folder} is being written by another process"))
+            try:
+                self._lock = FolderLock(self.folder)
+            except BlockingIOError:
+                raise ShardError(f"{self.folder} is being written by another process") from None
             try:
                 self._start(tokenizer_file, resume, keep_shards)
             except ShardError:
@@ -211,12 +212,13 @@ class ShardWriter:
         if self._own_tokenizer:
             (self.folder / self._empty.tokenizer.file).unlink(missing_ok=True)
         (self.folder / UNFINISHED_NAME).unlink(missing_ok=True)
+        self._unlock()  # its file is in the folder
         if self._made_folder:
             self.folder.rmdir()
 
     def _unlock(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     @contextlib.contextmanager
@@ -249,17 +251,3 @@ def _read_unfinished(path: Path, settings: dict[str, Any]) -> list[ShardInfo]:
         check_array_file(path.parent / shard.file, settings["dtype"], shard.tokens)
         check_array_file(path.parent / shard.documents_file, "int64", shard.documents)
     return shards
-
-
-def lock_folder(folder: Path, refusal: UserError) -> int:
-    """A descriptor that holds the folder until it is closed, or the process ends in whatever way. Raises `refusal` if
-    another process holds it."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise refusal from None
-    except OSError:
-        pass  # a file system without locks: two writers at once are then up to the user
-    return descriptor

@@ -13,7 +13,7 @@ import torch
 
 from minimind.distributed.environment import RankEnvironment
 from minimind.distributed.store import node_name
-from minimind.files import ROOT
+from minimind.files import ROOT, boot_id
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def examine(env: RankEnvironment, device: torch.device, run_dir: Path, shards: s
     return HostReport(
         rank=env.rank,
         host=node_name(),
-        boot=_boot_id(),
+        boot=boot_id(),
         python=platform.python_version(),
         torch=torch.__version__,
         deepspeed=version("deepspeed"),
@@ -70,13 +70,6 @@ def hash_source(folder: Path) -> str:
 
 def _existing(path: Path) -> Path:
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
 
 
 def _git_revision() -> str:

@@ -1,7 +1,8 @@
-"""One job at a time in a run folder, also on network file systems, and without a lock that outlives its owner.
+"""One job at a time in a run folder, on this host and on others.
 
-The lock is a file that names its owner and a count that the owner raises every few seconds. An owner on the same host
-is dead when its process is; one elsewhere, when the count stands still. No clock is compared. Knows nothing of runs.
+On one host the operating system's lock keeps jobs apart, and ends with its process. It may not reach other hosts, so
+the owner also writes a file with a count that it raises every few seconds: an owner on another host is dead when its
+count stops. No clocks are compared.
 """
 
 import contextlib
@@ -16,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from minimind.errors import UserError
-from minimind.files import replace_file
+from minimind.files import FolderLock, boot_id, replace_file
 
 LOCK_NAME = "run.lock"
 BEAT_SECONDS = 5.0
-# Longer than a network file system keeps attributes in its cache, and than a host stalls under memory pressure.
 PATIENCE_SECONDS = 45.0
+"""Longer than a network file system caches attributes, and than a host stalls under memory pressure."""
 
 
 class RunLockError(UserError):
@@ -29,12 +30,13 @@ class RunLockError(UserError):
 
 
 class RunLock:
-    """The lock while it is held."""
+    """Holds a run folder from `acquire` to `release`."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._owner = {**_this_process(), "token": uuid.uuid4().hex, "beat": 0}
-        self._ended = threading.Event()
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / LOCK_NAME
+        self._owner: dict[str, Any] = {"host": socket.gethostname(), "boot": boot_id(), "pid": os.getpid()}
+        self._owner |= {"token": uuid.uuid4().hex, "beat": 0}
+        self._released = threading.Event()
         self.is_lost = False
         """Another job took the lock away: nothing may be written any more."""
 
@@ -44,75 +46,72 @@ class RunLock:
         Raises:
             RunLockError: a living job holds it.
         """
-        while not self._create(self._owner):
-            before = self._read()
-            if before is None:
-                continue
-            if not self._is_dead(before):
-                raise RunLockError(
-                    f"{self._path.parent}: another job works in it: process {before.get('pid')} on "
-                    f"{before.get('host')}; wait for it, stop it, or give another --run-dir"
-                )
-            self._take_away(before)
+        try:
+            self._local = FolderLock(self._path.parent)
+        except BlockingIOError:
+            raise self._refusal(self._read() or {}) from None
+        try:
+            while not self._create():
+                owner = self._read()
+                if owner is not None:
+                    self._check_dead(owner)
+                    self._path.unlink(missing_ok=True)
+        except BaseException:
+            self._local.release()
+            raise
         threading.Thread(target=self._beat, name="run-lock", daemon=True).start()
 
     def release(self) -> None:
-        """Give the lock up; nothing happens where it was lost."""
-        self._ended.set()
-        content = self._read()
-        if content is not None and content.get("token") == self._owner["token"]:
+        """Give the lock up; one that was lost is left to its new owner."""
+        self._released.set()
+        if self._is_ours():
             self._path.unlink(missing_ok=True)
+        self._local.release()
 
-    def _create(self, owner: dict[str, Any]) -> bool:
-        """Whether the lock was free and now names `owner`."""
+    def _create(self) -> bool:
+        """Whether there was no owner, and this job now is."""
         try:
             with open(self._path, "x", encoding="utf-8") as file:  # O_EXCL: one of several jobs succeeds, on NFS too
-                json.dump(owner, file)
+                json.dump(self._owner, file)
         except FileExistsError:
             return False
         return True
 
-    def _read(self, path: Path | None = None) -> dict[str, Any] | None:
-        """What the lock says; None where there is none, and nothing while its owner has not finished writing it."""
+    def _read(self) -> dict[str, Any] | None:
+        """The owner: None if there is none, {} while it is being written or where it is damaged."""
         try:
-            content = json.loads((path or self._path).read_text(encoding="utf-8"))
-            return content if isinstance(content, dict) else {}
+            content = json.loads(self._path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except ValueError:
             return {}
+        return content if isinstance(content, dict) else {}
 
-    def _is_dead(self, owner: dict[str, Any]) -> bool:
-        here = _this_process()
-        if all(owner.get(key) == here[key] for key in ("host", "boot", "namespace")):
-            return _started(owner.get("pid")) != owner.get("started")
+    def _is_ours(self) -> bool:
+        return (self._read() or {}).get("token") == self._owner["token"]
+
+    def _check_dead(self, owner: dict[str, Any]) -> None:
+        """Raise `RunLockError` if the owner of a lock that this host's operating system gave us lives elsewhere."""
+        if self._local.excludes and owner.get("boot") == self._owner["boot"] != "":
+            return
+        who = f"process {owner.get('pid')} on {owner.get('host')}"
+        print(f"{self._path}: left by {who}; watching for {PATIENCE_SECONDS:.0f} s whether it is alive", flush=True)
         deadline = time.monotonic() + PATIENCE_SECONDS
-        print(
-            f"{self._path}: left by process {owner.get('pid')} on {owner.get('host')}; watching for "
-            f"{PATIENCE_SECONDS:.0f} s whether it lives",
-            flush=True,
-        )
         while time.monotonic() < deadline:
             time.sleep(min(1.0, BEAT_SECONDS))
             if self._read() != owner:
-                return False
-        return True
+                raise self._refusal(self._read() or owner)
 
-    def _take_away(self, owner: dict[str, Any]) -> None:
-        """Remove a dead owner's lock. Of several jobs that try, none removes the lock of another that was faster."""
-        aside = self._path.with_name(f".{self._path.name}.{self._owner['token']}")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self._path, aside)
-            taken = self._read(aside) or {}
-            if taken.get("token") != owner.get("token"):
-                self._create(taken)
-            aside.unlink()
+    def _refusal(self, owner: dict[str, Any]) -> RunLockError:
+        who = f"process {owner.get('pid')} on {owner.get('host')}" if owner else "it has just started"
+        return RunLockError(
+            f"{self._path.parent}: another job works in it: {who}; wait for it, stop it, or give another --run-dir"
+        )
 
     def _beat(self) -> None:
-        while not self._ended.wait(BEAT_SECONDS):
+        while not self._released.wait(BEAT_SECONDS):
             try:
-                content = self._read()
-                if content is None or content.get("token") != self._owner["token"]:
+                if not self._is_ours():
                     self.is_lost = True
                     return
                 self._owner["beat"] += 1
@@ -129,7 +128,7 @@ def hold_run_folder(run_dir: Path) -> Iterator[RunLock]:
         RunLockError: a living job works in it.
         UserError: it cannot be written.
     """
-    lock = RunLock(run_dir / LOCK_NAME)
+    lock = RunLock(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -139,44 +138,3 @@ def hold_run_folder(run_dir: Path) -> Iterator[RunLock]:
         yield lock
     finally:
         lock.release()
-
-
-def _this_process() -> dict[str, Any]:
-    return {
-        "host": socket.gethostname(),
-        "boot": _first_line("/proc/sys/kernel/random/boot_id"),
-        "namespace": _link("/proc/self/ns/pid"),
-        "pid": os.getpid(),
-        "started": _started(os.getpid()),
-    }
-
-
-def _started(pid: Any) -> str | None:
-    """When a process of this host began, in ticks since the boot, or None where there is none of that number.
-
-    Without /proc (not Linux) only whether it is there is known.
-    """
-    if os.path.isdir("/proc/self"):
-        # The name in parentheses may hold blanks; the state is the first field behind it, the start time the twentieth.
-        fields = _first_line(f"/proc/{pid}/stat").rpartition(")")[2].split()
-        return fields[19] if len(fields) > 19 and fields[0] != "Z" else None
-    try:
-        os.kill(int(pid), 0)
-    except (OSError, TypeError, ValueError):
-        return None
-    return "running"
-
-
-def _first_line(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.readline().strip()
-    except OSError:
-        return ""
-
-
-def _link(path: str) -> str:
-    try:
-        return os.readlink(path)
-    except OSError:
-        return ""

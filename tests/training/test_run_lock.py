@@ -1,5 +1,7 @@
 """One job in a run folder: the second is refused, a dead owner is followed, wherever it ran."""
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -9,6 +11,7 @@ import time
 
 import pytest
 
+from minimind.files import boot_id
 from minimind.training import run_lock
 from minimind.training.run_lock import LOCK_NAME, RunLock, RunLockError, hold_run_folder
 
@@ -20,14 +23,14 @@ def quick(monkeypatch):
 
 
 def write_owner(folder, **changes):
-    owner = {**run_lock._this_process(), "token": "other", "beat": 0, **changes}
+    owner = {"host": "here", "boot": boot_id(), "pid": 1, "token": "other", "beat": 0, **changes}
     (folder / LOCK_NAME).write_text(json.dumps(owner))
     return owner
 
 
 def test_the_second_job_is_refused_and_the_folder_is_free_afterwards(tmp_path):
     with hold_run_folder(tmp_path), pytest.raises(RunLockError, match=f"process {os.getpid()} on"):
-        RunLock(tmp_path / LOCK_NAME).acquire()
+        RunLock(tmp_path).acquire()
     with hold_run_folder(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
@@ -39,34 +42,48 @@ import sys, time
 sys.path.insert(0, {os.getcwd()!r})
 from pathlib import Path
 from minimind.training.run_lock import RunLock
-RunLock(Path({str(tmp_path)!r}) / "run.lock").acquire()
+lock = RunLock(Path({str(tmp_path)!r}))
+lock.acquire()
 print("held", flush=True)
 time.sleep(60)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as owner:
         assert owner.stdout is not None and owner.stdout.readline() == b"held\n"
-        with pytest.raises(RunLockError):
-            RunLock(tmp_path / LOCK_NAME).acquire()
+        with pytest.raises(RunLockError, match=f"process {owner.pid} on"):
+            RunLock(tmp_path).acquire()
         owner.kill()
         owner.wait()
-    with hold_run_folder(tmp_path):
-        pass
+    began = time.monotonic()
+    with hold_run_folder(tmp_path) as lock:
+        assert json.loads((tmp_path / LOCK_NAME).read_text())["pid"] == os.getpid() and not lock.is_lost
+    assert time.monotonic() - began < 5
 
 
 def test_another_process_with_the_number_of_a_dead_owner_does_not_hold_the_lock(tmp_path):
-    write_owner(tmp_path, started="1")
+    write_owner(tmp_path, pid=os.getpid())
     with hold_run_folder(tmp_path):
         pass
 
 
-def test_an_owner_elsewhere_is_dead_when_its_count_stands_still(tmp_path, quick):
-    write_owner(tmp_path, host="elsewhere")
+def test_without_locks_of_the_file_system_the_count_decides(tmp_path, quick, monkeypatch, capsys):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    write_owner(tmp_path)
+    with hold_run_folder(tmp_path), pytest.raises(RunLockError, match=f"process {os.getpid()} on"):
+        RunLock(tmp_path).acquire()
+    assert "left by process 1 on here; watching" in capsys.readouterr().out
+
+
+def test_an_owner_elsewhere_is_dead_when_its_count_stops(tmp_path, quick):
+    write_owner(tmp_path, boot="another")
     with hold_run_folder(tmp_path) as lock:
         assert not lock.is_lost
 
 
 def test_an_owner_elsewhere_that_counts_keeps_the_lock(tmp_path, quick):
-    owner = write_owner(tmp_path, host="elsewhere")
+    owner = write_owner(tmp_path, host="elsewhere", boot="another")
     ended = threading.Event()
 
     def beat():
@@ -78,14 +95,14 @@ def test_an_owner_elsewhere_that_counts_keeps_the_lock(tmp_path, quick):
     thread.start()
     try:
         with pytest.raises(RunLockError, match="elsewhere"):
-            RunLock(tmp_path / LOCK_NAME).acquire()
+            RunLock(tmp_path).acquire()
     finally:
         ended.set()
         thread.join()
 
 
 def test_an_owner_notices_that_it_was_taken_over_and_leaves_the_new_lock_alone(tmp_path, quick):
-    lock = RunLock(tmp_path / LOCK_NAME)
+    lock = RunLock(tmp_path)
     lock.acquire()
     write_owner(tmp_path, token="new")
     deadline = time.monotonic() + 10
@@ -94,14 +111,6 @@ def test_an_owner_notices_that_it_was_taken_over_and_leaves_the_new_lock_alone(t
     assert lock.is_lost
     lock.release()
     assert json.loads((tmp_path / LOCK_NAME).read_text())["token"] == "new"
-
-
-def test_a_faster_job_keeps_the_lock_it_took_from_the_dead_owner(tmp_path):
-    slow = RunLock(tmp_path / LOCK_NAME)
-    dead = write_owner(tmp_path, token="dead", started="1")
-    write_owner(tmp_path, token="faster")
-    slow._take_away(dead)
-    assert json.loads((tmp_path / LOCK_NAME).read_text())["token"] == "faster"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]"])
