@@ -1,16 +1,17 @@
 """Command-line flags from dataclasses, through tyro, with errors of one line.
 
-tyro draws a box of several lines for a mistake; here the same words become one `UserError`, which the entries print and
-turn into exit code 2. Knows nothing of what the flags mean.
+tyro prints a framed page for a mistake; only the name of the flag is taken from it, so the errors do not depend on its
+wording. They become one `UserError`, which `errors.run_main` prints and turns into exit code 2.
 """
 
 import contextlib
 import dataclasses
 import io
-import re
+import itertools
+import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, get_type_hints
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -19,16 +20,9 @@ from minimind.schema import nearest
 
 T = TypeVar("T")
 
-# tyro draws its boxes with these; on an output that is not UTF-8, with the plain ones.
-_RULE = re.compile(r"[\s╭╮╰╯│─+|-]*(─{2}|-{3})[\s╭╮╰╯│─+|-]*")
-_EDGE = re.compile(r"^\s*[│|]|[│|]\s*$")
-# What tyro 1.0 says, after `Error parsing --flag: `.
-_NO_TYPE = re.compile(r"Error parsing (\S+): no type matching (?:\{None\}\|)?(.*) could be .* from \[(.*)\]")
-_NO_NUMBER = re.compile(r"Error parsing (\S+): (?:invalid literal for|could not convert string to) (\w+).*: (.*)")
-
 
 def parse_flags(cls: type[T], args: Sequence[str], *, default: T | None = None, prog: str | None = None) -> T:
-    """Parse `args` into the dataclass `cls`; `--help` prints and leaves with code 0.
+    """Parse `args` into the dataclass `cls` (or a union of subcommands); `--help` prints and exits with code 0.
 
     Args:
         prog: how the command is called, for the help and the errors.
@@ -36,8 +30,15 @@ def parse_flags(cls: type[T], args: Sequence[str], *, default: T | None = None, 
     Raises:
         UserError: an unknown flag, a missing or a wrong value, naming the flag and the nearest one.
     """
-    given: Any = tyro.MISSING if default is None else default
-    return _call(cls, args, lambda: tyro.cli(cls, args=args, prog=prog, default=given), prog)
+    parsed, unknown = _parse(cls, args, default, prog)
+    if unknown:
+        raise _error(_unknown(unknown[0], list(_flags_of(cls))), prog)
+    return parsed
+
+
+def parse_known_flags(cls: type[T], args: Sequence[str], *, default: T, prog: str | None = None) -> T:
+    """`parse_flags`, ignoring flags that `cls` does not have (`--help` too)."""
+    return _parse(cls, [arg for arg in args if arg not in ("-h", "--help")], default, prog)[0]
 
 
 def without_local_rank(args: Sequence[str]) -> list[str]:
@@ -45,67 +46,110 @@ def without_local_rank(args: Sequence[str]) -> list[str]:
     return [arg for arg in args if not arg.startswith(("--local_rank=", "--local-rank="))]
 
 
-def parse_known_flags(cls: type[T], args: Sequence[str], *, default: T, prog: str | None = None) -> T:
-    """As `parse_flags`, passing over flags that `cls` does not have (`--help` too)."""
-    rest = [arg for arg in args if arg not in ("-h", "--help")]
-    return _call(cls, rest, lambda: tyro.cli(cls, args=rest, default=default, return_unknown_args=True)[0], prog)
-
-
-def _call(cls: type, args: Sequence[str], parse: Callable[[], T], prog: str | None) -> T:
-    if any(arg in ("-h", "--help") for arg in args):
-        return parse()
-    errors = io.StringIO()
+def _parse(cls: type[T], args: Sequence[str], default: T | None, prog: str | None) -> tuple[T, list[str]]:
+    """The parsed flags, and the words that are none of them."""
+    given: Any = tyro.MISSING if default is None else default
+    page = io.StringIO()
+    capture = contextlib.ExitStack()
+    if not any(arg in ("-h", "--help") for arg in args):
+        capture.enter_context(contextlib.redirect_stdout(page))
+        capture.enter_context(contextlib.redirect_stderr(page))
+        capture.enter_context(_wide_terminal())
     try:
-        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
-            return parse()
+        with capture:
+            return tyro.cli(cls, args=args, prog=prog, default=given, return_unknown_args=True)
     except SystemExit as error:
         if not error.code:
             raise
+    raise _error(_explain(cls, args, default, page.getvalue()), prog)
+
+
+@contextlib.contextmanager
+def _wide_terminal() -> Any:
+    """tyro wraps its page to the terminal, in the middle of a flag too."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def _error(message: str, prog: str | None) -> UserError:
     program = prog or sys.argv[0].rsplit("/", 1)[-1]
-    raise UserError(f"{_reword(*_unfold(errors.getvalue()), _flag_names(cls))} (flags: {program} --help)")
+    return UserError(f"{message} (flags: {program} --help)")
 
 
-def _flag_names(cls: Any) -> list[str]:
-    names = []
-    for name, hint in get_type_hints(cls).items():
-        names += _flag_names(hint) if dataclasses.is_dataclass(hint) else ["--" + name.replace("_", "-")]
-    return names
+def _unknown(word: str, known: list[str]) -> str:
+    if not word.startswith("-"):
+        return f"unexpected argument '{word}'"
+    name = word.split("=")[0]
+    return f"unknown flag {name}{nearest(name, known)}"
 
 
-def _unfold(text: str) -> tuple[str, list[str]]:
-    """The title of tyro's box, and its lines: the message, a rule as an empty line, what may help."""
-    title, *lines = text.splitlines() or [""]
-    unboxed = ["" if _RULE.fullmatch(line) else _EDGE.sub("", line).strip() for line in lines]
-    if unboxed and not unboxed[0]:  # the plain box rules off its title
-        del unboxed[0]
-    return title.strip(" ╭╮─+-"), unboxed
+def _explain(cls: Any, args: Sequence[str], default: object, page: str) -> str:
+    """Why tyro refused `args`: the first flag of them that its page names, or the flags that are missing."""
+    known = _flags_of(cls)
+    given = [_name(arg) for arg in args]
+    named = [word.strip("'\"`:.,") for word in page.split()]
+    for name in named:
+        if name in known and name in given:
+            return _explain_value(name, args, known[name])
+    if dataclasses.is_dataclass(cls) and default in (None, tyro.MISSING_NONPROP):
+        required = [
+            field for field in dataclasses.fields(cls) if field.default is field.default_factory
+        ]  # both missing
+        missing = [name for name in map(_flag, required) if name in named and name not in given]
+        if missing:
+            unknown = [name for name in given if name.startswith("--") and name not in known]
+            return "; ".join([*(f"unknown flag {name}" for name in unknown), f"missing {', '.join(missing)}"])
+    lines = [line.strip(" │|") for line in page.splitlines()[1:]]
+    is_text = [any(char.isalnum() for char in line) for line in lines]
+    begin = is_text.index(True) if True in is_text else len(lines)
+    paragraph = itertools.takewhile(lambda i: is_text[i], range(begin, len(lines)))
+    return " ".join(lines[i] for i in paragraph) or "the command line could not be read"
 
 
-def _reword(title: str, lines: list[str], known: list[str]) -> str:
-    """One line for a person, from the words of tyro 1.0; what is not recognised keeps tyro's own."""
-    if title.startswith("Required options"):
-        end = lines.index("Unrecognized options:") if "Unrecognized options:" in lines else len(lines)
-        unknown_flags = "".join(f"unknown flag {name}; " for name in _flags_in(lines[end:]))
-        return f"{unknown_flags}missing {', '.join(_flags_in(lines[:end]))}"
-    end = next((i for i, line in enumerate(lines) if not line or line.startswith("Got errors")), len(lines))
-    message = " ".join(lines[:end])
-    if unknown := re.match(r"Unrecognized options: (\S+?)(,|$)", message):
-        if not unknown[1].startswith("-"):
-            return f"unexpected argument '{unknown[1]}'"
-        name = unknown[1].split("=")[0]
-        return f"unknown flag {name}{nearest(name, known)}"
-    if wrong := _NO_TYPE.match(message):
-        values, wanted = wrong[3].replace("', '", "' '"), wrong[2].strip("{}")
-        return f"{wrong[1]}: {values} is not {wanted}"
-    if wrong := _NO_NUMBER.match(message):
-        return f"{wrong[1]}: {wrong[3]} is not {wrong[2].upper()}"
-    if missing := re.match(r"Missing value for argument '(.*)'\.", message):
-        return f"{missing[1]}: a value is missing"
-    if choice := re.match(r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)", message):
-        choices = sorted(name for name in re.findall(r"'([^']*)'", choice[3]) if name != "None")
-        return f"{choice[2]}: {choice[1]} is not one of {', '.join(choices)}"
-    return message or "the command line could not be read"
+def _explain_value(name: str, args: Sequence[str], hint: Any) -> str:
+    last = max(i for i, arg in enumerate(args) if _name(arg) == name)
+    _, equals, value = args[last].partition("=")
+    after = itertools.takewhile(lambda arg: not arg.startswith("--"), args[last + 1 :])
+    values = [value] if equals else list(after)
+    if not values:
+        return f"{name}: a value is missing"
+    return f"{name}: {' '.join(map(repr, values))} is not {_describe(hint)}"
 
 
-def _flags_in(lines: list[str]) -> list[str]:
-    return [line.split()[0].rstrip(",") for line in lines if line.startswith("--")]
+def _describe(hint: Any) -> str:
+    """`float | None` -> FLOAT, `tuple[float, float]` -> FLOAT FLOAT, `Literal["b", "a"]` -> one of a, b."""
+    parts = [part for part in get_args(hint) if part is not type(None)]
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(sorted(map(str, parts)))}"
+    if parts:
+        return " ".join(map(_describe, parts))
+    return str(getattr(hint, "__name__", hint)).upper()
+
+
+def _name(word: str) -> str:
+    """The flag of `--flag=value` or `--a_flag`."""
+    return word.split("=")[0].replace("_", "-")
+
+
+def _flag(field: Any) -> str:
+    return "--" + field.name.replace("_", "-")
+
+
+def _flags_of(cls: Any) -> dict[str, Any]:
+    """Each flag and its type; those of nested dataclasses and of subcommands are flat."""
+    if not dataclasses.is_dataclass(cls):
+        members = [getattr(member, "__origin__", member) for member in get_args(cls)]
+        return {name: hint for member in members for name, hint in _flags_of(member).items()}
+    flags: dict[str, Any] = {}
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        flags |= _flags_of(hint) if dataclasses.is_dataclass(hint) else {_flag(field): hint}
+    return flags

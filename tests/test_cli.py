@@ -1,8 +1,9 @@
 """Every mistake on a command line is one line that names the flag; --help is for people."""
 
 import dataclasses
+import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 import tyro
@@ -69,15 +70,49 @@ def test_a_mistake_is_one_line_on_any_terminal(monkeypatch, capsys, args, words,
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_words_survive_a_box_of_unicode(monkeypatch):
-    """tyro draws other boxes where the output is UTF-8; here standard output is none."""
-    import tyro._fmtlib
+def test_a_mistake_in_what_nobody_foresaw_is_still_one_line(monkeypatch):
+    """A page of tyro's that names no flag, of a kind that is not known here."""
 
-    monkeypatch.setattr(tyro._fmtlib, "_FORCE_UTF8_BOXES", True)
-    with pytest.raises(UserError, match=r"^unknown flag --stesp; did you mean '--steps'\? \(flags"):
-        parse("--output", "x", "--stesp", "3")
-    with pytest.raises(UserError, match=r"^--rate: 'fast' is not FLOAT \(flags"):
-        parse("--output", "x", "--rate", "fast")
+    def refuse(*_: object, **__: object) -> None:
+        print("╭─ Odd ────╮\n│ two      │\n│ lines    │\n├──────────┤\n│ hint     │\n╰──────────╯", file=sys.stderr)
+        sys.exit(2)
+
+    monkeypatch.setattr(tyro, "cli", refuse)
+    with pytest.raises(UserError, match=r"^two lines \(flags: python -m thing --help\)$"):
+        parse("--output", "x")
+
+
+@dataclasses.dataclass(frozen=True)
+class Add:
+    """Add."""
+
+    path: tyro.conf.Positional[Path]
+    count: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Drop:
+    """Drop."""
+
+    output: Path
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["add", "x", "--cuont", "2"], r"unknown flag --cuont; did you mean '--count'\?"),
+        (["add", "x", "--count", "two"], "--count: 'two' is not INT"),
+        (["add"], "Missing .*PATH"),
+        (["drop"], "Missing .*--output PATH"),
+        (["dorp"], ".*drop"),
+        ([], ".*add.*drop"),
+    ],
+)
+def test_a_mistake_in_a_subcommand_is_one_line(args, words):
+    commands = Annotated[Add, tyro.conf.subcommand("add")] | Annotated[Drop, tyro.conf.subcommand("drop")]
+    with pytest.raises(UserError, match=f"^{words}.* \\(flags: thing --help\\)$") as error:
+        parse_flags(commands, args, prog="thing")
+    assert "\n" not in str(error.value)
 
 
 def test_help_names_the_command_each_flag_and_its_default(capsys):
