@@ -1,7 +1,6 @@
-"""Is this machine fit to train? `python -m minimind.doctor`: a line for each thing, a verdict, and the cure.
+"""Can this machine train? `python -m minimind.doctor` prints a line for each check, and the fix where one fails.
 
-Looks at versions, the accelerator, what DeepSpeed's ops need, communication, launchers, limits, memory and disk.
-Changes nothing, unless `--build` asks for an op to be compiled. Exit code 1 when something will not work.
+Changes nothing, unless `--build` compiles an op. Exit code 1 when something will not work.
 """
 
 import sys
@@ -13,44 +12,40 @@ import tyro
 
 from minimind.cli import parse_flags
 from minimind.errors import run_main
-from minimind.reports.doctor import machine as health_machine
-from minimind.reports.doctor import software as health_software
-from minimind.reports.doctor.finding import Finding
+from minimind.reports.doctor import machine, software
+from minimind.reports.doctor.check import Check
 
 
 @dataclass(frozen=True)
 class _Flags:
-    """Look whether this machine is fit to train; exit code 1 when something will not work."""
+    """Check whether this machine can train; exit code 1 when something will not work."""
 
     run_dir: Path = Path(".")
-    """Where runs are going to be written: its disk is looked at."""
+    """Where runs will be written: its disk is checked."""
     build: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Compile this op of DeepSpeed, such as cpu_adam, and see it load; may be given several times."""
+    """Compile this op of DeepSpeed, such as cpu_adam, and load it; may be given several times."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Print the findings; gives the exit code."""
-    flags = parse_flags(
-        _Flags, sys.argv[1:] if args is None else args, default=_Flags(), prog="python -m minimind.doctor"
-    )
-    groups: tuple[tuple[str, Callable[[], list[Finding]]], ...] = (
-        ("software", health_software.check_versions),
-        ("accelerator", health_software.check_accelerator),
-        ("DeepSpeed's ops", lambda: health_software.check_ops(flags.build)),
-        ("communication", health_software.check_communication),
-        ("launchers", health_machine.check_launchers),
-        ("machine", lambda: health_machine.check_machine(flags.run_dir)),
-    )
-    found: list[Finding] = []
-    for title, check in groups:
+    """Print the checks; returns the exit code."""
+    args = sys.argv[1:] if args is None else args
+    flags = parse_flags(_Flags, args, default=_Flags(), prog="python -m minimind.doctor")
+    groups: dict[str, Callable[[], list[Check]]] = {
+        "software": software.check_versions,
+        "accelerator": software.check_accelerator,
+        "DeepSpeed's ops": lambda: software.check_ops(flags.build),
+        "communication": software.check_communication,
+        "launchers": machine.check_launchers,
+        "machine": lambda: machine.check_machine(flags.run_dir),
+    }
+    found: list[Check] = []
+    for title, run_checks in groups.items():
         print(f"{title}:")
-        for finding in check():
-            print(finding.line(), flush=True)
-            found.append(finding)
-    bad = sum(finding.verdict == "bad" for finding in found)
-    warnings = sum(finding.verdict == "warn" for finding in found)
-    verdict = f"{bad} will not work" if bad else "fit to train"
-    print(f"{verdict}; warnings: {warnings}" if warnings else verdict)
+        found += (checks := run_checks())
+        print(*checks, sep="\n", flush=True)
+    bad, warnings = (sum(check.status == status for check in found) for status in ("bad", "warn"))
+    summary = f"{bad} will not work" if bad else "fit to train"
+    print(f"{summary}; warnings: {warnings}" if warnings else summary)
     return int(bad > 0)
 
 

@@ -1,7 +1,10 @@
-"""The doctor: a verdict and a cure for each thing, on this machine and on machines that are made ill."""
+"""The doctor: the status of each check and its fix, on this machine and on machines that are broken on purpose."""
 
+import importlib
 import os
 import resource
+import shutil
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +14,8 @@ import torch
 from packaging.requirements import Requirement
 
 from minimind import doctor
-from minimind.reports.doctor import machine as health_machine
-from minimind.reports.doctor import software as health_software
-from minimind.reports.doctor.finding import Finding
+from minimind.reports.doctor import machine, software
+from minimind.reports.doctor.check import Check
 
 
 def test_this_machine_is_looked_at_from_end_to_end(tmp_path, capsys, monkeypatch):
@@ -41,13 +43,13 @@ def test_a_bad_finding_is_the_exit_code(capsys, monkeypatch, tmp_path):
 
 def test_a_young_lock_may_be_a_build_that_is_going_on(tmp_path):
     (tmp_path / "lock").touch()
-    (found,) = health_software.check_locks(tmp_path)
-    assert found.verdict == "warn" and "if nothing is being built now" in found.cure
-    assert health_software.check_locks(tmp_path / "nothing")[0].verdict == "ok"
+    (found,) = software.check_locks(tmp_path)
+    assert found.status == "warn" and "if nothing is being built now" in found.fix
+    assert software.check_locks(tmp_path / "nothing")[0].status == "ok"
 
 
 @pytest.mark.parametrize(
-    ("requirement", "verdict", "words"),
+    ("requirement", "status", "words"),
     [
         ("numpy>=1.0", "ok", ""),
         ("numpy>=99", "warn", "instead of >=99"),
@@ -55,21 +57,20 @@ def test_a_young_lock_may_be_a_build_that_is_going_on(tmp_path):
         ("no-such-package-here", "bad", "not installed"),
     ],
 )
-def test_versions_are_compared(requirement, verdict, words):
-    found = health_software.check_package(Requirement(requirement))
-    assert found.verdict == verdict and words in found.what
-    assert ("pip install" in found.cure) == (verdict != "ok")
+def test_versions_are_compared(requirement, status, words):
+    found = software.check_package(Requirement(requirement))
+    assert found.status == status and words in found.what
+    assert ("pip install" in found.fix) == (status != "ok")
 
 
 def test_a_machine_without_tools_is_told_what_needs_them(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(health_software.sys, "executable", str(tmp_path / "python"))
-    assert (
-        health_software.check_compiler().verdict == "warn"
-        and "apt-get install g++" in health_software.check_compiler().cure
-    )
-    assert health_software.check_ninja().cure.startswith("pip install ninja")
-    launchers = {finding.name: finding.what for finding in health_machine.check_launchers()}
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    compiler, ninja = software.check_ops(())[:2]
+    assert compiler.status == ninja.status == "warn"
+    assert "apt-get install g++" in compiler.fix and ninja.fix.startswith("pip install ninja")
+    launchers = {check.name: check.what for check in machine.check_launchers()}
     assert launchers["srun"] == "not found; only needed for SLURM clusters"
 
 
@@ -78,18 +79,18 @@ def test_an_op_that_does_not_build_is_one_line(monkeypatch):
         raise RuntimeError("Error building extension 'x'\nmany\nlines")
 
     builders = {"x": SimpleNamespace(load=fail), "y": SimpleNamespace(load=lambda verbose: None)}
-    found = health_software.build_op("x", builders)
-    assert found.verdict == "bad" and found.what == "does not build: Error building extension 'x'"
-    assert health_software.build_op("y", builders).verdict == "ok"
-    assert health_software.build_op("z", builders).cure == "one of x, y"
+    found = software.build_op("x", builders)
+    assert found.status == "bad" and found.what == "does not build: Error building extension 'x'"
+    assert software.build_op("y", builders).status == "ok"
+    assert software.build_op("z", builders).fix == "one of x, y"
 
 
 def test_a_broken_deepspeed_is_a_finding(monkeypatch):
     def refuse(name: str):
         raise ImportError("libcuda.so: not found")
 
-    monkeypatch.setattr(health_software.importlib, "import_module", refuse)
-    assert health_software.check_ops(())[-1] == Finding(
+    monkeypatch.setattr(importlib, "import_module", refuse)
+    assert software.check_ops(())[-1] == Check(
         "deepspeed", "bad", "cannot be imported: libcuda.so: not found", "pip install it anew"
     )
 
@@ -97,30 +98,30 @@ def test_a_broken_deepspeed_is_a_finding(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_a_driver_that_torch_cannot_use_is_told_from_no_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert health_software.check_accelerator()[0].verdict == "ok"
+    assert software.check_accelerator()[0].status == "ok"
     (tmp_path / "nvidia-smi").touch(mode=0o755)
     monkeypatch.setattr(torch.version, "cuda", None)
-    (found,) = health_software.check_accelerator()
-    assert found.verdict == "bad" and "built without CUDA" in found.what
+    (found,) = software.check_accelerator()
+    assert found.status == "bad" and "built without CUDA" in found.what
 
 
 def test_limits_memory_and_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, 524288))
-    found = health_machine.check_open_files()
-    assert (found.verdict, found.cure) == ("warn", "ulimit -n 65536")
+    found, _ = machine.check_limits()
+    assert (found.status, found.fix) == ("warn", "ulimit -n 65536")
     usage = SimpleNamespace(total=64 * 2**20, free=60 * 2**20)
-    monkeypatch.setattr(health_machine.shutil, "disk_usage", lambda path: usage)
-    assert "--shm-size" in health_machine.check_shared_memory(tmp_path)[0].cure
-    assert health_machine.check_disk(tmp_path / "not" / "yet").verdict == "bad"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert "--shm-size" in machine.check_shared_memory(tmp_path)[0].fix
+    assert machine.check_disk(tmp_path / "not" / "yet").status == "bad"
     usage.free = 5 * 2**30
-    assert health_machine.check_disk(tmp_path).verdict == "warn"
+    assert machine.check_disk(tmp_path).status == "warn"
     usage.free = 500 * 2**30
-    assert health_machine.check_disk(tmp_path).verdict == "ok"
+    assert machine.check_disk(tmp_path).status == "ok"
 
 
 def test_buffers_of_killed_runs_are_found(tmp_path):
-    assert [finding.name for finding in health_machine.check_shared_memory(tmp_path)] == ["shared memory"]
+    assert [check.name for check in machine.check_shared_memory(tmp_path)] == ["shared memory"]
     (tmp_path / "deepspeed_allreduce_buffer_1_2").write_bytes(b"x" * 2048)
-    left = health_machine.check_shared_memory(tmp_path)[1]
-    assert left.what == "1 of killed runs, 2.0 KiB" and left.cure.startswith("when no run is going: rm ")
-    assert health_machine.check_shared_memory(Path("/no/such"))[0].verdict == "bad"
+    left = machine.check_shared_memory(tmp_path)[1]
+    assert left.what == "1 of killed runs, 2.0 KiB" and left.fix.startswith("when nothing is running: rm ")
+    assert machine.check_shared_memory(Path("/no/such"))[0].status == "bad"
