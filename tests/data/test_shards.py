@@ -293,8 +293,7 @@ except ShardError as error:
     print(error)
 """
     arguments = [sys.executable, "-c", program, str(tmp_path / "train"), str(tokenizer_file)]
-    root = ROOT
-    done = subprocess.run(arguments, cwd=root, check=True, capture_output=True, text=True)
+    done = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True)
     assert "cannot write" in done.stdout and done.stdout.count("\n") == 1
     left = sorted(os.listdir(tmp_path / "train"))
     shards = ["shard_00000.docs.npy", "shard_00000.npy", "shard_00001.docs.npy", "shard_00001.npy"]

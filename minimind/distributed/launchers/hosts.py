@@ -1,9 +1,8 @@
-"""Host names of a run, checked before any launcher hands them to ssh.
+"""Host names, checked before a launcher gives them to ssh.
 
     python -m minimind.distributed.launchers.hosts MPIRUN_FLAGS
 
-A name that begins with a hyphen would be an option of ssh, and one with other characters could be a command. Knows
-nothing of ranks.
+A name that begins with a hyphen would be an option of ssh, and one with special characters could be a command.
 """
 
 import re
@@ -13,31 +12,34 @@ from pathlib import Path
 
 from minimind.errors import UserError, run_main
 
-_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
-_LONGEST = 253
-
-# What mpirun (Open MPI, MPICH) calls a file of hosts, and a list of hosts.
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
+# The flags of mpirun (Open MPI, MPICH) for a file of hosts, and for a list of hosts.
 _FILES = {"hostfile", "machinefile", "default-hostfile", "f"}
 _LISTS = {"host", "hosts", "H"}
 
 
 def check_host(name: str, where: str) -> str:
-    """`name`, where it can be a host's name or IPv4 address.
+    """`name`, if it is a valid host name or IPv4 address.
 
     Raises:
-        UserError: it cannot; `where` says where it stands.
+        UserError: it is not, with its place `where`.
     """
-    if not _HOST.fullmatch(name) or len(name) > _LONGEST:
-        raise UserError(f"{where}: {name!r} is no host name; use letters, digits, dots and hyphens")
+    if not _HOST.fullmatch(name):
+        raise UserError(f"{where}: {name!r} is not a host name; use letters, digits, dots and hyphens")
     return name
 
 
 def read_host_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """(place, words) of each line of a host file that is not empty or a comment.
+    """(place, words) of each line of a host file, without comments and empty lines.
 
     Raises:
         UserError: it cannot be read.
     """
+    if not path.is_file():
+        raise UserError(
+            f"hostfile {path}: No such file; pass one (see launch/hostfile.example), or use bash launch/pretrain.sh "
+            "for one machine"
+        )
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -53,7 +55,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
     """Host -> slots of a DeepSpeed hostfile, in order.
 
     Raises:
-        UserError: a line that is not `HOST slots=N`, a host that stands twice, or none at all.
+        UserError: a line that is not `HOST slots=N`, a host that is listed twice, or none at all.
     """
     slots: dict[str, int] = {}
     for place, words in read_host_lines(path):
@@ -62,18 +64,18 @@ def read_hostfile(path: Path) -> dict[str, int]:
         if count is None:
             raise UserError(f"{place}: {' '.join(words)!r} is not of the form 'node1 slots=8'")
         if host in slots:
-            raise UserError(f"{place}: {host} stands twice; give each host one line")
+            raise UserError(f"{place}: {host} is listed twice; give each host one line")
         slots[host] = int(count[1])
     if not slots:
-        raise UserError(f"hostfile {path}: no host in it; write lines like 'node1 slots=8'")
+        raise UserError(f"hostfile {path}: lists no host; write lines like 'node1 slots=8'")
     return slots
 
 
 def check_mpirun_flags(args: Sequence[str]) -> None:
-    """Check every host that the flags of an mpirun name, in files too.
+    """Check every host in the flags of mpirun and in the files they name.
 
     Raises:
-        UserError: one is no host name, or a file cannot be read.
+        UserError: one is not a host name, or a file cannot be read.
     """
     for index, arg in enumerate(args):
         if not arg.startswith("-"):
@@ -89,9 +91,5 @@ def check_mpirun_flags(args: Sequence[str]) -> None:
                 check_host(host.split(":")[0], arg)
 
 
-def main() -> None:
-    check_mpirun_flags(sys.argv[1:])
-
-
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: check_mpirun_flags(sys.argv[1:]))

@@ -102,4 +102,4 @@ def test_a_host_that_does_not_answer_and_a_name_that_is_an_option_are_refused(ho
     hostfile.write_text(f"h1 slots=1\n-oProxyCommand=touch${{IFS}}{tmp_path}/pwned slots=1\n")
     with launched(checked(hosts, hostfile, "--steps", "1"), tmp_path / "out") as process:
         assert process.wait(60) == 2
-    assert "is no host name" in (tmp_path / "out").read_text() and not (tmp_path / "pwned").exists()
+    assert "is not a host name" in (tmp_path / "out").read_text() and not (tmp_path / "pwned").exists()
