@@ -1,8 +1,7 @@
-"""Where compiled code lies: no host, and no rank, writes what another one reads.
+"""Cache folders for compiled code, so that no host and no rank overwrites what another one reads.
 
-On one host ranks share DeepSpeed's compiled operators (its builder locks them). On several, each host has its own: a
-lock does not hold on every network file system, and code is compiled for the processor. Knows nothing of what is
-compiled.
+Ranks of one host share DeepSpeed's compiled operators (its builder locks them). On several hosts each has its own: file
+locks do not work on every network file system, and code is compiled for the processor.
 """
 
 import os
@@ -19,12 +18,12 @@ PER_RANK = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
 
 
 def use_own_caches(env: RankEnvironment) -> None:
-    """Point this process's caches below where the environment puts them (or .cache of the repository).
+    """Point this process's caches to folders of its own, below those of the environment (or the repository's .cache).
 
-    A single rank is left alone; so are the operators of a run on one host.
+    Nothing changes for a single rank, nor for the operators of a run on one host.
 
     Raises:
-        OneRankError: a folder cannot be made.
+        OneRankError: a folder cannot be created.
     """
     if env.world_size == 1:
         return
@@ -40,6 +39,6 @@ def use_own_caches(env: RankEnvironment) -> None:
             base.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OneRankError(
-                f"{name} {base} on {node_name()}: {error.strerror}; set it to a folder to write in"
+                f"{name} {base} on {node_name()}: {error.strerror}; set it to a writable folder"
             ) from None
         os.environ[name] = str(base)

@@ -1,7 +1,7 @@
-"""Start the ranks of one machine and answer for them: `python -m minimind.distributed.launchers.local N SCRIPT ARGS`.
+"""Start the ranks of one machine: `python -m minimind.distributed.launchers.local N SCRIPT ARGS`.
 
-Signals go to every rank at once; when one rank fails, the others are ended; the exit code is that of the first rank
-that failed; and the ranks end with this process, however it ends. Knows nothing of what the ranks do.
+Signals are forwarded to every rank at once; when one rank fails, the others are ended; the exit code is that of the
+first rank that failed (torchrun would turn 75 into 1); and the ranks end with this process, however it ends.
 """
 
 import contextlib
@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable
 
 PATIENCE_SECONDS = 10.0
-"""After a rank has failed, the others may end by themselves, with their own words, for this long."""
+"""After a rank has failed, the others have this long to print their own error and exit."""
 GRACE_SECONDS = 30.0
-"""Between asking the remaining ranks to end and killing them."""
+"""Between SIGTERM and SIGKILL to the remaining ranks."""
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
@@ -26,7 +26,7 @@ _PR_SET_PDEATHSIG = 1
 def main(args: list[str]) -> int:
     """Run `args[1:]` as `args[0]` ranks; the exit code of the first rank that failed, or 0.
 
-    A rank that died by signal n counts as 128 + n, as a shell says it.
+    A rank that died by signal n counts as 128 + n, as in a shell.
     """
     world_size = int(args[0])
     port = os.environ.get("MASTER_PORT") or str(find_free_port())
@@ -37,7 +37,7 @@ def main(args: list[str]) -> int:
 
 
 def find_free_port() -> int:
-    """A TCP port that nobody listens on at this moment."""
+    """A TCP port that is free at this moment."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
@@ -63,7 +63,7 @@ def rank_environment(rank: int, world_size: int, port: str) -> dict[str, str]:
 
 
 def start_rank(command: list[str], rank: int, world_size: int, port: str) -> subprocess.Popen:
-    """Start one rank, in a session of its own so that a terminal's Ctrl-C reaches it once, through us."""
+    """Start one rank, in its own session, so that Ctrl-C reaches it once, through us."""
     return subprocess.Popen(
         [sys.executable, *command],
         env=rank_environment(rank, world_size, port),

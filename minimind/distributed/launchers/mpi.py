@@ -1,6 +1,8 @@
-"""Under mpirun, where rank 0 listens: the ranks tell one another through MPI, once, at the start.
+"""Under mpirun: find rank 0's address and a free port through MPI, once, at the start.
 
-MPI's environment says who a rank is and not where the others are. MPI itself is used for nothing else, and left again.
+mpirun's variables give a rank its number but not the address of rank 0. MPI is finalized again afterwards. Not
+DeepSpeed's `mpi_discovery`: it takes the first address of `hostname -I` and one fixed port for every job, and a libmpi
+that does not belong to mpirun makes each rank believe it is alone.
 """
 
 import dataclasses
@@ -19,17 +21,17 @@ _LIBRARIES = {"openmpi": "libmpi.so.40", "mpich": "libmpi.so.12"}
 
 
 def find_master(env: RankEnvironment) -> RankEnvironment:
-    """`env` with rank 0's address and a free port of its host, where mpirun started this rank and nobody gave them.
+    """`env` with rank 0's address and a free port of its host, if mpirun started this rank.
 
-    MASTER_ADDR and MASTER_PORT in the environment go first. Every rank calls this.
+    MASTER_ADDR and MASTER_PORT in the environment take precedence. Every rank calls this.
 
     Raises:
-        OneRankError: MPI's library is not found, or is not the one of the mpirun that started the rank.
+        OneRankError: libmpi is not found, or does not belong to the mpirun that started the rank.
     """
     if env.launcher not in _LIBRARIES or env.master_addr is not None or env.world_size == 1:
         return env
     if "MPI4PY_LIBMPI" not in os.environ:
-        # A host may have both; the variables say which mpirun this is. The library of a wheel lies beside Python.
+        # A host may have both; the variables tell which mpirun this is. A wheel's library is installed beside Python.
         name = _LIBRARIES[env.launcher]
         os.environ["MPI4PY_LIBMPI"] = os.pathsep.join([os.path.join(sys.prefix, "lib", name), name])
     mpi4py.rc.initialize = False

@@ -1,7 +1,7 @@
-"""End with the launcher: notice that a process which started this rank, or whoever read its output, is gone.
+"""Notice the end of the launcher: a process that started this rank, or the reader of its output, is gone.
 
-DeepSpeed's launcher is up to four processes between the command that a user typed and a rank, and ending one of them
-leaves the others, and the ranks, running. Knows nothing of what stopping means.
+DeepSpeed's launcher is up to four processes between the user's command and a rank; ending one of them leaves the others
+and the ranks running. PR_SET_PDEATHSIG would cover only the parent.
 """
 
 import errno
@@ -22,8 +22,8 @@ POLL_SECONDS = 0.5
 def find_launcher(ancestors: Sequence[psutil.Process]) -> list[psutil.Process]:
     """The processes that started this rank and must outlive it, nearest first.
 
-    The parent, and above it every process of DeepSpeed's: the launcher of the host, the shell that ssh runs it in with
-    the session of sshd over that, or the `deepspeed` command itself.
+    The parent, and above it every process of DeepSpeed: its launcher on this host, the shell that ssh runs it in with
+    the sshd session above it, or the `deepspeed` command itself.
     """
     found = list(ancestors[:1])
     for process in ancestors:
@@ -42,7 +42,7 @@ def find_launcher(ancestors: Sequence[psutil.Process]) -> list[psutil.Process]:
 
 
 class LauncherWatch:
-    """Remembers who started this process, and later watches them; make it early, start it when stopping is possible."""
+    """Remembers at construction who started this process; watches them from `start` on, when stopping is possible."""
 
     def __init__(self) -> None:
         self._parent = os.getppid()
@@ -54,14 +54,14 @@ class LauncherWatch:
     def start(self, on_end: Callable[[], None]) -> None:
         """Call `on_end` once, from a thread, when a process of the launcher or the reader of the output has ended.
 
-        Output that nobody reads goes nowhere, from the first line on: writing it is no error.
+        Output without a reader is discarded; writing it is not an error.
         """
         self._streams = sys.stdout, sys.stderr
         sys.stdout, sys.stderr = (outlive_reader(stream, self._unread.set) for stream in self._streams)
         threading.Thread(target=self._watch, args=(on_end,), name="launcher-watch", daemon=True).start()
 
     def close(self) -> None:
-        """Stop watching; output that nobody reads is an error again, unless that has happened."""
+        """Stop watching; output without a reader is an error again, unless that has happened."""
         self._ended.set()
         if self._streams is not None:
             for stream in (sys.stdout, sys.stderr):
@@ -84,11 +84,11 @@ class LauncherWatch:
             if not is_told and (broken or is_gone or self._unread.is_set()):
                 is_told = True
                 on_end()
-                print("the launcher has ended: finishing the step, then saving", file=sys.stderr, flush=True)
+                print("the launcher has ended: this rank finishes the step, then saves", file=sys.stderr, flush=True)
 
 
 class _Outliving(io.FileIO):
-    """A file that takes everything when nobody reads it any more."""
+    """A file that discards what is written after its reader is gone."""
 
     def __init__(self, descriptor: int, on_loss: Callable[[], None]) -> None:
         super().__init__(descriptor, "w", closefd=False)
@@ -106,10 +106,10 @@ class _Outliving(io.FileIO):
 
 
 def outlive_reader(stream: TextIO, on_loss: Callable[[], None]) -> TextIO:
-    """`stream`, but writing is no error after its pipe has no reader or its terminal is gone; a full disk still is.
+    """`stream`, but writing is not an error after its pipe's reader or its terminal is gone; a full disk still is one.
 
-    `on_loss` is called when that is noticed. Closing the result leaves the descriptor open. A stream that is no file
-    is given back as it is.
+    `on_loss` is called when that is noticed. Closing the result leaves the descriptor open. A stream without a
+    descriptor is returned as it is.
     """
     try:
         raw = _Outliving(stream.fileno(), on_loss)
@@ -125,7 +125,7 @@ def outlive_reader(stream: TextIO, on_loss: Callable[[], None]) -> TextIO:
 
 
 def discard(descriptor: int) -> None:
-    """What is written to `descriptor` goes nowhere from now on."""
+    """Discard what is written to `descriptor` from now on."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)
     os.close(nowhere)
