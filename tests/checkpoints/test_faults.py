@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_runs import PRELOAD, RankPool, flags_for, free_port, losses, rank_pool, read_metrics, train, train_rank
+from training_runs import PRELOAD, RankPool, flags_for, losses, rank_pool, read_metrics, train, train_rank
 
 from minimind.checkpoints import portable
 from minimind.checkpoints.folder import checkpoints_folder, list_checkpoints, portable_folder, verify_checkpoint
 from minimind.checkpoints.manifest import CheckpointError
 from minimind.checkpoints.saving import write_states
+from minimind.distributed.launchers.local import find_free_port
 from minimind.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from minimind.training.trainer import Trainer
 
@@ -104,7 +105,7 @@ def test_a_rank_out_of_memory_ends_all_and_the_run_continues(tiny_corpus, tmp_pa
     flags = flags_for(tiny_corpus, tmp_path / "run", dropout=0.1)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    port = free_port()
+    port = find_free_port()
     ranks = [
         context.Process(
             target=train_rank, args=(flags, rank, 2, port, tmp_path / f"rank{rank}.log", train_until_memory_is_out)

@@ -30,9 +30,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import tyro  # noqa: E402
 from structured_corpus import write_corpus  # noqa: E402
-from training_runs import EXPERTS, PRELOAD, RankPool, flags_for, free_port, losses, train, train_rank  # noqa: E402
+from training_runs import EXPERTS, PRELOAD, RankPool, flags_for, losses, train, train_rank  # noqa: E402
 
 from minimind.checkpoints.folder import checkpoints_folder, list_checkpoints, verify_checkpoint  # noqa: E402
+from minimind.distributed.launchers.local import find_free_port  # noqa: E402
 
 STEPS = 30
 SECONDS_TO_WAIT = 120.0
@@ -69,7 +70,7 @@ class Report:
 
 def start(context: Any, flags: list[str], world_size: int, folder: Path) -> list[Any]:
     """Start every rank of a run."""
-    port = free_port()
+    port = find_free_port()
     ranks = [
         context.Process(target=train_rank, args=(flags, rank, world_size, port, folder / f"rank{rank}.log"))
         for rank in range(world_size)

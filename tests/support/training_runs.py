@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import socket
 import sys
 import traceback
 import unittest.mock
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from repository import ROOT
+
+from minimind.distributed.launchers.local import find_free_port
 
 # Threads that wait for each other on busy cores make a tiny model a hundred times slower. Ranks inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -130,13 +131,6 @@ def weights(run_dir: Path) -> dict[str, Any]:
     return {name: tensor.clone() for name, tensor in TrainingCheckpoint(list_checkpoints(run_dir)[-1]).state_dict()}
 
 
-def free_port() -> int:
-    """A port of this host that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 SECONDS_TO_WAIT = 120
 # DeepSpeed imports the second one when an engine is built, and that compiles: most of the time of a short run.
 PRELOAD = ["minimind.train", "deepspeed.runtime.zero.muon.original_muon"]
@@ -177,7 +171,7 @@ class RankPool:
 
     def start(self, function: Callable[..., Any], *args: Any) -> None:
         """Let every rank begin `function(*args)`."""
-        port = free_port()
+        port = find_free_port()
         for rank, pipe in enumerate(self._pipes):
             pipe.send((function, args, rank, len(self._pipes), port))
 

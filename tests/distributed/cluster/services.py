@@ -20,6 +20,7 @@ import pytest
 from repository import ROOT
 
 from minimind.distributed.launchers.deepspeed import unpack_words
+from minimind.distributed.launchers.local import find_free_port
 
 BIN = Path(sys.executable).parent
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -103,14 +104,6 @@ def with_hosts_file(hosts: Path, command: Sequence[object]) -> list[object]:
     return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", hosts, *command]
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-
-
 # SLURM ---------------------------------------------------------------------------------------------------------------
 
 _SLURM_CONF = """
@@ -143,7 +136,7 @@ class Slurm:
         self.folder = folder
         self._services = Services(folder)
         host = socket.gethostname().split(".")[0]
-        first = free_ports(1)[0] % 10000 + 20000
+        first = find_free_port() % 10000 + 20000
         text = _SLURM_CONF.format(folder=folder, host=host, controller=first + 2, first=first, last=first + 1)
         (folder / "slurm.conf").write_text(text)
         (folder / "state").mkdir()

@@ -6,7 +6,6 @@ ranks that have imported everything once.
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pytest import approx
 from training_runs import ROOT, RankPool, flags_for, losses, rank_pool, read_metrics, train
 
 from minimind.data.loader import hash_stream
+from minimind.distributed.launchers.local import find_free_port
 
 BIN = Path(sys.executable).parent
 SETTINGS = {"hidden_size": 32, "num_hidden_layers": 2, "steps": 6, "lr": 5e-3, "save_every": 0}
@@ -44,12 +44,6 @@ def assert_same(found: dict[int, float], expected: dict[int, float], tolerance: 
     assert list(found.values()) == approx(list(expected.values()), rel=tolerance)
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def start(command: list[str], **environment: str) -> subprocess.Popen:
     """With the environment's launcher variables taken away, and its own programs first."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -71,7 +65,7 @@ def run(command: list[str], **environment: str) -> tuple[int, str, str]:
 
 
 def deepspeed(*args: str) -> list[str]:
-    return ["deepspeed", "--num_gpus", "2", "--master_port", free_port(), "launch/pretrain.sh", *args]
+    return ["deepspeed", "--num_gpus", "2", "--master_port", str(find_free_port()), "launch/pretrain.sh", *args]
 
 
 def processes_of(word: str) -> list[str]:
