@@ -92,6 +92,8 @@ def open_source(source: Source) -> Iterator[tuple[io.BufferedReader, BinaryIO]]:
     try:
         with open(source.path, "rb", buffering=0) as raw:
             before = os.fstat(raw.fileno())
+            if source.compression and not before.st_size:
+                raise EOFError(f"it is empty, and no {source.compression} file is")
             yield _buffer(_decompress(raw, source.compression)), cast(BinaryIO, raw)
             after = os.stat(source.path)
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
@@ -147,7 +149,7 @@ def _find_problem(head: bytes) -> str | None:
             fix = "convert it to text" if suffix in (".zip", ".pdf") else f"add {suffix} to its name"
             return f"is no text but {suffix} data: {fix}"
     odd, even = head[1::2].count(0), head[::2].count(0)
-    if odd + even > _MOST_NUL * len(head):
+    if odd + even > max(_FEW_INVALID, _MOST_NUL * len(head)):
         if min(odd, even) * 10 > max(odd, even):
             return "is binary data, not text: convert it"
         return f"is not UTF-8 but looks like UTF-16: give --encoding utf-16-{'le' if odd > even else 'be'}"
@@ -264,15 +266,17 @@ def _walk_folder(folder: str, is_val: bool) -> list[Source]:
         unread += [os.path.join(parent, name, "") for name in folders if name.startswith(".")]
         folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
         for name in files:
-            is_read = not name.startswith(".") and _split_name(name)[0] is not None
-            (found if is_read else unread).append(os.path.join(parent, name))
+            path = os.path.join(parent, name)
+            # A broken link is an error when it is read; a pipe or a socket would be waited for.
+            is_read = _split_name(name)[0] is not None and (os.path.isfile(path) or os.path.islink(path))
+            (found if is_read and not name.startswith(".") else unread).append(path)
     if not found:
         known = " ".join(SUFFIXES)
         raise UserError(f"--input {folder} holds no file of a known format ({known}), also compressed")
     if unread:
         names = ", ".join(os.path.relpath(path, folder) for path in sorted(unread)[:_SHOWN_NAMES])
         more = f" and {len(unread) - _SHOWN_NAMES:,} more" if len(unread) > _SHOWN_NAMES else ""
-        print(f"note: {folder}: not read, no known format: {names}{more}", file=sys.stderr)
+        print(f"note: {folder}: not read (no visible files of a known format): {names}{more}", file=sys.stderr)
     return [_describe_file(path, None, is_val) for path in sorted(found)]
 
 

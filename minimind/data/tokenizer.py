@@ -82,7 +82,11 @@ class Tokenizer(abc.ABC):
         elif eos_token is None and len(known) == 1:
             eos_token = known[0]
         if eos_token not in self.special_ids:
-            named = f"special token {eos_token}" if eos_token else f"one special token such as {SPECIAL_TOKENS[0]}"
+            named = (
+                f"special token {eos_token}"
+                if eos_token is not None
+                else f"one special token such as {SPECIAL_TOKENS[0]}"
+            )
             choices = ", ".join(known or self.special_ids) or "none at all"
             raise UserError(f"{self.file} has no {named} to end documents: choose with --eos-token among {choices}")
         return self.special_ids[eos_token]

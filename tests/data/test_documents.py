@@ -181,6 +181,9 @@ def test_file_that_was_cut_short_is_refused(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.jsonl.bz2", "a.jsonl.xz", "a.parquet"])
 def test_file_that_is_not_what_its_name_says_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=rf"{name}.*(damaged)"):
+        read(tmp_path / name)
     (tmp_path / name).write_bytes(b"plain text, nothing else\n" * 10)
     with pytest.raises(UserError, match=rf"{name}.*(damaged)"):
         read(tmp_path / name)
@@ -266,6 +269,8 @@ def test_what_an_encoding_cannot_read_is_a_bad_document(tmp_path: Path) -> None:
 
 def test_nul_in_text_is_a_bad_document_not_a_bad_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
+    path.write_bytes(b"a\0b\n\nc\n")
+    assert read_bad(path) == (["c"], ["1: NUL character at position 2"])
     path.write_bytes(b"one\n\ntwo \0 two\n\nthree")
     assert read_bad(path) == (["one", "three"], ["3: NUL character at position 5"])
 
@@ -492,8 +497,13 @@ def test_a_folder_is_every_file_of_a_known_format(tmp_path: Path, capsys: pytest
     ]
     assert sorted(read(folder)) == sorted(expected)
     assert read(folder) == read(f"{tmp_path}/*") == read(f"{folder}/")
+    os.mkfifo(folder / "pipe.jsonl")  # would be waited for
+    assert len(read(folder)) == len(expected)
+    assert "pipe.jsonl" in capsys.readouterr().err.splitlines()[-1]
+    (folder / "pipe.jsonl").unlink()
+    read(folder)
     note = capsys.readouterr().err.splitlines()[0]
-    assert note == f"note: {folder}: not read, no known format: .git, README.md, sub/.hidden.jsonl"
+    assert note == f"note: {folder}: not read (no visible files of a known format): .git, README.md, sub/.hidden.jsonl"
     with pytest.raises(UserError, match="holds no file of a known format"):
         read(make_folder(tmp_path / "empty"))
 
