@@ -7,10 +7,12 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import operator
 import time
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -90,9 +92,7 @@ def find_mismatch(reports: list[HostReport], env: RankEnvironment, run_dir: Path
         if report.error is not None:
             return f"{report.host} (rank {report.rank}): {report.error}"
     for name, remedy in _SAME_EVERYWHERE.items():
-        by_value: dict[str, list[HostReport]] = {}
-        for report in reports:
-            by_value.setdefault(getattr(report, name), []).append(report)
+        by_value = _group(reports, operator.attrgetter(name))
         if len(by_value) > 1:
             parts = [f"{value} on {_hosts(group)}" for value, group in by_value.items()]
             return f"preflight: {name} is {' and '.join(parts)}; use {remedy}"
@@ -119,9 +119,7 @@ def find_mismatch(reports: list[HostReport], env: RankEnvironment, run_dir: Path
 
 def host_table(reports: list[HostReport]) -> str:
     """One line per host, for the first `LONGEST_TABLE`."""
-    by_host: dict[tuple[str, str], list[HostReport]] = {}
-    for report in reports:
-        by_host.setdefault((report.host, report.boot), []).append(report)
+    by_host = _group(reports, operator.attrgetter("host", "boot"))
     rows = [("host", "ranks", "python", "torch", "deepspeed", "git", "device", "free")]
     for (host, _), group in list(by_host.items())[:LONGEST_TABLE]:
         one = group[0]
@@ -210,9 +208,14 @@ def _get(store: torch.distributed.Store, key: str, seconds: float) -> str:
         raise UserError(f"preflight: rank 0 or another rank stopped answering ({first_line(error)[:200]})") from None
 
 
-def _hosts(reports: Iterable[HostReport]) -> str:
-    by_host: dict[str, list[int]] = {}
+def _group(reports: Iterable[HostReport], key: Callable[[HostReport], Any]) -> dict[Any, list[HostReport]]:
+    groups: dict[Any, list[HostReport]] = {}
     for report in reports:
-        by_host.setdefault(report.host, []).append(report.rank)
-    names = [f"{host} (rank {describe_ranks(ranks)})" for host, ranks in by_host.items()]
+        groups.setdefault(key(report), []).append(report)
+    return groups
+
+
+def _hosts(reports: Iterable[HostReport]) -> str:
+    by_host = _group(reports, operator.attrgetter("host"))
+    names = [f"{host} (rank {describe_ranks([one.rank for one in group])})" for host, group in by_host.items()]
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more hosts" if len(names) > 8 else "")
