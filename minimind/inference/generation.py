@@ -116,9 +116,9 @@ class _Batch:
 
 
 def end_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end a document and a turn, if the tokenizer has them."""
-    ends = (SPECIAL_TOKENS[0], SPECIAL_TOKENS[2])
-    return tuple(tokenizer.special_ids[end] for end in ends if end in tokenizer.special_ids)
+    """The ids that end a document and, if the tokenizer has it, a turn."""
+    end_of_turn = tokenizer.special_ids.get(SPECIAL_TOKENS[2], tokenizer.eos_token_id)
+    return tuple(dict.fromkeys((tokenizer.eos_token_id, end_of_turn)))
 
 
 def _encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
