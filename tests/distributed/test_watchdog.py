@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch.distributed
-from training_runs import PRELOAD, free_port
+from training_runs import PRELOAD
 
 from minimind.distributed import heartbeats, watchdog
 from minimind.distributed.heartbeats import describe_ranks
+from minimind.distributed.launchers.local import find_free_port
 from minimind.distributed.watchdog import Watchdog
 from minimind.errors import UserError, run_main
 
@@ -93,7 +94,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., list[Rank]]]:
     ranks: list[Rank] = []
 
     def begin(*whats: str, minutes: float = 30.0) -> list[Rank]:
-        port = free_port()
+        port = find_free_port()
         for rank, what in enumerate(whats):
             here, there = context.Pipe()
             log = tmp_path / f"rank{rank}"
