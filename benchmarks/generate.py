@@ -22,6 +22,7 @@ from minimind.inference.decoding import Decoding
 from minimind.inference.evaluation import evaluate, shards_of_texts
 from minimind.inference.sampling import SamplingOptions
 from minimind.model import PRESETS, MiniMindForCausalLM
+from minimind.model.kernels.apply import apply_kernels
 from minimind.model.kernels.packed_weights import prepare_decoding, quantize_int8
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
@@ -81,6 +82,7 @@ def copy_of(base: MiniMindForCausalLM, dtype: torch.dtype, *, int8: bool = False
     copy = MiniMindForCausalLM(base.config)
     copy.load_state_dict(base.state_dict())
     copy = copy.to(dtype).eval()
+    apply_kernels(copy, "cpu")
     prepare_decoding(copy, int8=int8)
     return copy
 

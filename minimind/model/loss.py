@@ -1,8 +1,8 @@
-"""The output matrix and the next-token cross-entropy, computed together so that the logits never exist as a whole.
+"""The output matrix and the next-token cross-entropy, fused so that the logits never exist as a whole.
 
-A chunk of tokens at a time: logits, float32 log-softmax, and at once the gradient, so nothing is recomputed and the
-peak is one chunk. Done inside the matrix's own forward, where DeepSpeed ZeRO-3 has gathered its weight. Refuses to
-know how labels are made: `labels[b, t]` is already the token that position t should predict.
+Each chunk of tokens yields its logits, their float32 log-softmax and at once their gradient: nothing is recomputed,
+and the peak is one chunk. This happens in the forward of the output matrix, where DeepSpeed ZeRO-3 has gathered its
+weight. `labels[b, t]` is already the token that position t should predict.
 """
 
 from typing import Any
@@ -12,19 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimind.model.config import ModelConfig
-from minimind.model.kernels.matmul import add_product, product
 from minimind.model.layers import Linear
 
 IGNORE_INDEX = -100
 
-# Logits of one chunk. On a CPU a chunk that stays near the caches is faster than the plain loss; a GPU wants large
-# products: 2**25 float32 logits are 128 MiB.
-_CHUNK_LOGITS_CPU = 2**22
-_CHUNK_LOGITS = 2**25
+CHUNK_LOGITS = 2**25
+"""Logits of one chunk: 128 MiB in float32, large enough for a GPU to multiply at full speed."""
 
 
 class LMHead(Linear):
-    """The matrix from hidden states to token scores; given labels it answers with the loss instead."""
+    """The matrix from hidden states to token scores; with labels it returns the loss instead."""
+
+    chunk_logits = CHUNK_LOGITS
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.hidden_size, config.vocab_size, config.initializer_range)
@@ -41,12 +40,26 @@ class LMHead(Linear):
         hidden_states, weight = _to_compute_dtype(hidden_states, self.weight)
         z_loss_coef = self.z_loss_coef if self.training else 0.0
         need_grad = torch.is_grad_enabled()  # inside the function it never is
-        loss = _TokenLoss.apply(hidden_states.flatten(0, -2), weight, labels.flatten(), z_loss_coef, need_grad)
+        states = hidden_states.flatten(0, -2)
+        loss = _TokenLoss.apply(states, weight, labels.flatten(), z_loss_coef, need_grad, type(self))
         if reduction == "sum":
             return loss
         if reduction == "mean":
             return loss / (labels != IGNORE_INDEX).sum().clamp(min=1)
         raise ValueError(f"reduction={reduction!r} must be 'mean' or 'sum'")
+
+    @staticmethod
+    def matmul(left: Tensor, right: Tensor) -> Tensor:
+        """(m, k) times (k, n): (m, n). No gradient is kept."""
+        return left @ right
+
+    @staticmethod
+    def add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add (m, k) times (k, n) to the float32 `total` (m, n) in place."""
+        if left.dtype == total.dtype:
+            total.addmm_(left, right)
+        else:
+            total += left @ right
 
 
 def _to_compute_dtype(hidden_states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,39 +75,42 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, labels: Tensor, z_loss_coef: float, need_grad: bool
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        z_loss_coef: float,
+        need_grad: bool,
+        head: type[LMHead],
     ) -> Tensor:
         need_states, need_weight = (need_grad and needed for needed in ctx.needs_input_grad[:2])
         is_trained = need_states or need_weight
-        limit = _CHUNK_LOGITS_CPU if states.device.type == "cpu" else _CHUNK_LOGITS
-        chunk = max(1, limit // weight.shape[0])
+        chunk = max(1, head.chunk_logits // weight.shape[0])
         total = states.new_zeros((), dtype=torch.float32)
         states_grads = []
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         with torch.autocast(states.device.type, enabled=False):
             for rows, targets in zip(states.split(chunk), labels.split(chunk), strict=True):
-                loss, logits_grad = _chunk_loss(product(rows, weight.t()), targets, z_loss_coef, is_trained)
+                loss, logits_grad = _chunk_loss(head.matmul(rows, weight.t()), targets, z_loss_coef, is_trained)
                 total = total + loss
                 if logits_grad is not None and need_states:
-                    states_grads.append(product(logits_grad, weight))
+                    states_grads.append(head.matmul(logits_grad, weight))
                 if logits_grad is not None and weight_grad is not None:
-                    add_product(weight_grad, logits_grad.t(), rows)
+                    head.add_matmul(weight_grad, logits_grad.t(), rows)
         ctx.save_for_backward(torch.cat(states_grads) if need_states else None, weight_grad)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grad_outputs
         states_grad, weight_grad = ctx.saved_tensors
-        # The scale (a loss scale, 1 / number of tokens) comes in here and not before: small probabilities of a mean
-        # over many tokens would vanish in float16.
+        # The scale (a loss scale, 1 / number of tokens) is applied last: the small probabilities of a mean over many
+        # tokens would vanish in float16.
         return (
             None if states_grad is None else states_grad * scale.to(states_grad.dtype),
             None if weight_grad is None else (weight_grad * scale).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
+            *[None] * 4,
         )
 
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import minimind
 from minimind.errors import UserError
 from minimind.model.attention import Attention
-from minimind.model.attention_mask import Visibility, causal, segment_positions, within_documents
+from minimind.model.attention_mask import AttentionMask, causal_mask, document_mask, segment_positions
 from minimind.model.config import ModelConfig
 from minimind.model.kv_cache import KVCache
 from minimind.model.layers import Embedding, FeedForward, RMSNorm
@@ -61,11 +61,11 @@ class Block(nn.Module):
         self,
         hidden_states: Tensor,
         rotary: tuple[Tensor, Tensor],
-        visibility: Visibility,
+        mask: AttentionMask,
         cache: KVCache | None = None,
     ) -> Tensor:
         """(B, T, hidden_size) -> the same shape."""
-        mixed = self.self_attn(self.input_layernorm(hidden_states), rotary, visibility, cache)
+        mixed = self.self_attn(self.input_layernorm(hidden_states), rotary, mask, cache)
         hidden_states = hidden_states + self._drop(mixed)
         normed = self.post_attention_layernorm(hidden_states)
         mixed = self.mlp(normed)
@@ -110,15 +110,15 @@ class MiniMindModel(nn.Module):
             position_ids = _positions(input_ids, num_read, cu_seqlens, attention_mask)
         rotary = rotary_tables(self.config, position_ids)
         if cu_seqlens is not None:
-            visibility = within_documents(cu_seqlens, input_ids, self._has_document_kernel(hidden_states))
+            mask = self.document_mask(cu_seqlens, hidden_states)
         else:
-            visibility = causal(num_new, num_read, attention_mask, input_ids.device)
+            mask = causal_mask(num_new, num_read, attention_mask, input_ids.device)
         for layer in self.layers:
             if self.activation_checkpointing and self.training and cache is None:
-                arguments = (hidden_states, rotary, visibility)
+                arguments = (hidden_states, rotary, mask)
                 hidden_states = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=self.draws_random)
             else:
-                hidden_states = layer(hidden_states, rotary, visibility, cache)
+                hidden_states = layer(hidden_states, rotary, mask, cache)
         if cache is not None:
             cache.advance(num_new)
         return self.norm(hidden_states)
@@ -128,14 +128,9 @@ class MiniMindModel(nn.Module):
         if length > limit:
             raise UserError(f"a sequence of {length} tokens is beyond the model's max_position_embeddings={limit}")
 
-    def _has_document_kernel(self, hidden_states: Tensor) -> bool:
-        """Whether attention may take documents one by one instead of through a mask."""
-        config, device = self.config, hidden_states.device.type
-        if not config.flash_attn or device == "cpu":
-            return config.flash_attn
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
-        fits = dtype in (torch.float16, torch.bfloat16) and config.head_size % 8 == 0 and config.head_size <= 256
-        return fits and not (config.attention_dropout and self.training)
+    def document_mask(self, cu_seqlens: Tensor, hidden_states: Tensor) -> AttentionMask:
+        """The mask that keeps attention inside the documents of (B, T, hidden_size) `hidden_states`."""
+        return document_mask(cu_seqlens, hidden_states.shape[:2])
 
 
 def _positions(input_ids: Tensor, num_read: int, cu_seqlens: Tensor | None, attention_mask: Tensor | None) -> Tensor:

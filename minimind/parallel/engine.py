@@ -17,6 +17,7 @@ from deepspeed.utils import set_z3_leaf_module
 from minimind.config.deepspeed_keys import offload_device, zero_stage
 from minimind.config.resolved_run import ResolvedRun
 from minimind.model import MiniMindForCausalLM
+from minimind.model.kernels.apply import apply_kernels, chosen_kernels
 from minimind.model.layers import FeedForward
 from minimind.parallel.deepspeed_check import _build_errors
 from minimind.parallel.experts import (
@@ -63,6 +64,7 @@ def build_engine(resolved: ResolvedRun, model: MiniMindForCausalLM) -> deepspeed
             assert train.betas is not None and train.eps is not None
             return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
 
+    chosen_kernels()  # a bad choice is an error before the model is partitioned
     if clips_here(resolved):
         ds["gradient_clipping"] = 0.0
     replace_experts(resolved, model)

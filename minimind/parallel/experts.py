@@ -6,7 +6,6 @@ the routers of the auxiliary loss, the parameters of the optimizer. A group of `
 set of experts; ranks that hold the same experts average their gradients.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +19,8 @@ from torch import nn
 from minimind.config.expert_parallel import uses_random_routing
 from minimind.config.resolved_run import ResolvedRun
 from minimind.model import MiniMindForCausalLM
-from minimind.model.kernels.experts import cpu_experts_of_rows, takes_cpu_experts
+from minimind.model.kernels.apply import Kernel, on_cpu
+from minimind.model.kernels.experts import cpu_experts
 from minimind.model.moe import MoEFeedForward
 from minimind.model.router import BIAS_NAME, Router
 from minimind.parallel.deepspeed_moe import GateRecord, NativeExperts

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from minimind.model.kernels.matmul import product
+from minimind.model.kernels.matmul import matmul
 
 # Dense peak of the data sheets in FLOP/s, without sparsity: (bf16 and fp16, fp32 as torch computes it by default).
 # The first name found in the device's own as whole words counts ("RTX A4000" is no A40), so longer names come first.
@@ -88,7 +88,7 @@ def _time_matmul(device: torch.device, dtype: torch.dtype, size: int) -> float:
     fastest = float("inf")
     for _ in range(3):
         begin = time.perf_counter()
-        product(left, right)
+        matmul(left, right)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         fastest = min(fastest, time.perf_counter() - begin)

@@ -27,7 +27,7 @@ from minimind.distributed.launchers.watch import LauncherWatch
 from minimind.distributed.out_of_memory import explain_out_of_memory
 from minimind.distributed.watchdog import Watchdog
 from minimind.errors import UserError
-from minimind.model.kernels.matmul import multiplies
+from minimind.model.kernels.matmul import has_fast_matmul
 from minimind.parallel.deepspeed_check import check_ds_config
 from minimind.parallel.engine import build_engine, build_model
 from minimind.training.control import hold_run

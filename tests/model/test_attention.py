@@ -8,9 +8,8 @@ import torch
 
 from minimind.errors import UserError
 from minimind.model import PRESETS, KVCache, MiniMindForCausalLM
-from minimind.model.attention import attend_by_products, attend_fused, attend_plainly
-from minimind.model.attention_mask import Visibility, causal, group_segments, segment_positions, within_documents
-from minimind.model.kernels import matmul
+from minimind.model.attention import explicit_attention, fused_attention
+from minimind.model.attention_mask import AttentionMask, causal_mask, document_mask, segment_positions
 
 TINY = dataclasses.replace(PRESETS["tiny"], vocab_size=120, num_hidden_layers=2)
 
@@ -34,41 +33,17 @@ def reference(queries, keys, values, mask):
     return out.float()
 
 
-@pytest.mark.parametrize("attend", [attend_fused, attend_plainly])
+@pytest.mark.parametrize("attend", [fused_attention, explicit_attention])
 @pytest.mark.parametrize("num_kv_heads", [6, 3, 2, 1])
 @pytest.mark.parametrize(("num_read", "num_new"), [(0, 9), (5, 4), (8, 1)])
 def test_heads_and_lengths(attend, num_kv_heads, num_read, num_new):
     length = num_read + num_new
     queries = torch.randn(2, 6, num_new, 16)
     keys, values = torch.randn(2, 2, num_kv_heads, length, 16)
-    visibility = causal(num_new, num_read, None, queries.device)
+    allowed = causal_mask(num_new, num_read, None, queries.device)
     mask = torch.arange(length) <= torch.arange(num_read, length)[:, None]
     expected = reference(queries, keys, values, mask)
-    torch.testing.assert_close(attend(queries, keys, values, visibility, 0.0), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("num_kv_heads", [6, 3, 1])
-@pytest.mark.parametrize("length", [1, 7, 64])
-def test_products_give_the_plain_attention(monkeypatch, num_kv_heads, length):
-    """In float32 exactly; in bfloat16, where a CPU that has it takes them, within its rounding of the exact values."""
-    monkeypatch.setattr(matmul, "multiplies", lambda dtype: True)
-    torch.manual_seed(0)
-    shapes = [(2, 6, length, 16), (2, num_kv_heads, length, 16), (2, num_kv_heads, length, 16)]
-    exact = [torch.randn(shape).requires_grad_() for shape in shapes]
-    wanted = attend_plainly(*exact, Visibility(), 0.0)
-    direction = torch.randn_like(wanted)
-    wanted_grads = torch.autograd.grad(wanted, exact, direction)
-    found = attend_by_products(*exact)
-    torch.testing.assert_close(found, wanted)
-    for left, right in zip(torch.autograd.grad(found, exact, direction), wanted_grads, strict=True):
-        torch.testing.assert_close(left, right)
-
-    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
-    half = attend_fused(*rounded, Visibility(), 0.0)
-    assert torch.equal(half, attend_by_products(*rounded))
-    assert (half - wanted).norm() < 1e-2 * wanted.norm()
-    for left, right in zip(torch.autograd.grad(half, rounded, direction.bfloat16()), wanted_grads, strict=True):
-        assert (left - right).norm() < 2e-2 * right.norm() + 1e-6
+    torch.testing.assert_close(attend(queries, keys, values, allowed, 0.0), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
@@ -152,58 +127,24 @@ def test_documents_are_read_as_if_alone(borders, flash_attn):
         torch.testing.assert_close(logits[start:end], alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("borders", BORDERS.values(), ids=BORDERS.keys())
-def test_grouped_documents_give_the_masked_gradients(borders):
-    grouped, masked = make_model(), make_model(flash_attn=False)
-    input_ids, labels = tokens(2, 150), tokens(2, 150)
-    cu_seqlens = torch.tensor(borders, dtype=torch.int32)
-    losses = [model(input_ids, labels, cu_seqlens=cu_seqlens).loss for model in (grouped, masked)]
-    torch.testing.assert_close(losses[0], losses[1])
-    for loss in losses:
-        loss.backward()
-    for left, right in zip(grouped.parameters(), masked.parameters(), strict=True):
-        torch.testing.assert_close(left.grad, right.grad, rtol=1e-4, atol=1e-6)
-
-
-def test_grouping_places_every_token_once_and_skips_the_masked_work():
+def test_the_mask_keeps_attention_inside_documents():
     cu_seqlens = torch.tensor(BORDERS["mixed"], dtype=torch.int32)
-    groups = group_segments(cu_seqlens)
-    flat = torch.cat([batch.flatten() for batch in groups.batches])
-    assert flat[groups.inverse].tolist() == list(range(300))
-    masked_scores = 2 * 150 * 150
-    assert sum(batch.shape[0] * batch.shape[1] ** 2 for batch in groups.batches) < masked_scores
-    assert segment_positions(cu_seqlens, 300).tolist() == [
-        token - max(border for border in BORDERS["mixed"] if border <= token) for token in range(300)
-    ]
-
-
-def test_kernel_and_mask_describe_the_same_documents():
-    cu_seqlens = torch.tensor(BORDERS["mixed"], dtype=torch.int32)
-    visibility = within_documents(cu_seqlens, tokens(2, 150), kernel=False)
+    mask = document_mask(cu_seqlens, torch.Size((2, 150)))
     queries, keys = torch.randn(2, 4, 150, 16), torch.randn(2, 2, 150, 16)
-    expected = attend_plainly(queries, keys, keys, visibility, 0.0)
+    expected = explicit_attention(queries, keys, keys, mask, 0.0)
     for row in range(2):
         borders = [border - 150 * row for border in BORDERS["mixed"] if 150 * row <= border <= 150 * (row + 1)]
         for start, end in itertools.pairwise(borders):
             piece = [x[row : row + 1, :, start:end] for x in (queries, keys, keys)]
-            alone = attend_plainly(*piece, Visibility(), 0.0)
+            alone = explicit_attention(*piece, AttentionMask(), 0.0)
             torch.testing.assert_close(expected[row : row + 1, :, start:end], alone)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("borders", BORDERS.values(), ids=BORDERS.keys())
-def test_variable_length_kernel_gives_the_masked_result(borders):
-    model = make_model().cuda().bfloat16()
-    input_ids, labels = tokens(2, 150).cuda(), tokens(2, 150).cuda()
-    cu_seqlens = torch.tensor(borders, dtype=torch.int32, device="cuda")
-    assert model.model._has_document_kernel(model.model.embed_tokens(input_ids))
-    by_kernel = model(input_ids, cu_seqlens=cu_seqlens).logits
-    model.model.config = dataclasses.replace(model.config, flash_attn=False)
-    torch.testing.assert_close(by_kernel, model(input_ids, cu_seqlens=cu_seqlens).logits, rtol=5e-2, atol=5e-2)
-    model.model.config = model.config
-    model(input_ids, labels, cu_seqlens=cu_seqlens).loss.backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+def test_positions_count_from_the_start_of_a_document():
+    borders = BORDERS["mixed"]
+    assert segment_positions(torch.tensor(borders, dtype=torch.int32), 300).tolist() == [
+        token - max(border for border in borders if border <= token) for token in range(300)
+    ]
 
 
 def test_attention_dropout_acts_in_training_only():

@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minimind.errors import UserError
 from minimind.model import PRESETS, MiniMindForCausalLM, ModelConfig
-from minimind.model.kernels import matmul
 
 PUBLISHED_MILLIONS = {"minimind2-small": 25.83, "minimind2": 104.03, "minimind3": 63.91}
 GROWTH_MILLIONS = {"small": 50, "medium": 200, "large": 1000}
@@ -63,9 +62,8 @@ def test_residual_experts_are_counted():
     assert config.num_active_params() == config.num_params() - idle
 
 
-def test_flops_are_those_of_the_real_products(monkeypatch):
+def test_flops_are_those_of_the_real_products():
     # Without the fused kernels every product is a plain one and is counted; it works on all keys, causal or not.
-    monkeypatch.setattr(matmul, "is_onednn_faster", lambda: False)
     config = dataclasses.replace(PRESETS["tiny"], flash_attn=False)
     model, batch_size, seq_len = MiniMindForCausalLM(config), 2, 24
     input_ids = torch.randint(0, config.vocab_size, (batch_size, seq_len))

@@ -13,7 +13,7 @@ from training_runs import EXPERTS as TRAINED_EXPERTS
 from training_runs import MODEL, RankPool, flags_for, losses, rank_pool, read_metrics, train
 
 from minimind.model import MiniMindForCausalLM, ModelConfig
-from minimind.model.kernels.experts import cpu_experts_of_rows
+from minimind.model.kernels.experts import cpu_experts
 
 STEPS = 20
 MODELS = {None: DENSE, "autoep": EXPERTS, "deepspeed": EXPERTS}
@@ -223,7 +223,7 @@ def test_experts_of_rows_are_deepspeed_s_own(dtype, counts):
     inputs = (rows, *experts.parameters())
     probe = torch.randn(36, 16, dtype=dtype)
     theirs = experts(rows, torch.tensor(counts))
-    ours = cpu_experts_of_rows(rows, counts, experts.w1, experts.w3, experts.w2)
+    ours = cpu_experts(rows, counts, experts.w1, experts.w3, experts.w2)
     for found, wanted in zip(
         (ours, *torch.autograd.grad(ours, inputs, probe)),
         (theirs, *torch.autograd.grad(theirs, inputs, probe, materialize_grads=True)),

@@ -15,6 +15,7 @@ from minimind.errors import UserError
 from minimind.inference.device import choose_device
 from minimind.inference.language_model import LanguageModel
 from minimind.model import MiniMindForCausalLM
+from minimind.model.kernels.apply import apply_kernels
 from minimind.model.router import BIAS_NAME
 
 
@@ -92,6 +93,7 @@ def build_from_source(
     model.load_state_dict(tensors, assign=True, strict=False)
     model.tie_weights()
     model.eval()
+    apply_kernels(model, device)
     if (checkpoint := source.checkpoint) is not None:
         weight = model.lm_head.weight
         check_probe_loss(

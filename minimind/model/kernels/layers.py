@@ -1,8 +1,7 @@
-"""RMSNorm and the end of a SwiGLU in training on a CPU: little is kept for the backward, what is cheap is repeated.
+"""RMSNorm and SwiGLU in training on a CPU: less is kept for the backward pass, what is cheap is recomputed.
 
 torch computes RMSNorm there in six steps and keeps two float32 tensors as large as the input; here the input and one
-number a row are kept. Of a SwiGLU autograd keeps silu(gate) and the product with up beside gate and up; here only the
-latter. Together that is half of what a block keeps in 16 bit. Refuses to know what is normed or multiplied.
+number a row are kept. Of a SwiGLU autograd keeps silu(gate) beside gate, up and their product; here it is recomputed.
 """
 
 from typing import Any
@@ -11,51 +10,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.model.kernels.matmul import linear, product, weight_gradient
+from minimind.model.layers import FeedForward, RMSNorm
 
-# Elements of the rows that are normed at a time, for each thread: the steps after the first find them in the caches.
+# Elements of the rows that are normalized at a time, for each thread: the steps after the first hit the caches.
 _CHUNK = 2**17
 
 
-def is_recomputed(x: Tensor) -> bool:
-    """Whether these layers are to be computed here: somebody will ask for gradients, and no compiler sees to memory."""
-    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def _is_trained_here() -> bool:
+    """Gradients are needed, and no compiler plans what is kept for them."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """(..., size), (size,) -> (..., size): `F.rms_norm` over the last dimension, in float32 with one rounding."""
-    return _RMSNorm.apply(x, weight, eps)
+class FastRMSNorm(RMSNorm):
+    """`RMSNorm` that keeps its input and one number a row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., size) -> the same shape and dtype."""
+        if not _is_trained_here():
+            return super().forward(x)
+        return _RMSNorm.apply(x, self.weight.to(x.dtype), self.eps)
 
 
-def gated_linear(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-    """silu(gate) * up, both (..., in), times the transpose of (out, in): (..., out). In autocast's dtype where on."""
-    if not torch.is_autocast_enabled("cpu"):
-        return _GatedLinear.apply(gate, up, weight)
-    dtype = torch.get_autocast_dtype("cpu")
-    with torch.autocast("cpu", enabled=False):
-        return _GatedLinear.apply(gate.to(dtype), up.to(dtype), weight.to(dtype))
+class FastFeedForward(FeedForward):
+    """`FeedForward` that recomputes silu(gate) in the backward pass."""
 
-
-def _wide_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _chunk_rows(x: Tensor) -> int:
-    return max(1, _CHUNK * torch.get_num_threads() // max(1, x.shape[-1]))
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., hidden_size) -> the same shape."""
+        if not _is_trained_here():
+            return super().forward(x)
+        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class _RMSNorm(torch.autograd.Function):
+    """`F.rms_norm` over the last dimension, in float32 (or float64) with one rounding."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        width = x.shape[-1]
         normed = torch.empty_like(x, memory_format=torch.contiguous_format)
-        rows, targets = x.reshape(-1, x.shape[-1]), normed.view(-1, x.shape[-1])
-        scales = torch.empty(len(rows), 1, dtype=_wide_dtype(x))
-        size = _chunk_rows(x)
+        rows, targets = x.reshape(-1, width), normed.view(-1, width)
+        scales = rows.new_empty(len(rows), 1, dtype=torch.promote_types(x.dtype, torch.float32))
+        size = _rows_per_chunk(width)
         for part, target, scale in zip(rows.split(size), targets.split(size), scales.split(size), strict=True):
             wide = part.to(scales.dtype)
             # A norm reads the rows once, a mean of squares writes and reads as much again.
             torch.linalg.vector_norm(wide, dim=-1, keepdim=True, out=scale)
-            scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+            scale.square_().div_(width).add_(eps).rsqrt_()
             target.copy_((wide * scale).mul_(weight))
         ctx.save_for_backward(x, weight, scales)
         return normed
@@ -68,8 +68,7 @@ class _RMSNorm(torch.autograd.Function):
         x_grad = torch.empty_like(x, memory_format=torch.contiguous_format)
         factors = weight.to(scales.dtype)
         weight_grad = torch.zeros_like(factors)
-        size = _chunk_rows(x)
-        parts = (tensor.split(size) for tensor in (rows, grads, scales, x_grad.view(-1, width)))
+        parts = (tensor.split(_rows_per_chunk(width)) for tensor in (rows, grads, scales, x_grad.view(-1, width)))
         for part, grad, scale, target in zip(*parts, strict=True):
             normed, wide = part * scale, grad.to(scales.dtype)
             by_weight = wide * normed
@@ -79,20 +78,20 @@ class _RMSNorm(torch.autograd.Function):
         return x_grad, weight_grad.to(weight.dtype), None
 
 
-class _GatedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up, weight)
-        return linear(F.silu(gate).mul_(up), weight)
+def _rows_per_chunk(width: int) -> int:
+    return max(1, _CHUNK * torch.get_num_threads() // max(1, width))
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up."""
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
         (grad,) = grad_outputs
-        gate, up, weight = ctx.saved_tensors
-        active = F.silu(gate)
-        weight_grad = weight_gradient(grad, active * up) if ctx.needs_input_grad[2] else None
-        mixed_grad = product(grad.flatten(0, -2), weight).view_as(gate)
-        active_grad = mixed_grad * up
-        up_grad = mixed_grad.mul_(active)
-        del active  # three tensors of this width stand in memory at once, beside gate and up, and no fourth
-        return torch.ops.aten.silu_backward(active_grad, gate), up_grad, weight_grad
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)

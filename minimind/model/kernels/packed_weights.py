@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from minimind.model import MiniMindForCausalLM
 from minimind.model.attention import Attention
-from minimind.model.kernels.matmul import has_onednn, onednn_product, pack
+from minimind.model.kernels.apply import chosen_kernels
+from minimind.model.kernels.attention import FastAttention
+from minimind.model.kernels.matmul import has_fast_matmul, has_onednn, onednn_matmul, pack
 from minimind.model.layers import FeedForward
 from minimind.model.loss import IGNORE_INDEX
 from minimind.model.rope import rotate
@@ -24,10 +26,13 @@ def prepare_decoding(model: MiniMindForCausalLM, *, int8: bool, compiled: bool =
     """Lay out a loaded model's matrices for the fastest decoding; on a GPU they stay as they are.
 
     Args:
-        compiled: the model is going to be compiled, which knows nothing of oneDNN's order.
+        int8: round the matrices to 8 bits; with `MINIMIND_KERNELS=plain` too.
+        compiled: the model will be compiled, and a compiler cannot read oneDNN's layout.
     """
     if int8:
         quantize_int8(model)
+    elif "packed" not in chosen_kernels():
+        return
     elif compiled or not can_pack(model.lm_head.weight):
         lay_out_by_columns(model)
     else:
@@ -39,7 +44,7 @@ def can_pack(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or not has_onednn():
         return False
     if weight.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return has_fast_matmul(torch.bfloat16)
     return weight.dtype == torch.float32
 
 
@@ -63,7 +68,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return onednn_product(x, self.packed)  # type: ignore[arg-type]
+        return onednn_matmul(x, self.packed)  # type: ignore[arg-type]
 
 
 class Int8Linear(nn.Module):
@@ -136,7 +141,7 @@ def _replace(model: nn.Module, form: type[nn.Module], head: type[nn.Module]) -> 
                 setattr(module, name, head(child) if name == "lm_head" else form(child))
 
 
-class JoinedAttention(Attention):
+class JoinedAttention(FastAttention):
     """One matrix for queries, keys and values, one norm and one rotation for queries and keys: fewer calls a token."""
 
     def __init__(self, source: Attention) -> None:

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 
 from minimind.errors import first_line
 from minimind.files import ROOT
-from minimind.model.kernels.matmul import multiplies
+from minimind.model.kernels.matmul import has_fast_matmul
 from minimind.reports.doctor.check import Check, Status
 from minimind.reports.doctor.machine import find_program
 from minimind.units import format_bytes
@@ -69,7 +69,7 @@ def check_accelerator() -> list[Check]:
     if found:
         return found
     if shutil.which("nvidia-smi") is None:
-        precisions = "bf16 and fp32" if multiplies(torch.bfloat16) else "fp32; bf16 is computed in it"
+        precisions = "bf16 and fp32" if has_fast_matmul(torch.bfloat16) else "fp32; bf16 is computed in it"
         return [Check("GPU", "ok", f"none; training runs on the CPU ({precisions})")]
     if torch.version.cuda is None:
         fix = "install torch's CUDA build (https://pytorch.org/get-started/locally)"

@@ -9,6 +9,8 @@ from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import DTYPE_NAMES
 from minimind.model.config import ModelConfig
 from minimind.model.kernels import matmul
+from minimind.model.kernels.attention import LONGEST_BY_MATMUL
+from minimind.model.loss import CHUNK_LOGITS
 
 CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**25}
 """Logits that stand in memory at once in the loss."""
@@ -50,7 +52,8 @@ def loss_peak(resolved: ResolvedRun, device_type: str) -> int:
     before left, and the float32 gradient of the output matrix."""
     model, compute = resolved.model, precision_of(resolved)[0]
     tokens = resolved.train.micro_batch_size * resolved.data.seq_len
-    rows = max(1, CHUNK_LOGITS.get(device_type, CHUNK_LOGITS["cuda"]) // model.vocab_size)
+    chunk_logits = matmul.CPU_CHUNK_LOGITS if device_type == "cpu" else CHUNK_LOGITS
+    rows = max(1, chunk_logits // model.vocab_size)
     first = min(tokens, rows)
     second = min(tokens - first, rows)
     chunk = max(8 * first, compute * first + 8 * second) * model.vocab_size
@@ -96,13 +99,15 @@ def _block_bytes(resolved: ResolvedRun, device_type: str, has_experts: bool) -> 
     inside = 4 if is_widened else compute
     total += 2 * (query + key) * inside + is_widened * query * compute + 4 * model.num_attention_heads
     seq_len = resolved.data.seq_len
-    by_products = device_type == "cpu" and compute == 2 and not is_widened and seq_len <= LONGEST_BY_PRODUCTS
-    if model.flash_attn and by_products:
+    by_matmul = is_16_bit_on_cpu and not is_upcast and seq_len <= LONGEST_BY_MATMUL
+    if model.flash_attn and by_matmul:
         total += model.num_attention_heads * seq_len * compute
     if not model.flash_attn:
         total += model.num_attention_heads * seq_len * (4 + 2 * inside)
-    # On a CPU gate and up alone: `minimind.model.kernels.layers`, `minimind.model.kernels.experts`.
-    total += (2 if device_type == "cpu" else 4) * _feed_forward_width(model, has_experts) * compute
+    # Gate, up, their product and silu(gate), which a CPU recomputes; its routed experts keep gate and up alone.
+    total += (3 if device_type == "cpu" else 4) * _feed_forward_width(model, has_experts) * compute
+    if has_experts and device_type == "cpu":
+        total -= model.num_experts_per_tok * model.expert_feed_forward_size * compute
     if has_experts:
         # Tokens as dispatched and combined, and what the router keeps: logits, scores, choices.
         total += 2 * model.num_experts_per_tok * (hidden * compute + 20) + 12 * model.num_experts

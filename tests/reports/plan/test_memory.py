@@ -9,14 +9,13 @@ from activation_formula import layer_activations_per_token
 
 from minimind.config.resolve import resolve_run
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
-from minimind.model import MiniMindForCausalLM, attention, loss, moe
+from minimind.model import MiniMindForCausalLM
 from minimind.model.config import ModelConfig
 from minimind.model.kernels import matmul
-from minimind.model.kernels.experts import cpu_experts_of_rows
+from minimind.model.kernels.apply import apply_kernels
+from minimind.model.loss import CHUNK_LOGITS
 from minimind.model.presets import PRESETS
 from minimind.reports.plan.activations import (
-    CHUNK_LOGITS,
-    LONGEST_BY_PRODUCTS,
     activation_bytes,
 )
 from minimind.reports.plan.memory import (
@@ -151,13 +150,8 @@ def test_logits_are_bounded_by_the_chunk():
     small = dataclasses.replace(MODEL, vocab_size=1000)
     assert estimate(1, model=small, precision="fp32").logits == 8 * 2 * 128 * 1000 + 4 * 1000 * 768
     huge = dataclasses.replace(MODEL, vocab_size=10**6)
-    chunk = CHUNK_LOGITS["cuda"] // 10**6 * 10**6
+    chunk = CHUNK_LOGITS // 10**6 * 10**6
     assert estimate(1, model=huge, precision="fp32").logits == (8 + 4) * chunk + 4 * 10**6 * 768
-
-
-def test_the_limits_are_the_models_own():
-    assert {"cpu": loss._CHUNK_LOGITS_CPU, "cuda": loss._CHUNK_LOGITS} == CHUNK_LOGITS
-    assert attention._LONGEST_BY_PRODUCTS == LONGEST_BY_PRODUCTS
 
 
 def test_figures_for_people():
@@ -182,15 +176,6 @@ def test_the_largest_micro_batch_is_the_last_that_fits():
     assert largest_micro_batch(resolved, 2**20) == 0
 
 
-def run_experts_as_engines_do(
-    experts: moe.Experts, tokens: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, ends: torch.Tensor
-) -> torch.Tensor:
-    """From rows that have been dispatched, which the plain model on a CPU does without."""
-    rows = moe._Dispatch.apply(tokens, order, inverse, order.numel() // tokens.shape[0])
-    sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    return cpu_experts_of_rows(rows, sizes, *experts.gate_up_proj.chunk(2, dim=1), experts.down_proj)
-
-
 @pytest.mark.parametrize(
     ("preset", "changes"), [("quickstart", {}), ("tiny-moe", {}), ("tiny-moe", {"moe_residual": True})], ids=str
 )
@@ -201,10 +186,10 @@ def test_the_activations_are_those_that_autograd_keeps(
     monkeypatch, preset, changes, bf16, has_products, activation_checkpointing
 ):
     # On a processor with 16-bit products and on one without, whichever this one is.
-    monkeypatch.setattr(matmul, "multiplies", lambda dtype: has_products)
-    monkeypatch.setattr(moe.Experts, "forward", run_experts_as_engines_do)
+    monkeypatch.setattr(matmul, "has_fast_matmul", lambda dtype: has_products)
     config = dataclasses.replace(PRESETS[preset], vocab_size=256, num_hidden_layers=12, **changes)
     model = MiniMindForCausalLM(config).to(torch.bfloat16 if bf16 else torch.float32)
+    apply_kernels(model, "cpu")
     model.set_activation_checkpointing(activation_checkpointing)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
