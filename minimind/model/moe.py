@@ -35,12 +35,17 @@ class Experts(nn.Module):
         """
         order = experts.flatten().argsort(stable=True)  # (N * K,): the choices, token by token, sorted by expert
         rows_per_expert = experts.flatten().bincount(minlength=len(self.down_proj)).tolist()
+        outputs = self.compute(tokens.index_select(0, order // experts.shape[1]), rows_per_expert)
+        return outputs.index_select(0, order.argsort()).unflatten(0, experts.shape)
+
+    def compute(self, rows: Tensor, rows_per_expert: list[int]) -> Tensor:
+        """(M, hidden_size) rows, sorted by expert -> the same shape."""
         outputs = []
-        rows = tokens[order // experts.shape[1]].split(rows_per_expert)
-        for own, gate_up, down in zip(rows, self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True):
+        parts = rows.split(rows_per_expert)
+        for own, gate_up, down in zip(parts, self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True):
             gate, up = F.linear(own, gate_up).chunk(2, dim=-1)
             outputs.append(F.linear(F.silu(gate) * up, down))
-        return torch.cat(outputs)[order.argsort()].unflatten(0, experts.shape)
+        return torch.cat(outputs)
 
 
 class MoEFeedForward(nn.Module):

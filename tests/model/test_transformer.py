@@ -15,6 +15,7 @@ import minimind.model
 from minimind.errors import UserError
 from minimind.model import PRESETS, KVCache, MiniMindForCausalLM
 from minimind.model.attention_mask import segment_positions
+from minimind.model.kernels.apply import apply_kernels
 
 TINY = dataclasses.replace(PRESETS["tiny"], vocab_size=500)
 
@@ -167,6 +168,7 @@ def test_folder_gives_the_same_model_back(tmp_path, tied, dtype):
     model = make_model(tie_word_embeddings=tied).to(dtype).eval()
     model.save_pretrained(tmp_path / "deep" / "er")
     assert sorted(path.name for path in (tmp_path / "deep" / "er").iterdir()) == ["config.json", "model.safetensors"]
+    apply_kernels(model, "cpu")  # as every model that is loaded has them
     loaded = MiniMindForCausalLM.from_pretrained(tmp_path / "deep" / "er")
     assert loaded.config == model.config and not loaded.training
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied

@@ -4,7 +4,7 @@ Grouped products write every intermediate of all experts to memory before the ne
 grouped product is a loop over the groups anyway, one whole expert at a time keeps its rows in the caches.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,20 +18,14 @@ from minimind.model.moe import Experts
 class CpuExperts(Experts):
     """`Experts`, one whole expert at a time."""
 
-    @torch.compiler.disable
-    def forward(self, tokens: Tensor, experts: Tensor) -> Tensor:
-        """As `Experts.forward`."""
-        order = experts.flatten().argsort(stable=True)
-        rows_per_expert = experts.flatten().bincount(minlength=len(self.down_proj)).tolist()
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel()))
-        rows = _Dispatch.apply(tokens, order, inverse, experts.shape[1])
+    def compute(self, rows: Tensor, rows_per_expert: list[int]) -> Tensor:
+        """As `Experts.compute`."""
         gate, up = self.gate_up_proj.chunk(2, dim=1)
-        outputs = cpu_experts(rows, rows_per_expert, gate, up, self.down_proj)
-        return _Permute.apply(outputs, inverse, order).unflatten(0, experts.shape)
+        return cpu_experts(rows, rows_per_expert, gate, up, self.down_proj)
 
 
 class GroupedExperts(Experts):
-    """`Experts` by torch's grouped product, where it takes these weights."""
+    """`Experts` by torch's grouped product, where it takes these weights: the host does not wait for the routing."""
 
     def forward(self, tokens: Tensor, experts: Tensor) -> Tensor:
         """As `Experts.forward`."""
@@ -39,25 +33,17 @@ class GroupedExperts(Experts):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             tokens, gate_up, down = (tensor.to(dtype) for tensor in (tokens, gate_up, down))
-        if not _fits_grouped_mm(tokens.dtype, (gate_up, down)):
+        # torch has it in these dtypes (a trace in bfloat16 only), for rows aligned to 16 bytes.
+        known = (torch.bfloat16,) if torch.compiler.is_compiling() else (torch.bfloat16, torch.float16, torch.float32)
+        is_aligned = not any(size * tokens.element_size() % 16 for size in down.shape[1:])
+        if tokens.dtype not in known or not is_aligned or not hasattr(F, "grouped_mm"):
             return super().forward(tokens, experts)
         sorted_experts, order = experts.flatten().sort(stable=True)
-        every_expert = torch.arange(len(self.down_proj), device=experts.device)
+        every_expert = torch.arange(len(down), device=experts.device)
         ends = torch.searchsorted(sorted_experts, every_expert, right=True, out_int32=True)
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        rows = _Dispatch.apply(tokens, order, inverse, experts.shape[1])
-        gate, up = F.grouped_mm(rows, gate_up, offs=ends).chunk(2, dim=-1)
+        gate, up = F.grouped_mm(tokens.index_select(0, order // experts.shape[1]), gate_up, offs=ends).chunk(2, dim=-1)
         outputs = F.grouped_mm(F.silu(gate) * up, down, offs=ends)
-        return _Permute.apply(outputs, inverse, order).unflatten(0, experts.shape)
-
-
-def _fits_grouped_mm(dtype: torch.dtype, weights: Sequence[Tensor]) -> bool:
-    """Whether torch has a grouped product for these: a dtype it knows, every row aligned to 16 bytes."""
-    sizes = (size for weight in weights for size in weight.shape[1:])
-    if not hasattr(F, "grouped_mm") or any(size * dtype.itemsize % 16 for size in sizes):
-        return False
-    # A trace knows it in bfloat16 only.
-    return dtype == torch.bfloat16 or (dtype in (torch.float32, torch.float16) and not torch.compiler.is_compiling())
+        return outputs.index_select(0, order.argsort()).unflatten(0, experts.shape)
 
 
 def cpu_experts(rows: Tensor, sizes: list[int], gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -126,36 +112,3 @@ def _split(sizes: list[int], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
     """Each expert that has rows, and its rows of every tensor."""
     parts = zip(*(tensor[: sum(sizes)].split(sizes) for tensor in tensors), strict=True)
     return ((expert, *own) for expert, own in enumerate(parts) if sizes[expert])
-
-
-class _Dispatch(torch.autograd.Function):
-    """Rows of (N, hidden_size) tokens, each K times, sorted by expert: (N * K, hidden_size).
-
-    The gradient of a gather would be a scatter that adds (slow, and on a GPU in no fixed order); as every token occurs
-    K times, it is a gather and a sum.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, order: Tensor, inverse: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.top_k = top_k
-        return tokens.index_select(0, order // top_k)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        (inverse,) = ctx.saved_tensors
-        grad = grad_outputs[0].index_select(0, inverse).unflatten(0, (-1, ctx.top_k)).sum(dim=1)
-        return grad, None, None, None
-
-
-class _Permute(torch.autograd.Function):
-    """Rows (M, hidden_size) in the order `places`, whose inverse permutation is `back`: the gradient is a gather."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        return rows.index_select(0, places)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        return grad_outputs[0].index_select(0, ctx.saved_tensors[0]), None, None

@@ -1,8 +1,7 @@
 """A loaded model's matrices laid out for decoding on a CPU, where a token costs one pass over all weights.
 
-Matrices are kept in the order in which oneDNN reads them, or by columns where they are to be compiled; or, to a smaller
-size, as 8-bit integers with one scale a row (arXiv 2206.01861 calls that weight-only, per channel). Knows nothing of
-sampling.
+Matrices are stored in oneDNN's own layout, or by columns if the model will be compiled; or, smaller, as 8-bit integers
+with one scale a row (weight-only, per channel: arXiv 2206.01861). For inference alone.
 """
 
 import torch
@@ -22,6 +21,7 @@ from minimind.model.rope import rotate
 _KEPT = ("gate", "coefficient")
 
 
+@torch.no_grad()
 def prepare_decoding(model: MiniMindForCausalLM, *, int8: bool, compiled: bool = False) -> None:
     """Lay out a loaded model's matrices for the fastest decoding; on a GPU they stay as they are.
 
@@ -31,36 +31,39 @@ def prepare_decoding(model: MiniMindForCausalLM, *, int8: bool, compiled: bool =
     """
     if int8:
         quantize_int8(model)
-    elif "packed" not in chosen_kernels():
-        return
-    elif compiled or not can_pack(model.lm_head.weight):
-        lay_out_by_columns(model)
-    else:
-        pack_matrices(model)
+    elif "packed" in chosen_kernels():
+        if compiled or not can_pack(model.lm_head.weight):
+            lay_out_by_columns(model)
+        else:
+            _replace(model, PackedLinear, PackedHead)
 
 
 def can_pack(weight: Tensor) -> bool:
     """Whether oneDNN multiplies by matrices of this kind on this processor."""
-    if weight.device.type != "cpu" or not has_onednn():
+    if not weight.is_cpu or not has_onednn():
         return False
-    if weight.dtype == torch.bfloat16:
-        return has_fast_matmul(torch.bfloat16)
-    return weight.dtype == torch.float32
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and has_fast_matmul(torch.bfloat16))
 
 
-@torch.no_grad()
 def lay_out_by_columns(model: MiniMindForCausalLM) -> None:
-    """Store every float32 matrix on a CPU column by column; the same numbers, rounded in another order of sums.
+    """Store every float32 matrix on a CPU column by column: the same numbers, their sums rounded in a different order.
 
-    A tied output matrix becomes a copy: the embedding reads rows. For inference alone.
+    A tied output matrix becomes a copy: the embedding reads rows.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.weight.dtype == torch.float32 and not module.weight.is_cuda:
-            module.weight = nn.Parameter(module.weight.t().contiguous().t(), requires_grad=False)
+            module.weight = nn.Parameter(module.weight.detach().t().contiguous().t(), requires_grad=False)
+
+
+@torch.no_grad()
+def quantize_int8(model: MiniMindForCausalLM) -> None:
+    """Replace the matrices of a bfloat16 model on a CPU by 8-bit ones. Norms, embedding, routers and routed experts
+    stay as they are."""
+    _replace(model, Int8Linear, Int8Head)
 
 
 class PackedLinear(nn.Module):
-    """A matrix (out, in) in oneDNN's own order."""
+    """A matrix (out, in) in oneDNN's own layout."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -89,43 +92,27 @@ class Int8Linear(nn.Module):
 
 
 class _Head(nn.Module):
-    """An output matrix of another form: scores by it, and the loss by them. The form is the class beside it."""
+    """The output matrix in the form of the class that is mixed in: scores by it, and the loss by them."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
-        self.weight = linear.weight  # the embedding, where the two are tied: type and device of the model
+        self.weight = linear.weight  # the embedding, where the two are tied: dtype and device of the model
 
     def forward(self, x: Tensor, labels: Tensor | None = None, reduction: str = "mean") -> Tensor:
         """As `minimind.model.loss.LMHead.forward`, without a z-loss."""
         logits = super().forward(x)
         if labels is None:
             return logits
-        return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE_INDEX,
-                               reduction=reduction)  # fmt: skip
+        logits, labels = logits.float().flatten(0, -2), labels.flatten()
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction=reduction)
 
 
 class PackedHead(_Head, PackedLinear):
-    """The output matrix in oneDNN's order."""
+    """The output matrix in oneDNN's layout."""
 
 
 class Int8Head(_Head, Int8Linear):
     """The output matrix as 8-bit integers."""
-
-
-@torch.no_grad()
-def pack_matrices(model: MiniMindForCausalLM) -> None:
-    """Replace the matrices of a float32 or bfloat16 model on a CPU by copies in oneDNN's order: the same numbers, their
-    sums rounded in another order. Norms, embedding, routers and routed experts stay as they are. For inference alone.
-    """
-    _replace(model, PackedLinear, PackedHead)
-
-
-@torch.no_grad()
-def quantize_int8(model: MiniMindForCausalLM) -> None:
-    """Replace the matrices of a bfloat16 model on a CPU by 8-bit ones. Norms, embedding, routers and routed experts
-    stay as they are. For inference alone.
-    """
-    _replace(model, Int8Linear, Int8Head)
 
 
 def _replace(model: nn.Module, form: type[nn.Module], head: type[nn.Module]) -> None:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import shutil
 
 import pytest
 import torch
@@ -97,6 +98,8 @@ def processor(request, monkeypatch):
 @pytest.mark.parametrize("mode", ["", "checkpointed", "compiled", "autocast"])
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.fast.__name__)
 def test_every_kernel_gives_the_plain_values_and_gradients(kernel, mode, processor):
+    if mode == "compiled" and kernel.plain is Attention and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
     for shape in SHAPES[2 if mode == "compiled" else 0 :]:
         torch.manual_seed(0)
         plain, x, call = make_case(kernel.plain, shape)
@@ -105,7 +108,8 @@ def test_every_kernel_gives_the_plain_values_and_gradients(kernel, mode, process
             run = functools.partial(checkpoint, call, use_reentrant=False)
         elif mode == "compiled":
             torch._dynamo.reset()
-            run = torch.compile(call, backend="aot_eager")
+            # aot_eager takes the strides of a 16-bit product on a CPU to be others than they are.
+            run = torch.compile(call, backend="inductor" if kernel.plain is Attention else "aot_eager")
         with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
             found, near = learn(exchange(plain, kernel), x, run), learn(plain, x, call)
         compare(found, near, exact, 2e-3 if mode == "autocast" else 1e-5)
