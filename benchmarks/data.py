@@ -19,6 +19,7 @@ from minimind.data.loader import BatchLoader
 from minimind.data.manifest import Manifest
 from minimind.data.shards import ShardReader, ShardWriter
 from minimind.model import MiniMindForCausalLM
+from minimind.model.kernels.apply import apply_kernels
 
 READS = 50  # batches that are timed together
 
@@ -86,6 +87,7 @@ def make_step(loader: BatchLoader):
     """Forward and backward of minimind3 on a batch, in bf16."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = MiniMindForCausalLM(preset("minimind3")).to(device, torch.bfloat16)
+    apply_kernels(model, device)
     batch = loader.step_batches(0)[0].to(device)
 
     def step() -> None:

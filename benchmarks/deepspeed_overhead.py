@@ -23,6 +23,7 @@ from turns import Contestant, started, take_turns
 from minimind import openmp_environment
 from minimind.config.run_config import preset
 from minimind.model import MiniMindForCausalLM
+from minimind.model.kernels.apply import apply_kernels
 from minimind.parallel.optimizer import optimizer_step, parameter_groups
 
 TARGETS = {0: None, 1: 0.95, 2: 0.95, 3: 0.85}
@@ -83,6 +84,7 @@ def bare_step(batches: torch.Tensor, precision: str, model: str) -> Callable[[],
     """Torch alone."""
     torch.manual_seed(42)
     network = MiniMindForCausalLM(preset(model)).to(batches.device)
+    apply_kernels(network, batches.device)
     masters = list(network.parameters())
     if precision == "bf16":
         masters = [parameter.detach().clone().requires_grad_() for parameter in masters]

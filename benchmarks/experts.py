@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from minimind.errors import UserError
 from minimind.model import MiniMindForCausalLM
 from minimind.model.config import ModelConfig
+from minimind.model.kernels.apply import apply_kernels
 from minimind.model.layers import FeedForward
 from minimind.model.moe import MoEFeedForward
 from minimind.model.router import route
@@ -73,6 +74,7 @@ def measure_shape(config: ModelConfig, dtype: torch.dtype, tokens: int, rounds: 
             model = MiniMindForCausalLM(config)
             theirs = transformers_model(config, experts_implementation="grouped_mm")
         theirs.load_state_dict(model.state_dict())
+        apply_kernels(model, device)
         block = model.model.layers[0].mlp
         assert isinstance(block, MoEFeedForward)
         dense = FeedForward(config, DENSE_SIZE).to(device)

@@ -133,9 +133,9 @@ def has_fast_bf16() -> bool:
     """Whether the training device multiplies in bf16; if not, bf16 is float32 and a rounding."""
     import torch
 
-    from minimind.model.kernels.matmul import multiplies
+    from minimind.model.kernels.matmul import has_fast_matmul
 
-    return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else multiplies(torch.bfloat16)
+    return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else has_fast_matmul(torch.bfloat16)
 
 
 def core_threads() -> dict[str, str]:

@@ -117,10 +117,12 @@ def loss_error(tokens: Any, vocab_size: int) -> float:
     import torch
 
     from minimind.model import MiniMindForCausalLM
+    from minimind.model.kernels.apply import apply_kernels
 
     torch.manual_seed(0)
     with torch.no_grad():
         model = MiniMindForCausalLM(config_of(vocab_size)).to(tokens.device)
+        apply_kernels(model, tokens.device)
         ours = model(tokens[:, :-1], tokens[:, 1:]).loss.double()
         logits = model(tokens[:, :-1]).logits.double()
         exact = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())

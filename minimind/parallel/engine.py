@@ -20,12 +20,7 @@ from minimind.model import MiniMindForCausalLM
 from minimind.model.kernels.apply import apply_kernels, chosen_kernels
 from minimind.model.layers import FeedForward
 from minimind.parallel.deepspeed_check import _build_errors
-from minimind.parallel.experts import (
-    attach_router_hooks,
-    leave_out_of_compilation,
-    replace_experts,
-    use_cpu_expert_kernels,
-)
+from minimind.parallel.experts import AUTOEP_EXPERTS, attach_router_hooks, leave_out_of_compilation, replace_experts
 from minimind.parallel.optimizer import clips_here, parameter_groups
 
 
@@ -81,7 +76,7 @@ def build_engine(resolved: ResolvedRun, model: MiniMindForCausalLM) -> deepspeed
     if nothing_to_reduce(resolved, engine.optimizer):
         engine.enable_backward_allreduce = False
     attach_router_hooks(resolved, model)
-    use_cpu_expert_kernels(model)
+    apply_kernels(model, engine.device, [AUTOEP_EXPERTS])
     if train.compile:
         leave_out_of_compilation(model)
         engine.compile()

@@ -78,22 +78,20 @@ def attach_router_hooks(resolved: ResolvedRun, model: MiniMindForCausalLM) -> No
     model.router_record.watch(routers)
 
 
-def use_cpu_expert_kernels(model: MiniMindForCausalLM) -> None:
-    """On a CPU, let AutoEP's experts be computed as those of the plain model are, unless the JSON says how: torch's
-    grouped product is a plain loop there in 16 bit, and MKL's in float32."""
-    for layer in model.model.layers:
-        if isinstance(layer.mlp, AutoEPMoELayer):
-            experts = layer.mlp.experts
-            experts.forward = functools.partial(_run_experts, experts)
+class FastGroupedExperts(GroupedExperts):
+    """AutoEP's experts as `cpu_experts` computes them, unless the JSON says how: torch's grouped product on a CPU is a
+    plain loop in 16 bit, and MKL's in float32."""
+
+    def forward(self, x: torch.Tensor, num_tokens_per_expert: torch.Tensor) -> torch.Tensor:
+        """(M, hidden_size) rows sorted by expert, `num_tokens_per_expert` (E,) -> the same shape."""
+        is_default = self.use_grouped_mm and self.gate_up_impl == "separate" and self.activation == "swiglu"
+        if torch.compiler.is_compiling() or not is_default:
+            return super().forward(x, num_tokens_per_expert)
+        weights = (weight.to(x.dtype) for weight in (self.w1, self.w3, self.w2))
+        return cpu_experts(x, num_tokens_per_expert.tolist(), *weights)
 
 
-def _run_experts(experts: GroupedExperts, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """(M, hidden_size) rows, sorted by expert, `counts` (E,) rows of each -> the same shape."""
-    is_default = experts.use_grouped_mm and experts.gate_up_impl == "separate" and experts.activation == "swiglu"
-    if not takes_cpu_experts(rows) or not is_default:
-        return GroupedExperts.forward(experts, rows, counts)
-    weights = (weight.to(rows.dtype) for weight in (experts.w1, experts.w3, experts.w2))
-    return cpu_experts_of_rows(rows, counts.tolist(), *weights)
+AUTOEP_EXPERTS = Kernel("experts", GroupedExperts, FastGroupedExperts, on_cpu)
 
 
 def leave_out_of_compilation(model: MiniMindForCausalLM) -> None:

@@ -159,7 +159,7 @@ def describe_device(device: torch.device, resolved: ResolvedRun) -> float:
     dtype = getattr(torch, DTYPE_NAMES[precision])
     peak, source = peak_flops(device, dtype)
     log(f"peak of one device: {peak / 1e12:.3g} TFLOP/s in {precision} ({source})")
-    if device.type == "cpu" and dtype != torch.float32 and not multiplies(dtype):
+    if device.type == "cpu" and dtype != torch.float32 and not has_fast_matmul(dtype):
         log(f"this processor has no matmul in {precision}: computed in float32 and rounded, at its speed")
     return peak
 

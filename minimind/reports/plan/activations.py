@@ -12,11 +12,6 @@ from minimind.model.kernels import matmul
 from minimind.model.kernels.attention import LONGEST_BY_MATMUL
 from minimind.model.loss import CHUNK_LOGITS
 
-CHUNK_LOGITS = {"cpu": 2**22, "cuda": 2**25}
-"""Logits that stand in memory at once in the loss."""
-LONGEST_BY_PRODUCTS = 1024
-"""Tokens of a sequence up to which attention on a CPU in 16 bit writes its scores out."""
-
 
 def precision_of(resolved: ResolvedRun) -> tuple[int, int]:
     """Bytes of an element in matrix products, and in the residual stream: they differ under autocast."""
@@ -93,11 +88,10 @@ def _block_bytes(resolved: ResolvedRun, device_type: str, has_experts: bool) -> 
     if device_type == "cpu":  # a number for every row that is normed
         total += 8 + 4 * model.qk_norm * (model.num_attention_heads + model.num_key_value_heads)
     # A processor without 16-bit products computes attention in float32, and rounds the outcome.
-    is_widened = (
-        device_type == "cpu" and compute == 2 and not matmul.multiplies(getattr(torch, DTYPE_NAMES[train.precision]))
-    )
-    inside = 4 if is_widened else compute
-    total += 2 * (query + key) * inside + is_widened * query * compute + 4 * model.num_attention_heads
+    is_16_bit_on_cpu = device_type == "cpu" and compute == 2
+    is_upcast = is_16_bit_on_cpu and not matmul.has_fast_matmul(getattr(torch, DTYPE_NAMES[train.precision]))
+    inside = 4 if is_upcast else compute
+    total += 2 * (query + key) * inside + is_upcast * query * compute + 4 * model.num_attention_heads
     seq_len = resolved.data.seq_len
     by_matmul = is_16_bit_on_cpu and not is_upcast and seq_len <= LONGEST_BY_MATMUL
     if model.flash_attn and by_matmul:
