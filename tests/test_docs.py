@@ -509,7 +509,10 @@ def test_points_to_watch_on_routers_and_norms():
     torch.manual_seed(0)
     one = MoEFeedForward(ModelConfig(hidden_size=64, use_moe=True, num_experts_per_tok=1, initializer_range=0.3))
     one(torch.randn(1, 8, 64)).square().sum().backward()
-    assert one.gate.weight.grad is not None and one.gate.weight.grad.abs().max() < 1e-4
+    assert (
+        one.gate.weight.grad is not None
+        and one.gate.weight.grad.abs().max() < 1e-5 * one.experts.down_proj.grad.abs().max()
+    )
     weights, chosen = route(torch.tensor([tables.SCORES]), ModelConfig(use_moe=True, num_experts_per_tok=2))
     assert sorted(chosen[0].tolist()) == [0, 1] and max(weights[0]).item() == pytest.approx(0.7311, abs=1e-4)
     norm, x = RMSNorm(4, 1e-12), torch.randn(4)
