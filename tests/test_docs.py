@@ -608,7 +608,14 @@ def test_a_command_is_found_and_a_marked_one_is_not():
 def find_flags() -> set[str]:
     """Every flag of the project's commands: the annotated names in the sources of commands and configurations."""
     names: set[str] = set()
-    for path in (*ROOT.glob("data_prep/*.py"), *ROOT.glob("minimind/*.py"), ROOT / "minimind" / "model" / "config.py"):
+    places = (
+        "data_prep/*.py",
+        "minimind/*.py",
+        "minimind/config/*.py",
+        "minimind/model/config.py",
+        "minimind/inference/*.py",
+    )
+    for path in (path for place in places for path in ROOT.glob(place)):
         names |= set(re.findall(r"^    ([a-z][a-z0-9_]*): ", path.read_text(encoding="utf-8"), re.M))
     return {"--" + name.replace("_", "-") for name in names}
 
