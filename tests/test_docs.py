@@ -627,5 +627,5 @@ FOREIGN_FLAGS = {"--name", "--config"}
 def test_flags_named_in_the_pages_exist(language):
     known = find_flags() | FOREIGN_FLAGS
     for page in PAGES:
-        for flag in re.findall(r"(?<![\w-])`(--[a-z][a-z-]*)", read_page(language, page)):
+        for flag in re.findall(r"(?<![\w-])`(--[a-z][a-z0-9-]*)", read_page(language, page)):
             assert flag.replace("--no-", "--") in known, f"{page_path(language, page)}: {flag} is no flag"
