@@ -608,6 +608,7 @@ def find_flags() -> set[str]:
     names: set[str] = set()
     places = (
         "data_prep/*.py",
+        "data_prep/reading/*.py",
         "minimind/*.py",
         "minimind/config/*.py",
         "minimind/model/config.py",
