@@ -1,8 +1,8 @@
-"""Reads a prepared corpus whole and says whether it is what its manifests promise.
+"""Compares every byte of a prepared corpus with its manifests.
 
     python -m data_prep.verify_shards DIR
 
-Every hash, every token id, every document boundary. Knows nothing of how shards are made; changes nothing.
+Every hash, every token id, every document boundary; changes nothing.
 """
 
 import sys

@@ -1,7 +1,4 @@
-"""A set of 16-byte digests in 16 bytes each, for exact de-duplication of more documents than a Python set could hold.
-
-Knows nothing of what was digested.
-"""
+"""A set of 16-byte digests in 16 bytes each: exact de-duplication of more documents than fit a Python set."""
 
 import numpy as np
 

@@ -1,7 +1,6 @@
-"""A function over many items on all cores: results in order, a bounded number under way, nobody left behind.
+"""A function over many items on all cores: results in order, a bounded number of items in memory.
 
-Works under any start method; a worker that dies is an error, and workers end when their parent is killed. Knows nothing
-of the work.
+Works under any start method; a worker that dies is an error, and workers end when their parent is killed.
 """
 
 import contextlib

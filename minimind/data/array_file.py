@@ -1,7 +1,7 @@
 """One-dimensional `.npy` files: grown by a writer of unknown length, checked cheaply, mapped by a reader.
 
 The bytes are a pure function of the values: format 1.0, little-endian, a header of always 128 bytes (what `numpy.save`
-writes too). Knows nothing of tokens.
+writes too).
 """
 
 import contextlib

@@ -1,7 +1,6 @@
-"""Window i of the token stream as a training sample: what the model sees, and what it must say.
+"""Window i of the token stream as a training sample: inputs and labels.
 
-Documents stand joined in the stream, each closed by its end token, and windows tile it without padding. Knows nothing
-of order, batches or ranks.
+Documents are joined in the stream, each closed by its end token, and windows tile it without padding.
 """
 
 import dataclasses
@@ -29,8 +28,8 @@ class Sample:
 class TokenDataset:
     """The windows of `seq_len` tokens of one shard folder: window i predicts tokens i*T + 1 .. (i + 1)*T.
 
-    With `document_mask` a sample says where documents begin, and the first token of a document is nobody's target
-    (no earlier document may be used to guess it). With `keep_tail` (evaluation) the tokens behind the last whole
+    With `document_mask` a sample says where documents begin, and the first token of a document is no target
+    (no earlier document may be used to guess it). With `keep_tail` (evaluation) the tokens after the last whole
     window form one more, filled up with end tokens that have no label; without, they are left out.
     Raises `ShardError` when the folder is too small for a single window.
     """

@@ -1,12 +1,11 @@
-"""Which samples this rank takes at which step, as tensors.
+"""The batches of one rank at each step, as tensors.
 
 Training: step s takes the samples [s*G, (s + 1)*G) of the global order whatever the number of ranks, so nothing but
-the step has to be remembered to continue. Evaluation: every window once, in order. Knows the rank only as a number.
+the step has to be remembered to continue. Evaluation: every window once, in order.
 """
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -146,20 +145,6 @@ def collate(samples: Sequence[Sample], positions: Iterable[int]) -> Batch:
         tuple(positions),
         int(np.count_nonzero(labels != IGNORED_LABEL)),
     )
-
-
-def hash_stream(batches: Iterable[Batch]) -> int:
-    """A signed 64-bit hash of which windows, at which places of the global order, with which tokens and labels.
-
-    It is a sum over windows (modulo 2**64): the sum over ranks, as an integer all-reduce computes it, equals the value
-    of one rank that took all of them, in whatever micro-batches.
-    """
-    total = 0
-    for batch in batches:
-        for position, input_ids, labels in zip(batch.positions, batch.input_ids, batch.labels, strict=True):
-            content = str(position).encode() + input_ids.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()
-            total += int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-    return (total + 2**63) % 2**64 - 2**63
 
 
 def _take(dataset: TokenDataset, position: int, last: int) -> Sample:

@@ -1,7 +1,6 @@
-"""What a shard folder says about itself: `manifest.json`.
+"""`manifest.json` of a shard folder.
 
-Every field is checked when a manifest is made or read, so the rest of the data path never meets a wrong one. Knows
-nothing of tokens or windows; opens no file but the manifest.
+Every field is checked when a manifest is made or read, so the rest of the data path never meets a wrong one.
 """
 
 import dataclasses

@@ -1,8 +1,7 @@
 """Writes a shard folder: documents go in one after another, and the manifest comes out last.
 
 Holds one document in memory, whatever the corpus. Finished shards survive an interruption: the list of them grows line
-by line in `unfinished.jsonl`, and the next writer goes on behind the last one and ends with the same bytes. Knows
-nothing of text.
+by line in `unfinished.jsonl`, and the next writer continues after the last one and ends with the same bytes.
 """
 
 import contextlib

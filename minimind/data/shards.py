@@ -1,7 +1,7 @@
-"""The on-disk format of a prepared corpus, from the reader's side: any span of the token stream, at any place.
+"""Reads prepared corpora: any span of the token stream.
 
 A corpus is a folder with `train/` and `val/`, each a complete shard folder (see `manifest.py` and `shard_writer.py`).
-Files are mapped when a span touches them, a bounded number at a time. Knows nothing of windows, batches or torch.
+Files are mapped when a span touches them, a bounded number at a time. Imports no torch.
 """
 
 import functools

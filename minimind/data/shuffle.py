@@ -1,6 +1,6 @@
-"""The global order of samples: a pseudo-random permutation of an epoch that is computed, never stored.
+"""The shuffled order of samples: a pseudo-random permutation of each epoch, computed and never stored.
 
-A pure function of seed, epoch and what is ordered; any place of it costs the same. Knows nothing of samples.
+A pure function of seed, epoch and what is ordered; any place of it costs the same.
 """
 
 import functools

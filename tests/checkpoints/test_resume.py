@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stream_hash import hash_stream
 from structured_corpus import write_corpus
 from training_runs import (
     EXPERTS,
@@ -35,7 +36,7 @@ from minimind.checkpoints.loading import engine_probe_loss
 from minimind.checkpoints.manifest import CheckpointError, FileRecord, read_manifest
 from minimind.checkpoints.probe import probe_batch
 from minimind.checkpoints.safe_load import read_states
-from minimind.data.loader import Batch, BatchLoader, hash_stream
+from minimind.data.loader import Batch, BatchLoader
 from minimind.errors import EXIT_STOPPED, UserError
 from minimind.files import hash_file
 

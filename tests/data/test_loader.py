@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from shard_folders import EOS, make_documents, stream_of, write
+from stream_hash import hash_stream
 
 from minimind.data.dataset import IGNORED_LABEL, TokenDataset
-from minimind.data.loader import Batch, BatchLoader, collate, eval_batches, hash_stream
+from minimind.data.loader import Batch, BatchLoader, collate, eval_batches
 from minimind.data.shards import ShardError, ShardReader
 from minimind.data.shuffle import ShuffledOrder
 from minimind.errors import UserError

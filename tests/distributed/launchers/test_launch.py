@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 from pytest import approx
+from stream_hash import hash_stream
 from training_runs import ROOT, RankPool, flags_for, losses, rank_pool, read_metrics, train
 
-from minimind.data.loader import hash_stream
 from minimind.distributed.launchers.local import find_free_port
 
 BIN = Path(sys.executable).parent
