@@ -38,7 +38,7 @@ from minimind.data.loader import BatchLoader
 from minimind.data.shards import Manifest, ShardInfo, TokenizerInfo, open_split
 from minimind.inference.sampling import Sampler, SamplingOptions
 from minimind.model import PRESETS, ModelConfig
-from minimind.model.attention_mask import causal
+from minimind.model.attention_mask import causal_mask
 from minimind.model.layers import FeedForward, RMSNorm
 from minimind.model.loss import LMHead
 from minimind.model.moe import MoEFeedForward
@@ -457,7 +457,7 @@ def test_correction_a_balanced_router_costs_alpha_a_layer(sequence_form):
 
 
 def test_correction_several_new_tokens_see_a_rectangle():
-    mask = causal(3, 2, None, torch.device("cpu")).mask
+    mask = causal_mask(3, 2, None, torch.device("cpu")).mask
     assert mask is not None and mask.int().squeeze().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     for language in LANGUAGES:
         rows = re.findall(

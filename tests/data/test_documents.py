@@ -242,6 +242,7 @@ def test_bad_jsonl_lines_are_named_and_the_others_kept(tmp_path: Path) -> None:
         ('{"text": "今天天气很好，我们去公园散步"}\n'.encode("gbk"), "looks like gb18030: give --encoding gb18030"),
         ("été, déjà, français, élève, goût, là, où, très".encode("cp1252"), "looks like cp1252"),
     ],
+    ids=["binary", "gzip", "utf-16-le", "utf-16-be", "gb18030", "cp1252"],
 )
 def test_a_file_that_cannot_be_read_stops_the_run(tmp_path: Path, name: str, data: bytes, message: str) -> None:
     # Half of a corpus may be in it: it is not one bad document.
