@@ -176,8 +176,12 @@ class Watchdog:
         """A thread: beats out, news in."""
         deadline = None
         try:
-            while self._exchange():
-                if self._ended.is_set():
+            while True:
+                self._wake.clear()
+                ended = self._ended.is_set()  # asked once: the last beat has to say so
+                if not self._exchange(ended):
+                    return
+                if ended:
                     deadline = deadline or time.monotonic() + FAREWELL_SECONDS
                     if self._rank or self._ranks.all_ended or time.monotonic() > deadline:
                         return
@@ -190,18 +194,17 @@ class Watchdog:
                 where = self._summary["first"]
                 self._end_lost(Loss(0, f"{self._first} {what} ({first_line(error)[:120]}); it was at {where}"))
 
-    def _exchange(self) -> bool:
-        """One beat; whether there is reason for another one."""
-        self._wake.clear()
+    def _exchange(self, ended: bool) -> bool:
+        """One beat, which says whether this rank has `ended`; whether there is reason for another one."""
         if self._own_loss is not None and not self._told.is_set():
             self._announce(self._own_loss)
             self._told.set()
-        self._send_beat(ended=self._ended.is_set())
+        self._send_beat(ended)
         if self._rank == 0:
             found, summary = self._ranks.look(self._store)
             if found is not None:
                 self._announce(found)
-            self._store.set("summary", json.dumps({**summary, "first": self.position, "ended": self._ended.is_set()}))
+            self._store.set("summary", json.dumps({**summary, "first": self.position, "ended": ended}))
         summary_now, lost = (json.loads(value or "{}") for value in self._store.multi_get(["summary", "lost"]))
         if summary_now and summary_now["count"] != self._summary.get("count"):
             self._heard = time.monotonic()
