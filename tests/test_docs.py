@@ -457,7 +457,7 @@ def test_correction_a_balanced_router_costs_alpha_a_layer(sequence_form):
 
 
 def test_correction_several_new_tokens_see_a_rectangle():
-    mask = causal_mask(3, 2, None, torch.device("cpu")).mask
+    mask = causal_mask(3, 2, None, torch.device("cpu")).allowed
     assert mask is not None and mask.int().squeeze().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     for language in LANGUAGES:
         rows = re.findall(
@@ -614,6 +614,7 @@ def find_flags() -> set[str]:
         "minimind/model/config.py",
         "minimind/inference/*.py",
         "minimind/checkpoints/formats/export.py",
+        "minimind/reports/plan/planned_run.py",
     )
     for path in (path for place in places for path in ROOT.glob(place)):
         names |= set(re.findall(r"^    ([a-z][a-z0-9_]*): ", path.read_text(encoding="utf-8"), re.M))
