@@ -37,11 +37,13 @@ class LMHead(Linear):
         """
         if labels is None:
             return super().forward(hidden_states)
-        hidden_states, weight = _to_compute_dtype(hidden_states, self.weight)
+        states = hidden_states.flatten(0, -2)
+        dtype = _compute_dtype(states, self.weight)
         z_loss_coef = self.z_loss_coef if self.training else 0.0
         need_grad = torch.is_grad_enabled()  # inside the function it never is
-        states = hidden_states.flatten(0, -2)
-        loss = _TokenLoss.apply(states, weight, labels.flatten(), z_loss_coef, need_grad, type(self))
+        loss = _TokenLoss.apply(
+            states.to(dtype), self.weight.to(dtype), labels.flatten(), z_loss_coef, need_grad, type(self)
+        )
         if reduction == "sum":
             return loss
         if reduction == "mean":
@@ -62,12 +64,10 @@ class LMHead(Linear):
             total += left @ right
 
 
-def _to_compute_dtype(hidden_states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    device = hidden_states.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        return hidden_states.to(dtype), weight.to(dtype)
-    return hidden_states, weight
+@torch.no_grad()
+def _compute_dtype(states: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of their product, autocast's where that is on: an empty product tells."""
+    return F.linear(states[:0], weight[:0]).dtype
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -89,14 +89,13 @@ class _TokenLoss(torch.autograd.Function):
         total = states.new_zeros((), dtype=torch.float32)
         states_grads = []
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        with torch.autocast(states.device.type, enabled=False):
-            for rows, targets in zip(states.split(chunk), labels.split(chunk), strict=True):
-                loss, logits_grad = _chunk_loss(head.matmul(rows, weight.t()), targets, z_loss_coef, is_trained)
-                total = total + loss
-                if logits_grad is not None and need_states:
-                    states_grads.append(head.matmul(logits_grad, weight))
-                if logits_grad is not None and weight_grad is not None:
-                    head.add_matmul(weight_grad, logits_grad.t(), rows)
+        for rows, targets in zip(states.split(chunk), labels.split(chunk), strict=True):
+            loss, logits_grad = _chunk_loss(head.matmul(rows, weight.t()), targets, z_loss_coef, is_trained)
+            total = total + loss
+            if logits_grad is not None and need_states:
+                states_grads.append(head.matmul(logits_grad, weight))
+            if logits_grad is not None and weight_grad is not None:
+                head.add_matmul(weight_grad, logits_grad.t(), rows)
         ctx.save_for_backward(torch.cat(states_grads) if need_states else None, weight_grad)
         ctx.weight_dtype = weight.dtype
         return total

@@ -104,7 +104,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def matmul(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """(m, k) times (k, n): (m, n), written to `out` if given. No gradient is kept."""
     if upcasts_to_fp32(left, fewest=1 if right.stride(-1) == 1 else _FEWEST_ROWS):
-        product = (left.float() @ right.float()).to(left.dtype)
+        with torch.autocast("cpu", enabled=False):
+            product = (left.float() @ right.float()).to(left.dtype)
     elif uses_onednn(left, right):
         product = onednn_matmul(left, right.t())
     else:
@@ -189,7 +190,8 @@ class FastLMHead(LMHead):
     def add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
         """As `LMHead.add_matmul`."""
         if upcasts_to_fp32(left):
-            total.addmm_(left.float(), right.float())
+            with torch.autocast("cpu", enabled=False):
+                total.addmm_(left.float(), right.float())
         elif uses_onednn(left, right):
             total += matmul(left, right)
         else:
