@@ -32,7 +32,7 @@ PRELOAD = (
     "minimind.inference.evaluation",
     "minimind.reports.plan.table",
     "minimind.reports.doctor.software",
-    "minimind.reports.run.drawing",
+    "minimind.reports.run.page",
     "deepspeed.runtime.zero.muon.original_muon",  # imported when an engine is built, and slow
 )
 CLIENT = """#!{python} -SE

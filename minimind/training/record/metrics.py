@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,6 +17,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from minimind.errors import UserError
 from minimind.training.record.alarms import AlarmWatch
+from minimind.training.record.event_files import put_in_the_past
 from minimind.training.record.events import EventLog
 from minimind.training.record.progress import Progress
 from minimind.training.record.run_files import (
@@ -96,6 +98,8 @@ class RunRecord(NullRecord):
         run_dir.mkdir(parents=True, exist_ok=True)
         keep_until(self._path, start_step)
         self._file: TextIO = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (open for the life of the run)
+        if tensorboard:
+            put_in_the_past(run_dir / "tensorboard", time.time())
         self._tensorboard = (
             SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1, flush_secs=30)
             if tensorboard
