@@ -17,10 +17,11 @@ from typing import Any, Literal
 import tyro
 from tqdm import tqdm
 
+from data_prep.reading.byte_stream import Source
 from data_prep.reading.chunks import cut_source
 from data_prep.reading.documents import BadDocuments, open_log
 from data_prep.reading.records import ReadOptions, check_range
-from data_prep.reading.sources import DATASET, Source, resolve_sources
+from data_prep.reading.sources import DATASET, resolve_sources
 from data_prep.verify_shards import format_totals
 from data_prep.writing.corpus_folder import BAD_DOCUMENTS_NAME, CorpusFolder
 from data_prep.writing.corpus_writer import CorpusWriter, Limits

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import data_prep.reading.json_values as json_values
+from data_prep.reading.byte_stream import Source, open_source, open_text, spool
 from data_prep.reading.records import CHUNK_BYTES, ReadOptions, Record, Text, find_text, reject_long
-from data_prep.reading.sources import DATASET, Source, open_source, open_text, spool
+from data_prep.reading.sources import DATASET
 from data_prep.reading.tables import ParquetTable, read_csv, read_dataset
 
 # White space of Unicode in UTF-8: a line of ideographic spaces is blank too.

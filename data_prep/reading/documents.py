@@ -11,9 +11,9 @@ from typing import IO, NamedTuple
 
 from tqdm import tqdm
 
+from data_prep.reading.byte_stream import Source
 from data_prep.reading.chunks import Chunk, cut_source
 from data_prep.reading.records import ReadOptions, Rejected, Text, find_text, reject_long
-from data_prep.reading.sources import Source
 from minimind.errors import UserError
 
 _SHOWN = 20

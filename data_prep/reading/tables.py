@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from data_prep.reading.byte_stream import Source
 from data_prep.reading.records import (
     CHUNK_BYTES,
     ReadOptions,
@@ -21,7 +22,7 @@ from data_prep.reading.records import (
     find_text,
     reject_long,
 )
-from data_prep.reading.sources import Source, is_saved_dataset
+from data_prep.reading.sources import is_saved_dataset
 from minimind.errors import UserError, first_line
 
 # An encoded row can be far smaller than its text (a dictionary page holds a repeated text once), so that no batch may

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data_prep.reading.byte_stream import Source
 from data_prep.reading.records import ReadOptions
-from data_prep.reading.sources import DATASET, Source
+from data_prep.reading.sources import DATASET
 from data_prep.reading.tables import identify_dataset
 from minimind.data.manifest import MANIFEST_NAME
 from minimind.data.shards import SPLITS

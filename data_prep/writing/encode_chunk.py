@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.reading.byte_stream import Source
 from data_prep.reading.chunks import Chunk
 from data_prep.reading.documents import Problem, parse_chunk
 from data_prep.reading.records import ReadOptions
-from data_prep.reading.sources import Source
 from data_prep.writing.digests import DIGEST_BYTES
 from minimind.data.tokenizer import Tokenizer, load_tokenizer
 
