@@ -156,7 +156,8 @@ def _compare(
     except OSError as error:
         problem = f"run_dir {run_dir}: {error.strerror}; give a folder that can be written"
     finally:
-        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder is a file, or was never made
+            probe.unlink()
         if problem is not None:
             for folder in reversed(made):
                 with contextlib.suppress(OSError):
