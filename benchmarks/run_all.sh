@@ -41,7 +41,7 @@ run() {
 
 run start.py 4 "${start[@]}"
 run data.py 4 "${data[@]}"
-run cpu_layers.py 2 "${layers[@]}"
+run kernels.py 4 "${layers[@]}"
 run experts.py 7 "${experts[@]}"
 [ "$precision" = bf16 ] && run deepspeed_overhead.py 7 --precision bf16 --rounds 11 --minutes 6
 run deepspeed_overhead.py 8 --precision fp32 --rounds 5 --minutes 6 "${stages[@]}"
