@@ -51,8 +51,8 @@ def main(args: Sequence[str] | None = None) -> int:
         find_micro_batch(run, ds, limit, num_ranks=options.num_gpus)
         return 0
     plan = make_plan(run, ds, options)
-    print(show_plan(plan, options))
-    return 0 if plan.memory.total <= plan.limit else 1
+    print(show_plan(plan))
+    return 0 if plan.own.memory.total <= plan.limit else 1
 
 
 if __name__ == "__main__":

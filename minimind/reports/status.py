@@ -143,21 +143,24 @@ def describe_health(state: str, events: Sequence[Event], step: int) -> str:
 
 def status_table(found: Sequence[RunStatus]) -> str:
     """A heading and a line for each run, in columns."""
+
+    def cell(value: float | None, pattern: str) -> str:
+        return "" if value is None else pattern.format(value)
+
     rows = [("run", "state", "step", "loss", "eval", "tokens/s", "MFU", "ETA", "checkpoint", "health")]
     for status in found:
         total = f"/{status.total_steps}" if status.total_steps else ""
-        loss = "" if status.loss is None else f"{status.loss:.4f} {status.trend}".strip()
         rows.append(
             (
                 status.name,
                 status.state,
                 f"{status.step}{total}" if status.step or total else "",
-                loss,
-                "" if status.eval_loss is None else f"{status.eval_loss:.4f}",
-                "" if status.tokens_per_second is None else f"{status.tokens_per_second:,.0f}",
-                "" if status.mfu is None else f"{status.mfu:.1%}",
+                f"{cell(status.loss, '{:.4f}')} {status.trend}".strip(),
+                cell(status.eval_loss, "{:.4f}"),
+                cell(status.tokens_per_second, "{:,.0f}"),
+                cell(status.mfu, "{:.1%}"),
                 "" if status.seconds_left is None else format_duration(status.seconds_left),
-                "" if status.checkpoint is None else str(status.checkpoint),
+                cell(status.checkpoint, "{}"),
                 status.health if status.state != "never started" else "",
             )
         )

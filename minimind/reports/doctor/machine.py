@@ -42,31 +42,28 @@ def check_machine(run_dir: Path) -> list[Check]:
 
 def check_limits() -> list[Check]:
     """Every shard, socket and worker is an open file; RDMA networks lock memory."""
-    infinity = resource.RLIM_INFINITY
     files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    is_low = files != infinity and files < 4096
-    shown = "unlimited" if files == infinity else f"{files:,}"
-    fix = f"ulimit -n {min(hard, 65536) if hard > 0 else 65536}"
-    found = [Check("open files", "warn", shown, fix) if is_low else Check("open files", "ok", shown)]
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    infinity = resource.RLIM_INFINITY
+    fix = f"ulimit -n {min(hard, 65536) if hard > 0 else 65536}" if files != infinity and files < 4096 else ""
+    found = [Check("open files", "warn" if fix else "ok", "unlimited" if files == infinity else f"{files:,}", fix)]
+    has_rdma = _INFINIBAND.is_dir() and any(_INFINIBAND.iterdir())
+    fix = "ulimit -l unlimited, or NCCL cannot use the RDMA network" if locked != infinity and has_rdma else ""
     shown = "unlimited" if locked == infinity else format_bytes(locked)
-    if locked != infinity and _INFINIBAND.is_dir() and any(_INFINIBAND.iterdir()):
-        fix = "ulimit -l unlimited, or NCCL cannot use the RDMA network"
-        return [*found, Check("locked memory", "warn", shown, fix)]
-    return [*found, Check("locked memory", "ok", shown)]
+    return [*found, Check("locked memory", "warn" if fix else "ok", shown, fix)]
 
 
 def check_shared_memory(folder: Path) -> list[Check]:
     """NCCL and gloo pass data within a host through it; killed runs leave buffers in it."""
     if not folder.is_dir():
         return [Check("shared memory", "bad", f"no {folder}", "mount it: mount -t tmpfs tmpfs /dev/shm")]
-    usage = shutil.disk_usage(folder)
-    what = f"{format_bytes(usage.free)} free of {format_bytes(usage.total)} in {folder}"
-    found = [Check("shared memory", "ok", what)]
+    usage, fix = shutil.disk_usage(folder), ""
     if usage.total < 2**30:
-        found = [Check("shared memory", "warn", what, "start the container with --shm-size=8g, or --ipc=host")]
+        fix = "start the container with --shm-size=8g, or --ipc=host"
     elif usage.free < usage.total / 10:
-        found = [Check("shared memory", "warn", what, f"remove unused files from {folder}")]
+        fix = f"remove unused files from {folder}"
+    what = f"{format_bytes(usage.free)} free of {format_bytes(usage.total)} in {folder}"
+    found = [Check("shared memory", "warn" if fix else "ok", what, fix)]
     if left := sorted(folder.glob("deepspeed_allreduce_buffer_*")):
         what = f"{len(left)} of killed runs, {format_bytes(sum(path.stat().st_size for path in left))}"
         fix = f"when nothing is running: rm {folder}/deepspeed_allreduce_buffer_*"
@@ -78,18 +75,17 @@ def check_memory() -> Check:
     """Free memory of the host."""
     memory, cores = psutil.virtual_memory(), len(os.sched_getaffinity(0))
     what = f"{format_bytes(memory.available)} free of {format_bytes(memory.total)}, {cores} cores"
-    if memory.available < 4 * 2**30:
-        return Check("memory", "warn", what, "close other programs; even small runs need some gigabytes")
-    return Check("memory", "ok", what)
+    fix = "close other programs; even small runs need some gigabytes" if memory.available < 4 * 2**30 else ""
+    return Check("memory", "warn" if fix else "ok", what, fix)
 
 
 def check_disk(run_dir: Path) -> Check:
     """Permission to write where the runs go, and room for checkpoints."""
     folder = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
-    free = shutil.disk_usage(folder).free
-    what = f"{format_bytes(free)} free at {folder}"
     if not os.access(folder, os.W_OK):
         return Check("disk", "bad", f"{folder} cannot be written", "give a --run-dir of your own")
+    free = shutil.disk_usage(folder).free
+    what = f"{format_bytes(free)} free at {folder}"
     if free < 2**30:
         return Check("disk", "bad", what, "a checkpoint will not fit; free space, or give another --run-dir")
     if free < 10 * 2**30:

@@ -60,14 +60,13 @@ def check_package(requirement: Requirement) -> Check:
 
 def check_accelerator() -> list[Check]:
     """CUDA devices, or why there are none."""
-    found = []
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        properties = torch.cuda.get_device_properties(index)
+    if torch.cuda.is_available():
         bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: train in fp16"
-        what = f"{properties.name}, {format_bytes(properties.total_memory)}, {bf16}, CUDA {torch.version.cuda}"
-        found.append(Check(f"GPU {index}", "ok", what))
-    if found:
-        return found
+        devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        return [
+            Check(f"GPU {i}", "ok", f"{one.name}, {format_bytes(one.total_memory)}, {bf16}, CUDA {torch.version.cuda}")
+            for i, one in enumerate(devices)
+        ]
     if shutil.which("nvidia-smi") is None:
         precisions = "bf16 and fp32" if has_fast_matmul(torch.bfloat16) else "fp32; bf16 is computed in it"
         return [Check("GPU", "ok", f"none; training runs on the CPU ({precisions})")]
@@ -117,11 +116,9 @@ def check_locks(folder: Path) -> list[Check]:
     found = []
     for path in sorted(path for path in folder.rglob("lock") if path.is_file()):
         age = time.time() - path.stat().st_mtime
-        what = f"{path}, {age / 60:.0f} minutes old"
-        if age > _STALE_SECONDS:
-            found.append(Check("build locks", "bad", what, f"left by a killed build: rm {path}"))
-        else:
-            found.append(Check("build locks", "warn", what, f"if nothing is being built now: rm {path}"))
+        stale = age > _STALE_SECONDS
+        fix = f"{'left by a killed build' if stale else 'if nothing is being built now'}: rm {path}"
+        found.append(Check("build locks", "bad" if stale else "warn", f"{path}, {age / 60:.0f} minutes old", fix))
     return found or [Check("build locks", "ok", f"none in {folder}")]
 
 

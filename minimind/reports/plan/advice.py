@@ -1,6 +1,7 @@
 """Rules of thumb applied to a planned run; each yields warnings, with a figure and what to do, or nothing."""
 
 import math
+from collections.abc import Iterator
 
 from minimind.reports.plan.activations import precision_of
 from minimind.reports.plan.planned_run import PlannedRun
@@ -25,106 +26,93 @@ def usual_learning_rate(num_params: int) -> float:
     return max(1e-5, 0.003239 - 0.0001395 * math.log(num_params))
 
 
-def _fits(plan: PlannedRun) -> list[str]:
-    if plan.memory.total <= plan.limit:
-        return []
-    found = f"{format_bytes(plan.memory.total)} a rank do not fit {format_bytes(plan.limit)}"
+def _fits(plan: PlannedRun) -> Iterator[str]:
+    if plan.own.memory.total <= plan.limit:
+        return
+    found = f"{format_bytes(plan.own.memory.total)} a rank do not fit {format_bytes(plan.limit)}"
     train = plan.resolved.train
-    if plan.largest_micro_batch:
-        return [f"{found}: lower --micro-batch-size {train.micro_batch_size} to {plan.largest_micro_batch}"]
-    fitting = [name for name, other in plan.without.items() if other.total <= plan.limit]
-    if fitting:
-        return [f"{found}, whatever the micro-batch: {fitting[0]} would fit"]
-    checkpoint = "" if train.activation_checkpointing else ", try --activation-checkpointing"
-    return [f"{found} in any stage: take more GPUs or a smaller model{checkpoint}"]
+    if plan.own.largest:
+        yield f"{found}: lower --micro-batch-size {train.micro_batch_size} to {plan.own.largest}"
+    elif plan.fitting:
+        yield f"{found}, whatever the micro-batch: {plan.fitting[0]} would fit"
+    else:
+        checkpoint = "" if train.activation_checkpointing else ", try --activation-checkpointing"
+        yield f"{found} in any stage: take more GPUs or a smaller model{checkpoint}"
 
 
-def _length(plan: PlannedRun) -> list[str]:
-    run, lines = plan.resolved, []
+def _length(plan: PlannedRun) -> Iterator[str]:
+    run, tokens, steps = plan.resolved, plan.tokens, plan.steps
     batch = run.train.global_batch_size * run.data.seq_len
-    if plan.tokens is not None and plan.steps is not None:
-        if plan.steps < FEWEST_STEPS:
-            wanted = plan.tokens // FEWEST_STEPS // run.data.seq_len
-            if wanted >= plan.world_size:
-                lines.append(
-                    f"the global batch of {batch:,} tokens is too large for {plan.tokens:,}: {plan.steps:,} steps; "
-                    f"{wanted:,} sequences a step would give about {FEWEST_STEPS:,}"
-                )
-            else:
-                lines.append(f"too few steps: {plan.steps:,}; a schedule needs about {FEWEST_STEPS:,} to do its work")
-        ratio = plan.tokens / run.model.num_active_params()
+    if tokens is not None and steps is not None:
+        wanted = tokens // FEWEST_STEPS // run.data.seq_len
+        if steps < FEWEST_STEPS and wanted >= plan.world_size:
+            yield (
+                f"the global batch of {batch:,} tokens is too large for {tokens:,}: {steps:,} steps; "
+                f"{wanted:,} sequences a step would give about {FEWEST_STEPS:,}"
+            )
+        elif steps < FEWEST_STEPS:
+            yield f"too few steps: {steps:,}; a schedule needs about {FEWEST_STEPS:,} to do its work"
+        ratio = tokens / run.model.num_active_params()
         if ratio < FEWEST_TOKENS_PER_PARAMETER:
-            lines.append(
+            yield (
                 f"{ratio:.1f} tokens a parameter: a smaller model would learn more from them (about 20 are the best "
                 "use of a fixed amount of compute, arXiv 2203.15556)"
             )
     if batch > LARGEST_BATCH_TOKENS:
-        lines.append(
+        yield (
             f"the global batch of {batch:,} tokens is larger than models of this size profit from: at most about "
             f"{LARGEST_BATCH_TOKENS:,}"
         )
-    return lines
 
 
-def _schedule(plan: PlannedRun) -> list[str]:
-    train, lines = plan.resolved.train, []
-    if train.warmup_steps and plan.steps:
-        if train.warmup_steps >= plan.steps:
-            lines.append(f"the warm-up of {train.warmup_steps:,} steps is as long as the run of {plan.steps:,}")
-        elif train.warmup_steps > LONGEST_WARMUP * plan.steps:
-            lines.append(f"the warm-up takes {train.warmup_steps / plan.steps:.0%} of the run; 1% to 5% is usual")
+def _schedule(plan: PlannedRun) -> Iterator[str]:
+    train, steps = plan.resolved.train, plan.steps
+    if steps and train.warmup_steps >= steps:
+        yield f"the warm-up of {train.warmup_steps:,} steps is as long as the run of {steps:,}"
+    elif steps and train.warmup_steps > LONGEST_WARMUP * steps:
+        yield f"the warm-up takes {train.warmup_steps / steps:.0%} of the run; 1% to 5% is usual"
     if train.optimizer == "adamw":
         usual = usual_learning_rate(plan.resolved.model.num_params())
         if not usual / LR_FACTOR <= train.lr <= usual * LR_FACTOR:
             where = "above" if train.lr > usual else "below"
-            lines.append(f"lr {train.lr:g} is far {where} what is usual at this size, about {usual:.1g}")
-    return lines
+            yield f"lr {train.lr:g} is far {where} what is usual at this size, about {usual:.1g}"
 
 
-def _stage(plan: PlannedRun) -> list[str]:
-    zero, lines = plan.resolved.zero, []
-    fitting = [name for name, other in plan.without.items() if other.total <= plan.limit]
-    simpler = [name for name in ("ZeRO 1", "ZeRO 2", "ZeRO 3") if name in fitting]
+def _stage(plan: PlannedRun) -> Iterator[str]:
+    zero, memory = plan.resolved.zero, plan.own.memory
+    simpler = [name for name in plan.fitting if name in ("ZeRO 1", "ZeRO 2", "ZeRO 3")]
     if zero.offloaded and simpler:
-        lines.append(f"offload costs much speed, and {simpler[0]} without it fits")
-    elif zero.stage == 3 and not zero.offloaded and {"ZeRO 1", "ZeRO 2"} & set(fitting):
-        lines.append(f"ZeRO 3 sends every weight twice a step, and {simpler[0]} fits")
-    if zero.stage == 3 and plan.num_nodes > 1 and zero.hpz_partition_size == 1:
-        lines.append("ZeRO 3 over several nodes without zero_hpz_partition_size: weights cross the network each step")
-    if plan.memory.buckets > max(2**30, plan.memory.states):
-        lines.append(
-            f"the buckets take {format_bytes(plan.memory.buckets)}, more than the model's own states: lower "
+        yield f"offload costs much speed, and {simpler[0]} without it fits"
+    elif zero.stage == 3 and not zero.offloaded and simpler and simpler[0] != "ZeRO 3":
+        yield f"ZeRO 3 sends every weight twice a step, and {simpler[0]} fits"
+    if zero.stage == 3 and plan.options.num_nodes > 1 and zero.hpz_partition_size == 1:
+        yield "ZeRO 3 over several nodes without zero_hpz_partition_size: weights cross the network each step"
+    if memory.buckets > max(2**30, memory.states):
+        yield (
+            f"the buckets take {format_bytes(memory.buckets)}, more than the model's own states: lower "
             f"reduce_bucket_size {zero.reduce_bucket_size:,}"
         )
-    return lines
 
 
-def _experts(plan: PlannedRun) -> list[str]:
-    model = plan.resolved.model
+def _experts(plan: PlannedRun) -> Iterator[str]:
+    model, train = plan.resolved.model, plan.resolved.train
     if not model.use_moe:
-        return []
-    train = plan.resolved.train
-    ep_size = train.ep_size
-    here, lines = model.num_experts // ep_size, []
-    if ep_size > 1 and here < 2:
-        lines.append(
-            f"{here} expert a rank: its load decides the rank's time; lower --ep-size {ep_size} for at least two"
-        )
-    tokens = train.micro_batch_size * plan.resolved.data.seq_len * ep_size
+        return
+    here = model.num_experts // train.ep_size
+    if train.ep_size > 1 and here < 2:
+        yield f"{here} expert a rank: its load decides the time; lower --ep-size {train.ep_size} for at least two"
+    tokens = train.micro_batch_size * plan.resolved.data.seq_len * train.ep_size
     each = tokens * model.num_experts_per_tok // model.num_experts
     if each < 128:
-        lines.append(f"{each} tokens an expert in a forward: products as small as that leave a GPU idle")
-    return lines
+        yield f"{each} tokens an expert in a forward: products as small as that leave a GPU idle"
 
 
-def _throughput(plan: PlannedRun) -> list[str]:
-    train, lines = plan.resolved.train, []
-    accumulates = train.gradient_accumulation_steps > 1
-    micro, largest = train.micro_batch_size, plan.largest_micro_batch
-    if plan.memory.total <= plan.limit and accumulates and largest >= 2 * micro:
-        lines.append(f"the micro-batch may grow from {micro} to {largest}, with less accumulation for the same batch")
+def _throughput(plan: PlannedRun) -> Iterator[str]:
+    train, own = plan.resolved.train, plan.own
+    micro, largest = train.micro_batch_size, own.largest
+    if own.memory.total <= plan.limit and train.gradient_accumulation_steps > 1 and largest >= 2 * micro:
+        yield f"the micro-batch may grow from {micro} to {largest}, with less accumulation for the same batch"
     if train.activation_checkpointing and plan.recomputing_nothing.total < plan.limit:
-        lines.append("activation checkpointing costs about a third of the time, and the run fits without it")
+        yield "activation checkpointing costs about a third of the time, and the run fits without it"
     if precision_of(plan.resolved)[0] == 4 and plan.limit > 2**33:
-        lines.append("fp32 runs many times slower than bf16 on present GPUs; --precision bf16")
-    return lines
+        yield "fp32 runs many times slower than bf16 on present GPUs; --precision bf16"

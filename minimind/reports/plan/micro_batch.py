@@ -6,21 +6,23 @@ follows from the peaks of the earlier ones, so the search stops below the limit 
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from minimind.config.deepspeed_keys import without_batch
 from minimind.config.resolve import resolve_run
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import RunConfig
-from minimind.distributed.launchers.local import find_free_port, rank_environment
 from minimind.errors import UserError
-from minimind.reports.plan.trial import EXIT_TOO_LARGE
+from minimind.reports.plan import trial
 from minimind.units import format_bytes
 
 USABLE_DEVICE = 0.95
@@ -123,48 +125,25 @@ def try_steps(resolved: ResolvedRun, ranks: int, limit: int | None) -> dict[str,
     Raises:
         UserError: the trial failed otherwise; with the last line that it said.
     """
-    order = json.dumps({"run": resolved.run.to_dict(), "ds": resolved.ds, "limit_bytes": limit})
-    port = str(find_free_port())
-    processes = []
-    for rank in range(ranks):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "minimind.reports.plan.trial"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=rank_environment(rank, ranks, port),
+    with tempfile.TemporaryDirectory() as folder:
+        order = Path(folder) / "order.json"
+        order.write_text(json.dumps({"run": resolved.run.to_dict(), "ds": resolved.ds, "limit_bytes": limit}))
+        command = [sys.executable, "-m", "minimind.distributed.launchers.local", str(ranks), "-m", trial.__name__]
+        result = subprocess.run(
+            [*command, str(order)], capture_output=True, text=True, check=False, timeout=TRY_SECONDS
         )
-        # The kernel, where memory is short all the same, is to take this one.
-        Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
-        assert process.stdin is not None
-        process.stdin.write(order)
-        process.stdin.close()
-        process.stdin = None
-        processes.append(process)
-    try:
-        outputs = [process.communicate(timeout=TRY_SECONDS) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    codes = [process.returncode for process in processes]
-    if any(code in (EXIT_TOO_LARGE, -9) for code in codes):
+    if trial.TOO_LARGE in result.stderr or result.returncode == 128 + signal.SIGKILL:
         return None
-    if any(codes):
-        failed = next(error for (_, error), code in zip(outputs, codes, strict=True) if code)
-        said = [line for line in failed.strip().splitlines() if line.strip()] or ["nothing was said"]
+    if result.returncode:
+        said = [line for line in result.stderr.splitlines() if line.strip()] or ["nothing was said"]
         raise UserError(f"the trial failed: {said[-1].removeprefix('error: ')}")
-    return json.loads(outputs[0][0].strip().splitlines()[-1])
+    return json.loads(result.stdout.strip().splitlines()[-1])
 
 
 def free_memory() -> int:
     """Bytes that this host, and the control group of this process, can still give."""
-    meminfo = Path("/proc/meminfo").read_text()
-    free = int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
+    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
     try:
-        allowed = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
+        return min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no control group, or "max"
         return free
-    return free if allowed == "max" else min(free, int(allowed) - used)

@@ -20,16 +20,10 @@ USABLE = 0.92
 """Share of a GPU's memory that tensors may take: the rest is CUDA's context, NCCL and fragmentation."""
 ASSUMED_GPU_MEMORY = 80 * 2**30
 
-# Name of a column, stage, what is offloaded.
-VARIANTS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
-    ("ZeRO 0", 0, ()),
-    ("ZeRO 1", 1, ()),
-    ("ZeRO 2", 2, ()),
-    ("ZeRO 3", 3, ()),
-    ("2 +offload", 2, ("optimizer",)),
-    ("3 +offload", 3, ("optimizer",)),
-    ("3 +both", 3, ("optimizer", "param")),
-)
+VARIANTS: tuple[tuple[int, tuple[str, ...]], ...] = (
+    (0, ()), (1, ()), (2, ()), (3, ()), (2, ("optimizer",)), (3, ("optimizer",)), (3, ("optimizer", "param"))
+)  # fmt: skip
+"""Stage and what is offloaded, of the columns that every plan has."""
 
 
 @dataclass(frozen=True)
@@ -76,24 +70,61 @@ def check_options(options: PlanOptions) -> PlanOptions:
 
 
 @dataclass(frozen=True)
+class Column:
+    """The run in one ZeRO stage."""
+
+    memory: MemoryEstimate
+    largest: int
+    """The largest micro-batch that fits; 0: none."""
+
+
+@dataclass(frozen=True)
 class PlannedRun:
     """A run as the plan knows it."""
 
     resolved: ResolvedRun
-    world_size: int
-    num_nodes: int
+    options: PlanOptions
     limit: int
     """Bytes of device memory that a rank may use."""
-    memory: MemoryEstimate
-    without: dict[str, MemoryEstimate]
-    """The same run in the other ZeRO stages, by the names of the plan's columns."""
-    largest: dict[str, int]
-    """The largest micro-batch of each of them."""
+    columns: dict[str, Column | None]
+    """The run in every ZeRO stage by `column_name`, its own among them; None: that stage cannot run it."""
     steps: int | None
-    tokens: int | None
-    largest_micro_batch: int
     recomputing_nothing: MemoryEstimate
     """The same run without activation checkpointing."""
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.options.num_gpus * self.options.num_nodes
+
+    @property
+    def configured(self) -> str:
+        """The name of the run's own column."""
+        return column_name(self.resolved.zero.stage, self.resolved.zero.offloaded)
+
+    @property
+    def own(self) -> Column:
+        """The run's own column."""
+        column = self.columns[self.configured]
+        assert column is not None
+        return column
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of all steps."""
+        train = self.resolved.train
+        return None if self.steps is None else self.steps * train.global_batch_size * self.resolved.data.seq_len
+
+    @property
+    def fitting(self) -> list[str]:
+        """The columns that fit the device."""
+        return [name for name, column in self.columns.items() if column and column.memory.total <= self.limit]
+
+
+def column_name(stage: int, offloaded: tuple[str, ...]) -> str:
+    """`ZeRO 2`, `3 +offload` (the optimizer), `3 +both`."""
+    kinds = {(): "", ("optimizer",): " +offload", ("param",): " +weights"}
+    return f"{stage}{kinds.get(offloaded, ' +both')}" if offloaded else f"ZeRO {stage}"
 
 
 def make_plan(run: RunConfig, ds: dict[str, Any], options: PlanOptions) -> PlannedRun:
@@ -113,29 +144,21 @@ def make_plan(run: RunConfig, ds: dict[str, Any], options: PlanOptions) -> Plann
                 "of the two"
             )
         steps = max(1, round(options.tokens / batch))
-    memory = estimate_memory(resolved, options.device)
-    others, largest = {}, {}
-    for name, stage, offloaded in VARIANTS:
+
+    def column(other: ResolvedRun) -> Column:
+        return Column(estimate_memory(other, options.device), largest_micro_batch(other, limit, options.device))
+
+    columns: dict[str, Column | None] = {}
+    for stage, offloaded in VARIANTS:
+        name = column_name(stage, offloaded)
         try:
-            other = resolve_for(resolved.run, with_stage(ds, stage, offloaded), options)
+            columns[name] = column(resolve_for(resolved.run, with_stage(ds, stage, offloaded), options))
         except UserError:  # this stage cannot run what the run asks for
-            continue
-        others[name] = estimate_memory(other, options.device)
-        largest[name] = largest_micro_batch(other, limit, options.device)
+            columns[name] = None
+    columns[column_name(resolved.zero.stage, resolved.zero.offloaded)] = column(resolved)
     whole = dataclasses.replace(resolved.train, activation_checkpointing=False)
-    return PlannedRun(
-        resolved=resolved,
-        world_size=options.num_gpus * options.num_nodes,
-        num_nodes=options.num_nodes,
-        limit=limit,
-        memory=memory,
-        without=others,
-        largest=largest,
-        steps=steps,
-        tokens=None if steps is None else steps * batch,
-        largest_micro_batch=largest_micro_batch(resolved, limit, options.device),
-        recomputing_nothing=estimate_memory(dataclasses.replace(resolved, train=whole), options.device),
-    )
+    recomputing_nothing = estimate_memory(dataclasses.replace(resolved, train=whole), options.device)
+    return PlannedRun(resolved, options, limit, columns, steps, recomputing_nothing)
 
 
 def resolve_for(run: RunConfig, ds: dict[str, Any], options: PlanOptions) -> ResolvedRun:
@@ -157,10 +180,3 @@ def device_limit(options: PlanOptions) -> int:
     if torch.cuda.is_available():
         return round(torch.cuda.get_device_properties(0).total_memory * USABLE)
     return round(ASSUMED_GPU_MEMORY * USABLE)
-
-
-def configured_column(plan: PlannedRun) -> str | None:
-    """The column of the table that is the configured run itself."""
-    zero = plan.resolved.zero
-    names = [name for name, stage, what in VARIANTS if (stage, what) == (zero.stage, zero.offloaded)]
-    return names[0] if names else None

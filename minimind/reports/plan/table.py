@@ -2,87 +2,89 @@
 
 import torch
 
+from minimind.config.run_config import TrainConfig
 from minimind.reports.plan.advice import advise
-from minimind.reports.plan.cost import RunCost, estimate_cost, kept_checkpoints
-from minimind.reports.plan.memory import ITEMS, MemoryEstimate
-from minimind.reports.plan.planned_run import USABLE, VARIANTS, PlannedRun, PlanOptions, configured_column
+from minimind.reports.plan.memory import ITEMS
+from minimind.reports.plan.planned_run import USABLE, PlannedRun
 from minimind.training.peak_flops import data_sheet_peak
 from minimind.units import format_bytes, format_hours, format_table
 
 ASSUMED_MFU = 0.35
+_LABELS = {"experts": "of which experts", "update": "update (temporary)", "gathered": "gathered weights",
+           "total": "peak of a step"}  # fmt: skip
 
 
-def show_plan(plan: PlannedRun, options: PlanOptions) -> str:
+def show_plan(plan: PlannedRun) -> str:
     """The plan as text for a terminal."""
-    run, train = plan.resolved, plan.resolved.train
-    gpus = f"{plan.world_size} ranks on {plan.num_nodes} node{'s' if plan.num_nodes > 1 else ''}"
-    assumed = " (assumed; --gpu-memory says another)" if _is_assumed(options) else ""
+    run, train, options = plan.resolved, plan.resolved.train, plan.options
+    gpus = f"{plan.world_size} ranks on {options.num_nodes} node{'s' if options.num_nodes > 1 else ''}"
+    is_assumed = options.gpu_memory is None and not torch.cuda.is_available()
+    size, kept = run.checkpoint_bytes, kept_checkpoints(train, plan.steps)
     lines = [
         f"model     {run.model.num_params():,} parameters ({run.model.num_active_params():,} active a token)",
-        f"ranks     {gpus}, {options.device}, {train.precision}, ZeRO stage {plan.resolved.zero.stage}",
+        f"ranks     {gpus}, {options.device}, {train.precision}, ZeRO stage {run.zero.stage}",
         f"batch     {train.global_batch_size:,} sequences of {run.data.seq_len:,} tokens = {train.micro_batch_size} x "
         f"{train.gradient_accumulation_steps} accumulated x {plan.world_size} ranks"
         + (", activation checkpointing" if train.activation_checkpointing else ""),
-        f"limit     {format_bytes(plan.limit)} a rank for tensors, {USABLE:.0%} of the device{assumed}",
+        f"limit     {format_bytes(plan.limit)} a rank for tensors, {USABLE:.0%} of the device"
+        + (" (assumed; --gpu-memory says another)" if is_assumed else ""),
         "",
         memory_table(plan),
         "",
-    ]
-    cost = _cost(plan, options)
-    if cost is not None:
-        lines.append(
-            f"time      {format_hours(cost.hours)}: {plan.tokens:,} tokens, {plan.steps:,} steps, {cost.basis}"
-        )
-        price = "" if cost.price is None else f", {cost.price:,.2f} at {options.price:g} a GPU-hour"
-        lines.append(f"cost      {cost.gpu_hours:,.1f} GPU-hours{price}")
-    elif plan.steps is not None:
-        lines.append("time      unknown: give --gpu NAME, --mfu with it, or --tokens-per-second")
-    else:
-        lines.append("time      unknown: give --tokens or --steps")
-    size, kept = plan.resolved.checkpoint_bytes, kept_checkpoints(train, plan.steps)
-    lines.append(
+        *time_and_cost(plan),
         f"disk      {format_bytes(size)} a checkpoint; up to {format_bytes(size * (kept + 1))} for {kept} kept and one "
-        "being written"
-    )
-    lines += [f"warning   {line}" for line in advise(plan)]
-    lines += [f"note      {note}" for note in plan.resolved.notes]
+        "being written",
+        *(f"warning   {line}" for line in advise(plan)),
+        *(f"note      {note}" for note in run.notes),
+    ]
     return "\n".join(lines)
 
 
-def _is_assumed(options: PlanOptions) -> bool:
-    return options.gpu_memory is None and not torch.cuda.is_available()
+def time_and_cost(plan: PlannedRun) -> list[str]:
+    """How long all tokens take, and what they cost; or what to give to know it."""
+    options, ranks, tokens = plan.options, plan.world_size, plan.tokens
+    if tokens is None:
+        return ["time      unknown: give --tokens or --steps"]
+    speed, basis = options.tokens_per_second, ""
+    if speed is None:
+        name = options.gpu or (torch.cuda.get_device_name(0) if torch.cuda.is_available() else None)
+        peak = data_sheet_peak(name, half=plan.resolved.train.precision != "fp32") if name else None
+        if peak is None:
+            return ["time      unknown: give --gpu NAME, --mfu with it, or --tokens-per-second"]
+        mfu = ASSUMED_MFU if options.mfu is None else options.mfu
+        speed = mfu * peak[0] * ranks / plan.resolved.model.flops_per_token(plan.resolved.data.seq_len)
+        basis = f" = {mfu:.0%} of {ranks} x {peak[1]}"
+    hours = tokens / speed / 3600
+    price = "" if options.price is None else f", {hours * ranks * options.price:,.2f} at {options.price:g} a GPU-hour"
+    return [
+        f"time      {format_hours(hours)}: {tokens:,} tokens, {plan.steps:,} steps, at {speed:,.0f} tokens/s{basis}",
+        f"cost      {hours * ranks:,.1f} GPU-hours{price}",
+    ]
 
 
-def _cost(plan: PlannedRun, options: PlanOptions) -> RunCost | None:
-    name = options.gpu
-    if name is None and torch.cuda.is_available():
-        name = torch.cuda.get_device_name(0)
-    peak = data_sheet_peak(name, half=plan.resolved.train.precision != "fp32") if name else None
-    mfu = options.mfu if options.mfu is not None else ASSUMED_MFU
-    return estimate_cost(plan, options.tokens_per_second, mfu, peak, options.price)
+def kept_checkpoints(train: TrainConfig, steps: int | None) -> int:
+    """The most checkpoints that lie on the disk at once, of those that retention keeps."""
+    if steps is None or not train.save_every:
+        return max(1, train.keep_last) if train.save_every else 1
+    saved = -(-steps // train.save_every)
+    if not train.keep_last:
+        return saved
+    milestones = steps // train.keep_every if train.keep_every else 0
+    return min(saved, train.keep_last + milestones + train.keep_best)
 
 
 def memory_table(plan: PlannedRun) -> str:
     """An item a row, a ZeRO stage a column; the configured one is marked."""
-    marked = configured_column(plan)
-    columns: dict[str, MemoryEstimate | None] = {name: plan.without.get(name) for name, _, _ in VARIANTS}
-    if marked is not None:
-        columns[marked] = plan.memory
-    head = [f"{name}*" if name == marked else name for name in columns]
-    rows = [("a rank", head)]
-    items = [*ITEMS, *(["experts"] if plan.resolved.model.use_moe else [])]
-    labels = {"experts": "of which experts", "update": "update (temporary)", "gathered": "gathered weights"}
-    for item in items:
-        cells = [_cell(None if memory is None else getattr(memory, item)) for memory in columns.values()]
-        rows.append((labels.get(item, item), cells))
-    totals = [None if memory is None else memory.total for memory in columns.values()]
-    rows.append(("peak of a step", [_cell(total) for total in totals]))
-    rows.append(("host", [_cell(None if memory is None else memory.host) for memory in columns.values()]))
-    rows.append(("fits", ["-" if total is None else "yes" if total <= plan.limit else "no" for total in totals]))
-    largest = {**plan.largest, **({marked: plan.largest_micro_batch} if marked else {})}
-    rows.append(("largest micro-batch", [str(largest.get(name, "-")) for name in columns]))
-    return format_table([[label, *cells] for label, cells in rows], "<>")
-
-
-def _cell(count: int | None) -> str:
-    return "-" if count is None else "0" if not count else format_bytes(count)
+    columns = plan.columns
+    rows = [["a rank", *(f"{name}*" if name == plan.configured else name for name in columns)]]
+    experts = ["experts"] if plan.resolved.model.use_moe else []
+    for item in (*ITEMS, *experts, "total", "host"):
+        sizes = [column and getattr(column.memory, item) for column in columns.values()]
+        cells = ["-" if size is None else format_bytes(size) if size else "0" for size in sizes]
+        rows.append([_LABELS.get(item, item), *cells])
+    fits = {True: "yes", False: "no"}
+    rows.append(["fits", *("-" if column is None else fits[name in plan.fitting] for name, column in columns.items())])
+    rows.append(
+        ["largest micro-batch", *("-" if column is None else str(column.largest) for column in columns.values())]
+    )
+    return format_table(rows, "<>")

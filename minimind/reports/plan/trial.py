@@ -1,10 +1,10 @@
 """One try of a micro-batch: real optimizer steps on random tokens, and the memory that they hold.
 
-    python -m minimind.reports.plan.trial < ORDER       JSON: run, ds (both resolved), limit_bytes (or null)
+    python -m minimind.reports.plan.trial ORDER       a JSON file: run, ds (both resolved), limit_bytes (or null)
 
 Every rank builds the engine as training does, and rank 0 prints `peak_bytes` and `step_seconds` as JSON. A rank that
-holds more than the limit (device memory on CUDA, resident memory beyond the start on a CPU) leaves at once with
-`EXIT_TOO_LARGE`, before the machine runs out of memory. Saves nothing.
+holds more than the limit (device memory on CUDA, resident memory beyond the start on a CPU) says `TOO_LARGE` and leaves
+at once, before the machine runs out of memory. Saves nothing.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +28,11 @@ from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import RunConfig
 from minimind.data.dataset import TokenDataset
 from minimind.data.shards import ShardWriter, open_split
-from minimind.distributed.environment import RankEnvironment, find_device, is_first_rank, read_environment
+from minimind.distributed.environment import RankEnvironment, find_device, read_environment
 from minimind.distributed.process_group import process_group
 from minimind.distributed.stop_requests import StopRequests
 from minimind.distributed.watchdog import Watchdog
-from minimind.errors import run_main
+from minimind.errors import UserError, run_main
 from minimind.parallel.engine import build_engine, build_model
 from minimind.training.control import RunControl
 from minimind.training.evaluator import Evaluator
@@ -43,15 +42,17 @@ from minimind.training.record.metrics import NullRecord
 from minimind.training.setup import make_loader
 from minimind.training.trainer import Trainer
 
-EXIT_TOO_LARGE = 3
+TOO_LARGE = "more than the limit"
 STEPS = 3
 SECONDS_BETWEEN_LOOKS = 0.01
 _M_MMAP_THRESHOLD = -3
 
 
 def main() -> int:
-    """Take the order from standard input and print the finding; `EXIT_TOO_LARGE` when it does not fit."""
-    order = json.load(sys.stdin)
+    """Take the order from its file and print the finding."""
+    # The kernel, where memory is short all the same, is to take this process.
+    Path("/proc/self/oom_score_adj").write_text("1000")
+    order = json.loads(Path(sys.argv[1]).read_text())
     env = read_environment()
     device = find_device(env)
     run = RunConfig.from_dict(order["run"])
@@ -61,8 +62,7 @@ def main() -> int:
         try:
             finding = take_steps(resolved, order["limit_bytes"], env, device, Path(folder))
         except torch.OutOfMemoryError:
-            print(f"rank {env.rank}: {device} is out of memory", file=sys.stderr)
-            return EXIT_TOO_LARGE
+            raise UserError(f"{TOO_LARGE}: rank {env.rank}, {device} is out of memory") from None
     if env.is_first:
         print(json.dumps(finding), flush=True)
     return 0
@@ -73,19 +73,20 @@ def take_steps(
 ) -> dict[str, float]:
     """Build the engine and train for `STEPS` steps: `peak_bytes`, the most memory held during the last step beyond what
     the process had before the model, and `step_seconds` of the fastest. Every rank calls this."""
-    base = held_bytes(device)
-    with give_up_beyond(None if limit is None else base + limit, device):
-        trainer = make_trainer(resolved, env, device, folder)
-        seconds = []
-        for step in range(STEPS):
-            if step == STEPS - 1:
-                reset_peak(device)
-            began = time.perf_counter()
-            trainer.train_step(trainer.loader.step_batches(step))
-            synchronize(device)
-            seconds.append(time.perf_counter() - began)
-        finding = {"peak_bytes": peak_bytes(device) - base, "step_seconds": min(seconds)}
-        trainer.engine.destroy()
+    base, seconds = held_bytes(device), []
+    if limit is not None:
+        give_up_beyond(base + limit, device)
+    trainer = make_trainer(resolved, env, device, folder)
+    for step in range(STEPS):
+        if step == STEPS - 1:
+            reset_peak(device)
+        began = time.perf_counter()
+        trainer.train_step(trainer.loader.step_batches(step))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    finding = {"peak_bytes": peak_bytes(device) - base, "step_seconds": min(seconds)}
+    trainer.engine.destroy()
     return finding
 
 
@@ -128,32 +129,20 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**16)
 
 
-@contextlib.contextmanager
-def give_up_beyond(limit: int | None, device: torch.device) -> Iterator[None]:
-    """Leave the process with `EXIT_TOO_LARGE` as soon as it holds more than `limit` bytes."""
-    if limit is None:
-        yield
-        return
+def give_up_beyond(limit: int, device: torch.device) -> None:
+    """From now on, leave the process as soon as it holds more than `limit` bytes."""
     if device.type == "cuda":
         # The allocator itself refuses, and torch raises.
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.mem_get_info(device)[1]), device)
-        yield
         return
-    ended = threading.Event()
 
     def watch() -> None:
-        while not ended.wait(SECONDS_BETWEEN_LOOKS):
-            if held_bytes(device) > limit:
-                os.write(2, f"more than {limit} bytes resident\n".encode())
-                os._exit(EXIT_TOO_LARGE)
+        while held_bytes(device) <= limit:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        os.write(2, f"{TOO_LARGE}: {limit} bytes resident\n".encode())
+        os._exit(1)
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def held_bytes(device: torch.device) -> int:
@@ -179,11 +168,5 @@ def peak_bytes(device: torch.device) -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 if __name__ == "__main__":
-    run_main(main, quiet=not is_first_rank())
+    run_main(main)

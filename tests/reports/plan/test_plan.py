@@ -13,10 +13,9 @@ from minimind.config.resolve import resolve_run
 from minimind.config.run_config import RunConfig
 from minimind.errors import UserError
 from minimind.model.presets import PRESETS
-from minimind.reports.plan import planned_run as planning
 from minimind.reports.plan.advice import usual_learning_rate
-from minimind.reports.plan.cost import kept_checkpoints
 from minimind.reports.plan.planned_run import PlanOptions, make_plan, with_stage
+from minimind.reports.plan.table import kept_checkpoints
 from minimind.units import format_bytes
 
 ON_8 = ["--num-gpus", "8", "--gpu-memory", "80GiB", "--seq-len", "2048", "--micro-batch-size", "4"]
@@ -136,8 +135,7 @@ def test_a_mistake_is_one_line(flags, words):
 def test_a_stage_that_cannot_run_this_has_no_column():
     ds = json.loads((ROOT / "ds_configs" / "zero2_muon.json").read_text())
     found = make_plan(RunConfig(model=PRESETS["minimind3"]), ds, PlanOptions(num_gpus=2, gpu_memory="80GiB"))
-    assert "ZeRO 0" not in found.without and "ZeRO 2" in found.without
-    assert planning.configured_column(found) == "ZeRO 2"
+    assert found.columns["ZeRO 0"] is None and found.columns["ZeRO 2"] is found.own
 
 
 def test_the_other_stages_leave_the_users_file_alone():
