@@ -32,21 +32,26 @@ def temporary_name(path: str | os.PathLike[str]) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def replace_file(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Write `data` (text as UTF-8) to `path`; readers, and a crash at any moment, find the old file or the new one."""
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A name to write under: the file becomes `path`, flushed to disk, when the block ends, and goes if it raises."""
     path = Path(path)
     temporary = temporary_name(path)
     try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode("utf-8") if isinstance(data, str) else data)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise
     fsync_folder(path.parent)
+
+
+def replace_file(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Write `data` (text as UTF-8) to `path`; readers, and a crash at any moment, find the old file or the new one."""
+    with new_file(path) as temporary:
+        temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
 
 def fsync_folder(path: str | os.PathLike[str]) -> None:

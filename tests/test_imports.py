@@ -18,7 +18,7 @@ ROOMS = [
 COMMANDS = {"train", "generate", "evaluate", "export", "serve", "plan", "doctor", "status", "report", "checkpoint"}
 GROUND = {"__init__", "errors", "schema", "files", "units", "cli"}
 # `config` asks the model for nothing but its shape.
-CONFIG_MAY_IMPORT = {"minimind.model.config", "minimind.model.presets", "minimind.model.flops"}
+CONFIG_MAY_IMPORT = {"minimind.model.config", "minimind.model.presets"}
 
 
 def find_modules(package: str) -> dict[str, Path]:

@@ -1,7 +1,7 @@
-"""The shape of a MiniMind model: one frozen dataclass, its presets, and what follows from it by arithmetic.
+"""The shape of a MiniMind model: one frozen dataclass, and what follows from it by integer arithmetic.
 
-Standard library only, so that a plan, a flag parser or a shard check can know a model without torch. Refuses to know
-how the model is computed, trained or stored.
+Standard library only, so that a plan, a flag parser or a shard check can know a model without torch. That the counts
+are those of the real modules is held by the tests.
 """
 
 import math
@@ -10,25 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal, NoReturn
 
 from minimind.errors import UserError
-from minimind.model.flops import count_active_params, count_flops_per_token, count_params
 from minimind.schema import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Limits, check_fields
-
-# What only an MoE layer reads: set on a dense model it would be ignored, and an ignored setting is an error.
-_EXPERT_FIELDS = (
-    "num_experts",
-    "num_experts_per_tok",
-    "n_shared_experts",
-    "moe_residual",
-    "moe_intermediate_size",
-    "norm_topk_prob",
-    "scoring_func",
-    "routed_scaling_factor",
-    "router_aux_loss_coef",
-    "seq_aux",
-    "router_z_loss_coef",
-    "router_bias_update_rate",
-    "first_k_dense_replace",
-)
 
 
 @dataclass(frozen=True)
@@ -120,7 +102,9 @@ class ModelConfig:
     """This many first layers keep the dense feed-forward."""
 
     def __post_init__(self) -> None:
-        self.validate()
+        check_fields(type(self), asdict(self), "model config")
+        _check_dense(self)
+        _check_experts(self)
 
     @property
     def head_size(self) -> int:
@@ -145,11 +129,11 @@ class ModelConfig:
 
     def num_params(self) -> int:
         """Trainable parameters of the whole model; a tied embedding counts once."""
-        return count_params(self)
+        return self._count_params(active=False)
 
     def num_active_params(self) -> int:
         """Parameters that one token uses: all but the routed experts it does not visit."""
-        return count_active_params(self)
+        return self._count_params(active=True)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Floating-point operations of training (forward and backward) on one token in sequences of `seq_len` tokens.
@@ -158,7 +142,34 @@ class ModelConfig:
         matrix included, the embedding look-up not; causal attention counted as the (seq_len + 1) / 2 keys that a
         token sees on average. Recomputation under activation checkpointing is no useful work and is not counted.
         """
-        return count_flops_per_token(self, seq_len)
+        matrices = self._count_matrices(active=True) + self.vocab_size * self.hidden_size
+        # Scores and weighted values are 2 * head_size operations each for every visible key.
+        attention = self.num_hidden_layers * self.num_attention_heads * self.head_size * 2 * (seq_len + 1)
+        return 3 * (2 * matrices + attention)
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Blocks that hold experts."""
+        return self.num_hidden_layers - self.first_k_dense_replace if self.use_moe else 0
+
+    def _count_params(self, *, active: bool) -> int:
+        norms = 2 * self.hidden_size + (2 * self.head_size if self.qk_norm else 0)
+        biases = 2 * self.num_moe_layers if self.moe_residual else 0
+        embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
+        blocks = self._count_matrices(active=active) + self.num_hidden_layers * norms + biases
+        return blocks + self.hidden_size + embeddings
+
+    def _count_matrices(self, *, active: bool) -> int:
+        """Elements of the matrices of all blocks; `active`: without the routed experts that a token does not visit."""
+        attention = 2 * self.hidden_size * self.head_size * (self.num_attention_heads + self.num_key_value_heads)
+        dense = 3 * self.hidden_size * self.feed_forward_size
+        expert = 3 * self.hidden_size * self.expert_feed_forward_size
+        routed = self.num_experts_per_tok if active else self.num_experts
+        moe = self.hidden_size * self.num_experts + (routed + self.n_shared_experts) * expert
+        if self.moe_residual:
+            moe += expert + 2 * self.hidden_size
+        num_dense_layers = self.num_hidden_layers - self.num_moe_layers
+        return self.num_hidden_layers * attention + num_dense_layers * dense + self.num_moe_layers * moe
 
     def to_dict(self) -> dict[str, Any]:
         """Every field and its value, fit for JSON."""
@@ -169,35 +180,20 @@ class ModelConfig:
         """The config of these fields, defaults for the rest. Raises `UserError` on an unknown key or a wrong type."""
         return cls(**check_fields(cls, values, "model config"))
 
-    def validate(self) -> None:
-        """Raise `UserError` naming the first field whose value cannot work, the value, and what would."""
-        check_fields(type(self), asdict(self), "model config")
-        check_config(self)
-
 
 def default_intermediate_size(hidden_size: int) -> int:
     """MiniMind's feed-forward width: hidden_size * pi, rounded up to a multiple of 64."""
     return math.ceil(hidden_size * math.pi / 64) * 64
 
 
-def check_config(config: "ModelConfig") -> None:
-    """Raise `UserError` for the first field whose value cannot work."""
-    _check_ranges(config)
-    _check_attention(config)
-    _check_experts(config)
-
-
 def _refuse(config: "ModelConfig", name: str, fix: str) -> NoReturn:
     raise UserError(f"model config: {name}: {getattr(config, name)!r} {fix}")
 
 
-def _check_ranges(config: "ModelConfig") -> None:
+def _check_dense(config: "ModelConfig") -> None:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if not 0 <= getattr(config, name) < config.vocab_size:
             _refuse(config, name, f"must be a token id below vocab_size={config.vocab_size}")
-
-
-def _check_attention(config: "ModelConfig") -> None:
     heads = config.num_attention_heads
     if config.head_dim is None and config.hidden_size % heads:
         _refuse(config, "hidden_size", f"does not divide by num_attention_heads={heads}; change one or set head_dim")
@@ -214,8 +210,9 @@ def _check_attention(config: "ModelConfig") -> None:
 
 def _check_experts(config: "ModelConfig") -> None:
     if not config.use_moe:
-        for field in fields(config):
-            if field.name in _EXPERT_FIELDS and getattr(config, field.name) != field.default:
+        names = [field.name for field in fields(config)]
+        for field in fields(config)[names.index("use_moe") + 1 :]:  # what only an MoE layer reads
+            if getattr(config, field.name) != field.default:
                 _refuse(config, field.name, f"has no effect on a dense model; set use_moe or leave it {field.default}")
         return
     if config.num_experts_per_tok > config.num_experts:

@@ -35,7 +35,7 @@ class KVCache:
         """Store one layer's new `keys` and `values` (B, num_key_value_heads, T, head_size) behind the tokens read.
 
         Returns that layer's keys and values of all tokens so far, (B, num_key_value_heads, length + T, head_size),
-        as views. `length` stays: `advance` moves it when every layer has written.
+        as views. `length` stays: the model moves it on when every layer has written.
         """
         end = self.length + keys.shape[2]
         self.keys[layer, :, :, self.length : end] = keys
@@ -49,7 +49,3 @@ class KVCache:
                 f"KV cache: {self.length} tokens read and {num_tokens} new do not fit max_length={self.max_length}; "
                 "make a longer cache"
             )
-
-    def advance(self, num_tokens: int) -> None:
-        """Count `num_tokens` tokens, written by every layer, as read."""
-        self.length += num_tokens

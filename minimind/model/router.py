@@ -65,7 +65,7 @@ def router_aux_loss(
     router_logits: Sequence[Tensor],
     config: ModelConfig,
     batch_shape: tuple[int, int],
-    biases: Sequence[Tensor | None] | None = None,
+    biases: Sequence[Tensor | None] = (),
 ) -> RouterBalance:
     """The losses that balance the experts, and their load, from each MoE layer's logits (B*T, num_experts).
 
@@ -81,7 +81,8 @@ def router_aux_loss(
     logits = torch.stack([layer.float() for layer in router_logits]).unflatten(1, batch_shape)  # (L, B, T, E)
     scores = score_experts(logits, config)
     with torch.no_grad():
-        bias = _stack_biases(biases)
+        present = [bias for bias in biases if bias is not None]
+        bias = torch.stack(present).float()[:, None, None] if present else None  # (L, 1, 1, E)
         experts = choose_experts(scores, config, bias).flatten(2)  # (L, B, T * K)
         load = torch.zeros_like(logits[:, :, 0], dtype=torch.int64)  # (L, B, E)
         load.scatter_add_(-1, experts, torch.ones_like(experts))
@@ -96,11 +97,6 @@ def router_aux_loss(
         z_losses = logits.logsumexp(dim=-1).square().flatten(1).mean(dim=1)
         aux_loss = aux_loss + config.router_z_loss_coef * z_losses.sum()
     return RouterBalance(aux_loss, load.sum(dim=1))
-
-
-def _stack_biases(biases: Sequence[Tensor | None] | None) -> Tensor | None:
-    present = [bias for bias in biases or () if bias is not None]
-    return torch.stack(present).float()[:, None, None] if present else None  # (L, 1, 1, E)
 
 
 @torch.no_grad()

@@ -100,7 +100,9 @@ class MiniMindModel(nn.Module):
     ) -> Tensor:
         """(B, T) token ids -> (B, T, hidden_size); arguments as in `MiniMindForCausalLM.forward`."""
         num_read, num_new = cache.length if cache is not None else 0, input_ids.shape[1]
-        self._check_length(num_read + num_new)
+        limit = self.config.max_position_embeddings
+        if (length := num_read + num_new) > limit:
+            raise UserError(f"a sequence of {length} tokens is beyond the model's max_position_embeddings={limit}")
         if cache is not None:
             cache.reserve(num_new)
         hidden_states = self.embed_tokens(input_ids)
@@ -120,13 +122,8 @@ class MiniMindModel(nn.Module):
             else:
                 hidden_states = layer(hidden_states, rotary, mask, cache)
         if cache is not None:
-            cache.advance(num_new)
+            cache.length += num_new
         return self.norm(hidden_states)
-
-    def _check_length(self, length: int) -> None:
-        limit = self.config.max_position_embeddings
-        if length > limit:
-            raise UserError(f"a sequence of {length} tokens is beyond the model's max_position_embeddings={limit}")
 
     def document_mask(self, cu_seqlens: Tensor, hidden_states: Tensor) -> AttentionMask:
         """The mask that keeps attention inside the documents of (B, T, hidden_size) `hidden_states`."""
@@ -201,9 +198,7 @@ class MiniMindForCausalLM(nn.Module):
         hidden_states = self.model(*inputs)
         balance = self.router_record.finish(self.config, (input_ids.shape[0], input_ids.shape[1]))
         loss = self.lm_head(hidden_states, labels, loss_reduction)
-        return CausalLMOutput(
-            loss=loss, aux_loss=balance.aux_loss, expert_load=balance.expert_load, dropped=balance.dropped
-        )
+        return CausalLMOutput(loss, None, balance.aux_loss, balance.expert_load, balance.dropped)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute each block in the backward pass instead of keeping its activations (non-reentrant)."""

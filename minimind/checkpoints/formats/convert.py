@@ -1,5 +1,6 @@
 """Write the portable form of a DeepSpeed checkpoint, and check it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -21,5 +22,5 @@ def convert(folder: Path) -> Path:
         part = EnginePart(name, ())
         return portable.read_buffer(part) if name in buffers else portable.read(part, WEIGHT)
 
-    build_from_source(open_checkpoint(folder, read=read))
+    build_from_source(replace(open_checkpoint(folder), read=read))
     return made

@@ -1,5 +1,6 @@
 """Write a trained model for other programs: Hugging Face folder, our own folder, or MiniMind's `.pth`."""
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,18 +14,18 @@ from tqdm import tqdm
 from minimind.checkpoints.folder import checkpoint_name, checkpoints_folder
 from minimind.checkpoints.formats.huggingface_config import choose_architecture, to_huggingface
 from minimind.checkpoints.formats.huggingface_tokenizer import tokenizer_files
-from minimind.checkpoints.formats.layout import LAYOUTS, Layout, cut_part, keep_last, lay_out
+from minimind.checkpoints.formats.layout import LAYOUTS, Layout, cut_part, lay_out
 from minimind.checkpoints.formats.load_model import find_tokenizer_file
-from minimind.checkpoints.formats.pth import choose_form, file_name, write_pth
+from minimind.checkpoints.formats.pth import EMBEDDING, choose_form
 from minimind.checkpoints.formats.source import ModelSource
 from minimind.checkpoints.safetensors import write_shards
 from minimind.config.run_config import DTYPE_NAMES, Precision
 from minimind.data.tokenizer import CONFIG_NAME, load_tokenizer
 from minimind.errors import UserError
-from minimind.files import new_folder, replace_file, write_json
+from minimind.files import new_file, new_folder, replace_file, write_json
 from minimind.inference.generation import GenerationOptions, end_tokens
 from minimind.model.config import ModelConfig
-from minimind.model.pretrained import CONFIG_FILE, MODEL_TYPE
+from minimind.model.pretrained import CONFIG_FILE, MODEL_TYPE, TIED_NAME, write_config
 from minimind.model.router import BIAS_NAME
 from minimind.units import parse_size
 
@@ -96,7 +97,7 @@ def export(source: ModelSource, flags: ExportFlags) -> str:
 def write_huggingface(source: ModelSource, flags: ExportFlags, folder: Path) -> str:
     """config.json, generation_config.json, safetensors and the tokenizer's files."""
     kind = choose_architecture(source.config)
-    tokenizer_file = find_given_tokenizer(source, flags.tokenizer)
+    tokenizer_file = find_given_tokenizer(source, flags)
     if tokenizer_file is None:
         raise UserError(f"{source.where}: there is no tokenizer beside it; give --tokenizer")
     files = tokenizer_files(tokenizer_file, source.config.max_position_embeddings)
@@ -128,62 +129,67 @@ def generation_config(config: ModelConfig, tokenizer_file: Path) -> dict[str, An
 def write_own(source: ModelSource, flags: ExportFlags, folder: Path) -> str:
     """config.json, model.safetensors and the tokenizer."""
     write_weights(source, flags, folder, "fused", _ONE_FILE)
-    write_json(folder / CONFIG_FILE, {"model_type": MODEL_TYPE, **source.config.to_dict()})
+    write_config(folder / CONFIG_FILE, source.config)
     copy_tokenizer(source, flags, folder)
     return MODEL_TYPE
 
 
 def write_as_pth(source: ModelSource, flags: ExportFlags, folder: Path) -> str:
-    """One file of weights under the name that their scripts expect, our config as JSON, and the tokenizer."""
-    form = choose_form(source.config)
-    path = folder / file_name(source.config)
-    write_pth(path, source.config, reader(source, form, getattr(torch, DTYPE_NAMES[flags.dtype])))
-    write_json(path.with_suffix(".json"), {"model_type": MODEL_TYPE, **source.config.to_dict()})
+    """One file of weights under the name that their scripts expect, our config as JSON, and the tokenizer. The whole
+    model is held in memory."""
+    config = source.config
+    shapes, read = rounded_weights(source, flags, choose_form(config))
+    tensors = {name: read(name).contiguous().clone() for name in shapes}
+    if config.tie_word_embeddings:
+        tensors[TIED_NAME] = tensors[EMBEDDING]
+    path = folder / f"pretrain_{config.hidden_size}{'_moe' if config.use_moe else ''}.pth"
+    with new_file(path) as temporary:
+        torch.save(tensors, temporary)
+    write_config(path.with_suffix(".json"), config)
     copy_tokenizer(source, flags, folder)
-    return f"{path.name} of jingyaogong/minimind ({'current' if source.config.qk_norm else 'older'} form)"
+    return f"{path.name} of jingyaogong/minimind ({'current' if config.qk_norm else 'older'} form)"
 
 
 def write_weights(source: ModelSource, flags: ExportFlags, folder: Path, layout: Layout, max_bytes: int) -> None:
-    """The weights in a layout, one tensor in memory at a time."""
-    parts = lay_out(source.config, layout)
-    exact = {part.name for part in parts if part.name.endswith(BIAS_NAME)}
+    """The weights in a layout as safetensors, one tensor in memory at a time."""
+    shapes, read = rounded_weights(source, flags, layout)
+    exact = {name for name in shapes if name.endswith(BIAS_NAME)}
     dtype = getattr(torch, DTYPE_NAMES[flags.dtype])
-    shapes = {part.name: part.shape for part in parts}
-    read = reader(source, layout, dtype)
     write_shards(folder, shapes, read, dtype=dtype, max_shard_bytes=max_bytes, exact=exact)
 
 
-def reader(source: ModelSource, layout: Layout, dtype: torch.dtype) -> Callable[[str], Tensor]:
-    """Tensors of a layout by their names, as `dtype` (a selection bias stays float32)."""
+def rounded_weights(
+    source: ModelSource, flags: ExportFlags, layout: Layout
+) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
+    """Shapes of a layout's tensors, and what reads one as the wanted type (a selection bias stays float32)."""
     parts = {part.name: part for part in lay_out(source.config, layout)}
-    read_own = keep_last(source.read)
+    read_own = functools.lru_cache(maxsize=1)(source.read)  # the parts of one tensor are asked for one after another
     bar = tqdm(total=len(parts), unit="tensor", desc="exporting", disable=None, leave=False)
 
     def read(name: str) -> Tensor:
         bar.update()
         tensor = cut_part(parts[name], read_own)
-        wanted = torch.float32 if name.endswith(BIAS_NAME) else dtype
+        wanted = torch.float32 if name.endswith(BIAS_NAME) else getattr(torch, DTYPE_NAMES[flags.dtype])
         converted = tensor.to(wanted)
         if wanted == torch.float16 and not converted.isfinite().all() and tensor.isfinite().all():
             largest = float(tensor.abs().max())
             raise UserError(f"dtype: {name} holds {largest:.3g}, which overflows fp16; use --dtype bf16 or fp32")
         return converted
 
-    return read
+    return {name: part.shape for name, part in parts.items()}, read
 
 
-def find_given_tokenizer(source: ModelSource, given: Path | None) -> Path | None:
+def find_given_tokenizer(source: ModelSource, flags: ExportFlags) -> Path | None:
     """The given tokenizer, or the one beside the weights, if any."""
-    return source.tokenizer_file if given is None else find_tokenizer_file(given)
+    return source.tokenizer_file if flags.tokenizer is None else find_tokenizer_file(flags.tokenizer)
 
 
 def copy_tokenizer(source: ModelSource, flags: ExportFlags, folder: Path) -> None:
     """The tokenizer's file and its settings, if it has any; a model may come without a tokenizer."""
-    file = find_given_tokenizer(source, flags.tokenizer)
+    file = find_given_tokenizer(source, flags)
     if file is None:
         print(f"note: there is no tokenizer beside {source.where}, so the export has none", file=sys.stderr)
         return
-    replace_file(folder / file.name, file.read_bytes())
-    settings = file.with_name(CONFIG_NAME)
-    if settings.is_file():
-        replace_file(folder / CONFIG_NAME, settings.read_bytes())
+    for path in (file, file.with_name(CONFIG_NAME)):
+        if path.is_file():
+            replace_file(folder / path.name, path.read_bytes())

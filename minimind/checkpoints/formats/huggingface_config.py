@@ -4,6 +4,7 @@ A model gets the name of an architecture only if that architecture computes exac
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from minimind.errors import UserError
@@ -20,11 +21,22 @@ _NAMES = {
     "glm4_moe": "Glm4MoeForCausalLM",
 }
 _SAME_NAMES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "initializer_range",
-    "bos_token_id", "pad_token_id",
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "initializer_range",
+    "max_position_embeddings", "rms_norm_eps", "attention_dropout", "tie_word_embeddings", "bos_token_id",
 )  # fmt: skip
-READABLE = ("llama", "qwen3", "qwen3_moe")
-"""Architectures whose foreign models can be read; of the others, only exports of this project."""
+_EXPERT_NAMES = (
+    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef"
+)  # fmt: skip
+# Architectures whose foreign models can be read, and what transformers takes there for a field that is left out. Of
+# the others only exports of this project can be read.
+_READABLE: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "qwen3": {"max_position_embeddings": 32768, "head_dim": 128},
+    "qwen3_moe": {
+        "max_position_embeddings": 32768,
+        **dict(zip(_EXPERT_NAMES, (128, 8, 768, False, 0.001), strict=True)),
+    },
+}
 
 
 def choose_architecture(config: ModelConfig) -> str:
@@ -36,29 +48,26 @@ def choose_architecture(config: ModelConfig) -> str:
     if not config.use_moe:
         return "qwen3" if config.qk_norm else "llama"
     if config.moe_residual:
-        raise UserError("no architecture of transformers has residual experts (moe_residual); use --format minimind")
-    plain_softmax = config.scoring_func == "softmax" and config.routed_scaling_factor == 1
-    if plain_softmax and config.qk_norm and not config.n_shared_experts and not config.router_bias_update_rate:
+        reason = "residual experts (moe_residual)"
+    elif config.scoring_func == "sigmoid":
+        if config.n_shared_experts:
+            return "glm4_moe"
+        reason = "a sigmoid router without shared experts (n_shared_experts=0)"
+    elif config.routed_scaling_factor != 1:
+        reason = f"a softmax router with routed_scaling_factor={config.routed_scaling_factor}"
+    elif config.qk_norm and config.n_shared_experts:
+        reason = f"n_shared_experts={config.n_shared_experts} with a softmax router and qk_norm"
+    elif config.qk_norm and config.router_bias_update_rate:
+        reason = "a selection bias (router_bias_update_rate) with a softmax router and qk_norm"
+    elif config.qk_norm:
         return "qwen3_moe"
-    if plain_softmax and not config.qk_norm and config.norm_topk_prob and config.rope_scaling_factor == 1:
+    elif not config.norm_topk_prob:
+        reason = "experts with norm_topk_prob=false and without qk_norm"
+    elif config.rope_scaling_factor != 1:
+        reason = "YaRN (rope_scaling_factor) with experts and without qk_norm"
+    else:
         return "ernie4_5_moe"
-    if config.scoring_func == "sigmoid" and config.n_shared_experts:
-        return "glm4_moe"
-    raise UserError(f"no architecture of transformers is equal to this model: {_reason(config)}; use --format minimind")
-
-
-def _reason(config: ModelConfig) -> str:
-    if config.scoring_func == "sigmoid":
-        return "a sigmoid router without shared experts (n_shared_experts=0)"
-    if config.routed_scaling_factor != 1:
-        return f"a softmax router with routed_scaling_factor={config.routed_scaling_factor}"
-    if config.n_shared_experts:
-        return f"n_shared_experts={config.n_shared_experts} with a softmax router and qk_norm"
-    if config.router_bias_update_rate:
-        return "a selection bias (router_bias_update_rate) with a softmax router and qk_norm"
-    if not config.norm_topk_prob:
-        return "experts with norm_topk_prob=false and without qk_norm"
-    return "YaRN (rope_scaling_factor) with experts and without qk_norm"
+    raise UserError(f"no architecture of transformers is equal to this model: {reason}; use --format minimind")
 
 
 def to_huggingface(config: ModelConfig) -> dict[str, Any]:
@@ -79,78 +88,60 @@ def to_huggingface(config: ModelConfig) -> dict[str, Any]:
         }
         if config.rope_attention_factor is not None:
             rope["attention_factor"] = config.rope_attention_factor
-    values = {
+    return {
         "architectures": [_NAMES[kind]],
         "model_type": kind,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
+        **{name: getattr(config, name) for name in _SAME_NAMES},
+        # No pad_token_id: transformers would keep the row of that token, which ends documents, from being trained.
+        "eos_token_id": config.eos_token_id,
         "intermediate_size": config.feed_forward_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_size,
         "hidden_act": "silu",
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
+        "attention_bias": False,
+        "use_cache": True,
         # Versions before transformers 5, and other programs, read these two; later ones read the third.
         "rope_theta": config.rope_theta,
         "rope_scaling": None if rope["rope_type"] == "default" else rope,
         "rope_parameters": rope,
-        "attention_bias": False,
-        "attention_dropout": config.attention_dropout,
-        "initializer_range": config.initializer_range,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "use_cache": True,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        # No pad_token_id: transformers would keep the row of that token, which ends documents, from being trained.
+        **_own_fields(config, kind),
+        OWN_KEY: config.to_dict(),
     }
-    return values | _own_fields(config, kind) | {OWN_KEY: config.to_dict()}
 
 
 def _own_fields(config: ModelConfig, kind: str) -> dict[str, Any]:
     """Fields of one architecture alone."""
     if kind == "llama":
         return {"mlp_bias": False}
+    no_window = {"use_sliding_window": False, "sliding_window": None}
     if kind == "qwen3":
-        return {"use_sliding_window": False, "sliding_window": None}
-    router = {"router_aux_loss_coef": config.router_aux_loss_coef, "output_router_logits": False}
-    size, first = config.expert_feed_forward_size, config.first_k_dense_replace
+        return no_window
+    fields: dict[str, Any] = {
+        "router_aux_loss_coef": config.router_aux_loss_coef,
+        "output_router_logits": False,
+        "moe_intermediate_size": config.expert_feed_forward_size,
+    }
     if kind == "ernie4_5_moe":
-        return {
-            **router,
+        return fields | {
             "use_bias": False,
-            "moe_intermediate_size": size,
             "moe_k": config.num_experts_per_tok,
             "moe_num_experts": config.num_experts,
             "moe_num_shared_experts": config.n_shared_experts,
-            "moe_layer_start_index": first,
+            "moe_layer_start_index": config.first_k_dense_replace,
             "moe_layer_end_index": config.num_hidden_layers - 1,
             "moe_layer_interval": 1,
         }
-    chosen = {
-        **router,
-        "moe_intermediate_size": size,
-        "num_experts_per_tok": config.num_experts_per_tok,
-        "norm_topk_prob": config.norm_topk_prob,
-    }
+    fields |= {"num_experts_per_tok": config.num_experts_per_tok, "norm_topk_prob": config.norm_topk_prob}
     if kind == "qwen3_moe":
-        return {
-            **chosen,
-            "num_experts": config.num_experts,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": list(range(first)),
-            "use_sliding_window": False,
-            "sliding_window": None,
-        }
-    return {
-        **chosen,
+        dense = list(range(config.first_k_dense_replace))
+        fields |= {"num_experts": config.num_experts, "decoder_sparse_step": 1, "mlp_only_layers": dense}
+        return fields | no_window
+    return fields | {
         "n_routed_experts": config.num_experts,
         "n_shared_experts": config.n_shared_experts,
         "routed_scaling_factor": config.routed_scaling_factor,
         "n_group": 1,
         "topk_group": 1,
-        "first_k_dense_replace": first,
+        "first_k_dense_replace": config.first_k_dense_replace,
         "use_qk_norm": config.qk_norm,
         "partial_rotary_factor": 1.0,
         "num_nextn_predict_layers": 0,
@@ -167,31 +158,30 @@ def from_huggingface(values: Mapping[str, Any]) -> ModelConfig:
     if isinstance(values.get(OWN_KEY), Mapping):
         config = ModelConfig.from_dict(values[OWN_KEY])
         # Ours is valid only if the other fields have not been edited.
-        if all(values.get(key) == value for key, value in to_huggingface(config).items()):
+        if all(values.get(key) == value for key, value in to_huggingface(config).items() if key != OWN_KEY):
             return config
-    if kind not in READABLE:
-        raise UserError(f"model_type {kind!r} is not one of {', '.join(READABLE)}, nor an export of this project")
+    if kind not in _READABLE:
+        raise UserError(f"model_type {kind!r} is not one of {', '.join(_READABLE)}, nor an export of this project")
     _refuse_extras(values)
-    hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
-    head_dim = values.get("head_dim", 128 if kind == "qwen3" else None)
-    if head_dim and hidden and heads and head_dim * heads == hidden:
-        head_dim = None
-    eos = values.get("eos_token_id")
-    fields = {
-        **{name: values.get(name) for name in _SAME_NAMES},
-        "num_key_value_heads": values.get("num_key_value_heads") or heads,
-        "max_position_embeddings": values.get("max_position_embeddings", 2048 if kind == "llama" else 32768),
-        "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
-        "tie_word_embeddings": values.get("tie_word_embeddings", False),
-        "eos_token_id": eos[0] if isinstance(eos, list) and eos else eos,
-        **_read_rope(values),
-    }
-    missing = [name for name in ("vocab_size", "hidden_size", "num_hidden_layers") if fields[name] is None]
-    if missing or heads is None:
-        raise UserError(f"{(missing or ['num_attention_heads'])[0]} is missing")
-    given = {name: value for name, value in fields.items() if value is not None}
-    given |= {"qk_norm": kind != "llama", "head_dim": head_dim}
-    return ModelConfig.from_dict(given | (_read_experts(values) if kind == "qwen3_moe" else {}))
+    missing = [name for name in _SAME_NAMES[:4] if values.get(name) is None]
+    if missing:
+        raise UserError(f"{missing[0]} is missing")
+    given = {name: value for name, value in values.items() if value is not None}
+    names = [*_SAME_NAMES, "intermediate_size", "head_dim", "eos_token_id", "pad_token_id"]
+    fields = {"num_key_value_heads": given["num_attention_heads"], "tie_word_embeddings": False, **_READABLE[kind]}
+    if kind == "qwen3_moe":
+        names += _EXPERT_NAMES
+        dense = given.get("mlp_only_layers") or []
+        if sorted(dense) != list(range(len(dense))):
+            raise UserError(f"mlp_only_layers {dense}: only the first layers can be dense")
+        fields |= {"use_moe": True, "first_k_dense_replace": len(dense)}
+        given.setdefault("num_experts", given.get("num_local_experts", fields["num_experts"]))
+    fields |= {name: given[name] for name in names if name in given}
+    if isinstance(ends := fields.get("eos_token_id"), list) and ends:
+        fields["eos_token_id"] = ends[0]
+    config = ModelConfig.from_dict({**fields, **_read_rope(given), "qk_norm": kind != "llama"})
+    is_usual = config.head_size * config.num_attention_heads == config.hidden_size
+    return replace(config, head_dim=None) if is_usual else config
 
 
 def _refuse_extras(values: Mapping[str, Any]) -> None:
@@ -226,19 +216,4 @@ def _read_rope(values: Mapping[str, Any]) -> dict[str, Any]:
         "rope_beta_fast": float(rope.get("beta_fast") or 32),
         "rope_beta_slow": float(rope.get("beta_slow") or 1),
         "rope_attention_factor": None if factor is None else float(factor),
-    }
-
-
-def _read_experts(values: Mapping[str, Any]) -> dict[str, Any]:
-    dense = values.get("mlp_only_layers") or []
-    if sorted(dense) != list(range(len(dense))):
-        raise UserError(f"mlp_only_layers {dense}: only the first layers can be dense")
-    return {
-        "use_moe": True,
-        "num_experts": values.get("num_experts", values.get("num_local_experts", 128)),
-        "num_experts_per_tok": values.get("num_experts_per_tok", 8),
-        "moe_intermediate_size": values.get("moe_intermediate_size", 768),
-        "norm_topk_prob": values.get("norm_topk_prob", False),
-        "router_aux_loss_coef": values.get("router_aux_loss_coef", 0.001),
-        "first_k_dense_replace": len(dense),
     }

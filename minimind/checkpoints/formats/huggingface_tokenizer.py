@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
+import tokenizers
+from tokenizers import decoders
+from tokenizers.models import BPE
 
 from minimind.data.tokenizer import BLANK, CONFIG_NAME, JSON_NAME, MODEL_NAME, SPECIAL_TOKENS, load_tokenizer
 from minimind.errors import UserError
@@ -34,9 +37,8 @@ def tokenizer_files(file: Path, max_length: int) -> dict[str, bytes]:
     """
     tokenizer = load_tokenizer(file)
     data = file.read_bytes()
-    files = {JSON_NAME: _strip(data) if file.suffix == ".json" else _dump(convert_sentencepiece(data))}
-    if file.suffix == ".model":
-        files[MODEL_NAME] = data
+    is_json = file.suffix == ".json"
+    files = {JSON_NAME: _strip(data)} if is_json else {JSON_NAME: convert_sentencepiece(data), MODEL_NAME: data}
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
@@ -46,8 +48,7 @@ def tokenizer_files(file: Path, max_length: int) -> dict[str, bytes]:
     }
     if {_START, _END} <= set(tokenizer.special_ids):
         settings |= {"bos_token": _START, "eos_token": _END, "chat_template": _CHAT_TEMPLATE}
-    files[CONFIG_NAME] = _dump(settings)
-    return files
+    return files | {CONFIG_NAME: _dump(settings)}
 
 
 def _strip(data: bytes) -> bytes:
@@ -64,17 +65,20 @@ def _dump(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
 
 
-def convert_sentencepiece(data: bytes) -> dict[str, Any]:
+def convert_sentencepiece(data: bytes) -> bytes:
     """The tokenizer.json of a SentencePiece model of this project: BPE, byte fallback, no normalisation.
 
     A merge is any split of a piece into two pieces; SentencePiece applies the merge whose result comes first in the
     vocabulary, the leftmost among equals.
     """
     model = sentencepiece.SentencePieceProcessor(model_proto=data)
-    pieces = [model.id_to_piece(token_id) for token_id in range(model.vocab_size())]
+    pieces = [model.id_to_piece(token_id).replace(BLANK, " ") for token_id in range(model.vocab_size())]
+    vocabulary = {piece: token_id for token_id, piece in enumerate(pieces)}
+    if len(vocabulary) != len(pieces):
+        raise UserError("two pieces of the SentencePiece model differ only in how they write a space")
     learnt = {
-        piece.replace(BLANK, " "): model.get_score(token_id)
-        for token_id, piece in enumerate(pieces)
+        piece: model.get_score(token_id)
+        for piece, token_id in vocabulary.items()
         if not (model.is_control(token_id) or model.is_unknown(token_id) or model.is_byte(token_id))
     }
     merges = [
@@ -83,39 +87,8 @@ def convert_sentencepiece(data: bytes) -> dict[str, Any]:
         for cut in range(1, len(piece))
         if piece[:cut] in learnt and piece[cut:] in learnt
     ]
-    vocabulary = {piece.replace(BLANK, " "): token_id for token_id, piece in enumerate(pieces)}
-    if len(vocabulary) != len(pieces):
-        raise UserError("two pieces of the SentencePiece model differ only in how they write a space")
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {
-                "id": token_id,
-                "content": token,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for token_id, token in enumerate(SPECIAL_TOKENS)
-        ],
-        "normalizer": None,
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": pieces[model.unk_id()],
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": vocabulary,
-            "merges": [list(merge) for merge in merges],
-        },
-    }
+    unknown = pieces[model.unk_id()]
+    tokenizer = tokenizers.Tokenizer(BPE(vocabulary, merges, unk_token=unknown, byte_fallback=True))
+    tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer.to_str(pretty=True).encode()

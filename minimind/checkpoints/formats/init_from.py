@@ -23,12 +23,11 @@ def check_init_checkpoint(config: ModelConfig, folder: Path) -> ModelSource:
     source = open_source(folder)
     wanted = own_shapes(config)
     for name in sorted(wanted.keys() | source.shapes.keys()):
-        there, here = source.shapes.get(name), wanted.get(name)
-        if there is None or here is None or tuple(there) != tuple(here):
-            there_or_not, here_or_not = (shape or "not at all" for shape in (there, here))
+        there, here = (shapes.get(name, "not at all") for shapes in (source.shapes, wanted))
+        if there != here:
             raise UserError(
-                f"init_from: {folder} has {name} {there_or_not}, the model of this run {here_or_not}; leave out "
-                "--model and the flags of its shape"
+                f"init_from: {folder} has {name} {there}, the model of this run {here}; leave out --model and the "
+                "flags of its shape"
             )
     return source
 

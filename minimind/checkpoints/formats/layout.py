@@ -3,8 +3,7 @@
 A layout is a list of parts that works in both directions: our tensors are cut into parts, or joined from them.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minimind.model import MiniMindForCausalLM, ModelConfig
+from minimind.model.pretrained import TIED_NAME
 from minimind.model.router import BIAS_NAME
 
 Layout = Literal["fused", "per_expert", "per_shared_expert", "ernie4_5_moe", "glm4_moe"]
@@ -20,8 +20,6 @@ ernie4_5_moe, glm4_moe: per_expert, and what these architectures of transformers
 
 LAYOUTS: dict[str, Layout] = {"ernie4_5_moe": "ernie4_5_moe", "glm4_moe": "glm4_moe"}
 """By `model_type` of transformers; per_expert for all others."""
-
-_TIED_NAME = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class FilePart:
     shape: tuple[int, ...]
     own: str | None
     """The tensor of ours that it is part of; None: zeros that the architecture wants and ours does without."""
-    index: tuple[int | slice, ...] = ()
+    index: tuple[int | slice | None, ...] = ()
     """Where in it."""
     rotary_pairs: int = 0
     """Above 0: the rows are those of heads of so many rotary pairs, each pair's two rows side by side there."""
@@ -43,69 +41,54 @@ def own_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         state = MiniMindForCausalLM(config).state_dict()
     if config.tie_word_embeddings:
-        del state[_TIED_NAME]
+        del state[TIED_NAME]
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def lay_out(config: ModelConfig, layout: Layout) -> list[FilePart]:
     """The parts of a model in a layout, those of one tensor of ours one behind the other."""
-    parts: list[FilePart] = []
-    for name, shape in own_shapes(config).items():
-        parts += [FilePart(name, shape, name)] if layout == "fused" else _split(config, layout, name, shape)
+    own = own_shapes(config)
+    if layout == "fused":
+        return [FilePart(name, shape, name) for name, shape in own.items()]
+    parts = [part for name, shape in own.items() for part in _split(config, layout, name, shape)]
     if layout in ("ernie4_5_moe", "glm4_moe") and not config.router_bias_update_rate:
         # These routers always have a selection bias.
-        for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
-            prefix = f"model.layers.{layer}.mlp."
-            parts.append(FilePart(*_bias(prefix, layout, config), own=None))
+        for layer in filter(config.has_experts, range(config.num_hidden_layers)):
+            parts.append(_bias_part(config, layout, f"model.layers.{layer}.mlp.", own=None))
     return parts
 
 
-def _split(config: ModelConfig, layout: Layout, name: str, shape: tuple[int, ...]) -> list[FilePart]:
+def _split(config: ModelConfig, layout: Layout, name: str, shape: tuple[int, ...]) -> Iterator[FilePart]:
     prefix, _, last = name.partition("mlp.")
     prefix += "mlp."
-    if last.startswith("experts."):
-        return _split_experts(prefix, name, shape)
-    if last.startswith("shared_experts.") and layout == "per_shared_expert":
-        return _split_shared(config, prefix, name, shape)
-    if last == BIAS_NAME:
-        return [FilePart(*_bias(prefix, layout, config), own=name)]
-    interleaved = layout == "ernie4_5_moe" and name.endswith(("q_proj.weight", "k_proj.weight"))
-    return [FilePart(name, shape, name, rotary_pairs=config.head_size // 2 if interleaved else 0)]
+    matrix = last.removesuffix(".weight").rpartition(".")[2]
+    if last == "experts.gate_up_proj":
+        half = shape[1] // 2
+        for expert in range(shape[0]):
+            here = f"{prefix}experts.{expert}"
+            yield FilePart(f"{here}.gate_proj.weight", (half, shape[2]), name, (expert, slice(half)))
+            yield FilePart(f"{here}.up_proj.weight", (half, shape[2]), name, (expert, slice(half, None)))
+    elif last == "experts.down_proj":
+        for expert in range(shape[0]):
+            yield FilePart(f"{prefix}experts.{expert}.down_proj.weight", shape[1:], name, (expert,))
+    elif last.startswith("shared_experts.") and layout == "per_shared_expert":
+        size, is_down = config.expert_feed_forward_size, matrix == "down_proj"
+        for expert in range(config.n_shared_experts):  # N shared experts of width I are one of width N * I
+            width = slice(expert * size, (expert + 1) * size)
+            part_shape, index = ((shape[0], size), (slice(None), width)) if is_down else ((size, shape[1]), (width,))
+            yield FilePart(f"{prefix}shared_experts.{expert}.{matrix}.weight", part_shape, name, index)
+    elif last == BIAS_NAME:
+        yield _bias_part(config, layout, prefix, name)
+    else:
+        is_interleaved = layout == "ernie4_5_moe" and name.endswith(("q_proj.weight", "k_proj.weight"))
+        yield FilePart(name, shape, name, rotary_pairs=config.head_size // 2 if is_interleaved else 0)
 
 
-def _split_experts(prefix: str, name: str, shape: tuple[int, ...]) -> list[FilePart]:
-    num_experts, rows, columns = shape
-    parts = []
-    for expert in range(num_experts):
-        here = f"{prefix}experts.{expert}"
-        if name.endswith("down_proj"):
-            parts.append(FilePart(f"{here}.down_proj.weight", (rows, columns), name, (expert,)))
-        else:
-            half = rows // 2
-            parts.append(FilePart(f"{here}.gate_proj.weight", (half, columns), name, (expert, slice(0, half))))
-            parts.append(FilePart(f"{here}.up_proj.weight", (half, columns), name, (expert, slice(half, rows))))
-    return parts
-
-
-def _split_shared(config: ModelConfig, prefix: str, name: str, shape: tuple[int, ...]) -> list[FilePart]:
-    """N shared experts of width I are one of width N * I."""
-    size, matrix = config.expert_feed_forward_size, name.rsplit(".", 2)[-2]
-    parts = []
-    for expert in range(config.n_shared_experts):
-        width = slice(expert * size, (expert + 1) * size)
-        here = f"{prefix}shared_experts.{expert}.{matrix}.weight"
-        if matrix == "down_proj":
-            parts.append(FilePart(here, (shape[0], size), name, (slice(None), width)))
-        else:
-            parts.append(FilePart(here, (size, shape[1]), name, (width,)))
-    return parts
-
-
-def _bias(prefix: str, layout: Layout, config: ModelConfig) -> tuple[str, tuple[int, ...]]:
-    """Name and shape of a router's selection bias."""
+def _bias_part(config: ModelConfig, layout: Layout, prefix: str, own: str | None) -> FilePart:
+    """A router's selection bias."""
     if layout == "ernie4_5_moe":
-        return f"{prefix}moe_statics.{BIAS_NAME}", (1, config.num_experts)
-    return f"{prefix}gate.{BIAS_NAME}" if layout == "glm4_moe" else prefix + BIAS_NAME, (config.num_experts,)
+        return FilePart(f"{prefix}moe_statics.{BIAS_NAME}", (1, config.num_experts), own, (None,))
+    return FilePart(f"{prefix}{'gate.' if layout == 'glm4_moe' else ''}{BIAS_NAME}", (config.num_experts,), own)
 
 
 def cut_part(part: FilePart, read_own: Callable[[str], Tensor]) -> Tensor:
@@ -114,43 +97,21 @@ def cut_part(part: FilePart, read_own: Callable[[str], Tensor]) -> Tensor:
         return torch.zeros(part.shape)
     piece = read_own(part.own)[part.index]
     if part.rotary_pairs:
-        piece = piece.unflatten(0, (-1, 2, part.rotary_pairs)).transpose(1, 2)
-    return piece.reshape(part.shape)
+        piece = piece.unflatten(0, (-1, 2, part.rotary_pairs)).transpose(1, 2).flatten(0, 2)
+    return piece
 
 
 def join_parts(parts: Sequence[FilePart], shape: Sequence[int], read: Callable[[str], Tensor]) -> Tensor:
     """A tensor of ours from all its parts."""
-    if len(parts) == 1 and not parts[0].rotary_pairs:
-        return read(parts[0].name).reshape(tuple(shape))
     whole: Tensor | None = None
     for part in parts:
         piece = read(part.name)
         if part.rotary_pairs:
-            piece = piece.unflatten(0, (-1, part.rotary_pairs, 2)).transpose(1, 2)
+            piece = piece.unflatten(0, (-1, part.rotary_pairs, 2)).transpose(1, 2).flatten(0, 2)
+        if not part.index:
+            return piece
         if whole is None:
             whole = torch.empty(tuple(shape), dtype=piece.dtype)
-        whole[part.index] = piece.reshape(whole[part.index].shape)
-    assert whole is not None and math.prod(shape) == sum(math.prod(part.shape) for part in parts)
+        whole[part.index] = piece
+    assert whole is not None
     return whole
-
-
-def keep_last(read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
-    """`read`, with the last tensor kept: the parts of one tensor are asked for one behind the other."""
-    kept: dict[str, Tensor] = {}
-
-    def read_or_keep(name: str) -> Tensor:
-        if name not in kept:
-            kept.clear()
-            kept[name] = read(name)
-        return kept[name]
-
-    return read_or_keep
-
-
-def group_by_own(parts: Sequence[FilePart]) -> Mapping[str, list[FilePart]]:
-    """The parts of each tensor of ours."""
-    groups: dict[str, list[FilePart]] = {}
-    for part in parts:
-        if part.own is not None:
-            groups.setdefault(part.own, []).append(part)
-    return groups

@@ -1,6 +1,7 @@
 """Load a trained model and its tokenizer from any of the forms that `source` reads. Needs no DeepSpeed."""
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 
@@ -51,16 +52,9 @@ def load_model(
     device: torch.device | str = "cpu",
     tokenizer: Path | None = None,
 ) -> tuple[MiniMindForCausalLM, Path]:
-    """The model at `checkpoint` (see `load`) in evaluation mode, and its tokenizer file.
-
-    Args:
-        dtype: type to convert the weights to; None: the stored one (float32 in a checkpoint).
-        tokenizer: its file or folder, where none is stored beside the weights.
-
-    Raises:
-        UserError: there is no model, a file is missing or damaged, or the weights do not fit.
-    """
-    source = open_source(Path(checkpoint))
+    """The model in evaluation mode and its tokenizer file: as `load`, for a chosen device and `dtype`, by default the
+    type that the weights are stored in (float32 in a checkpoint)."""
+    source = open_source(checkpoint)
     # Before the weights are read, which may take minutes.
     tokenizer_file = find_tokenizer_file(tokenizer or source.tokenizer_file or source.folder)
     return build_from_source(source, dtype=dtype, device=device), tokenizer_file
@@ -86,22 +80,21 @@ def build_from_source(
     tensors = {}
     for name in source.shapes:
         tensor = source.read(name)
-        # Buffers (the routers' selection bias) stay exact whatever the weights are rounded to.
+        # The routers' selection bias stays exact whatever the weights are rounded to.
         wanted = torch.float32 if name.endswith(BIAS_NAME) else dtype
-        # A copy, because the tensor may be a view of the file.
-        tensors[name] = torch.empty_like(tensor, dtype=wanted, device=device).copy_(tensor)
+        tensors[name] = tensor.to(device=device, dtype=wanted, copy=True)  # the tensor may be a view of the file
     model.load_state_dict(tensors, assign=True, strict=False)
     model.tie_weights()
     model.eval()
     apply_kernels(model, device)
-    if (checkpoint := source.checkpoint) is not None:
-        weight = model.lm_head.weight
+    if source.checkpoint is not None:
+        manifest, weight = source.checkpoint.manifest, model.lm_head.weight
         check_probe_loss(
-            checkpoint.folder,
-            checkpoint.manifest,
+            source.checkpoint.folder,
+            manifest,
             lambda: probe_loss(model, model.config, weight.device),
-            low_precision=checkpoint.manifest.precision != "fp32" or weight.dtype != torch.float32,
-            find_differences=lambda: _find_differences(model, checkpoint),
+            low_precision=manifest.precision != "fp32" or weight.dtype != torch.float32,
+            find_differences=functools.partial(_find_differences, model, source.checkpoint),
         )
     return model
 
@@ -109,12 +102,11 @@ def build_from_source(
 def _find_differences(model: MiniMindForCausalLM, checkpoint: TrainingCheckpoint) -> list[str]:
     """Tensors of the model that are not those of the checkpoint, or that the checkpoint itself has in two versions."""
     state = model.state_dict()
-    differing = [
-        name
-        for name in checkpoint.shapes
-        if not torch.equal(state[name].cpu(), checkpoint.read(name).to(state[name].dtype))
-    ]
-    return differing or checkpoint.find_contradictions()
+
+    def differs(name: str) -> bool:
+        return not torch.equal(state[name].cpu(), checkpoint.read(name).to(state[name].dtype))
+
+    return list(filter(differs, checkpoint.shapes)) or checkpoint.find_contradictions()
 
 
 def find_tokenizer_file(place: Path) -> Path:

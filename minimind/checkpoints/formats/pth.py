@@ -5,26 +5,25 @@ published models. Read with `weights_only`: no code in a file is run.
 """
 
 import dataclasses
-import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minimind.checkpoints.formats.layout import Layout, lay_out
+from minimind.checkpoints.formats.layout import Layout
 from minimind.checkpoints.safe_load import load_states
 from minimind.errors import UserError
-from minimind.files import temporary_name
 from minimind.model.config import ModelConfig, default_intermediate_size
 from minimind.model.presets import PRESETS
+from minimind.model.pretrained import TIED_NAME
 
 SUFFIXES = (".pth", ".pt")
 # Tables of rotary positions that some versions of their model saved.
 _NOT_WEIGHTS = re.compile(r"(^|\.)(freqs_cos|freqs_sin|pos_cis)$")
-_EMBEDDING, _HEAD, _LAYER = "model.embed_tokens.weight", "lm_head.weight", "model.layers."
+EMBEDDING, _LAYER = "model.embed_tokens.weight", "model.layers."
 
 
 def read_pth(path: Path) -> dict[str, Tensor]:
@@ -57,6 +56,8 @@ def choose_form(config: ModelConfig) -> Layout:
     Raises:
         UserError: their code has no such model; the message says why.
     """
+    is_older = not config.qk_norm
+    own_width = config.use_moe and config.expert_feed_forward_size != config.feed_forward_size
     top_1_norm = config.use_moe and config.num_experts_per_tok == 1 and config.norm_topk_prob
     for holds, what in (
         (config.rope_scaling_factor != 1, f"rope_scaling_factor={config.rope_scaling_factor}"),
@@ -66,13 +67,10 @@ def choose_form(config: ModelConfig) -> Layout:
         (config.moe_residual, "residual experts (moe_residual)"),
         (config.first_k_dense_replace, f"first_k_dense_replace={config.first_k_dense_replace}"),
         (config.qk_norm and config.n_shared_experts, "shared experts together with qk_norm"),
-        (not config.qk_norm and top_1_norm, "norm_topk_prob with one expert a token and without qk_norm"),
-        (not config.qk_norm and not config.tie_word_embeddings, "an untied output matrix without qk_norm"),
-        (not config.qk_norm and config.head_dim is not None, "head_dim without qk_norm"),
-        (
-            not config.qk_norm and config.use_moe and config.expert_feed_forward_size != config.feed_forward_size,
-            "moe_intermediate_size without qk_norm",
-        ),
+        (is_older and top_1_norm, "norm_topk_prob with one expert a token and without qk_norm"),
+        (is_older and not config.tie_word_embeddings, "an untied output matrix without qk_norm"),
+        (is_older and config.head_dim is not None, "head_dim without qk_norm"),
+        (is_older and own_width, "moe_intermediate_size without qk_norm"),
     ):
         if holds:
             raise UserError(f"jingyaogong/minimind has no model with {what}: it cannot be written as .pth")
@@ -93,62 +91,38 @@ def infer_config(path: Path, tensors: Mapping[str, Tensor], base: ModelConfig | 
             raise UserError(f"{path}: not weights of jingyaogong/minimind: matrix {name} is missing")
         return tuple(tensors[name].shape)
 
-    first, moe = f"{_LAYER}0.", any(".mlp.experts." in name for name in tensors)
-    qk_norm = f"{first}self_attn.q_norm.weight" in tensors
+    attention, mlp = f"{_LAYER}0.self_attn.", f"{_LAYER}0.mlp."
+    moe = any(".mlp.experts." in name for name in tensors)
+    q_norm = tensors.get(f"{attention}q_norm.weight")
     if base is None:
-        base = PRESETS[("minimind3" if qk_norm else "minimind2-small") + ("-moe" if moe and qk_norm else "")]
-        base = PRESETS["minimind2-moe"] if moe and not qk_norm else base
-    vocab_size, hidden_size = shape(_EMBEDDING)
-    query_size, key_size = shape(f"{first}self_attn.q_proj.weight")[0], shape(f"{first}self_attn.k_proj.weight")[0]
-    size = tensors[f"{first}self_attn.q_norm.weight"].numel() if qk_norm else query_size // base.num_attention_heads
-    feed_forward = shape(f"{first}mlp.experts.0.gate_proj.weight" if moe else f"{first}mlp.gate_proj.weight")[0]
+        current, older = ("minimind3-moe", "minimind2-moe") if moe else ("minimind3", "minimind2-small")
+        base = PRESETS[older if q_norm is None else current]
+    vocab_size, hidden_size = shape(EMBEDDING)
+    query_size, key_size = shape(f"{attention}q_proj.weight")[0], shape(f"{attention}k_proj.weight")[0]
+    size = query_size // base.num_attention_heads if q_norm is None else q_norm.numel()
+    feed_forward = shape(f"{mlp}experts.0.gate_proj.weight" if moe else f"{mlp}gate_proj.weight")[0]
     heads = query_size // size
     default_size = default_intermediate_size(hidden_size) if base.intermediate_size is None else 0
     fields: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
-        "num_hidden_layers": 1 + max(_numbers(tensors, _LAYER)),
+        "num_hidden_layers": _count(tensors, _LAYER),
         "num_attention_heads": heads,
         "num_key_value_heads": key_size // size,
         "head_dim": None if size * heads == hidden_size and hidden_size % heads == 0 else size,
         "intermediate_size": None if feed_forward == default_size else feed_forward,
-        "tie_word_embeddings": _HEAD not in tensors or torch.equal(tensors[_HEAD], tensors[_EMBEDDING]),
-        "qk_norm": qk_norm,
+        "tie_word_embeddings": TIED_NAME not in tensors or torch.equal(tensors[TIED_NAME], tensors[EMBEDDING]),
+        "qk_norm": q_norm is not None,
         "use_moe": moe,
     }
     if moe:
-        fields["num_experts"] = 1 + max(_numbers(tensors, f"{first}mlp.experts."))
-        fields["n_shared_experts"] = 1 + max(_numbers(tensors, f"{first}mlp.shared_experts."), default=-1)
+        fields["num_experts"] = _count(tensors, f"{mlp}experts.")
+        fields["n_shared_experts"] = _count(tensors, f"{mlp}shared_experts.")
         fields["moe_intermediate_size"] = None
     return dataclasses.replace(base, **fields)
 
 
-def _numbers(names: Mapping[str, Tensor], prefix: str) -> set[int]:
-    """The numbers that follow a prefix in names."""
+def _count(names: Mapping[str, Tensor], prefix: str) -> int:
+    """One more than the highest number that follows a prefix in names."""
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
-    return {int(match[1]) for name in names if (match := pattern.match(name))}
-
-
-def write_pth(path: Path, config: ModelConfig, read: Callable[[str], Tensor]) -> None:
-    """Write the tensors `read(name)` as one file that their scripts load (atomic). The whole model is held in memory.
-
-    Raises:
-        OSError: the disk is full, or the file cannot be written.
-    """
-    tensors = {part.name: read(part.name).contiguous().clone() for part in lay_out(config, choose_form(config))}
-    if config.tie_word_embeddings:
-        tensors[_HEAD] = tensors[_EMBEDDING]
-    temporary = temporary_name(path)
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(tensors, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def file_name(config: ModelConfig) -> str:
-    """The name that their scripts expect for a pretrained model."""
-    return f"pretrain_{config.hidden_size}{'_moe' if config.use_moe else ''}.pth"
+    return 1 + max((int(match[1]) for name in names if (match := pattern.match(name))), default=-1)

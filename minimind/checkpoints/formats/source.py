@@ -7,6 +7,7 @@ code in a file is run.
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from minimind.checkpoints.consolidate import TrainingCheckpoint
 from minimind.checkpoints.folder import checkpoints_folder, newest_valid, verify_checkpoint
 from minimind.checkpoints.formats.huggingface_config import from_huggingface
-from minimind.checkpoints.formats.layout import LAYOUTS, Layout, group_by_own, join_parts, lay_out, own_shapes
+from minimind.checkpoints.formats.layout import LAYOUTS, Layout, join_parts, lay_out, own_shapes
 from minimind.checkpoints.formats.pth import SUFFIXES, infer_config, layout_of, read_pth
 from minimind.checkpoints.manifest import MANIFEST_NAME
 from minimind.checkpoints.safetensors import INDEX_FILE, SafetensorsFolder
@@ -22,7 +23,7 @@ from minimind.data.tokenizer import JSON_NAME, MODEL_NAME
 from minimind.errors import UserError
 from minimind.files import read_json
 from minimind.model.config import ModelConfig
-from minimind.model.pretrained import CONFIG_FILE, MODEL_TYPE, WEIGHTS_FILE
+from minimind.model.pretrained import CONFIG_FILE, MODEL_TYPE, TIED_NAME, WEIGHTS_FILE
 
 # Some versions of the Hugging Face tools saved these beside the weights.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
@@ -63,7 +64,6 @@ def open_source(path: Path, base: ModelConfig | None = None) -> ModelSource:
         return _open_pth(path, base)
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist")
-    found = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES]
     if (path / MANIFEST_NAME).is_file():
         verify_checkpoint(path)
         return open_checkpoint(path, find_tokenizer(path.parent.parent))
@@ -72,11 +72,16 @@ def open_source(path: Path, base: ModelConfig | None = None) -> ModelSource:
         if folder is None:
             raise UserError(f"checkpoint {path}: the run has not saved any")
         return open_checkpoint(folder, find_tokenizer(path))  # newest_valid has verified it
-    if (path / CONFIG_FILE).is_file() and ((path / WEIGHTS_FILE).is_file() or (path / INDEX_FILE).is_file()):
-        return _open_folder(path)
+    has_config = (path / CONFIG_FILE).is_file()
+    if has_config and ((path / WEIGHTS_FILE).is_file() or (path / INDEX_FILE).is_file()):
+        kind, config = _read_config(path / CONFIG_FILE)
+        layout = "fused" if kind == MODEL_TYPE else LAYOUTS.get(kind, "per_expert")
+        files = SafetensorsFolder(path)
+        return _open_parts(files.where, config, layout, files.shapes, files.read)
+    found = [file for file in path.iterdir() if file.suffix in SUFFIXES]
     if len(found) == 1:
         return _open_pth(found[0], base)
-    if (path / CONFIG_FILE).is_file():
+    if has_config:
         raise UserError(f"checkpoint {path} has a {CONFIG_FILE}, but neither {WEIGHTS_FILE} nor {INDEX_FILE}")
     raise UserError(
         f"checkpoint {path} holds no model: it is neither a run's folder, nor a checkpoint, nor an export "
@@ -84,59 +89,42 @@ def open_source(path: Path, base: ModelConfig | None = None) -> ModelSource:
     )
 
 
-def open_checkpoint(
-    folder: Path, tokenizer_file: Path | None = None, read: Callable[[str], Tensor] | None = None
-) -> ModelSource:
-    """The model of a verified training checkpoint, its tensors by `read` if given, else from DeepSpeed's files."""
+def open_checkpoint(folder: Path, tokenizer_file: Path | None = None) -> ModelSource:
+    """The model of a verified training checkpoint."""
     checkpoint = TrainingCheckpoint(folder)
     buffers = checkpoint.buffers()
     shapes = {**checkpoint.shapes, **{name: tuple(buffer.shape) for name, buffer in buffers.items()}}
     config = ModelConfig.from_dict(checkpoint.manifest.model)
     _check_shapes(folder, own_shapes(config), shapes)
 
-    def read_engine_files(name: str) -> Tensor:
+    def read(name: str) -> Tensor:
         return buffers[name] if name in buffers else checkpoint.read(name)
 
-    return ModelSource(folder, config, shapes, read or read_engine_files, tokenizer_file, checkpoint)
+    return ModelSource(folder, config, shapes, read, tokenizer_file, checkpoint)
 
 
-def _open_folder(folder: Path) -> ModelSource:
-    path = folder / CONFIG_FILE
+def _read_config(path: Path) -> tuple[str, ModelConfig]:
+    """The `model_type` of a config.json, ours or Hugging Face's, and the config of our model."""
     values = read_json(path, "model config")
-    if not isinstance(values, dict):
-        raise UserError(f"model config {path}: expected a JSON object")
-    kind = values.get("model_type")
     try:
-        if kind == MODEL_TYPE:
-            layout: Layout = "fused"
-            config = ModelConfig.from_dict({name: value for name, value in values.items() if name != "model_type"})
-        else:
-            layout, config = LAYOUTS.get(str(kind), "per_expert"), from_huggingface(values)
+        if not isinstance(values, dict):
+            raise UserError("expected a JSON object")
+        kind = str(values.get("model_type"))
+        if kind != MODEL_TYPE:
+            return kind, from_huggingface(values)
+        return kind, ModelConfig.from_dict({name: value for name, value in values.items() if name != "model_type"})
     except UserError as error:
         raise UserError(f"model config {path}: {error}") from None
-    files = SafetensorsFolder(folder)
-    return _open_parts(files.where, config, layout, files.shapes, files.read, find_tokenizer(folder))
 
 
 def _open_pth(path: Path, base: ModelConfig | None) -> ModelSource:
     tensors = read_pth(path)
-    config = infer_config(path, tensors, base if base is not None else _config_beside(path))
+    beside = path.with_suffix(".json")  # what an export writes, for what tensor shapes do not show
+    if base is None and beside.is_file():
+        base = _read_config(beside)[1]
+    config = infer_config(path, tensors, base)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return _open_parts(path, config, layout_of(config), shapes, tensors.__getitem__, find_tokenizer(path.parent))
-
-
-def _config_beside(path: Path) -> ModelConfig | None:
-    """The config that a `.pth` export writes beside the weights, for what tensor shapes do not show."""
-    file = path.with_suffix(".json")
-    if not file.is_file():
-        return None
-    values = read_json(file, "model config")
-    try:
-        if not isinstance(values, dict) or values.pop("model_type", None) != MODEL_TYPE:
-            raise UserError("not a MiniMind config")
-        return ModelConfig.from_dict(values)
-    except UserError as error:
-        raise UserError(f"model config {file}: {error}") from None
+    return _open_parts(path, config, layout_of(config), shapes, tensors.__getitem__)
 
 
 def _open_parts(
@@ -145,18 +133,17 @@ def _open_parts(
     layout: Layout,
     shapes: Mapping[str, tuple[int, ...]],
     read: Callable[[str], Tensor],
-    tokenizer_file: Path | None,
 ) -> ModelSource:
     parts = lay_out(config, layout)
-    tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
-    found = {name: s for name, s in shapes.items() if name not in tied and not name.endswith(_IGNORED_SUFFIX)}
+    tied = TIED_NAME if config.tie_word_embeddings else None
+    found = {name: shape for name, shape in shapes.items() if name != tied and not name.endswith(_IGNORED_SUFFIX)}
     _check_shapes(where, {part.name: part.shape for part in parts}, found)
-    groups, own = group_by_own(parts), own_shapes(config)
+    groups, own = {name: list(group) for name, group in groupby(parts, lambda part: part.own)}, own_shapes(config)
 
     def read_own(name: str) -> Tensor:
         return join_parts(groups[name], own[name], read)
 
-    return ModelSource(where, config, own, read_own, tokenizer_file)
+    return ModelSource(where, config, own, read_own, find_tokenizer(where.parent))
 
 
 def _check_shapes(where: Path, wanted: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]) -> None:

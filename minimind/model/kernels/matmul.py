@@ -29,12 +29,9 @@ CPU_CHUNK_LOGITS = 2**22
 def _find_fast_dtypes() -> set[torch.dtype]:
     if not has_onednn():
         return {torch.bfloat16, torch.float16}  # nothing is known of this processor
-    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    return {
-        dtype
-        for dtype, name in asked.items()
-        if not hasattr(torch.ops.mkldnn, name) or getattr(torch.ops.mkldnn, name)()
-    }
+    ops = torch.ops.mkldnn
+    asked = {torch.bfloat16: ops._is_mkldnn_bf16_supported, torch.float16: ops._is_mkldnn_fp16_supported}
+    return {dtype for dtype, is_supported in asked.items() if is_supported()}
 
 
 def has_onednn() -> bool:
@@ -92,11 +89,10 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     fewest = 1 if is_trained else _FEWEST_ROWS
     if x.is_cpu and torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
-        if not upcasts_to_fp32(x, dtype, fewest):
-            return F.linear(x, weight)
-        with torch.autocast("cpu", enabled=False):
-            return _Linear.apply(x.to(dtype), weight.to(dtype))
-    if upcasts_to_fp32(x, fewest=fewest) or uses_onednn(x, weight):
+        if upcasts_to_fp32(x, dtype, fewest):
+            with torch.autocast("cpu", enabled=False):
+                return _Linear.apply(x.to(dtype), weight.to(dtype))
+    elif upcasts_to_fp32(x, fewest=fewest) or uses_onednn(x, weight):
         return _Linear.apply(x, weight)
     return F.linear(x, weight)
 
