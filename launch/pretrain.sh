@@ -24,9 +24,8 @@ if "MINIMIND_SITE" not in os.environ:
 sys.path.insert(0, str(LAUNCH.parent))  # the launcher may start this anywhere
 
 from minimind.distributed.environment import is_first_rank
-from minimind.distributed.launchers.deepspeed import unpack_words
 from minimind.errors import run_main
 from minimind.train import main
 
 if __name__ == "__main__":
-    run_main(lambda: main(unpack_words(sys.argv[1:])), quiet=not is_first_rank())
+    run_main(main, quiet=not is_first_rank())

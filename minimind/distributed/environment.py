@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ import deepspeed.comm
 import deepspeed.ops
 import torch.distributed
 
-from minimind.distributed.store import node_name
 from minimind.errors import OneRankError, UserError
 
 # On CPU, DeepSpeed compiles a shared-memory all-reduce at start. It serves inference alone, needs a compiler, and
@@ -23,6 +23,11 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 DEFAULT_MASTER_PORT = 29500
 
 
+def node_name() -> str:
+    """This host's name: the launcher's name for it, or else its own."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 @dataclass(frozen=True)
 class RankEnvironment:
     """One process among all processes of a run, as its launcher describes it."""
@@ -32,11 +37,9 @@ class RankEnvironment:
     world_size: int = 1
     local_world_size: int = 1
     master_addr: str | None = None
-    """None: not set (a single process, or MPI before `find_master`)."""
+    """None: not set, as for a single process."""
     master_port: int | None = None
     launcher: str = "none"
-    num_nodes: int | None = None
-    """Hosts of the run; None: the launcher does not set it."""
 
     @property
     def is_first(self) -> bool:
@@ -49,20 +52,10 @@ class RankEnvironment:
         return f"rank {self.rank} on {node_name()}" if self.world_size > 1 else ""
 
 
-# The launchers' names for the number of hosts: deepspeed, torchrun, a step of srun, a SLURM job.
-_NUM_NODES = ("CROSS_SIZE", "GROUP_WORLD_SIZE")
-_SLURM_NUM_NODES = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES")
-
 # launcher, and its names of rank, world size, local rank, local world size
 _LAUNCHERS = (
     ("torch", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    (
-        "openmpi",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
+    ("openmpi", *(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))),
     ("mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     ("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
 )
@@ -103,7 +96,6 @@ def read_environment(environment: Mapping[str, str] | None = None) -> RankEnviro
             master_addr=environment.get("MASTER_ADDR"),
             master_port=_number(environment, "MASTER_PORT", DEFAULT_MASTER_PORT),
             launcher=launcher,
-            num_nodes=_num_nodes(environment, launcher),
         )
     return RankEnvironment()
 
@@ -124,11 +116,6 @@ def _slurm_tasks_here(environment: Mapping[str, str]) -> int | None:
         counts += [int(tasks)] * int(nodes or 1)
     node = _number(environment, "SLURM_NODEID", 0)
     return counts[node] if node < len(counts) else None
-
-
-def _num_nodes(environment: Mapping[str, str], launcher: str) -> int | None:
-    names = {"torch": _NUM_NODES, "slurm": _SLURM_NUM_NODES}.get(launcher, ())
-    return next((_number(environment, name) for name in names if name in environment), None)
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:

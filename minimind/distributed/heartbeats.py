@@ -1,11 +1,14 @@
 """Rank 0's view of all ranks, from their beats in the store: who is gone, who is silent, where each one is."""
 
+import contextlib
 import json
+import os
+import socket
 import time
 from dataclasses import dataclass
 from typing import Any
 
-from minimind.distributed.store import open_connections
+import psutil
 
 LATE_SECONDS = 2.5
 """A rank without a beat for this long is looked at: if its connections are closed, it is dead."""
@@ -48,19 +51,18 @@ class RankBeats:
         raw, now = store.multi_get(self.keys), time.monotonic()
         pause = now - self._last if now - self._last > LATE_SECONDS else 0.0  # of this process: no rank's silence
         self._last, self._count = now, self._count + 1
+        joined = {rank for rank, old in enumerate(self._raw) if raw[rank] and not old}
         self._heard = [
             now if new != old else heard + pause for new, old, heard in zip(raw, self._raw, self._heard, strict=True)
         ]
-        joined = {rank for rank, old in enumerate(self._raw) if raw[rank] and not old}
         self._raw = raw
-        beats = {rank: json.loads(text) for rank, text in enumerate(raw) if text}
-        self.all_ended = all(
-            rank in beats and beats[rank]["ended"] for rank in range(1, len(raw)) if rank not in self._gone
-        )
-        beats = {rank: beat for rank, beat in beats.items() if not beat["ended"]}
+        beats = {rank: json.loads(text or '{"ended": false}') for rank, text in enumerate(raw)}
+        self.all_ended = all(beats[rank]["ended"] for rank in range(1, len(raw)) if rank not in self._gone)
+        beats = {rank: beat for rank, beat in beats.items() if raw[rank] and not beat["ended"]}
         silence = {rank: now - self._heard[rank] for rank in beats}
         late = {rank for rank in beats if silence[rank] > LATE_SECONDS}
-        connected = self._find_connected(beats, joined | late) if joined | late else set()
+        there = set(open_connections(self._port, of_server=True)) if joined | late else set()
+        connected = {rank for rank in (joined | late) & beats.keys() if there.intersection(beats[rank]["addresses"])}
         self._was_connected |= connected
         # A rank whose connection cannot be recognised here (a network that translates addresses) is only called silent.
         gone = sorted((late & self._was_connected) - connected - self._gone)
@@ -72,15 +74,11 @@ class RankBeats:
         summary = {"count": self._count, "silent": silent, "where": _describe_positions(beats)}
         if not gone:
             return None, summary
-        died = "died: its process is gone (killed or crashed)"
-        lost = "is lost: its process is gone, or its host is down or cut off"
-        what = died if silence[gone[0]] < CUT_SECONDS / 2 else lost
+        what = "died: its process is gone (killed or crashed)"
+        if silence[gone[0]] > CUT_SECONDS / 2:
+            what = "is lost: its process is gone, or its host is down or cut off"
         beat = beats[gone[0]]
         return Loss(gone[0], f"{beat['name']} {what}; it was at {_position(beat)}"), summary
-
-    def _find_connected(self, beats: dict[int, Any], ranks: set[int]) -> set[int]:
-        there = set(open_connections(self._port, of_server=True))
-        return {rank for rank in ranks if rank in beats and not there.isdisjoint(beats[rank]["addresses"])}
 
 
 def describe_ranks(ranks: list[int], most: int | None = None) -> str:
@@ -119,3 +117,35 @@ def _describe_positions(beats: dict[int, Any]) -> str:
         f"rank {describe_ranks(ranks, MOST_NAMED)} at {place} for {max(beats[rank]['seconds'] for rank in ranks)} s"
         for place, ranks in sorted(places.items())
     )
+
+
+def open_connections(port: int, *, of_server: bool = False) -> list[str]:
+    """Addresses ("IP PORT") of the clients that this process has connected to a store's `port`, or, `of_server`, of all
+    clients that are connected to the store which it serves at `port`."""
+    found = []
+    for connection in _connections(port):
+        end, other = connection.laddr, connection.raddr
+        client, server = (other, end) if of_server else (end, other)
+        if connection.status == psutil.CONN_ESTABLISHED and server.port == port:
+            found.append(f"{client.ip.removeprefix('::ffff:')} {client.port}")
+    return found
+
+
+def drop_dead_connections(port: int, seconds: float) -> None:
+    """Let the kernel close this process's connections to or of the store at `port` when the other host acknowledges
+    nothing for `seconds`. torch sets no such limit. A process that is merely stopped keeps its connections: its kernel
+    acknowledges for it. What connects to this process later inherits the limit from the listening socket."""
+    if not hasattr(socket, "TCP_USER_TIMEOUT"):  # not Linux
+        return
+    for connection in _connections(port):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as same:  # closed meanwhile
+            same.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            same.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, round(seconds / 4)))
+            same.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, round(seconds / 8)))
+            same.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6)
+            same.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(seconds * 1000))
+
+
+def _connections(port: int) -> list[Any]:
+    found = psutil.Process().net_connections("tcp")
+    return [one for one in found if port in (one.laddr.port, one.raddr.port if one.raddr else None)]

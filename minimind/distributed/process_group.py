@@ -1,8 +1,10 @@
-"""The process group of a run, and each CPU rank's share of its host's cores."""
+"""The store that rank 0 opens, the process group of a run over it, and each CPU rank's share of its host's cores."""
 
 import contextlib
 import datetime
 import os
+import socket
+import time
 from collections.abc import Iterator
 
 import deepspeed.comm
@@ -10,19 +12,61 @@ import deepspeed.ops
 import torch.distributed
 
 from minimind.distributed.cpu_gather import gather_in_place
-from minimind.distributed.environment import DEFAULT_MASTER_PORT, RankEnvironment
-from minimind.distributed.store import connect_store, node_name
+from minimind.distributed.environment import DEFAULT_MASTER_PORT, RankEnvironment, node_name
 from minimind.errors import OneRankError, first_line
 
 
-def open_store(env: RankEnvironment, timeout_minutes: float) -> torch.distributed.Store:
+def connect_store(env: RankEnvironment, timeout_minutes: float) -> torch.distributed.Store:
     """Connect to the key-value store that rank 0 opens at MASTER_ADDR and MASTER_PORT. Every rank calls this.
 
+    Does not wait for ranks that have not connected yet.
+
     Raises:
-        OneRankError: the port is taken, or nobody answers there in time.
+        OneRankError: the port is taken, or nothing answers there in time.
     """
+    if env.master_addr is None and env.local_world_size < env.world_size:
+        raise OneRankError("MASTER_ADDR: not set; set it to rank 0's host, or start with launch/pretrain_mpi.sh")
     address, port = env.master_addr or "127.0.0.1", env.master_port or DEFAULT_MASTER_PORT
-    return connect_store(env.rank, env.world_size, address, port, timeout_minutes)
+    # torchrun's agent has opened one itself, and restarts its ranks on it after a failure.
+    is_opened = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        if not env.is_first:
+            _wait_for_port(address, port, timeout_minutes * 60)
+        store: torch.distributed.Store = torch.distributed.TCPStore(
+            address,
+            port,
+            env.world_size,
+            is_master=env.is_first and not is_opened,
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            wait_for_workers=False,
+        )
+    except (OSError, torch.distributed.DistNetworkError, torch.distributed.DistStoreError, ValueError) as error:
+        reason = first_line(error)
+        if "EADDRINUSE" in str(error):
+            reason = "the port is in use on this host; end what holds it, or set another MASTER_PORT"
+        raise OneRankError(
+            f"rank {env.rank} on {node_name()}: no process group at MASTER_ADDR {address} MASTER_PORT {port}: {reason}"
+        ) from None
+    if is_opened:
+        store = torch.distributed.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return store
+
+
+def _wait_for_port(address: str, port: int, seconds: float) -> None:
+    """Wait until the port is open; torch's own client prints a page of its stack if it isn't in time.
+
+    Raises:
+        OSError: it was not, with the last reason.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(1.0, min(10.0, seconds))).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
 
 
 @contextlib.contextmanager
@@ -49,7 +93,7 @@ def process_group(
         share_cores(env)
     if store is None:
         is_alone = env.world_size == 1 and env.master_addr is None
-        store = torch.distributed.HashStore() if is_alone else open_store(env, timeout_minutes)
+        store = torch.distributed.HashStore() if is_alone else connect_store(env, timeout_minutes)
     with _told_by_environment(env):
         try:
             torch.distributed.init_process_group(

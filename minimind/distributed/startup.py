@@ -12,14 +12,14 @@ import torch
 
 from minimind.config.resolved_run import ResolvedRun
 from minimind.distributed.collectives import log
-from minimind.distributed.environment import DEFAULT_MASTER_PORT, RankEnvironment
-from minimind.distributed.host_report import examine
-from minimind.distributed.preflight import JOIN_MINUTES, announce_failure, run_preflight
-from minimind.distributed.process_group import open_store
-from minimind.distributed.store import node_name
+from minimind.distributed.environment import DEFAULT_MASTER_PORT, RankEnvironment, node_name
+from minimind.distributed.preflight import announce_failure, examine, run_preflight
+from minimind.distributed.process_group import connect_store
 from minimind.distributed.watchdog import Watchdog
 from minimind.errors import OneRankError, UserError
 
+JOIN_MINUTES = 10.0
+"""How long early ranks wait for late ones."""
 ANNOUNCE_MINUTES = 0.25
 
 
@@ -35,25 +35,21 @@ def join_ranks(
     Raises:
         UserError: a rank is missing, a host differs, or rank 0 cannot be reached.
     """
-    train = resolved.train
+    train, run_dir = resolved.train, Path(resolved.train.run_dir)
     watchdog = Watchdog(env.rank, node_name(), train.timeout_minutes, is_logger=env.local_rank == 0)
     if env.world_size == 1:
         yield None, watchdog
         return
-    join_minutes = min(JOIN_MINUTES, train.timeout_minutes)
-    store = open_store(env, join_minutes)
+    minutes = min(JOIN_MINUTES, train.timeout_minutes)
+    store = connect_store(env, minutes)
     if train.preflight:
-        run_dir = Path(train.run_dir)
         report = examine(env, device, run_dir, shards)
-        run_preflight(
-            env, store, report, run_dir, needed_bytes=resolved.checkpoint_bytes, join_minutes=join_minutes, log=log
-        )
+        needed = resolved.checkpoint_bytes
+        run_preflight(env, store, report, run_dir, needed_bytes=needed, join_minutes=minutes, log=log)
     store.set_timeout(datetime.timedelta(minutes=train.timeout_minutes))
     watchdog.connect(store, env.world_size, env.master_port or DEFAULT_MASTER_PORT)
-    try:
+    with contextlib.closing(watchdog):
         yield store, watchdog
-    finally:
-        watchdog.close()
 
 
 def report_startup_error(env: RankEnvironment, error: UserError) -> None:
@@ -65,7 +61,7 @@ def report_startup_error(env: RankEnvironment, error: UserError) -> None:
     if env.is_first or env.local_world_size == env.world_size:  # one host: rank 0 has the same files
         return
     try:
-        announce_failure(env, open_store(env, ANNOUNCE_MINUTES), error)
+        announce_failure(env, connect_store(env, ANNOUNCE_MINUTES), error)
     except UserError:
         if env.local_rank == 0:
             raise OneRankError(f"rank {env.rank} on {node_name()}: {error}") from None

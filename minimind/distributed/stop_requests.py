@@ -35,22 +35,18 @@ class Requests:
 class StopRequests:
     """The requests that this rank has received since the last reduction. Made by `listen`."""
 
-    def __init__(self, run_dir: Path | None) -> None:
+    def __init__(self, run_dir: Path | None, launcher_gone: Callable[[], bool] = lambda: False) -> None:
         self._run_dir = run_dir
+        self._launcher_gone = launcher_gone
         self._signal = 0
         self._since = 0.0
-        self._launcher_gone = False
-
-    def launcher_gone(self) -> None:
-        """Request a stop because the launcher has ended. Not counted as a signal: the first one is still a request."""
-        self._launcher_gone = True
 
     def all_reduce(self, values: tuple[int, ...] = ()) -> tuple[Requests, tuple[int, ...]]:
         """The requests of all ranks together, and the element-wise maximum of `values`. Every rank calls this: one
         collective, on host memory, so the device keeps working.
         """
         # (highest signal, launcher gone, SAVE exists, STOP exists, the caller's values)
-        flags = [self._signal, self._launcher_gone, self._exists(SAVE_FILE), self._exists(STOP_FILE)]
+        flags = [self._signal, self._launcher_gone(), self._exists(SAVE_FILE), self._exists(STOP_FILE)]
         tensor = torch.tensor([*flags, *values], dtype=torch.int64)
         torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
         number, launcher_gone, save, stop, *largest = tensor.tolist()
@@ -83,15 +79,16 @@ class StopRequests:
 
 
 @contextlib.contextmanager
-def listen(run_dir: Path | None) -> Iterator[StopRequests]:
+def listen(run_dir: Path | None, launcher_gone: Callable[[], bool] = lambda: False) -> Iterator[StopRequests]:
     """Take the signals of `SIGNALS` as requests while the block runs, then restore their handlers.
 
     An ignored SIGHUP stays ignored.
 
     Args:
         run_dir: where to look for SAVE and STOP; None on every rank but the first.
+        launcher_gone: whether what has started this rank has ended, which is a request to stop too.
     """
-    requests = StopRequests(run_dir)
+    requests = StopRequests(run_dir, launcher_gone)
     before: dict[signal.Signals, Callable | int | None] = {}
     with contextlib.suppress(ValueError):  # not the main thread: no signals there, files still work
         for number in SIGNALS:

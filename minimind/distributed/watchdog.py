@@ -25,8 +25,9 @@ from minimind.distributed.heartbeats import (
     RankBeats,
     describe_position,
     describe_silence,
+    drop_dead_connections,
+    open_connections,
 )
-from minimind.distributed.store import drop_dead_connections, open_connections
 from minimind.errors import EXIT_LOST, EXIT_USER_ERROR, UserError, first_line
 
 BEAT_SECONDS = 1.0
@@ -89,10 +90,11 @@ class Watchdog:
         self._beat: dict[str, Any] = {"name": self._name, "addresses": addresses, "count": 0}
         self._send_beat(ended=False)  # from now on this rank is missed if it dies
         self._heard = time.monotonic()
-        for work in (self._keep_beating, self._watch_itself):
-            thread = threading.Thread(target=work, name="watchdog", daemon=True)
+        self._threads = [
+            threading.Thread(target=work, daemon=True) for work in (self._keep_beating, self._watch_itself)
+        ]
+        for thread in self._threads:
             thread.start()
-            self._threads.append(thread)
 
     @contextlib.contextmanager
     def report_failure(self) -> Iterator[None]:
@@ -190,9 +192,8 @@ class Watchdog:
                     self._wake.wait(BEAT_SECONDS)
         except torch.distributed.DistError as error:
             if not self._ended.is_set():
-                what = "died: its process is gone (killed or crashed), or its host is down or cut off"
-                where = self._summary["first"]
-                self._end_lost(Loss(0, f"{self._first} {what} ({first_line(error)[:120]}); it was at {where}"))
+                what = f"died: its process is gone (killed or crashed), or its host is down ({first_line(error)[:120]})"
+                self._end_lost(Loss(0, f"{self._first} {what}; it was at {self._summary['first']}"))
 
     def _exchange(self, ended: bool) -> bool:
         """One beat, which says whether this rank has `ended`; whether there is reason for another one."""
@@ -219,10 +220,9 @@ class Watchdog:
         return not is_last
 
     def _send_beat(self, ended: bool) -> None:
-        step, phase = self._place
-        seconds = round(time.monotonic() - self._since)
-        count = self._beat["count"] + 1
-        self._beat |= {"count": count, "step": step, "phase": phase, "seconds": seconds, "ended": ended}
+        (step, phase), seconds = self._place, round(time.monotonic() - self._since)
+        self._beat |= {"step": step, "phase": phase, "seconds": seconds, "ended": ended}
+        self._beat["count"] += 1
         self._store.set(f"beat/{self._rank}", json.dumps(self._beat))
 
     def _announce(self, loss: Loss) -> None:

@@ -46,9 +46,8 @@ def hold_run(run_dir: Path, watchdog: Watchdog, launcher: LauncherWatch, *, is_f
         UserError: on every rank: another job works in the folder, or it cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        requests = stack.enter_context(listen(run_dir if is_first else None))
-        launcher.start(requests.launcher_gone)
-        stack.callback(launcher.close)
+        requests = stack.enter_context(listen(run_dir if is_first else None, launcher.has_ended))
+        stack.enter_context(launcher.outlive_readers())
         lock: RunLock | None = None
 
         def take() -> None:

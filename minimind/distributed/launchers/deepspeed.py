@@ -1,13 +1,11 @@
 """The deepspeed launcher over several hosts, checked: `launch/deepspeed DEEPSPEED_FLAGS launch/pretrain.sh FLAGS`.
 
-DeepSpeed puts values unquoted into a shell's command line for every host. Here they are checked or packed first, every
-host is tried, and the exit code is that of the remote side, whatever ends it.
+DeepSpeed puts values unquoted into a shell's command line for every host. Here they are quoted, names of hosts are
+checked, every host is tried first, and the exit code is that of the remote side, whatever ends it.
 """
 
 import argparse
-import concurrent.futures
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -20,40 +18,31 @@ from pathlib import Path
 from deepspeed.launcher import runner
 from deepspeed.launcher.multinode_runner import PDSHRunner
 
-from minimind.distributed.launchers.hosts import check_host, read_hostfile
-from minimind.distributed.launchers.local import end_with_parent
+from minimind.distributed.launchers.local import FORWARDED, end_with_parent, exit_code
 from minimind.errors import UserError, first_line, run_main
 from minimind.files import ROOT
 
-FLAG = "--words="
-SCRIPT = ROOT / "launch" / "pretrain.sh"
 # A connection to a dead host is given up after 30 s; otherwise pdsh would wait for ever.
-SSH_OPTIONS = "-o BatchMode=yes -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
-
-_PLAIN = re.compile(r"[\w@%+=:,./-]+")
-_NAME = re.compile(r"[A-Za-z_]\w*")
-# DeepSpeed puts the value of a variable between double quotes, in which these have a meaning.
-_UNSAFE = re.compile(r'["$`\\!\n\r]')
+SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
+# A name that begins with a hyphen would be an option of ssh, and one with special characters could be a command.
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
+_VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run `deepspeed` with these arguments; the exit code of its remote side.
 
     Raises:
-        UserError: a value that a shell would change, a host that does not answer, a bad hostfile.
+        UserError: a host that does not answer, a bad hostfile, a path that a shell would change.
     """
-    words = list(sys.argv[1:] if args is None else args)
-    given = runner.parse_args(words)
+    given = runner.parse_args(sys.argv[1:] if args is None else list(args))
     hosts = select_hosts(given)
-    exports = find_exports(os.environ, [Path.home(), Path.cwd()])
-    check_plain(given)
-    launcher_flags = words[: len(words) - len(given.user_args)]
-    given.user_args = [pack_words(given.user_args)]
+    command, environment = build_command(given, hosts, find_exports(os.environ, [Path.home(), Path.cwd()]))
     if os.environ.get("DRY_RUN") == "1":
-        print(shlex.join(["deepspeed", *launcher_flags, *given.user_args]))
+        print(shlex.join(command))
         return 0
-    try_hosts(list(hosts), given.ssh_port)
-    return run_and_wait(*build_command(given, hosts, exports))
+    try_hosts(command, environment, given.user_script)
+    return run_and_wait(command, environment)
 
 
 def select_hosts(given: argparse.Namespace) -> dict[str, list[int]]:
@@ -71,93 +60,115 @@ def select_hosts(given: argparse.Namespace) -> dict[str, list[int]]:
         hosts = runner.parse_inclusion_exclusion(slots, given.include, given.exclude)
     except (ValueError, KeyError) as error:
         raise UserError(f"--include/--exclude: {first_line(error)}; write node1@node2:0,1") from None
-    hosts = runner.apply_num_nodes_and_gpus(hosts, given.num_nodes, given.num_gpus)
     if not hosts:
         raise UserError(f"{given.hostfile}: no host is left after --include/--exclude")
-    return hosts
+    return runner.apply_num_nodes_and_gpus(hosts, given.num_nodes, given.num_gpus)
 
 
-def check_plain(given: argparse.Namespace) -> None:
-    """Refuse what a shell would change.
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Host -> slots of a DeepSpeed hostfile, in order.
 
     Raises:
-        UserError: naming the flag or path.
+        UserError: it cannot be read; a line that is not `HOST slots=N`, a host that is listed twice, or none at all.
     """
-    if given.launcher.lower() != "pdsh":
-        raise UserError(f"--launcher {given.launcher}: use launch/pretrain.sbatch or launch/pretrain_mpi.sh")
-    if Path(given.user_script).resolve() != SCRIPT:
-        raise UserError(f"{given.user_script}: only launch/pretrain.sh can read flags that passed a shell")
-    if given.master_addr:
-        check_host(given.master_addr, "--master_addr")
-    for what, value in {
-        "the current folder": os.getcwd(),
-        "Python": sys.executable,
-        "the script": str(SCRIPT),
-        "--venv_script": given.venv_script or "",
-        "--enable_each_rank_log": given.enable_each_rank_log or "",
-    }.items():
-        if odd := sorted({char for char in str(value) if not _PLAIN.fullmatch(char)}):
-            raise UserError(f"{what}: a shell would change {value!r}; use one without {' '.join(map(repr, odd))}")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(
+            f"hostfile {path}: {reason}; pass one with lines like 'node1 slots=8', or use bash launch/pretrain.sh for "
+            "one machine"
+        ) from None
+    slots: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        words, place = line.partition("#")[0].split(), f"{path} line {number}"
+        if not words:
+            continue
+        host = check_host(words[0], place)
+        count = re.fullmatch(r"slots=([1-9]\d{0,3})", words[1]) if len(words) == 2 else None
+        if count is None:
+            raise UserError(f"{place}: {' '.join(words)!r} is not of the form 'node1 slots=8'")
+        if host in slots:
+            raise UserError(f"{place}: {host} is listed twice; give each host one line")
+        slots[host] = int(count[1])
+    if not slots:
+        raise UserError(f"hostfile {path}: lists no host; write lines like 'node1 slots=8'")
+    return slots
+
+
+def check_host(name: str, where: str) -> str:
+    """`name`, if it is a valid host name or IPv4 address.
+
+    Raises:
+        UserError: it is not, with its place `where`.
+    """
+    if not _HOST.fullmatch(name):
+        raise UserError(f"{where}: {name!r} is not a host name; use letters, digits, dots and hyphens")
+    return name
 
 
 def find_exports(environment: Mapping[str, str], folders: Sequence[Path]) -> dict[str, str]:
     """The variables that DeepSpeed exports on every host: some of this one, and those of .deepspeed_env.
 
     Raises:
-        UserError: a line of the file is not NAME=VALUE, or a shell would change a value.
+        UserError: a line of the file is not NAME=VALUE.
     """
     prefixes = (*runner.EXPORT_ENVS, *runner.get_accelerator().export_envs())
-    found = {name: (value, name) for name, value in environment.items() if name.startswith(prefixes)}
+    found = {name: value for name, value in environment.items() if name.startswith(prefixes)}
     for path in (folder / runner.DEEPSPEED_ENVIRONMENT_NAME for folder in folders):
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         for number, line in enumerate(map(str.strip, lines), 1):
             name, equals, value = line.partition("=")
             if line and not line.startswith("#"):
-                if not equals or not _NAME.fullmatch(name):
+                if not equals or not _VARIABLE.fullmatch(name):
                     raise UserError(f"{path} line {number}: {line!r} is not NAME=VALUE")
-                found[name] = (value, f"{path} line {number}: {name}")
-    for name, (value, where) in found.items():
-        if not _NAME.fullmatch(name) or _UNSAFE.search(value):
-            raise UserError(f'{where}: a shell would change {value!r}; unset it, or avoid " $ ` \\ ! and line ends')
-    return {name: value for name, (value, _) in found.items()}
-
-
-def try_hosts(hosts: Sequence[str], port: int | None) -> None:
-    """Check that ssh reaches every host and that the repository is there.
-
-    Raises:
-        UserError: naming the first host that fails, and why.
-    """
-    options = [*shlex.split(SSH_OPTIONS), "-o", "ConnectTimeout=10", *(["-p", str(port)] if port else [])]
-
-    def find_problem(host: str) -> str | None:
-        command = ["ssh", *options, "--", host, f"test -f {shlex.quote(str(SCRIPT))}"]
-        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        if result.returncode == 255:  # ssh's own failure
-            said = result.stderr.strip().splitlines() or ["no reason given"]
-            return f"host {host} does not answer to ssh: {said[-1]}"
-        return None if result.returncode == 0 else f"host {host} has no {SCRIPT}: share the folder, or copy it there"
-
-    with concurrent.futures.ThreadPoolExecutor(min(64, len(hosts))) as pool:
-        problems = [problem for problem in pool.map(find_problem, hosts) if problem]
-    if problems:
-        raise UserError(problems[0] + (f" (and {len(problems) - 1} more hosts)" if len(problems) > 1 else ""))
+                found[name] = value
+    return {name: value for name, value in found.items() if _VARIABLE.fullmatch(name)}
 
 
 def build_command(
     given: argparse.Namespace, hosts: dict[str, list[int]], exports: Mapping[str, str]
 ) -> tuple[list[str], dict[str, str]]:
-    """DeepSpeed's own command for pdsh, and its environment."""
-    given.user_script = str(SCRIPT)
-    given.master_addr = given.master_addr or next(iter(hosts))
+    """DeepSpeed's own command for pdsh with every value quoted, and its environment.
+
+    Raises:
+        UserError: another launcher, no pdsh, or a path that DeepSpeed hands to the shell as it is and that has a blank.
+    """
+    if given.launcher.lower() != "pdsh":
+        raise UserError(f"--launcher {given.launcher}: use launch/pretrain.sbatch or launch/pretrain_mpi.sh")
+    for path in (os.getcwd(), sys.executable, given.venv_script or ".", given.enable_each_rank_log):
+        if quote(path) != path:
+            raise UserError(f"{path!r}: a shell would change this path; use one of letters, digits and ./_-")
+    given.master_addr = check_host(given.master_addr or next(iter(hosts)), "--master_addr")
+    given.user_script = str(Path(given.user_script).resolve())
     pdsh = PDSHRunner(given, runner.encode_world_info(hosts))
     if not pdsh.backend_exists():
         raise UserError("pdsh is not installed; install it, or use launch/pretrain_mpi.sh")
-    for name, value in {"PYTHONPATH": str(ROOT), **exports}.items():
-        pdsh.add_export(name, value)
+    pdsh.user_script = quote(given.user_script)
+    pdsh.user_arguments = [quote(word) for word in given.user_args]
+    pdsh.exports = {name: quote(value) for name, value in {"PYTHONPATH": str(ROOT), **exports}.items()}
     ssh_options = f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} {SSH_OPTIONS}".strip()
     command, _, environment = pdsh.get_cmd({**os.environ, "PDSH_SSH_ARGS_APPEND": ssh_options}, hosts)
     return command, environment
+
+
+def quote(word: str) -> str:
+    """`word` as pdsh has to get it: for a shell, and with % doubled, as pdsh puts the host's number for %n."""
+    return shlex.quote(word).replace("%", "%%")
+
+
+def try_hosts(command: Sequence[str], environment: Mapping[str, str], script: str) -> None:
+    """Check that ssh reaches every host and that the script is there, by the run's own pdsh.
+
+    Raises:
+        UserError: naming the first host that fails, and why.
+    """
+    test = f"test -f {quote(script)} || {{ echo has no {quote(script)} >&2; exit 1; }}"
+    pdsh = [*command[: command.index("-w") + 2], test]
+    result = subprocess.run(pdsh, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if result.returncode:
+        said = [line for line in result.stderr.splitlines() if not line.startswith("pdsh@")] or ["no reason given"]
+        raise UserError(f"not every host answers to ssh and has the repository: {said[-1]}")
 
 
 def run_and_wait(command: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -179,30 +190,9 @@ def run_and_wait(command: Sequence[str], environment: Mapping[str, str]) -> int:
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in FORWARDED:
         signal.signal(number, stop)
-    code = process.wait()
-    return 128 - code if code < 0 else code
-
-
-def pack_words(words: Sequence[str]) -> str:
-    """The words as one flag that no shell changes."""
-    return FLAG + json.dumps(list(words)).encode().hex()
-
-
-def unpack_words(args: Sequence[str]) -> list[str]:
-    """`args` with every packed flag replaced by its words.
-
-    Raises:
-        UserError: a packed flag is damaged.
-    """
-    words: list[str] = []
-    for arg in args:
-        try:
-            words += json.loads(bytes.fromhex(arg.removeprefix(FLAG))) if arg.startswith(FLAG) else [arg]
-        except ValueError:
-            raise UserError(f"{arg[:40]}: damaged; start with launch/deepspeed") from None
-    return words
+    return exit_code(process.wait())
 
 
 if __name__ == "__main__":

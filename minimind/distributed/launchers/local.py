@@ -19,19 +19,25 @@ PATIENCE_SECONDS = 10.0
 GRACE_SECONDS = 30.0
 """Between SIGTERM and SIGKILL to the remaining ranks."""
 
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
 def main(args: list[str]) -> int:
-    """Run `args[1:]` as `args[0]` ranks; the exit code of the first rank that failed, or 0.
-
-    A rank that died by signal n counts as 128 + n, as in a shell.
-    """
+    """Run `args[1:]` as `args[0]` ranks; the exit code of the first rank that failed, or 0."""
     world_size = int(args[0])
     port = os.environ.get("MASTER_PORT") or str(find_free_port())
-    ranks = [start_rank(args[1:], rank, world_size, port) for rank in range(world_size)]
-    for number in _FORWARDED:
+    # Each in its own session, so that Ctrl-C reaches it once, through us.
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *args[1:]],
+            env=rank_environment(rank, world_size, port),
+            start_new_session=True,
+            preexec_fn=end_with_parent(),
+        )
+        for rank in range(world_size)
+    ]
+    for number in FORWARDED:
         signal.signal(number, lambda received, _frame: signal_ranks(ranks, received))
     return wait_for(ranks)
 
@@ -62,16 +68,6 @@ def rank_environment(rank: int, world_size: int, port: str) -> dict[str, str]:
     }
 
 
-def start_rank(command: list[str], rank: int, world_size: int, port: str) -> subprocess.Popen:
-    """Start one rank, in its own session, so that Ctrl-C reaches it once, through us."""
-    return subprocess.Popen(
-        [sys.executable, *command],
-        env=rank_environment(rank, world_size, port),
-        start_new_session=True,
-        preexec_fn=end_with_parent(),
-    )
-
-
 def signal_ranks(ranks: list[subprocess.Popen], number: int) -> None:
     """Send a signal to every rank that still runs."""
     for process in ranks:
@@ -94,8 +90,11 @@ def wait_for(ranks: list[subprocess.Popen]) -> int:
             asked = True
         if waited > PATIENCE_SECONDS + GRACE_SECONDS:
             signal_ranks(ranks, signal.SIGKILL)
-    codes = [process.returncode for process in ranks if process.returncode]
-    code = code or (codes[0] if codes else 0)
+    return exit_code(code or next((process.returncode for process in ranks if process.returncode), 0))
+
+
+def exit_code(code: int) -> int:
+    """A child's `returncode` as an exit code: 128 + n where signal n ended it, as in a shell."""
     return 128 - code if code < 0 else code
 
 

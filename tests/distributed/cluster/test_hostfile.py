@@ -35,7 +35,7 @@ def checked(hosts, hostfile: Path, *flags: str) -> list[object]:
 def test_two_hosts_are_one_machine_and_values_arrive_as_typed(
     hosts, hostfile, environment, tiny_corpus, tmp_path, reference
 ):
-    run_dir = tmp_path / "a b; $(touch pwned) 'q' \"r\""
+    run_dir = tmp_path / "a b; $(touch pwned) 'q' \"r\" 5%n"
     output = tmp_path / "out"
     flags = flags_for(tiny_corpus, run_dir, steps=20, warmup_steps=2, save_every=0)
     with launched(checked(hosts, hostfile, *flags), output, **environment) as process:
@@ -98,7 +98,8 @@ def test_a_host_that_does_not_answer_and_a_name_that_is_an_option_are_refused(ho
     hostfile.write_text("h1 slots=1\nh3 slots=1\n")
     with launched(checked(hosts, hostfile, "--steps", "1"), tmp_path / "out") as process:
         assert process.wait(60) == 2
-    assert "error: host h3 does not answer to ssh: " in (tmp_path / "out").read_text()
+    said = (tmp_path / "out").read_text()
+    assert "error: not every host answers to ssh and has the repository: h3: " in said and "resolve" in said, said
     hostfile.write_text(f"h1 slots=1\n-oProxyCommand=touch${{IFS}}{tmp_path}/pwned slots=1\n")
     with launched(checked(hosts, hostfile, "--steps", "1"), tmp_path / "out") as process:
         assert process.wait(60) == 2
