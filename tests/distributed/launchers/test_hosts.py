@@ -91,7 +91,7 @@ def test_what_cannot_be_quoted_is_refused(tmp_path, monkeypatch):
     hostfile = str(write_hostfile(tmp_path))
     monkeypatch.setenv("DRY_RUN", "1")
     for flags, words in (
-        (["--master_addr", "-oX"], "--master_addr: '-oX' is not a host name"),
+        (["--master_addr=-oX"], "--master_addr: '-oX' is not a host name"),
         (["--launcher", "slurm"], r"--launcher slurm: use launch/pretrain\.sbatch"),
         (["--venv_script", "a b"], "'a b': a shell would change this path"),
         (["--include", "n9"], "--include/--exclude: Hostname 'n9' not found"),
