@@ -17,7 +17,8 @@ from minimind.config.run_config import preset
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import BatchLoader
 from minimind.data.manifest import Manifest
-from minimind.data.shards import ShardReader, ShardWriter
+from minimind.data.shard_writer import ShardWriter
+from minimind.data.shards import ShardReader
 from minimind.model import MiniMindForCausalLM
 from minimind.model.kernels.apply import apply_kernels
 

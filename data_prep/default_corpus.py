@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data import topics
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import tyro
 from tqdm import tqdm
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data_prep.writing.pool import count_workers, map_ordered
 from minimind.cli import parse_flags
 from minimind.errors import UserError, run_main
-from minimind.files import ROOT, replace_file
+from minimind.files import ROOT, disk_errors, replace_file
 
 _DOCUMENT_CHARACTERS = 1000
 _LONGEST_DOCUMENT = 20_000
@@ -84,11 +84,9 @@ def main() -> None:
                 break
     if total < flags.min_bytes:
         raise UserError(f"only {total:,} bytes of text found on this machine, --min-bytes is {flags.min_bytes:,}")
-    try:
+    with disk_errors(flags.output):
         flags.output.parent.mkdir(parents=True, exist_ok=True)
         replace_file(flags.output, "".join(lines))
-    except OSError as error:
-        raise UserError(f"cannot write {flags.output}: {error.strerror}") from None
     print(f"{flags.output}: {len(lines):,} documents, {total:,} bytes of text")
 
 
@@ -103,10 +101,8 @@ def collect_documents(workers: int) -> Iterator[Document]:
         # The first of two with one name is the one that Python would import.
         packages.setdefault((distribution.metadata["Name"] or "").lower(), distribution)
     for name in sorted(packages):
-        metadata: Any = packages[name].metadata
-        # Old metadata has the description in a header, each line indented.
-        header = (metadata.get("Description") or "").replace("\n        ", "\n")
-        yield from _split_sections(str(metadata.get_payload() or "") or header, f"description of {metadata['Name']}")
+        description = cast(Any, packages[name].metadata).get_payload()
+        yield from _split_sections(str(description or ""), f"description of {name}")
     library = Path(sysconfig.get_path("stdlib"))
     modules = [(path, library) for path in sorted(library.rglob("*.py")) if _is_wanted(path.relative_to(library))]
     for name in sorted(packages, key=lambda name: (name not in _PROSE_PACKAGES, name)):
@@ -134,17 +130,18 @@ def find_docstrings(source: str) -> list[str]:
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
-    nodes = [node for node in ast.walk(tree) if isinstance(node, _Documented)]
-    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
     found = []
-    for node in nodes:
+    nodes = [node for node in ast.walk(tree) if isinstance(node, _Documented)]
+    for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
         paragraphs = (ast.get_docstring(node) or "").split("\n\n")
         text = "\n\n".join(paragraph for paragraph in paragraphs if not _LICENCE.search(paragraph)).strip()
-        if text and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            text = f"{node.name}({ast.unparse(node.args)})\n\n{text}"
-        elif text and isinstance(node, ast.ClassDef):
+        if not text:
+            continue
+        if isinstance(node, ast.ClassDef):
             text = f"class {node.name}\n\n{text}"
-        found += [text] if text else []
+        elif not isinstance(node, ast.Module):
+            text = f"{node.name}({ast.unparse(node.args)})\n\n{text}"
+        found.append(text)
     return found
 
 
@@ -161,8 +158,7 @@ def _is_wanted(path: Any) -> bool:
 
 
 def _split_sections(text: str, source: str) -> Iterator[Document]:
-    text = re.sub(r"\n{3,}", "\n\n", _NO_TEXT.sub("", text.replace("\r\n", "\n")))
-    yield from _pack(_HEADING.split(text), source)
+    return _pack(_HEADING.split(re.sub(r"\n{3,}", "\n\n", _NO_TEXT.sub("", text.replace("\r\n", "\n")))), source)
 
 
 def _pack(pieces: Iterable[str], source: str) -> Iterator[Document]:

@@ -6,6 +6,7 @@ machine.
 
 import hashlib
 import io
+import itertools
 import json
 import re
 import sys
@@ -13,18 +14,20 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import sentencepiece
 import tyro
 from tqdm import tqdm
 
 from data_prep.reading.documents import BadDocuments, read_documents
-from data_prep.reading.records import ReadOptions, check_range
+from data_prep.reading.records import FRACTION, ReadOptions
 from data_prep.reading.sources import resolve_sources
 from minimind.cli import parse_flags
 from minimind.data.tokenizer import BLANK, CONFIG_NAME, MODEL_NAME, SPECIAL_TOKENS, load_tokenizer
 from minimind.errors import UserError, run_main
-from minimind.files import replace_file
+from minimind.files import disk_errors, replace_file
+from minimind.schema import AT_LEAST_1, Limits
 
 UNKNOWN_TOKEN = "<unk>"
 _RESERVED_PIECES = len(SPECIAL_TOKENS) + 1 + 256
@@ -48,20 +51,14 @@ class TrainTokenizerFlags(ReadOptions):
     """Files (.jsonl .ndjson .json .txt .parquet .csv .tsv, also .gz .zst .bz2 .xz), folders, globs, - or hf:NAME."""
     output: Path
     """Folder for tokenizer.model and tokenizer_config.json."""
-    vocab_size: int = 6400
+    vocab_size: Annotated[int, Limits(at_least=SMALLEST_VOCABULARY)] = 6400
     """Number of tokens: special ones, 256 bytes and learnt pieces."""
-    max_train_bytes: int = 100_000_000
+    max_train_bytes: Annotated[int, AT_LEAST_1] = 100_000_000
     """Learn from at most so much text: a sample spread evenly over a larger input, always the same one."""
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Annotated[float, FRACTION] = 0.01
     """Stop if more than this fraction of the documents is bad."""
     overwrite: bool = False
     """Replace a tokenizer that is already in the output folder."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("--vocab-size", self.vocab_size, SMALLEST_VOCABULARY)
-        check_range("--max-train-bytes", self.max_train_bytes, 1)
-        check_range("--max-bad-fraction", self.max_bad_fraction, 0, 1)
 
 
 def main() -> None:
@@ -168,27 +165,20 @@ def save_tokenizer(model: bytes, folder: Path, vocab_size: int) -> None:
         "special_tokens": {token: token_id for token_id, token in enumerate(SPECIAL_TOKENS)},
         "sha256": hashlib.sha256(model).hexdigest(),
     }
-    try:
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_NAME).unlink(missing_ok=True)  # a crash must not leave one that belongs to another model
         replace_file(folder / MODEL_NAME, model)
         replace_file(folder / CONFIG_NAME, json.dumps(config, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename or folder}: {error.strerror}") from None
 
 
 def _choose_alphabet(characters: Counter[str], max_size: int) -> set[str]:
     """The most frequent characters; between equally frequent ones the code point decides."""
-    missing = (1 - _CHARACTER_COVERAGE) * characters.total()
+    total, missing = characters.total(), (1 - _CHARACTER_COVERAGE) * characters.total()
     ranked = sorted(characters.items(), key=lambda item: (-item[1], item[0]))[:max_size]
-    left = characters.total()
-    alphabet = set()
-    for character, count in ranked:
-        if left <= missing:
-            break
-        left -= count
-        alphabet.add(character)
-    return alphabet - set(_UNTRAINABLE)
+    covered = itertools.accumulate((count for _, count in ranked), initial=0)
+    chosen = {item[0] for item, before in zip(ranked, covered, strict=False) if total - before > missing}
+    return chosen - {*_UNTRAINABLE}
 
 
 def _explain(error: str, vocab_size: int) -> str:

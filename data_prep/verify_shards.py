@@ -14,7 +14,8 @@ import tyro
 from tqdm import tqdm
 
 from minimind.cli import parse_flags
-from minimind.data.shards import SPLITS, Manifest, ShardError, find_split, verify
+from minimind.data.manifest import Manifest, ShardError
+from minimind.data.shards import SPLITS, find_split, verify
 from minimind.errors import run_main
 from minimind.units import format_table
 

@@ -54,6 +54,15 @@ def replace_file(path: str | os.PathLike[str], data: bytes | str) -> None:
         temporary.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
 
+@contextlib.contextmanager
+def disk_errors(path: str | os.PathLike[str], fix: str = "") -> Iterator[None]:
+    """A full disk, or a `path` that cannot be written, becomes one `UserError`; `fix` ends its line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or path}: {error.strerror or error}{fix}") from error
+
+
 def fsync_folder(path: str | os.PathLike[str]) -> None:
     """Make the names in a folder durable (new files, renames, removals)."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

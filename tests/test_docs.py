@@ -35,7 +35,8 @@ from minimind.checkpoints.manifest import CheckpointManifest
 from minimind.config.run_config import DataConfig, TrainConfig
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import BatchLoader
-from minimind.data.shards import Manifest, ShardInfo, TokenizerInfo, open_split
+from minimind.data.manifest import Manifest, ShardInfo, TokenizerInfo
+from minimind.data.shards import open_split
 from minimind.inference.sampling import Sampler, SamplingOptions
 from minimind.model import PRESETS, ModelConfig
 from minimind.model.attention_mask import causal_mask

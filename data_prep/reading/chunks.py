@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import data_prep.reading.json_values as json_values
 from data_prep.reading.byte_stream import Source, open_source, open_text, spool
-from data_prep.reading.records import CHUNK_BYTES, ReadOptions, Record, Text, find_text, reject_long
+from data_prep.reading.records import CHUNK_BYTES, ReadOptions, Record, Rejected, find_text, reject_long
 from data_prep.reading.sources import DATASET
-from data_prep.reading.tables import ParquetTable, read_csv, read_dataset
+from data_prep.reading.tables import read_csv, read_dataset, read_parquet
 
 # White space of Unicode in UTF-8: a line of ideographic spaces is blank too.
 _is_blank = re.compile(
@@ -30,8 +30,7 @@ class Chunk:
     """Documents of one source with their line or row numbers: texts, or lines of JSON that are still to be parsed."""
 
     source: Source
-    records: tuple[tuple[int, Text], ...]
-    is_json: bool
+    records: tuple[Record, ...]
     progress: int
     """Bytes of the file on disk that this chunk stands for."""
 
@@ -39,25 +38,23 @@ class Chunk:
 def cut_source(source: Source, options: ReadOptions) -> Iterator[Chunk]:
     """The chunks of one source, in order. Raises `UserError` for a file that cannot be read to its end."""
     if source.format == DATASET:
-        yield from _pack(source, read_dataset(source, options), lambda _: 0)
+        yield from _pack(source, read_dataset(source, options), lambda: 0)
         return
     with open_source(source) as (stream, raw):
-        if source.format == "parquet":
-            # Its index is at the end, so that a compressed file is unpacked first.
-            with spool(stream, source.name) if source.compression else contextlib.nullcontext(stream) as file:
-                table = ParquetTable(file, source, options)
-                rows = max(1, table.num_rows)
-                yield from _pack(source, table.read_rows(), lambda row: row * source.size // rows)
+        if source.format != "parquet":
+            records = _read_text_format(open_text(stream, source, options.encoding), source, options)
+            yield from _pack(source, records, raw.tell)
             return
-        text = open_text(stream, source, options.encoding)
-        yield from _pack(source, _read_text_format(text, source, options), lambda _: raw.tell())
+        # Its index is at the end, so that a compressed file is unpacked first.
+        with spool(stream, source.name) if source.compression else contextlib.nullcontext(stream) as file:
+            yield from _pack(source, read_parquet(file, source, options), raw.tell)
 
 
 def _read_text_format(stream: io.BufferedReader, source: Source, options: ReadOptions) -> Iterator[Record]:
     limit = options.max_document_bytes
     if source.format == "json":
         for line, value, size in json_values.iterate(stream.read, source.name, CHUNK_BYTES, limit):
-            yield line, find_text(value, options.text_field) if size <= limit else reject_long(limit), size
+            yield line, find_text(value, options.text_field) if size <= limit else reject_long(limit)
     elif source.format in ("csv", "tsv"):
         yield from read_csv(stream, source, options)
     else:
@@ -66,9 +63,9 @@ def _read_text_format(stream: io.BufferedReader, source: Source, options: ReadOp
             read = {"line": _read_lines, "paragraph": _read_paragraphs, "document": _read_whole}[options.txt_documents]
         for line, data in read(stream, limit):
             if data is None:
-                yield line, reject_long(limit), 0
+                yield line, reject_long(limit)
             elif not _is_blank(data):
-                yield line, data, len(data)
+                yield line, data
 
 
 def _read_lines(stream: io.BufferedReader, limit: int) -> _Lines:
@@ -110,15 +107,15 @@ def _read_whole(stream: io.BufferedReader, limit: int) -> _Lines:
     yield 1, data
 
 
-def _pack(source: Source, records: Iterable[Record], tell: Callable[[int], int]) -> Iterator[Chunk]:
-    """Records in chunks of about `CHUNK_BYTES`; `tell` says how much of the file is read at a line."""
-    packed: list[tuple[int, Text]] = []
+def _pack(source: Source, records: Iterable[Record], tell: Callable[[], int]) -> Iterator[Chunk]:
+    """Records in chunks of about `CHUNK_BYTES`; `tell` says how much of the file has been read."""
+    packed: list[Record] = []
     total = done = 0
-    for line, text, size in itertools.chain(records, [(0, b"", -1)]):
-        if size >= 0:
-            packed.append((line, text))
-            total += size + 64
-        if packed and (total >= CHUNK_BYTES or size < 0):
-            position = tell(packed[-1][0])
-            yield Chunk(source, tuple(packed), source.format == "jsonl", position - done)
-            packed, total, done = [], 0, position
+    for line, text in records:
+        packed.append((line, text))
+        total += 64 + (0 if isinstance(text, Rejected) else len(text))
+        if total >= CHUNK_BYTES:
+            yield Chunk(source, tuple(packed), tell() - done)
+            packed, total, done = [], 0, tell()
+    if packed:
+        yield Chunk(source, tuple(packed), tell() - done)

@@ -6,7 +6,6 @@ The one reader of all commands that take text.
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import IO, NamedTuple
 
 from tqdm import tqdm
@@ -20,39 +19,52 @@ _SHOWN = 20
 _EARLY_DOCUMENTS = 10_000
 
 
-class Problem(NamedTuple):
-    """One bad document."""
-
-    source: str
-    line: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.source}:{self.line}: {self.reason}"
-
-
 class Parsed(NamedTuple):
-    """What a chunk holds: good documents in order and where each begins, bad ones, and how many were empty."""
+    """What a chunk holds: good documents and where each begins, a line on each bad one, and how many were empty."""
 
     texts: list[str]
     lines: list[int]
-    problems: list[Problem]
+    problems: list[str]
     num_empty: int
 
 
 def parse_chunk(chunk: Chunk, options: ReadOptions) -> Parsed:
-    parsed = Parsed([], [], [], 0)
-    num_empty = 0
+    texts, lines, problems = [], [], []
     for line, raw in chunk.records:
-        text = _check(_parse_json_line(raw, options) if chunk.is_json and isinstance(raw, bytes) else raw, options)
+        text = _check(raw, chunk.source.format == "jsonl", options)
         if isinstance(text, Rejected):
-            parsed.problems.append(Problem(chunk.source.name, line, text.reason))
-        elif not text or text.isspace():
-            num_empty += 1
-        else:
-            parsed.texts.append(text)
-            parsed.lines.append(line)
-    return parsed._replace(num_empty=num_empty)
+            problems.append(f"{chunk.source.name}:{line}: {text}")
+        elif text and not text.isspace():
+            texts.append(text)
+            lines.append(line)
+    return Parsed(texts, lines, problems, len(chunk.records) - len(texts) - len(problems))
+
+
+def _check(raw: Text, is_json: bool, options: ReadOptions) -> str | Rejected:
+    text = _decode(raw, is_json, options) if isinstance(raw, bytes) else raw
+    if isinstance(text, Rejected):
+        return text
+    if "\0" in text:
+        return Rejected(f"NUL character at position {text.index(chr(0)) + 1}")
+    try:
+        size = len(text) if text.isascii() else len(text.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        return Rejected(f"invalid Unicode: lone surrogate at position {error.start + 1}")
+    return text if size <= options.max_document_bytes else reject_long(options.max_document_bytes)
+
+
+def _decode(data: bytes, is_json: bool, options: ReadOptions) -> str | Rejected:
+    try:
+        text = data.decode("utf-8")
+        return find_text(json.loads(text), options.text_field) if is_json else text
+    except UnicodeDecodeError as error:
+        is_utf8 = options.encoding == "utf-8"
+        reason = f"invalid UTF-8: byte 0x{data[error.start]:02x}" if is_utf8 else f"not valid {options.encoding}"
+        return Rejected(f"{reason} at column {error.start + 1}")
+    except json.JSONDecodeError as error:
+        return Rejected(f"broken JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets within brackets
+        return Rejected(f"broken JSON: {error}")
 
 
 class BadDocuments:
@@ -66,9 +78,9 @@ class BadDocuments:
         self._max_fraction = max_fraction
         self._log = log
         self._documents = 0
-        self._first: Problem | None = None
+        self._first = ""
 
-    def add(self, num_documents: int, problems: Iterable[Problem]) -> None:
+    def add(self, num_documents: int, problems: Iterable[str]) -> None:
         """Take account of `num_documents` documents, of which `problems` are bad.
 
         Raises `UserError` as soon as the end cannot make good the fraction of the first ten thousand.
@@ -105,42 +117,3 @@ def read_documents(sources: Iterable[Source], options: ReadOptions, bad: BadDocu
             bad.add(len(parsed.texts) + len(parsed.problems), parsed.problems)
             yield from parsed.texts
     bad.finish()
-
-
-def _parse_json_line(data: bytes, options: ReadOptions) -> Text:
-    text = _decode(data, options.encoding)
-    if isinstance(text, Rejected):
-        return text
-    try:
-        return find_text(json.loads(text), options.text_field)
-    except json.JSONDecodeError as error:
-        return Rejected(f"broken JSON: {error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets within brackets
-        return Rejected(f"broken JSON: {error}")
-
-
-def _decode(data: bytes, encoding: str) -> str | Rejected:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if encoding != "utf-8":
-            return Rejected(f"not valid {encoding} at column {error.start + 1}")
-        return Rejected(f"invalid UTF-8: byte 0x{data[error.start]:02x} at column {error.start + 1}")
-
-
-def _check(raw: Text, options: ReadOptions) -> str | Rejected:
-    text = _decode(raw, options.encoding) if isinstance(raw, bytes) else raw
-    if isinstance(text, Rejected):
-        return text
-    if "\0" in text:
-        return Rejected(f"NUL character at position {text.index(chr(0)) + 1}")
-    try:
-        size = len(text) if text.isascii() else len(text.encode("utf-8"))
-    except UnicodeEncodeError as error:
-        return Rejected(f"invalid Unicode: lone surrogate at position {error.start + 1}")
-    return text if size <= options.max_document_bytes else reject_long(options.max_document_bytes)
-
-
-def open_log(path: Path) -> IO[str]:
-    """A log for `BadDocuments`, begun anew."""
-    return open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n")

@@ -3,25 +3,25 @@
 import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 from minimind.errors import UserError
+from minimind.schema import AT_LEAST_1, Limits, convert
 
 CHUNK_BYTES = 1 << 19
+FRACTION = Limits(at_least=0, at_most=1)
 
 TxtDocuments = Literal["paragraph", "line", "document"]
 InputFormat = Literal["jsonl", "json", "txt", "parquet", "csv", "tsv"]
 
 
-class Rejected(NamedTuple):
+class Rejected(Exception):
     """In place of a text: why there is none."""
-
-    reason: str
 
 
 Text = str | bytes | Rejected
-Record = tuple[int, Text, int]
-"""(line or row number, text, size in bytes or characters)"""
+Record = tuple[int, Text]
+"""(line or row number, text)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class ReadOptions:
     """Encoding of text files, such as gb18030; a UTF-16 byte order mark is recognised without it."""
     txt_documents: TxtDocuments = "paragraph"
     """What one document is in a .txt file: lines up to a blank line, one line, or the whole file."""
-    max_document_bytes: int = 1 << 23
+    max_document_bytes: Annotated[int, AT_LEAST_1] = 1 << 23
     """A longer line or document is bad input; no more than this is ever held."""
     hf_config: str | None = None
     """Configuration of a data set that `datasets` loads."""
@@ -48,7 +48,9 @@ class ReadOptions:
     """Stream a data set instead of downloading it whole first."""
 
     def __post_init__(self) -> None:
-        check_range("--max-document-bytes", self.max_document_bytes, 1)
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            if get_origin(hint) is Annotated:
+                convert(getattr(self, name), hint, f"--{name.replace('_', '-')}")
         if not self.text_field:
             raise UserError("--text-field: no field is named")
         try:
@@ -59,37 +61,28 @@ class ReadOptions:
             ) from None
 
 
-def check_range(flag: str, value: float | None, low: float, high: float = float("inf")) -> None:
-    """Raise `UserError` for a flag's number outside [low, high]; None was not given."""
-    if value is not None and not low <= value <= high:
-        limits = f"at least {low:,}" if high == float("inf") else f"from {low:,} to {high:,}"
-        raise UserError(f"{flag} {value:,}: must be {limits}")
-
-
-def find_text(value: Any, fields: Sequence[str]) -> Text:
+def find_text(value: Any, fields: Sequence[str]) -> str | Rejected:
     """The text of a parsed JSON value; fields that are empty are left out of several."""
-    if len(fields) == 1:
-        return _follow(value, fields[0])
-    found = [_follow(value, field) for field in fields]
-    rejected = next((text for text in found if isinstance(text, Rejected)), None)
-    return rejected or "\n\n".join(text for text in found if isinstance(text, str) and text.strip())
+    try:
+        found = [_follow(value, field) for field in fields]
+    except Rejected as rejected:
+        return rejected.with_traceback(None)
+    return found[0] if len(found) == 1 else "\n\n".join(text for text in found if text.strip())
 
 
-def _follow(value: Any, path: str) -> str | Rejected:
+def _follow(value: Any, path: str) -> str:
     """The string at a dotted path; a list on the way gives one line for each of its elements."""
     if not isinstance(value, dict):
-        return Rejected(f"{_name_type(value)}, not an object with a field {path!r}")
+        raise Rejected(f"{_name_type(value)}, not an object with a field {path!r}")
     head, dot, rest = path.partition(".")
     if path not in value and dot and head in value:
-        if not isinstance(value[head], list):
-            return _follow(value[head], rest)
-        found = [_follow(element, rest) for element in value[head]]
-        rejected = next((text for text in found if isinstance(text, Rejected)), None)
-        return rejected or "\n".join(text for text in found if isinstance(text, str))
+        inner = value[head]
+        return "\n".join(_follow(item, rest) for item in inner) if isinstance(inner, list) else _follow(inner, rest)
     if path not in value:
-        return Rejected(f"no field {path!r} (it has {', '.join(map(repr, list(value)[:8])) or 'none'})")
-    text = value[path]
-    return text if isinstance(text, str) else Rejected(f"field {path!r} is {_name_type(text)}, not a string")
+        raise Rejected(f"no field {path!r} (it has {', '.join(map(repr, list(value)[:8])) or 'none'})")
+    if not isinstance(value[path], str):
+        raise Rejected(f"field {path!r} is {_name_type(value[path])}, not a string")
+    return value[path]
 
 
 def reject_long(limit: int) -> Rejected:
@@ -98,10 +91,8 @@ def reject_long(limit: int) -> Rejected:
 
 
 def _name_type(value: object) -> str:
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else "true or false"
     names = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number"}
-    return names.get(type(value), type(value).__name__)
+    return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
 def find_columns(columns: Sequence[str], name: str, fields: Sequence[str]) -> list[int]:

@@ -72,12 +72,9 @@ def _resolve(word: str, default_format: InputFormat | None, *, is_val: bool) -> 
     if os.path.exists(word):
         return [_describe_file(word, default_format, is_val)]
     if glob.has_magic(word):
-        paths = sorted(glob.glob(word, recursive=True))
         # With ** the files of matched folders match by themselves.
-        folders = [path for path in paths if os.path.isdir(path) and "**" not in word]
-        files = [path for path in paths if not os.path.isdir(path)]
-        sources = [_describe_file(path, default_format, is_val) for path in files]
-        sources += [source for folder in folders for source in _walk_folder(folder, is_val)]
+        paths = [path for path in glob.glob(word, recursive=True) if "**" not in word or not os.path.isdir(path)]
+        sources = [source for path in paths for source in _resolve(path, default_format, is_val=is_val)]
         if not sources:
             raise UserError(f"--input {word} matches no file")
         return sorted(sources, key=lambda source: source.name)

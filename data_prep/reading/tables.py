@@ -37,7 +37,6 @@ class _CsvLines:
     def __init__(self, stream: BinaryIO, limit: int) -> None:
         self._stream = stream
         self._limit = limit
-        self.count = 0
         self.begin_record()
 
     def begin_record(self) -> None:
@@ -51,7 +50,6 @@ class _CsvLines:
         line = self._stream.readline(self._limit + 1)
         if not line:
             raise StopIteration
-        self.count += 1
         self._size += len(line)
         if self._size > self._limit:
             self.dropped = True
@@ -72,10 +70,9 @@ def read_csv(stream: BinaryIO, source: Source, options: ReadOptions) -> Iterator
     # Reached by no field but one whose quote has no end: a long one is handed on without its text.
     csv.field_size_limit(max(2 * options.max_document_bytes, 1 << 25))
     reader = csv.reader(lines, strict=True, delimiter="\t" if source.format == "tsv" else ",")
-    columns: list[int] = []
-    width = 0
+    names: list[str] = []
     while True:
-        line = lines.count + 1
+        line = reader.line_num + 1
         text: Text | None = None
         lines.begin_record()
         try:
@@ -83,81 +80,51 @@ def read_csv(stream: BinaryIO, source: Source, options: ReadOptions) -> Iterator
         except StopIteration:
             return
         except csv.Error as error:
-            if not columns or re.search("unexpected end|field limit", str(error)):
-                what = f"a quoted field has no end ({error})" if columns else f"the header is broken ({error})"
+            if not names or re.search("unexpected end|field limit", str(error)):
+                what = f"a quoted field has no end ({error})" if names else f"the header is broken ({error})"
                 raise UserError(f"{source.name}:{line}: {what}; what follows cannot be read: mend the file") from None
             row, text = ["?"], Rejected(f"broken CSV: {error}")
         if not row:
             continue
-        if not columns:
-            columns, width = find_columns(row, source.name, options.text_field), len(row)
+        if not names:
+            names, columns = row, find_columns(row, source.name, options.text_field)
             continue
         if lines.dropped:
             text = reject_long(options.max_document_bytes)
-        elif text is None and len(row) != width:
-            text = Rejected(f"{len(row)} columns, the header has {width}")
+        elif text is None and len(row) != len(names):
+            text = Rejected(f"{len(row)} columns, the header has {len(names)}")
         elif text is None:
-            cells = [row[column] for column in columns]
-            text = cells[0] if len(cells) == 1 else "\n\n".join(cell for cell in cells if cell.strip())
-        yield line, text, len(text)
+            text = find_text({names[column]: row[column] for column in columns}, options.text_field)
+        yield line, text
 
 
-class ParquetTable:
-    """The text of a Parquet file. Raises `UserError` for a damaged file, and for a column absent or not text."""
+def read_parquet(stream: BinaryIO, source: Source, options: ReadOptions) -> Iterator[Record]:
+    """Rows numbered from 1. Raises `UserError` for a damaged file, and for a column absent or not text."""
+    # Expensive to load, and needed for this format alone.
+    import pyarrow as pa  # noqa: PLC0415
+    import pyarrow.parquet as pq  # noqa: PLC0415
 
-    def __init__(self, stream: BinaryIO, source: Source, options: ReadOptions) -> None:
-        # Expensive to load, and needed for this format alone.
-        import pyarrow as pa  # noqa: PLC0415
-        import pyarrow.parquet as pq  # noqa: PLC0415
-
-        self._name = source.name
-        self._fields = options.text_field
-        self._error = pa.ArrowException
-        self._binary: Any = None
-        with self._errors():
-            self._file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=CHUNK_BYTES)
-            schema = self._file.schema_arrow
-        columns = find_columns(schema.names, self._name, self._fields)
-        self._columns = [schema.names[column] for column in dict.fromkeys(columns)]
-        for field, column in zip(self._fields, columns, strict=True):
-            kind = schema.types[column]
+    fields = options.text_field
+    try:
+        file = pq.ParquetFile(stream, pre_buffer=False, buffer_size=CHUNK_BYTES)
+        schema, metadata = file.schema_arrow, file.metadata
+        columns = [schema.names[column] for column in find_columns(schema.names, source.name, fields)]
+        for column in {*fields}.intersection(columns):
+            kind = schema.field(column).type
             kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()
-            if field in schema.names and not is_text:
-                raise UserError(f"{self._name}: column {field!r} is {kind}, not string: choose with --text-field")
-            if len(self._fields) == 1 and is_text:
-                self._binary = pa.large_binary()
-        self.num_rows: int = self._file.metadata.num_rows
-
-    def read_rows(self) -> Iterator[Record]:
-        """Texts, as bytes where one column is read, numbered from 1."""
-        metadata = self._file.metadata
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == pa.string_view()):
+                raise UserError(f"{source.name}: column {column!r} is {kind}, not string: choose with --text-field")
         size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
-        batch_size = min(max(CHUNK_BYTES * self.num_rows // max(size, 1), 1), _MOST_ROWS)
-        row = 0
-        with self._errors():
-            for batch in self._file.iter_batches(batch_size=batch_size, columns=self._columns, use_threads=False):
-                for text in self._find_texts(batch):
-                    row += 1
-                    yield row, text, len(text)
-
-    def _find_texts(self, batch: Any) -> Iterator[Text]:
-        if self._binary is None:
-            yield from (find_text(row, self._fields) for row in batch.to_pylist())
-            return
-        column = batch.column(0)
-        values = column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
-        for text in values.cast(self._binary).to_pylist():
-            yield Rejected(f"column {self._fields[0]!r} is null") if text is None else text
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self._name} holds text that is no UTF-8: {error}; mend the file") from None
-        except self._error as error:
-            raise UserError(f"{self._name} is not a Parquet file, or it is damaged: {first_line(error)}") from None
+        batch_size = min(max(CHUNK_BYTES * metadata.num_rows // max(size, 1), 1), _MOST_ROWS)
+        number = 0
+        for batch in file.iter_batches(batch_size=batch_size, columns=columns, use_threads=False):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, find_text(row, fields)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source.name} holds text that is no UTF-8: {error}; mend the file") from None
+    except pa.ArrowException as error:
+        raise UserError(f"{source.name} is not a Parquet file, or it is damaged: {first_line(error)}") from None
 
 
 def read_dataset(source: Source, options: ReadOptions) -> Iterator[Record]:
@@ -171,8 +138,7 @@ def read_dataset(source: Source, options: ReadOptions) -> Iterator[Record]:
             columns = find_columns(names, source.name, options.text_field)
             rows = rows.select_columns([names[column] for column in dict.fromkeys(columns)])
         for number, row in enumerate(rows, start=1):
-            text = find_text(row, options.text_field)
-            yield number, text, len(text)
+            yield number, find_text(row, options.text_field)
 
 
 def identify_dataset(source: Source, options: ReadOptions) -> str:

@@ -1,10 +1,12 @@
 """The folder of a corpus during preparation: everything is in `.partial` until it is complete.
 
 Decides between beginning, continuing, refusing, and having nothing to do, and moves the finished parts into place. What
-a corpus was made from is every input's name, size and sha256, compared input by input.
+a corpus was made from is every input's name, size and sha256, compared input by input. The one record of an unfinished
+corpus is its journal: the settings, then a line for each finished shard, with the inputs begun since the line before.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,22 +19,20 @@ from data_prep.reading.byte_stream import Source
 from data_prep.reading.records import ReadOptions
 from data_prep.reading.sources import DATASET
 from data_prep.reading.tables import identify_dataset
-from minimind.data.manifest import MANIFEST_NAME
-from minimind.data.shards import SPLITS
+from minimind.data.manifest import MANIFEST_NAME, ShardInfo
+from minimind.data.shards import CORPUS_NAME, PARTIAL_NAME, SPLITS
 from minimind.errors import UserError
 from minimind.files import FolderLock, fsync_folder, hash_file, replace_file
 
-PARTIAL_NAME = ".partial"
-STATE_NAME = "state.json"
-CORPUS_NAME = "corpus.json"
+JOURNAL_NAME = "journal.jsonl"
 BAD_DOCUMENTS_NAME = "bad_documents.txt"
 
 
 class CorpusFolder:
     """Holds the folder against other processes until `close`.
 
-    `is_finished`: the same corpus is already there. Otherwise `partial` is the folder to work in;
-    each split has `num_shards` finished shards, and its documents are missing from chunk `first_chunks` on.
+    `is_finished`: the same corpus is already there. Otherwise `partial` is the folder to work in; each split has its
+    finished `shards`, and documents missing from chunk `first_chunks` on.
 
     Raises:
         UserError: another corpus is there (finished, or begun with other inputs or flags), or the disk refuses.
@@ -43,16 +43,16 @@ class CorpusFolder:
     ) -> None:
         self.output = output
         self.partial = output / PARTIAL_NAME
+        self.shards: dict[str, list[ShardInfo]] = {split: [] for split in SPLITS}
         self.first_chunks = dict.fromkeys(SPLITS, 0)
-        self.num_shards = dict.fromkeys(SPLITS, 0)
         self.is_finished = False
         self._settings = settings
         self._sources = sources
         self._read = read
         self._identities: dict[str, dict[str, Any]] = {}
-        # Inputs of which documents were taken, each with the progress saved when it began: shards finished by then hold
-        # nothing of it.
-        self._begun: list[dict[str, Any]] = []
+        # Inputs of which documents were taken in this run, and those that the journal knows.
+        self._num_begun = self._num_noted = 0
+        self._is_ours = False
         self._made_output = not output.exists()
         if output.exists() and not output.is_dir():
             raise UserError(f"--output {output} is a file: give the name of a folder")
@@ -69,15 +69,18 @@ class CorpusFolder:
 
     def begin_input(self, index: int) -> None:
         """Note that the documents that follow are of input number `index`."""
-        for source in self._sources[len(self._begun) : index + 1]:
-            progress = {"first_chunks": dict(self.first_chunks), "num_shards": dict(self.num_shards)}
-            self._begun.append({**self._identify(source), **progress})
+        self._num_begun = max(self._num_begun, index + 1)
 
-    def save_progress(self, split: str, first_chunk: int, num_shards: int) -> None:
-        """Note that every document of `split` before chunk `first_chunk` is in `num_shards` finished shards."""
-        self.first_chunks[split] = first_chunk
-        self.num_shards[split] = num_shards
-        self._save_state()
+    def add_shard(self, split: str, shard: ShardInfo, first_chunk: int) -> None:
+        """Note a finished shard, and that no document of `split` is missing before chunk `first_chunk`."""
+        inputs = [self._identify(source) for source in self._sources[self._num_noted : self._num_begun]]
+        line = {"split": split, "first_chunk": first_chunk, "inputs": inputs, "shard": dataclasses.asdict(shard)}
+        with open(self.partial / JOURNAL_NAME, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._num_noted += len(inputs)
+        self.shards[split].append(shard)
 
     def publish(self, counts: dict[str, Any], documents: dict[str, int]) -> None:
         """Move the finished splits into place; after a crash on the way the next run does the rest.
@@ -85,9 +88,7 @@ class CorpusFolder:
         Args:
             documents: how many were read of each input, by its name. Inputs after `limit_reached` are not named.
         """
-        if not counts["limit_reached"]:
-            self.begin_input(len(self._sources) - 1)
-        begun = self._sources[: len(self._begun)]
+        begun = self._sources[: self._num_begun] if counts["limit_reached"] else self._sources
         inputs = [{**self._identify(source), "documents": documents.get(source.name, 0)} for source in begun]
         corpus = {"format_version": 2, "settings": self._settings, "inputs": inputs, **counts}
         replace_file(self.partial / CORPUS_NAME, json.dumps(corpus, indent=1) + "\n")
@@ -95,26 +96,18 @@ class CorpusFolder:
 
     def close(self) -> None:
         """Let go of the folder; remove what is worth nothing: a preparation without a finished shard."""
-        if not self._lock.is_held:
-            return
-        if self.partial.is_dir() and not any(self.partial.glob("*/shard_*.npy")):
+        if self._is_ours and not any(self.shards.values()):
             shutil.rmtree(self.partial, ignore_errors=True)
         self._lock.release()
         if self._made_output:
             with contextlib.suppress(OSError):  # there are files in it
                 self.output.rmdir()
 
-    def __enter__(self) -> "CorpusFolder":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _enter(self, overwrite: bool) -> None:
-        begun = _read_json(self.partial / STATE_NAME)
         complete = _read_json(self.partial / CORPUS_NAME)
         finished = _read_json(self.output / CORPUS_NAME) if (self.output / "train" / MANIFEST_NAME).exists() else None
-        if complete is not None and not self._find_difference(complete):
+        difference = self._find_difference(complete) if complete is not None else ""
+        if complete is not None and not difference:
             self._publish(complete)
             self.is_finished = True
             return
@@ -131,42 +124,62 @@ class CorpusFolder:
             raise UserError(
                 f"--output {self.output} already holds train/ or val/ of unknown origin: choose another folder"
             )
-        difference = self._continue(begun) if begun is not None else "nothing"
-        if begun is not None and difference and not overwrite:
+        difference = difference or self._continue()
+        if difference and not overwrite:
             raise UserError(
                 f"--output {self.output} was begun with other {difference}: run the same command again to continue it, "
                 "or give --overwrite to begin anew"
             )
-        if difference:
+        if not any(self.shards.values()):
             if self.partial.exists():
                 shutil.rmtree(self.partial)
             self.partial.mkdir()
-        self._save_state()
+            replace_file(self.partial / JOURNAL_NAME, json.dumps({"settings": self._settings}) + "\n")
+        self._is_ours = True
 
-    def _continue(self, state: dict[str, Any]) -> str:
-        """Take up the progress of an interrupted run as far as its inputs are the same; in words what differs if
-        nothing of it can be used."""
-        if difference := self._find_changed_settings(state):
+    def _continue(self) -> str:
+        """Take up the finished shards of an interrupted run as far as their inputs are the same; in words what differs
+        if there are some and none can be used."""
+        path = self.partial / JOURNAL_NAME
+        # The last line may be torn; its shard is made again.
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        try:
+            begun, *entries = map(json.loads, lines or ["{}"])
+        except ValueError:
+            return f"contents of {path}"
+        difference = self._find_changed_settings(begun) if entries else ""
+        kept: list[str] = []
+        for entry in [] if difference else entries:
+            if difference := self._find_changed_input(entry["inputs"], self._num_noted):
+                break
+            self._num_noted += len(entry["inputs"])
+            shard = ShardInfo(**entry["shard"])
+            self.shards[entry["split"]].append(shard)
+            self.first_chunks[entry["split"]] = entry["first_chunk"]
+            kept += [shard.file, shard.documents_file]
+        if difference and not kept:
             return difference
-        common, difference = self._find_changed_input(state["inputs"])
-        self._begun = state["inputs"][:common]
-        progress = state["inputs"][common] if difference else state
         if difference:
-            if not any(progress["num_shards"].values()) or any(self.partial.glob(f"*/{MANIFEST_NAME}")):
-                return difference
-            kept, written = sum(progress["num_shards"].values()), sum(state["num_shards"].values())
-            print(f"note: other {difference}: {kept} of {written} finished shards are kept", file=sys.stderr)
-        self.first_chunks, self.num_shards = dict(progress["first_chunks"]), dict(progress["num_shards"])
+            number = len(kept) // 2
+            print(f"note: other {difference}: {number} of {len(entries)} finished shards are kept", file=sys.stderr)
+            lines = lines[: number + 1]
+        if kept:
+            replace_file(path, "".join(line + "\n" for line in lines))
+            for split, shards in self.shards.items():
+                files = {name for shard in shards for name in (shard.file, shard.documents_file)}
+                for leftover in (self.partial / split).glob("*"):
+                    if leftover.name not in files:
+                        leftover.unlink()
         return ""
 
     def _find_difference(self, corpus: dict[str, Any]) -> str:
         """What a finished corpus was made from that is not given now, in words; "" if it is the same."""
-        if difference := self._find_changed_settings(corpus):
+        inputs = corpus.get("inputs", [])
+        if difference := self._find_changed_settings(corpus) or self._find_changed_input(inputs):
             return difference
-        count, difference = self._find_changed_input(corpus["inputs"])
-        if not difference and count < len(self._sources) and not corpus["limit_reached"]:
-            difference = f"inputs ({self._sources[count].name} is new)"
-        return difference
+        if len(inputs) < len(self._sources) and not corpus["limit_reached"]:
+            return f"inputs ({self._sources[len(inputs)].name} is new)"
+        return ""
 
     def _find_changed_settings(self, before: dict[str, Any]) -> str:
         old = before.get("settings") or {}
@@ -175,18 +188,18 @@ class CorpusFolder:
             return "settings (by an older version)"
         return f"settings ({', '.join(names)})" if names else ""
 
-    def _find_changed_input(self, before: list[dict[str, Any]]) -> tuple[int, str]:
-        """(how many inputs are the same at the beginning of both lists, what is different about the next)"""
-        for index, old in enumerate(before):
+    def _find_changed_input(self, before: list[dict[str, Any]], first: int = 0) -> str:
+        """What is different about inputs that were the ones from number `first` on, in words; "" if nothing is."""
+        for index, old in enumerate(before, first):
             if index >= len(self._sources):
-                return index, f"inputs ({old['name']} is no longer given)"
+                return f"inputs ({old['name']} is no longer given)"
             source = self._sources[index]
             if (old["name"], old["is_val"]) != (source.name, source.is_val):
-                return index, f"inputs ({source.name} in place of {old['name']})"
+                return f"inputs ({source.name} in place of {old['name']})"
             # The size first: hashing takes a while.
             if old["bytes"] != source.size or old["sha256"] != self._identify(source)["sha256"]:
-                return index, f"contents of {source.name}"
-        return len(before), ""
+                return f"contents of {source.name}"
+        return ""
 
     def _identify(self, source: Source) -> dict[str, Any]:
         if source.name not in self._identities:
@@ -202,11 +215,6 @@ class CorpusFolder:
             self._identities[source.name] = identity
         return self._identities[source.name]
 
-    def _save_state(self) -> None:
-        progress = {"first_chunks": self.first_chunks, "num_shards": self.num_shards}
-        state = {"settings": self._settings, "inputs": self._begun, **progress}
-        replace_file(self.partial / STATE_NAME, json.dumps(state) + "\n")
-
     def _publish(self, corpus: dict[str, Any]) -> None:
         """Every step can be done again: what has left `.partial` is in its place."""
         parts = {"val": "val" in corpus["splits"], BAD_DOCUMENTS_NAME: corpus["bad_documents"] > 0, "train": True}
@@ -214,7 +222,6 @@ class CorpusFolder:
         for name, is_part in parts.items():
             new, old = self.partial / name, self.output / name
             if old.exists() and (new.exists() or not is_part):
-                _remove(self.partial / f"old_{name}")
                 os.replace(old, self.partial / f"old_{name}")
             if is_part and new.exists():
                 os.replace(new, old)
@@ -229,10 +236,3 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         value = json.loads(path.read_text(encoding="utf-8"))
         return value if isinstance(value, dict) else None
     return None
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

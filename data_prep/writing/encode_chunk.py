@@ -3,37 +3,51 @@
 What comes out depends on the chunk alone.
 """
 
+import functools
 import hashlib
 import itertools
-import os
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
+from typing import Annotated, Literal, NamedTuple
 
 from data_prep.reading.byte_stream import Source
 from data_prep.reading.chunks import Chunk
-from data_prep.reading.documents import Problem, parse_chunk
+from data_prep.reading.documents import parse_chunk
 from data_prep.reading.records import ReadOptions
 from data_prep.writing.digests import DIGEST_BYTES
-from minimind.data.tokenizer import Tokenizer, load_tokenizer
+from minimind.data.shard_writer import DEFAULT_SHARD_TOKENS
+from minimind.data.tokenizer import load_tokenizer
+from minimind.schema import AT_LEAST_1, Limits
 
 _HASH_RANGE = 1 << 64
+_load_tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)
 
 
-@dataclass(frozen=True)
-class EncodeOptions:
-    """What every worker needs. `read` has the fields of `ReadOptions`."""
+@dataclass(frozen=True, kw_only=True)
+class CorpusOptions(ReadOptions):
+    """With the inputs, what decides the contents of a corpus."""
 
-    tokenizer_file: Path
-    eos_token: str | None
-    read: ReadOptions
-    val_fraction: float
-    allow_special: bool
+    tokenizer: Path
+    """SentencePiece tokenizer.model, Hugging Face tokenizer.json, or the folder of one."""
+    eos_token: str | None = None
+    """Special token that ends each document (found by its name in the tokenizer)."""
+    special_text: Literal["special", "plain"] = "special"
+    """A special token's text inside a document, such as <|im_end|>: becomes that token, or plain text."""
+    val_fraction: Annotated[float | None, Limits(at_least=0, below=1)] = None
+    """Fraction of documents for validation, chosen by a hash of their text (0.01 without --val-input)."""
+    max_documents: Annotated[int | None, AT_LEAST_1] = None
+    """Stop after so many documents, from the beginning of the inputs, validation included."""
+    max_tokens: Annotated[int | None, AT_LEAST_1] = None
+    """Stop after so many tokens."""
+    max_bytes: Annotated[int | None, AT_LEAST_1] = None
+    """Stop after so many bytes of text."""
+    dedup: bool = False
+    """Drop documents whose text came before (16 bytes of memory for each document, 32 at moments)."""
+    shard_tokens: Annotated[int, AT_LEAST_1] = DEFAULT_SHARD_TOKENS
+    """Tokens in a shard."""
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """A chunk, and the splits of it that are needed: an interrupted run has the others already."""
 
     chunk: Chunk
@@ -41,71 +55,43 @@ class Task:
     encode_val: bool = True
 
 
-@dataclass(frozen=True)
-class EncodedChunk:
-    """The good documents of a chunk, n of them. Documents of a split that was not needed have length 0."""
+class EncodedDocument(NamedTuple):
+    """One good document."""
+
+    is_val: bool
+    num_bytes: int
+    digest: bytes  # (16,)
+    tokens: bytes  # uint16 each, or uint32 for a large vocabulary; none in a split that was not needed
+
+
+class EncodedChunk(NamedTuple):
+    """The documents of a chunk."""
 
     source: Source
-    problems: list[Problem]
+    documents: list[EncodedDocument]
+    problems: list[str]
     num_empty: int
-    is_val: np.ndarray  # (n,) bool
-    sizes: np.ndarray  # (n,) int64, bytes of text
-    digests: bytes  # (n * 16)
-    lengths: np.ndarray  # (n,) int64, tokens
-    tokens: np.ndarray  # (sum of lengths,) uint16, or uint32 for a large vocabulary
     progress: int
 
 
-class _Worker:
-    """This process's tokenizer, loaded once."""
-
-    tokenizer: Tokenizer
-    options: EncodeOptions
-
-
-def start_worker(options: EncodeOptions) -> None:
-    """Prepare this process for `encode_chunk`."""
-    # One process a core: threads of the library would only get into each other's way.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _Worker.tokenizer = load_tokenizer(options.tokenizer_file, options.eos_token)
-    _Worker.options = options
-
-
-def encode_chunk(task: Task) -> EncodedChunk:
-    """Parse, split and encode one chunk."""
-    options, tokenizer, source = _Worker.options, _Worker.tokenizer, task.chunk.source
-    texts, lines, problems, num_empty = parse_chunk(task.chunk, options.read)
+def encode_chunk(options: CorpusOptions, task: Task) -> EncodedChunk:
+    """Parse, split and encode one chunk, with a tokenizer that each process loads once."""
+    source, tokenizer = task.chunk.source, _load_tokenizer(options.tokenizer, options.eos_token)
+    texts, lines, problems, num_empty = parse_chunk(task.chunk, options)
     data = [text.encode() for text in texts]
     digests = [hashlib.blake2b(text, digest_size=DIGEST_BYTES).digest() for text in data]
-    fraction = 1.0 if source.is_val else options.val_fraction
-    is_val = assign_val(b"".join(digests), fraction)
+    # By the first half of the hash of the text: no other document, file or order moves one from split to split.
+    limit = int((1.0 if source.is_val else options.val_fraction or 0.0) * _HASH_RANGE)
+    is_val = [int.from_bytes(digest[:8], "big") < limit for digest in digests]
     # A tokenizer that loses text may leave a document without tokens, which only encoding shows.
-    is_needed = np.where(is_val, task.encode_val, task.encode_train) | (not tokenizer.is_lossless)
-    packed = iter(tokenizer.encode_packed(list(itertools.compress(texts, is_needed)), options.allow_special))
-    ids = [next(packed) if needed else b"" for needed in is_needed]
-    is_good = np.array([bool(tokens) or not needed for tokens, needed in zip(ids, is_needed, strict=True)], dtype=bool)
-    problems += [
-        Problem(source.name, line, "the tokenizer has no token for anything in it")
-        for line in itertools.compress(lines, ~is_good)
-    ]
-    dtype = np.dtype(tokenizer.typecode)
-    return EncodedChunk(
-        source=source,
-        problems=problems,
-        num_empty=num_empty,
-        is_val=is_val[is_good],
-        sizes=np.array([len(text) for text in data], dtype=np.int64)[is_good],
-        digests=b"".join(itertools.compress(digests, is_good)),
-        lengths=np.array([len(document) // dtype.itemsize for document in ids], dtype=np.int64)[is_good],
-        tokens=np.frombuffer(b"".join(ids), dtype=dtype),
-        progress=task.chunk.progress,
-    )
-
-
-def assign_val(digests: bytes, fraction: float) -> np.ndarray:
-    """(n,) bool: the documents of the validation split, by the first half of their digests (blake2b of the text).
-
-    A pure function of each text: no other document, file or order moves one from split to split.
-    """
-    ranks = np.frombuffer(digests, dtype=">u8").reshape(-1, 2)[:, 0]
-    return ranks <= np.uint64(int(fraction * _HASH_RANGE) - 1) if fraction > 0 else np.zeros(len(ranks), dtype=bool)
+    is_needed = [(task.encode_val if val else task.encode_train) or not tokenizer.is_lossless for val in is_val]
+    needed = list(itertools.compress(texts, is_needed))
+    encoded = iter(tokenizer.encode_packed(needed, allow_special=options.special_text == "special"))
+    documents = []
+    for line, text, digest, val, need in zip(lines, data, digests, is_val, is_needed, strict=True):
+        tokens = next(encoded) if need else b""
+        if need and not tokens:
+            problems.append(f"{source.name}:{line}: the tokenizer has no token for anything in it")
+        else:
+            documents.append(EncodedDocument(val, len(text), digest, tokens))
+    return EncodedChunk(source, documents, problems, num_empty, task.chunk.progress)

@@ -27,26 +27,16 @@ def count_workers(flag: int) -> int:
     return flag or len(os.sched_getaffinity(0))
 
 
-def map_ordered(
-    function: Callable[[T], R],
-    items: Iterable[T],
-    workers: int,
-    initializer: Callable[..., None] | None = None,
-    initargs: tuple[Any, ...] = (),
-) -> Generator[R, None, None]:
-    """`map(function, items)` in `workers` processes, each prepared by `initializer(*initargs)`; 1 means this process.
+def map_ordered(function: Callable[[T], R], items: Iterable[T], workers: int) -> Generator[R, None, None]:
+    """`map(function, items)` in `workers` processes; 1 means this process.
 
     Items are taken as results are consumed: no more than about two for each worker are in memory. Close the iterator
     (contextlib.closing) to end the workers early. Raises `UserError` when one of them dies.
     """
     if workers == 1:
-        if initializer is not None:
-            initializer(*initargs)
         yield from map(function, items)
         return
-    executor = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _start_worker, (initializer, initargs)
-    )
+    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _watch_parent)
     pending: deque[Future[R]] = deque()
     try:
         for item in items:
@@ -66,9 +56,6 @@ def map_ordered(
 def _interrupt_later() -> Iterator[None]:
     """Ctrl-C goes to the whole group, and the parent alone answers it: workers started in here inherit the signal
     blocked, and the parent, whose other threads may still receive it, meets it once they are started."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     received: list[tuple[Any, ...]] = []
     handler = signal.signal(signal.SIGINT, lambda *args: received.append(args))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
@@ -81,14 +68,13 @@ def _interrupt_later() -> Iterator[None]:
             handler(*received[0])
 
 
-def _start_worker(initializer: Callable[..., None] | None, initargs: tuple[Any, ...]) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    if initializer is not None:
-        initializer(*initargs)
-
-
-def _end_with_parent() -> None:
+def _watch_parent() -> None:
+    """End this worker with its parent, however that ends."""
     parent = multiprocessing.parent_process()
-    if parent is not None:
+    assert parent is not None
+
+    def end() -> None:
         parent.join()
         os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()

@@ -11,20 +11,19 @@ from pathlib import Path
 import numpy as np
 
 from minimind.data.manifest import ShardError
-from minimind.files import hash_file, temporary_name
+from minimind.files import hash_file
 
 HEADER_BYTES = 128
 
 
 class ArrayFile:
-    """A `.npy` file that grows under a temporary name; its length is written into the header at the end."""
+    """A `.npy` file that grows; its length is written into the header at the end."""
 
     def __init__(self, path: Path, dtype: str) -> None:
         self.path = path
         self.length = 0
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._temporary = temporary_name(path)
-        self._file = open(self._temporary, "wb", buffering=1 << 18)  # noqa: SIM115 - closed by finish or discard
+        self._file = open(path, "wb", buffering=1 << 18)  # noqa: SIM115 - closed by finish or discard
         self._file.write(npy_header(dtype, 0))
 
     def append(self, values: np.ndarray) -> None:
@@ -32,21 +31,19 @@ class ArrayFile:
         self.length += len(values)
 
     def finish(self) -> str:
-        """Make the file durable under its own name; returns its sha256."""
+        """Make the file complete and durable; returns its sha256."""
         self._file.seek(0)
         self._file.write(npy_header(self._dtype.name, self.length))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        digest = hash_file(self._temporary)
-        os.replace(self._temporary, self.path)
-        return digest
+        return hash_file(self.path)
 
     def discard(self) -> None:
         with contextlib.suppress(OSError):
             self._file.close()  # flushes, and may meet the full disk once more
         with contextlib.suppress(OSError):
-            self._temporary.unlink()
+            self.path.unlink()
 
 
 def npy_header(dtype: str, length: int) -> bytes:
@@ -60,7 +57,6 @@ def npy_header(dtype: str, length: int) -> bytes:
 
 def check_array_file(path: Path, dtype: str, length: int) -> None:
     """Raise `ShardError` unless the file is there with this type and length; reads the header alone."""
-    header = npy_header(dtype, length)
     try:
         with open(path, "rb", buffering=0) as file:
             found = file.read(HEADER_BYTES)
@@ -69,7 +65,7 @@ def check_array_file(path: Path, dtype: str, length: int) -> None:
         raise ShardError(f"{path} is missing") from None
     except OSError as error:
         raise ShardError(f"cannot read {path}: {error.strerror}") from None
-    if found != header:
+    if found != npy_header(dtype, length):
         raise ShardError(f"{path} is damaged: its header is not that of {length} values of {dtype}")
     expected = HEADER_BYTES + length * np.dtype(dtype).itemsize
     if size != expected:

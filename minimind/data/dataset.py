@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minimind.data.shards import ShardError, ShardReader, open_split
+from minimind.data.manifest import ShardError
+from minimind.data.shards import ShardReader, open_split
 
 IGNORED_LABEL = -100
 

@@ -13,25 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from minimind.data.array_file import check_array_file, map_array_file
-from minimind.data.manifest import MANIFEST_NAME, Manifest, ShardError, ShardInfo, TokenizerInfo
-from minimind.data.shard_writer import DEFAULT_SHARD_TOKENS, UNFINISHED_NAME, ShardWriter
+from minimind.data.manifest import MANIFEST_NAME, Manifest, ShardError, ShardInfo
 from minimind.files import hash_file
 
-__all__ = [
-    "DEFAULT_SHARD_TOKENS",
-    "SPLITS",
-    "Manifest",
-    "ShardError",
-    "ShardInfo",
-    "ShardReader",
-    "ShardWriter",
-    "TokenizerInfo",
-    "find_split",
-    "open_split",
-    "verify",
-]
-
 SPLITS = ("train", "val")
+PARTIAL_NAME = ".partial"
+"""Where a corpus lies in its folder until it is complete."""
+CORPUS_NAME = "corpus.json"
+"""What a corpus was made from: the last file that is moved into place."""
 _OPEN_MAPS = 64
 _VERIFY_CHUNK = 1 << 20
 
@@ -50,8 +39,7 @@ class ShardReader:
         # Stream offset of the first token of each shard, and of the end: (num_shards + 1,)
         self._offsets = np.cumsum([0, *(shard.tokens for shard in self.manifest.shards)], dtype=np.int64)
         # An open map costs a descriptor and address space; lru_cache is safe between threads.
-        self._map_tokens = functools.lru_cache(maxsize=_OPEN_MAPS)(self._open_tokens)
-        self._map_documents = functools.lru_cache(maxsize=_OPEN_MAPS)(self._open_documents)
+        self._map_file = functools.lru_cache(maxsize=2 * _OPEN_MAPS)(self.open_file)
 
     @property
     def num_tokens(self) -> int:
@@ -68,14 +56,14 @@ class ShardReader:
         pieces = self._pieces(start, length)
         tokens = np.empty(length, dtype=self.dtype)
         for shard, low, high, offset in pieces:
-            tokens[offset : offset + high - low] = self._map_tokens(shard)[low:high]
+            tokens[offset : offset + high - low] = self._map_file(shard)[low:high]
         return tokens
 
     def document_starts(self, start: int, length: int) -> np.ndarray:
         """Offsets inside the span [start, start + length) at which a document begins: int64, increasing."""
         found = [np.empty(0, dtype=np.int64)]
         for shard, low, high, offset in self._pieces(start, length):
-            starts = self._map_documents(shard)
+            starts = self._map_file(shard, documents=True)
             first, last = np.searchsorted(starts, (low, high))
             found.append(starts[first:last] - low + offset)
         return np.concatenate(found)
@@ -94,13 +82,12 @@ class ShardReader:
             start, shard = high, shard + 1
         return pieces
 
-    def _open_tokens(self, shard: int) -> np.ndarray:
+    def open_file(self, shard: int, documents: bool = False) -> np.ndarray:
+        """The tokens of one shard, or the offsets at which its documents begin, mapped read-only."""
         info = self.manifest.shards[shard]
+        if documents:
+            return map_array_file(self.folder / info.documents_file, "int64", info.documents)
         return map_array_file(self.folder / info.file, self.manifest.dtype, info.tokens)
-
-    def _open_documents(self, shard: int) -> np.ndarray:
-        info = self.manifest.shards[shard]
-        return map_array_file(self.folder / info.documents_file, "int64", info.documents)
 
 
 def find_split(folder: Path, split: str) -> Path | None:
@@ -112,12 +99,12 @@ def find_split(folder: Path, split: str) -> Path | None:
     folder = Path(folder)
     if not folder.is_dir():
         raise ShardError(f"shard folder {folder} does not exist: make it with python -m data_prep.tokenize_corpus")
-    for part in (folder, *(folder / name for name in SPLITS)):
-        if (part / UNFINISHED_NAME).exists() and not (part / MANIFEST_NAME).exists():
-            raise ShardError(f"the preparation of {part} was interrupted: run data_prep.tokenize_corpus again")
     if (folder / MANIFEST_NAME).exists():
         return folder if split == (folder.name if folder.name in SPLITS else "train") else None
-    if not any((folder / name / MANIFEST_NAME).exists() for name in SPLITS):
+    partial, is_any = folder / PARTIAL_NAME, any((folder / name / MANIFEST_NAME).exists() for name in SPLITS)
+    if (partial / CORPUS_NAME).exists() or (partial.exists() and not is_any):
+        raise ShardError(f"the preparation of {folder} is not finished: run data_prep.tokenize_corpus again")
+    if not is_any:
         raise ShardError(f"{folder} holds no finished shards: neither {MANIFEST_NAME} nor train/{MANIFEST_NAME}")
     return folder / split if (folder / split / MANIFEST_NAME).exists() else None
 
@@ -144,7 +131,7 @@ def verify(folder: Path, on_shard: Callable[[], object] | None = None) -> Manife
     for index, shard in enumerate(manifest.shards):
         _check_hash(folder / shard.file, shard.sha256)
         _check_hash(folder / shard.documents_file, shard.documents_sha256)
-        _check_contents(folder, manifest, shard, reader._open_tokens(index), reader._open_documents(index))
+        _check_contents(folder, manifest, shard, reader.open_file(index), reader.open_file(index, documents=True))
         if on_shard is not None:
             on_shard()
     return manifest

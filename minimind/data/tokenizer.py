@@ -7,8 +7,6 @@ rules, and its ids are those of its library for the whole text.
 import abc
 import functools
 import hashlib
-import itertools
-import json
 import re
 from array import array
 from collections.abc import Iterable, Sequence
@@ -18,6 +16,7 @@ import sentencepiece
 import tokenizers
 
 from minimind.errors import UserError, first_line
+from minimind.files import read_json
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 """The tokens that every tokenizer of this project has, with ids 0, 1 and 2."""
@@ -32,9 +31,9 @@ BLANK = "\u2581"
 _PROBE = f"a  b\n\t{BLANK} \u4f60\U0001f600"
 # Runs without a word's end are cut here: SentencePiece needs far more memory than text, and time beyond its length.
 _PART_CHARACTERS = 1 << 14
-# What is kept of words seen: about so many bytes, of which so many for an entry besides its characters.
-_KNOWN_SIZE = 32 << 20
-_KNOWN_ENTRY = 150
+# What is kept of words seen: so many, of no more characters.
+_KNOWN_WORDS = 1 << 16
+_LONGEST_WORD = 200
 
 
 class Tokenizer(abc.ABC):
@@ -114,25 +113,22 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(file, len(pieces), {token: i for i, token in enumerate(SPECIAL_TOKENS)}, eos_token)
         self._bytes = [self._find_bytes(i, piece) for i, piece in enumerate(pieces)]
         self._find_parts = _words_pattern().findall
-        blank_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in BLANK.encode()]
         # What the library cannot be given. It takes the mark for a space: its bytes cannot be mistaken.
-        self._given = {BLANK: -1, **self.special_ids}
-        self._fixed: dict[str | int, bytes] = {-1: array(self.typecode, blank_ids).tobytes()}
-        self._fixed |= {token_id: array(self.typecode, [token_id]).tobytes() for token_id in self.special_ids.values()}
-        self._forget()
+        blank_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in BLANK.encode()]
+        self._given = {BLANK: array(self.typecode, blank_ids).tobytes()}
+        self._given |= {token: array(self.typecode, [i]).tobytes() for token, i in self.special_ids.items()}
+        # The library spends most of its time on words that it has seen before.
+        self._encode_word = functools.lru_cache(maxsize=_KNOWN_WORDS)(self._encode_part)
         is_complete = BLANK in pieces and sum(map(self._model.is_byte, range(len(pieces)))) == 256
         if not is_complete or self.decode(self.encode(_PROBE)) != _PROBE:
             raise UserError(f"{file} does not give back every text exactly: train it with data_prep.train_tokenizer")
 
     def encode_packed(self, texts: Sequence[str], allow_special: bool = True) -> list[bytes]:
-        # The library spends most of its time on words that it has seen before: it is given each new one once.
-        parts = [self._cut(_check_text(text), allow_special) for text in texts]
-        known = self._known
-        new = {part for of_text in parts for part in of_text if part not in known and isinstance(part, str)}
-        self._learn(list(new))
-        packed = [b"".join(map(known.__getitem__, of_text)) for of_text in parts]
-        if self._known_size > _KNOWN_SIZE:
-            self._forget()
+        packed = []
+        for text in texts:
+            parts = self._cut(_check_text(text), allow_special)
+            is_long = max(map(len, parts), default=0) > _LONGEST_WORD
+            packed.append(b"".join(map(self._encode_part if is_long else self._encode_word, parts)))
         return packed
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -146,32 +142,21 @@ class SentencePieceTokenizer(Tokenizer):
             return "\ufffd".encode()
         return piece.encode() if self._model.is_control(token_id) else piece.replace(BLANK, " ").encode()
 
-    def _cut(self, text: str, allow_special: bool) -> list[str | int]:
-        """The text in order: parts for the library, and keys of `_fixed`."""
+    def _cut(self, text: str, allow_special: bool) -> list[str | bytes]:
+        """The text in order: parts for the library, and packed ids of what it cannot be given."""
         if allow_special and "<|" in text:
             pattern = _SPECIALS_OR_BLANK
         elif BLANK in text:
             pattern = _ONLY_BLANK
         else:
             return self._find_parts(text)
-        cut: list[str | int] = []
+        cut: list[str | bytes] = []
         for index, piece in enumerate(pattern.split(text)):
             cut += self._find_parts(piece) if index % 2 == 0 else [self._given[piece]]
         return cut
 
-    def _learn(self, parts: list[str]) -> None:
-        encoded = self._model.encode(parts, num_threads=1)
-        packed = array(self.typecode, itertools.chain.from_iterable(encoded)).tobytes()
-        itemsize, start = array(self.typecode).itemsize, 0
-        for part, ids in zip(parts, encoded, strict=True):
-            end = start + itemsize * len(ids)
-            self._known[part] = packed[start:end]
-            start = end
-        self._known_size += sum(map(len, parts)) + _KNOWN_ENTRY * len(parts)
-
-    def _forget(self) -> None:
-        self._known = dict(self._fixed)
-        self._known_size = 0
+    def _encode_part(self, part: str | bytes) -> bytes:
+        return part if isinstance(part, bytes) else array(self.typecode, self._model.encode(part)).tobytes()
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -258,11 +243,8 @@ def _check_config(file: Path) -> None:
     config_file = file.with_name(CONFIG_NAME)
     if file.name != MODEL_NAME or not config_file.is_file():
         return
-    try:
-        config = json.loads(_read_file(config_file))
-        expected = config.get("sha256")
-    except (ValueError, AttributeError):
-        raise UserError(f"{config_file} is damaged: it is not a JSON object") from None
+    config = read_json(config_file, "tokenizer description")
+    expected = config.get("sha256") if isinstance(config, dict) else ""
     if expected is not None and hashlib.sha256(_read_file(file)).hexdigest() != expected:
         raise UserError(f"{file} is damaged or was replaced: its sha256 is not the one in {config_file}")
 

@@ -16,10 +16,12 @@ from tqdm import tqdm
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import Batch, eval_batches
 from minimind.data.manifest import MANIFEST_NAME
-from minimind.data.shards import ShardReader, ShardWriter, open_split
+from minimind.data.shard_writer import ShardWriter
+from minimind.data.shards import ShardReader, open_split
 from minimind.data.tokenizer import load_tokenizer
 from minimind.distributed.collectives import all_reduce_sum
 from minimind.errors import UserError
+from minimind.files import disk_errors
 from minimind.model import MiniMindForCausalLM
 from minimind.model.transformer import CausalLMOutput
 
@@ -134,12 +136,15 @@ def shards_of_texts(files: Sequence[Path], tokenizer_file: Path) -> Iterator[Sha
     """
     tokenizer = load_tokenizer(tokenizer_file)
     with tempfile.TemporaryDirectory(prefix="minimind-text-") as folder:
-        with ShardWriter(
-            Path(folder, "text"),
-            vocab_size=tokenizer.vocab_size,
-            eos_token_id=tokenizer.eos_token_id,
-            tokenizer_file=tokenizer_file,
-        ) as writer:
+        with (
+            disk_errors(folder),
+            ShardWriter(
+                Path(folder, "text"),
+                vocab_size=tokenizer.vocab_size,
+                eos_token_id=tokenizer.eos_token_id,
+                tokenizer_file=tokenizer_file,
+            ) as writer,
+        ):
             for file in files:
                 text = _read_text(file)
                 writer.add_document(np.array(tokenizer.encode(text, allow_special=False)), len(text.encode()))

@@ -348,7 +348,7 @@ def test_parquet_nulls_and_wrong_columns(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     texts = pa.array(["a", None, "c"]).dictionary_encode()
     pq.write_table(pa.table({"text": texts, "large": pa.array(["x"] * 3, pa.large_string()), "n": [1, 2, 3]}), path)
-    assert read_bad(path) == (["a", "c"], ["2: column 'text' is null"])
+    assert read_bad(path) == (["a", "c"], ["2: field 'text' is null, not a string"])
     assert read(path, text_field="large") == ["x"] * 3
     with pytest.raises(UserError, match="column 'n' is int64, not string"):
         read(path, text_field="n")

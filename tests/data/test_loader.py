@@ -13,7 +13,8 @@ from stream_hash import hash_stream
 
 from minimind.data.dataset import IGNORED_LABEL, TokenDataset
 from minimind.data.loader import Batch, BatchLoader, collate, eval_batches
-from minimind.data.shards import ShardError, ShardReader
+from minimind.data.manifest import ShardError
+from minimind.data.shards import ShardReader
 from minimind.data.shuffle import ShuffledOrder
 from minimind.errors import UserError
 

@@ -27,7 +27,8 @@ from data_prep.writing.corpus_folder import CorpusFolder
 from data_prep.writing.corpus_writer import CorpusWriter
 from data_prep.writing.digests import DigestSet
 from data_prep.writing.pool import map_ordered
-from minimind.data.shards import ShardReader, ShardWriter, find_split, open_split, verify
+from minimind.data.shard_writer import ShardWriter
+from minimind.data.shards import ShardReader, find_split, open_split, verify
 from minimind.data.tokenizer import load_tokenizer
 from minimind.errors import UserError
 
@@ -247,18 +248,18 @@ def test_too_many_bad_documents_leave_nothing(tmp_path: Path, prepare: Prepare) 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"val_fraction": 1.0}, "--val-fraction 1.0"),
+        ({"val_fraction": 1.0}, "--val-fraction: 1.0 is not a finite number of 0 or more and below 1"),
         ({"tokenizer": "/nowhere"}, "tokenizer"),
         ({"text_field": "body"}, "max-bad-fraction"),
         ({"inputs": ["absent.jsonl"]}, "does not exist"),
         ({"inputs": ["{tmp}/empty.jsonl"]}, "no document for the training split"),
         ({"output": "{tmp}/a.jsonl/out"}, "cannot write.*: Not a directory; choose another --output"),
-        ({"shard_tokens": 0}, "--shard-tokens 0: must be at least 1"),
+        ({"shard_tokens": 0}, "--shard-tokens: 0 is not a finite number of 1 or more"),
         ({"workers": -1}, "--workers -1: must be at least 1"),
-        ({"max_bad_fraction": -1}, "--max-bad-fraction -1"),
-        ({"max_bad_fraction": 2}, "--max-bad-fraction 2.0: must be from 0 to 1"),
-        ({"max_document_bytes": -5}, "--max-document-bytes -5: must be at least 1"),
-        ({"max_tokens": 0}, "--max-tokens 0: must be at least 1"),
+        ({"max_bad_fraction": -1}, "--max-bad-fraction: -1.0 is not a number from 0 to 1"),
+        ({"max_bad_fraction": 2}, "--max-bad-fraction: 2.0 is not a number from 0 to 1"),
+        ({"max_document_bytes": -5}, "--max-document-bytes: -5 is not a finite number of 1 or more"),
+        ({"max_tokens": 0}, "--max-tokens: 0 is not a finite number of 1 or more"),
         ({"eos_token": "<stop>"}, r"no special token <stop> to end documents: choose with --eos-token among <\|end"),
         ({"val_input": "{tmp}/a.jsonl", "val_fraction": 0.1}, "--val-input exclude each other"),
         ({"output": "{tmp}/a.jsonl"}, "a.jsonl is a file: give the name of a folder"),
@@ -324,15 +325,15 @@ def test_what_is_finished_is_not_encoded_again(
         interrupt_at(patch, 20)
         with pytest.raises(KeyboardInterrupt):
             prepare(tmp_path / "out", source)
-    state = json.loads((tmp_path / "out" / ".partial" / "state.json").read_text())
-    assert state["first_chunks"]["train"] > 10
+    journal = (tmp_path / "out" / ".partial" / "journal.jsonl").read_text().splitlines()
+    assert json.loads(journal[-1])["first_chunk"] > 10
     encoded: list[str] = []
     tokenizer_class = type(load_tokenizer(prepare._tokenizer))
     encode_packed = tokenizer_class.encode_packed
 
-    def count(self: object, texts: list[str], *args: object) -> object:
+    def count(self: object, texts: list[str], **flags: object) -> object:
         encoded.extend(texts)
-        return encode_packed(self, texts, *args)  # type: ignore[arg-type]
+        return encode_packed(self, texts, **flags)  # type: ignore[arg-type]
 
     monkeypatch.setattr(tokenizer_class, "encode_packed", count)
     prepare(tmp_path / "out", source)
@@ -455,7 +456,7 @@ def test_a_crash_while_the_parts_are_moved_is_mended(
 
         def crash(a: object, b: object, calls: Iterator[int] = calls, crash_at: int = crash_at) -> None:
             # Of the many files that are replaced, those that leave or enter `.partial` itself.
-            is_move = partial in (Path(str(a)).parent, Path(str(b)).parent) and Path(str(b)).name != "state.json"
+            is_move = partial in (Path(str(a)).parent, Path(str(b)).parent) and Path(str(b)).name != "journal.jsonl"
             if is_move and next(calls) == crash_at:
                 raise KeyboardInterrupt
             replace(a, b)  # type: ignore[arg-type]
@@ -646,7 +647,7 @@ def test_a_crash_after_a_shard_is_finished_keeps_what_is_known(
     """A shard whose inputs were not noted yet is made again: an input may change before the next run."""
     texts = make_texts(200)
     sources = [write_jsonl(tmp_path / f"{i}.jsonl", texts[20 * i : 20 * i + 20]) for i in range(10)]
-    save, count = CorpusFolder.save_progress, itertools.count()
+    save, count = CorpusFolder.add_shard, itertools.count()
 
     def crash(self: CorpusFolder, *args: object) -> None:
         if next(count) == at:
@@ -655,7 +656,7 @@ def test_a_crash_after_a_shard_is_finished_keeps_what_is_known(
 
     flags = {"shard_tokens": 1000}
     with monkeypatch.context() as patch:
-        patch.setattr(CorpusFolder, "save_progress", crash)
+        patch.setattr(CorpusFolder, "add_shard", crash)
         with pytest.raises(KeyboardInterrupt):
             prepare(tmp_path / "out", *sources, **flags)
     changed = at + 1
@@ -687,7 +688,7 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path, prepare: Prepare)
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(20))
     message = "being prepared by another process"
     with (
-        CorpusFolder(tmp_path / "out", {}, [], ReadOptions(), overwrite=False),
+        contextlib.closing(CorpusFolder(tmp_path / "out", {}, [], ReadOptions(), overwrite=False)),
         pytest.raises(UserError, match=message),
     ):
         prepare(tmp_path / "out", source)

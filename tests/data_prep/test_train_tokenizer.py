@@ -113,10 +113,19 @@ def test_command_writes_model_and_description(tmp_path: Path) -> None:
     [
         (("--input", "absent.jsonl"), "absent.jsonl does not exist"),
         (("--input", __file__), "no known format"),
-        (("--input", "{tmp}/a.jsonl", "--vocab-size", "100"), "--vocab-size 100: must be at least 264"),
+        (
+            ("--input", "{tmp}/a.jsonl", "--vocab-size", "100"),
+            "--vocab-size: 100 is not a finite number of 264 or more",
+        ),
         (("--input", "{tmp}/a.jsonl", "--output", "{tmp}/a.jsonl/tok", "--vocab-size", "270"), "cannot write"),
-        (("--input", "{tmp}/a.jsonl", "--max-train-bytes", "-1"), "--max-train-bytes -1: must be at least 1"),
-        (("--input", "{tmp}/a.jsonl", "--max-bad-fraction", "-1"), "--max-bad-fraction -1.0: must be from 0 to 1"),
+        (
+            ("--input", "{tmp}/a.jsonl", "--max-train-bytes", "-1"),
+            "--max-train-bytes: -1 is not a finite number of 1 or more",
+        ),
+        (
+            ("--input", "{tmp}/a.jsonl", "--max-bad-fraction", "-1"),
+            "--max-bad-fraction: -1.0 is not a number from 0 to 1",
+        ),
         (("--input", "{tmp}/a.jsonl", "--text-field", "body"), "above --max-bad-fraction"),
     ],
 )

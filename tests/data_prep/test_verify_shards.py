@@ -10,7 +10,7 @@ from repository import ROOT
 from shard_folders import make_documents, write
 
 from data_prep.verify_shards import format_totals, verify_corpus
-from minimind.data.shards import ShardError
+from minimind.data.manifest import ShardError
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from tokenizers_for_tests import TEXT, save_sentencepiece
 
 from minimind import errors
 from minimind.data.dataset import TokenDataset
-from minimind.data.shards import ShardReader, ShardWriter
+from minimind.data.shard_writer import ShardWriter
+from minimind.data.shards import ShardReader
 from minimind.data.tokenizer import load_tokenizer
 from minimind.errors import UserError
 from minimind.evaluate import main, output_folder

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minimind.data.shards import Manifest, ShardWriter
+from minimind.data.manifest import Manifest
+from minimind.data.shard_writer import ShardWriter
 
 EOS = 0
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minimind.data.shards import ShardWriter
+from minimind.data.shard_writer import ShardWriter
 
 VOCAB_SIZE = 256
 

@@ -27,12 +27,14 @@ from minimind.config.resolve import resolve_run
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import RunConfig
 from minimind.data.dataset import TokenDataset
-from minimind.data.shards import ShardWriter, open_split
+from minimind.data.shard_writer import ShardWriter
+from minimind.data.shards import open_split
 from minimind.distributed.environment import RankEnvironment, find_device, read_environment
 from minimind.distributed.process_group import process_group
 from minimind.distributed.stop_requests import StopRequests
 from minimind.distributed.watchdog import Watchdog
 from minimind.errors import UserError, run_main
+from minimind.files import disk_errors
 from minimind.parallel.engine import build_engine, build_model
 from minimind.training.control import RunControl
 from minimind.training.evaluator import Evaluator
@@ -118,7 +120,10 @@ def write_random_tokens(folder: Path, vocab_size: int, tokens: int) -> Path:
     """A corpus of random tokens: as many as one step takes, in one document."""
     tokenizer = folder / "tokenizer.json"
     tokenizer.write_text("{}")
-    with ShardWriter(folder / "train", vocab_size=vocab_size, eos_token_id=0, tokenizer_file=tokenizer) as writer:
+    with (
+        disk_errors(folder),
+        ShardWriter(folder / "train", vocab_size=vocab_size, eos_token_id=0, tokenizer_file=tokenizer) as writer,
+    ):
         writer.add_document(np.random.default_rng(0).integers(1, vocab_size, tokens), num_bytes=tokens)
     return folder
 
