@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to a trained model that writes: bash launch/quickstart.sh
+# From nothing to a trained model that writes, in about 8 minutes: bash launch/quickstart.sh
 # Safe to run again: what is done is kept, and an interrupted training goes on from its last checkpoint.
-# QUICKSTART_STEPS=N trains for N steps instead of the usual number; everything lies in data/quickstart and runs/quickstart.
+# QUICKSTART_STEPS=N trains for N steps instead of as many as fit; everything lies in data/quickstart and runs/quickstart.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
@@ -12,7 +12,6 @@ cd "$root"
 
 data=data/quickstart
 run=runs/quickstart
-steps="${QUICKSTART_STEPS:-600}"
 
 # step NUMBER TITLE COMMAND...: run one step; its own error line has been printed when it fails.
 step() {
@@ -43,7 +42,20 @@ step 3 "train the tokenizer" \
 step 4 "turn the text into token shards" \
   once $data/shards/train/manifest.json $python -m data_prep.tokenize_corpus \
   --input $data/corpus.jsonl --tokenizer $data/tokenizer --output $data/shards
-step 5 "train a model of 5 million parameters with DeepSpeed" \
+# What is left of 8 minutes is for training, 3 of them at least. The number stays for a training that was interrupted.
+seconds=$((8 * 60 - 40 - SECONDS))
+[ "$seconds" -ge 180 ] || seconds=180
+title="train a model of 5 million parameters with DeepSpeed"
+if [ -n "${QUICKSTART_STEPS:-}" ]; then
+  steps="$QUICKSTART_STEPS"
+elif [ -e $data/steps.txt ]; then
+  steps="$(cat $data/steps.txt)"
+else
+  steps="$($python launch/quickstart_steps.py "$seconds")" || fail "the speed of this machine could not be measured"
+  echo "$steps" >$data/steps.txt
+  title="$title: $steps steps, at most $(((seconds + 30) / 60)) minutes here"
+fi
+step 5 "$title" \
   bash launch/pretrain.sh --model quickstart --shards $data/shards --run-dir $run --ds-config ds_configs/zero1.json \
   --steps "$steps" --seq-len 256 --global-batch-size 8 --lr 3e-3 --eval-every $((steps / 4 > 0 ? steps / 4 : 1)) \
   --eval-samples 64 --save-every $((steps / 2 > 0 ? steps / 2 : 1))

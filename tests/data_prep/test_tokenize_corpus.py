@@ -331,9 +331,9 @@ def test_what_is_finished_is_not_encoded_again(
     tokenizer_class = type(load_tokenizer(prepare._tokenizer))
     encode_packed = tokenizer_class.encode_packed
 
-    def count(self: object, texts: list[str], **flags: object) -> object:
+    def count(self: object, texts: list[str], *args: object, **flags: object) -> object:
         encoded.extend(texts)
-        return encode_packed(self, texts, **flags)  # type: ignore[arg-type]
+        return encode_packed(self, texts, *args, **flags)  # type: ignore[arg-type]
 
     monkeypatch.setattr(tokenizer_class, "encode_packed", count)
     prepare(tmp_path / "out", source)

@@ -1,0 +1,47 @@
+"""Prints how many steps of the quickstart's training fit into a time here: python launch/quickstart_steps.py SECONDS.
+
+Forward and backward are timed on the machine itself, for about a second.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from minimind.model.kernels.apply import apply_kernels
+from minimind.model.presets import PRESETS
+from minimind.model.transformer import MiniMindForCausalLM
+
+WINDOWS, SEQ_LEN = 8, 256
+FEWEST, MOST = 60, 3000
+"""Too few steps teach nothing; more than these go round the small corpus again."""
+BESIDES = 1.3
+"""Seconds of a step of the whole run for a second of forward and backward: optimizer, evaluations, checkpoints."""
+
+
+def choose_steps(seconds: float, step_seconds: float) -> int:
+    """Steps for about so many seconds, a multiple of 20."""
+    return min(max(int(seconds / (BESIDES * step_seconds)) // 20 * 20, FEWEST), MOST)
+
+
+def measure_step(device: torch.device) -> float:
+    """Seconds of one forward and backward over a global batch, without the first."""
+    model = MiniMindForCausalLM(PRESETS["quickstart"]).to(device)
+    apply_kernels(model, device)
+    input_ids = torch.randint(model.config.vocab_size, (WINDOWS, SEQ_LEN), device=device)
+    times: list[float] = []
+    while len(times) < 2 or sum(times) < 1:
+        begin = time.perf_counter()
+        loss = model(input_ids, input_ids).loss
+        loss.backward()
+        loss.item()  # waits for the device
+        times.append(time.perf_counter() - begin)
+    return min(times[1:])
+
+
+if __name__ == "__main__":
+    step_seconds = measure_step(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    print(choose_steps(float(sys.argv[1]), step_seconds))

@@ -1,0 +1,78 @@
+"""The quickstart's number of steps follows the machine and the time that is left, and stays what it was."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from repository import ROOT
+
+sys.path.insert(0, str(ROOT / "launch"))
+from quickstart_steps import FEWEST, MOST, choose_steps
+
+# Stands for Python and for launch/pretrain.sh: writes down what is called, and makes the files that are looked for.
+STUB = """#!/usr/bin/env bash
+echo "$(basename "$0") $*" >> "$LOG"
+case "$*" in
+  *quickstart_steps.py*) [ -z "${FAIL:-}" ] && echo 140 ;;
+  *default_corpus*) mkdir -p data/quickstart && touch data/quickstart/corpus.jsonl ;;
+esac
+"""
+
+
+def test_steps_fill_the_time_between_their_bounds() -> None:
+    assert choose_steps(400, 1.0) == 300 and choose_steps(400, 0.5) == 600
+    assert choose_steps(400, 0.001) == MOST and choose_steps(400, 100.0) == FEWEST
+
+
+def test_the_machine_is_measured_in_about_a_second() -> None:
+    command = [sys.executable, "launch/quickstart_steps.py", "400"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == "" and FEWEST <= int(done.stdout) <= MOST and int(done.stdout) % 20 == 0
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """The quickstart's scripts and files, with stubs for all that it runs."""
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    for path in (tmp_path / ".venv" / "bin" / "python", tmp_path / "launch" / "pretrain.sh"):
+        path.write_text(STUB)
+        path.chmod(0o755)
+    files = [Path(shutil.copy(path, tmp_path)) for path in sorted(ROOT.glob("requirements*.txt"))]
+    requirements = b"".join(path.read_bytes() for path in files)
+    stamp = tmp_path / ".venv" / ".installed-requirements"
+    stamp.write_text(hashlib.sha256(requirements).hexdigest() + "  -")
+    return tmp_path
+
+
+def run(repository: Path, **environment: str) -> tuple["subprocess.CompletedProcess[str]", list[str]]:
+    log = repository / "log"
+    log.unlink(missing_ok=True)
+    environment = {**os.environ, "LOG": str(log), **environment}
+    command = ["bash", "launch/quickstart.sh"]
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
+    return done, log.read_text().splitlines()
+
+
+def test_the_chosen_number_is_said_and_kept(repository: Path) -> None:
+    done, calls = run(repository)
+    assert done.returncode == 0, done.stderr
+    assert "140 steps, at most 7 minutes here" in done.stdout
+    assert any(call.startswith("pretrain.sh") and "--steps 140 " in call for call in calls)
+    (measured,) = [call for call in calls if "quickstart_steps.py" in call]
+    assert 400 <= int(measured.split()[-1]) <= 440
+    done, calls = run(repository)  # goes on with the same number, whatever time is left
+    assert not any("quickstart_steps.py" in call for call in calls)
+    assert any("--steps 140 " in call for call in calls)
+    done, calls = run(repository, QUICKSTART_STEPS="20")
+    assert any("--steps 20 " in call for call in calls)
+
+
+def test_a_machine_that_cannot_be_measured_is_one_line(repository: Path) -> None:
+    done, calls = run(repository, FAIL="1")
+    assert done.returncode == 1 and "error: the speed of this machine could not be measured" in done.stderr
+    assert not any(call.startswith("pretrain.sh") for call in calls)
