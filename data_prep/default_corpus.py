@@ -56,10 +56,8 @@ class DefaultCorpusFlags:
 
     output: Path
     """The JSONL file to write: {"text": ..., "source": ...} a line."""
-    min_bytes: int = 5_000_000
-    """Fail if less text is found."""
     max_bytes: int = 14_000_000
-    """Stop collecting at this size (once --min-bytes is reached)."""
+    """Stop collecting at this size."""
     workers: int = 0
     """Processes that read sources (0: one for each core)."""
     overwrite: bool = False
@@ -73,17 +71,15 @@ def main() -> None:
     if flags.output.exists() and not flags.overwrite:
         raise UserError(f"{flags.output} already exists: choose another --output or give --overwrite")
     lines: list[str] = []
-    total, enough = 0, max(flags.min_bytes, flags.max_bytes)
-    with tqdm(total=enough, desc="collecting", unit="B", unit_scale=True, disable=None) as progress:
+    total = 0
+    with tqdm(total=flags.max_bytes, desc="collecting", unit="B", unit_scale=True, disable=None) as progress:
         for document in drop_repeated(collect_documents(count_workers(flags.workers))):
             size = len(document.text.encode())
             lines.append(json.dumps(document._asdict(), ensure_ascii=False) + "\n")
             total += size
             progress.update(size)
-            if total >= enough:
+            if total >= flags.max_bytes:
                 break
-    if total < flags.min_bytes:
-        raise UserError(f"only {total:,} bytes of text found on this machine, --min-bytes is {flags.min_bytes:,}")
     with disk_errors(flags.output):
         flags.output.parent.mkdir(parents=True, exist_ok=True)
         replace_file(flags.output, "".join(lines))

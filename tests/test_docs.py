@@ -610,6 +610,7 @@ def find_flags() -> set[str]:
     places = (
         "data_prep/*.py",
         "data_prep/reading/*.py",
+        "data_prep/writing/*.py",
         "minimind/*.py",
         "minimind/config/*.py",
         "minimind/model/config.py",

@@ -74,13 +74,9 @@ def _read_lines(stream: io.BufferedReader, limit: int) -> _Lines:
     while line := stream.readline(limit + 2):
         number += 1
         data = line.removesuffix(b"\n").removesuffix(b"\r")
-        if len(data) <= limit:
-            yield number, data
-            continue
-        blank = _is_blank(data)
+        yield number, data if len(data) <= limit else None
         while not line.endswith(b"\n") and (line := stream.readline(CHUNK_BYTES)):
-            blank = blank and _is_blank(line)
-        yield number, b"" if blank else None
+            pass
 
 
 def _read_paragraphs(stream: io.BufferedReader, limit: int) -> _Lines:

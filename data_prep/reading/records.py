@@ -37,7 +37,7 @@ class ReadOptions:
     txt_documents: TxtDocuments = "paragraph"
     """What one document is in a .txt file: lines up to a blank line, one line, or the whole file."""
     max_document_bytes: Annotated[int, AT_LEAST_1] = 1 << 23
-    """A longer line or document is bad input; no more than this is ever held."""
+    """A longer line or document is bad input; no more than this is held, but of CSV and Parquet."""
     hf_config: str | None = None
     """Configuration of a data set that `datasets` loads."""
     hf_split: str = "train"

@@ -20,7 +20,6 @@ from data_prep.reading.records import (
     Text,
     find_columns,
     find_text,
-    reject_long,
 )
 from data_prep.reading.sources import is_saved_dataset
 from minimind.errors import UserError, first_line
@@ -28,70 +27,36 @@ from minimind.errors import UserError, first_line
 # An encoded row can be far smaller than its text (a dictionary page holds a repeated text once), so that no batch may
 # have many rows, whatever the file's sizes promise.
 _MOST_ROWS = 64
-
-
-class _CsvLines:
-    """Lines for `csv.reader`. Of a record beyond `limit` only quotes, delimiters and line ends are handed on, which say
-    where it ends, and `dropped` is set."""
-
-    def __init__(self, stream: BinaryIO, limit: int) -> None:
-        self._stream = stream
-        self._limit = limit
-        self.begin_record()
-
-    def begin_record(self) -> None:
-        self.dropped = False
-        self._size = 0
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        line = self._stream.readline(self._limit + 1)
-        if not line:
-            raise StopIteration
-        self._size += len(line)
-        if self._size > self._limit:
-            self.dropped = True
-            line, rest = _keep_structure(line), line
-            while not rest.endswith(b"\n") and (rest := self._stream.readline(CHUNK_BYTES)):
-                line += _keep_structure(rest)
-        # Bytes that are no UTF-8 become lone surrogates, which are found in the one column that counts.
-        return line.decode("utf-8", "surrogateescape")
-
-
-def _keep_structure(line: bytes) -> bytes:
-    return re.sub(rb'[^",\t\r\n]+', b"x", line)
+# Bytes of a CSV field, reached by none but one whose quote has no end.
+_LARGEST_FIELD = 1 << 28
 
 
 def read_csv(stream: BinaryIO, source: Source, options: ReadOptions) -> Iterator[Record]:
     """Rows under the number of their first line. Raises `UserError` for a quote that is never closed."""
-    lines = _CsvLines(stream, options.max_document_bytes)
-    # Reached by no field but one whose quote has no end: a long one is handed on without its text.
-    csv.field_size_limit(max(2 * options.max_document_bytes, 1 << 25))
+    csv.field_size_limit(_LARGEST_FIELD)
+    # Bytes that are no UTF-8 become lone surrogates, which are found in the one column that counts.
+    lines = (line.decode("utf-8", "surrogateescape") for line in iter(lambda: stream.readline(_LARGEST_FIELD), b""))
     reader = csv.reader(lines, strict=True, delimiter="\t" if source.format == "tsv" else ",")
     names: list[str] = []
     while True:
         line = reader.line_num + 1
         text: Text | None = None
-        lines.begin_record()
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             if not names or re.search("unexpected end|field limit", str(error)):
-                what = f"a quoted field has no end ({error})" if names else f"the header is broken ({error})"
-                raise UserError(f"{source.name}:{line}: {what}; what follows cannot be read: mend the file") from None
+                what = "a quoted field has no end" if names else "the header is broken"
+                reason = f"{source.name}:{line}: {what} ({error})"
+                raise UserError(f"{reason}; what follows cannot be read: mend the file") from None
             row, text = ["?"], Rejected(f"broken CSV: {error}")
         if not row:
             continue
         if not names:
             names, columns = row, find_columns(row, source.name, options.text_field)
             continue
-        if lines.dropped:
-            text = reject_long(options.max_document_bytes)
-        elif text is None and len(row) != len(names):
+        if text is None and len(row) != len(names):
             text = Rejected(f"{len(row)} columns, the header has {len(names)}")
         elif text is None:
             text = find_text({names[column]: row[column] for column in columns}, options.text_field)

@@ -104,7 +104,7 @@ def test_nothing_is_imported_to_read_it() -> None:
 
 def test_command_writes_jsonl_once(tmp_path: Path) -> None:
     output = tmp_path / "new" / "corpus.jsonl"
-    flags = ("--output", output, "--min-bytes", 300_000, "--max-bytes", 300_000)
+    flags = ("--output", output, "--max-bytes", 300_000)
     result = run(*flags)
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in output.read_text().splitlines()]
@@ -116,7 +116,7 @@ def test_command_writes_jsonl_once(tmp_path: Path) -> None:
 
 def test_too_little_text_and_unwritable_output_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    result = run("--output", tmp_path / "file" / "c.jsonl", "--min-bytes", 1000, "--max-bytes", 1000)
+    result = run("--output", tmp_path / "file" / "c.jsonl", "--max-bytes", 1000)
     assert result.returncode == 2
     assert result.stderr.strip().splitlines()[-1].startswith("error: cannot write")
 
