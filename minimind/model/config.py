@@ -94,6 +94,8 @@ class ModelConfig:
     """Weight of the load-balancing loss; 0 is off."""
     seq_aux: bool = False
     """Balance the load within each sequence instead of over the batch."""
+    aux_loss_scope: Literal["global", "micro"] | None = None
+    """Tokens the load is balanced over: of the whole optimizer step, or of each micro-batch; None means global."""
     router_z_loss_coef: Annotated[float, AT_LEAST_0] = 0.0
     """Weight of the squared log-partition of the router logits; 0 is off."""
     router_bias_update_rate: Annotated[float, AT_LEAST_0] = 0.0

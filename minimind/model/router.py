@@ -57,6 +57,10 @@ class RouterBalance(NamedTuple):
     """Float32 scalar, summed over the layers, coefficients included."""
     expert_load: Tensor
     """(num_moe_layers, num_experts) int64: tokens sent to each expert; a token counts once for each of its experts."""
+    expert_share: Tensor
+    """(num_moe_layers, num_experts) float32: each expert's share of the choices, summing to 1 in a layer."""
+    expert_score: Tensor
+    """(num_moe_layers, num_experts) float32: mean score of each expert, scores of a token summing to 1."""
     dropped: Tensor | None = None
     """(num_moe_layers,) int64: those of them that found no room; None where nothing is ever dropped."""
 
@@ -72,7 +76,8 @@ def router_aux_loss(
     Load balancing: router_aux_loss_coef * sum_i f_i * P_i, where f_i is expert i's share of the choices times the
     number of experts and P_i its mean score (scores of a token summing to 1): 1 when balanced. Over the whole batch
     (arXiv 2101.03961) or, with `seq_aux`, for each sequence, averaged (arXiv 2405.04434). Router z-loss:
-    router_z_loss_coef * mean(logsumexp(logits)**2) (arXiv 2202.08906). Both are means over this batch's tokens.
+    router_z_loss_coef * mean(logsumexp(logits)**2) (arXiv 2202.08906). Both are means over this batch's tokens; where
+    it is a part of a step, `balance_over` widens the first.
 
     Args:
         batch_shape: (B, T).
@@ -88,15 +93,28 @@ def router_aux_loss(
         load.scatter_add_(-1, experts, torch.ones_like(experts))
     if config.scoring_func == "sigmoid":
         scores = scores / scores.sum(dim=-1, keepdim=True)
-    share, mean_score = load.float() / experts.shape[-1], scores.mean(dim=2)  # (L, B, E)
+    shares, mean_scores = load.float() / experts.shape[-1], scores.mean(dim=2)  # (L, B, E)
+    share, mean_score = shares.mean(dim=1), mean_scores.mean(dim=1)  # (L, E)
     if not config.seq_aux:
-        share, mean_score = share.mean(dim=1), mean_score.mean(dim=1)  # (L, E)
-    balance = (share * mean_score).sum(dim=-1) * config.num_experts  # (L, B) or (L,)
-    aux_loss = config.router_aux_loss_coef * balance.view(len(router_logits), -1).mean(dim=1).sum()
+        shares, mean_scores = share.unsqueeze(1), mean_score.unsqueeze(1)  # (L, 1, E)
+    balance = (shares * mean_scores).sum(dim=-1) * config.num_experts  # (L, B) or (L, 1)
+    aux_loss = config.router_aux_loss_coef * balance.mean(dim=1).sum()
     if config.router_z_loss_coef:
         z_losses = logits.logsumexp(dim=-1).square().flatten(1).mean(dim=1)
         aux_loss = aux_loss + config.router_z_loss_coef * z_losses.sum()
-    return RouterBalance(aux_loss, load.sum(dim=1))
+    return RouterBalance(aux_loss, load.sum(dim=1), share, mean_score)
+
+
+def balance_over(step_share: Tensor, aux_loss: Tensor, share: Tensor, score: Tensor, config: ModelConfig) -> Tensor:
+    """The auxiliary loss of a micro-batch, with f of the whole optimizer step in place of its own (arXiv 2501.11873).
+
+    The mean over the micro-batches and ranks of a step is then the loss of the step as one batch, on any topology.
+
+    Args:
+        step_share: (L, E), the mean of `RouterBalance.expert_share` over the step's micro-batches and ranks.
+        aux_loss, share, score: `RouterBalance.aux_loss`, `.expert_share` and `.expert_score` of the micro-batch.
+    """
+    return aux_loss + config.router_aux_loss_coef * config.num_experts * ((step_share - share) * score).sum()
 
 
 @torch.no_grad()

@@ -39,6 +39,10 @@ class CausalLMOutput(NamedTuple):
     """(num_moe_layers, num_experts) int64, with labels and experts only: tokens sent to each expert."""
     dropped: Tensor | None = None
     """(num_moe_layers,) int64: those of them that found no room, where experts have a capacity."""
+    expert_share: Tensor | None = None
+    """(num_moe_layers, num_experts) float32, with labels and experts only: `RouterBalance.expert_share`."""
+    expert_score: Tensor | None = None
+    """(num_moe_layers, num_experts) float32, with labels and experts only: `RouterBalance.expert_score`."""
 
 
 class Block(nn.Module):
@@ -198,7 +202,7 @@ class MiniMindForCausalLM(nn.Module):
         hidden_states = self.model(*inputs)
         balance = self.router_record.finish(self.config, (input_ids.shape[0], input_ids.shape[1]))
         loss = self.lm_head(hidden_states, labels, loss_reduction)
-        return CausalLMOutput(loss, None, balance.aux_loss, balance.expert_load, balance.dropped)
+        return CausalLMOutput(loss=loss, **balance._asdict())
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute each block in the backward pass instead of keeping its activations (non-reentrant)."""

@@ -21,6 +21,7 @@ from minimind.data.shards import ShardReader
 from minimind.distributed.collectives import log
 from minimind.errors import UserError
 from minimind.files import read_json, replace_file
+from minimind.model.config import ModelConfig
 from minimind.training.record.run_files import DS_CONFIG_NAME, RUN_CONFIG_NAME
 
 
@@ -70,6 +71,20 @@ def check_run_folder(resolved: ResolvedRun, corpus: DataFingerprint) -> list[str
             "old values"
         )
     return notes
+
+
+def settle_aux_loss_scope(run: RunConfig) -> RunConfig:
+    """`run` with its form of balancing experts: as asked for, as the run in its folder began, or over the whole step. A
+    run that began before there was a choice balances each micro-batch by itself."""
+    if not run.model.use_moe or run.model.aux_loss_scope is not None:
+        return run
+    path, scope = Path(run.train.run_dir) / RUN_CONFIG_NAME, "global"
+    if path.exists():
+        content = read_json(path, "the run folder's")
+        model = content.get("model") if isinstance(content, dict) else None
+        scope = (model.get("aux_loss_scope") if isinstance(model, dict) else None) or "micro"
+    model = ModelConfig.from_dict({**run.model.to_dict(), "aux_loss_scope": scope})
+    return dataclasses.replace(run, model=model)
 
 
 def _changes(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:

@@ -38,7 +38,7 @@ from minimind.training.peak_flops import peak_flops
 from minimind.training.profiler import StepProfiler
 from minimind.training.record.metrics import NullRecord, RunRecord
 from minimind.training.record.wandb import WandbLog, check_wandb
-from minimind.training.run_folder import Resume, check_run_folder, identify, open_run_folder
+from minimind.training.run_folder import Resume, check_run_folder, identify, open_run_folder, settle_aux_loss_scope
 from minimind.training.trainer import Trainer
 
 
@@ -62,7 +62,7 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
     Raises:
         UserError: anything wrong with flags, files, shards or the run folder.
     """
-    run = command.run
+    run = settle_aux_loss_scope(command.run)
     data = open_data(run)
     resolved = resolve_run(
         run,

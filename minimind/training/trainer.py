@@ -24,6 +24,7 @@ from minimind.data.loader import Batch, BatchLoader
 from minimind.distributed.collectives import all_reduce_sum, gather_objects
 from minimind.distributed.stop_requests import Requests
 from minimind.errors import UserError
+from minimind.model.router import balance_over
 from minimind.parallel.loss_scale import loss_scale
 from minimind.parallel.optimizer import optimizer_step, set_learning_rate
 from minimind.training.control import RunControl
@@ -109,6 +110,7 @@ class Trainer:
         scale = len(batches) * self.loader.dp_size / num_targets
         loss, aux_loss = torch.zeros((), device=device), torch.zeros((), device=device)
         counts: torch.Tensor | None = None
+        share = self._read_expert_share(batches)
         for batch in batches:
             self.control.report(step + 1, "forward and backward")
             moved = batch.to(device, non_blocking=True)
@@ -117,8 +119,13 @@ class Trainer:
             loss += parts.loss.detach() / num_targets
             total = parts.loss * scale
             if parts.aux_loss is not None:  # a mean over this micro-batch: DeepSpeed's own averaging is right for it
-                total = total + parts.aux_loss
-                aux_loss = aux_loss + parts.aux_loss.detach() / (len(batches) * self.loader.dp_size)
+                own = parts.aux_loss
+                if self._balances_step:
+                    assert parts.expert_share is not None and parts.expert_score is not None
+                    share = self._mean_over_ranks(parts.expert_share) if share is None else share
+                    own = balance_over(share, own, parts.expert_share, parts.expert_score, self.resolved.model)
+                total = total + own
+                aux_loss = aux_loss + own.detach() / (len(batches) * self.loader.dp_size)
             if parts.expert_counts is not None:
                 counts = parts.expert_counts if counts is None else counts + parts.expert_counts
             with self.timer.part("backward"):
@@ -139,6 +146,35 @@ class Trainer:
         self._pending.append(PendingStep(self.state, loss, aux_loss, grad_norm, lr, scale_now, counts))
         if table := self.profiler.step():
             self.record.log(table)
+
+    @property
+    def _balances_step(self) -> bool:
+        """Whether the experts' load is balanced over the whole optimizer step."""
+        model = self.resolved.model
+        is_batchwise = model.use_moe and not model.seq_aux and model.router_aux_loss_coef > 0
+        return is_batchwise and model.aux_loss_scope != "micro"
+
+    @torch.no_grad()
+    def _read_expert_share(self, batches: list[Batch]) -> torch.Tensor | None:
+        """Each expert's share of the whole step's choices, (num_moe_layers, num_experts). Every rank calls this.
+
+        It has to be known before the first backward, so every micro-batch is read once more before, without a gradient.
+        None where the only forward gives it, or where nothing is balanced over the step.
+        """
+        if not self._balances_step or len(batches) == 1:
+            return None
+        self.control.report(self.state.step + 1, "reading the experts' load")
+        shares = []
+        for batch in batches:
+            with self.timer.forward():
+                parts = self.objective.loss(self.engine, batch.to(self.engine.device, non_blocking=True))
+            assert parts.expert_share is not None
+            shares.append(parts.expert_share)
+        self._seed_dropout(self.state.step)  # the same draws again
+        return self._mean_over_ranks(torch.stack(shares).mean(dim=0))
+
+    def _mean_over_ranks(self, share: torch.Tensor) -> torch.Tensor:
+        return all_reduce_sum(share.clone()) / self.loader.dp_size
 
     @property
     def _tokens_per_step(self) -> int:

@@ -16,6 +16,8 @@ class LossParts(NamedTuple):
     aux_loss: torch.Tensor | None = None  # () of the routers, a mean over this micro-batch; None for a dense model
     # (num_moe_layers, num_experts + 1) int64: choices of each expert, and in the last column those that were dropped
     expert_counts: torch.Tensor | None = None
+    expert_share: torch.Tensor | None = None  # (num_moe_layers, num_experts) of `CausalLMOutput`
+    expert_score: torch.Tensor | None = None
 
     @classmethod
     def of(cls, output: CausalLMOutput) -> "LossParts":
@@ -29,7 +31,8 @@ class LossParts(NamedTuple):
         load, dropped = output.expert_load, output.dropped
         assert load is not None
         dropped = load.new_zeros(load.shape[0]) if dropped is None else dropped
-        return cls(output.loss, output.aux_loss, torch.cat([load, dropped.unsqueeze(1)], dim=1))
+        counts = torch.cat([load, dropped.unsqueeze(1)], dim=1)
+        return cls(output.loss, output.aux_loss, counts, output.expert_share, output.expert_score)
 
 
 class Objective(Protocol):
