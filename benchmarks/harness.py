@@ -198,7 +198,8 @@ def build_engine(model: Any, env: Any, device: Any, *, ds_config: str | None = N
     """
     import torch
 
-    from minimind.config.resolve import load_ds_config, resolve_run
+    from minimind.config.deepspeed_file import load_ds_config
+    from minimind.config.resolve import resolve_run
     from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
     from minimind.parallel import engine
 

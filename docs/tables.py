@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from minimind.config import run_config
-from minimind.config.resolve import load_ds_config, resolve_run
+from minimind.config.deepspeed_file import load_ds_config
+from minimind.config.deepspeed_table import STAGES, TABLE, Row
+from minimind.config.resolve import resolve_run
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig, preset
 from minimind.model.config import ModelConfig
 from minimind.model.presets import PRESETS
@@ -242,6 +244,31 @@ def ds_configs(language: str) -> str:
     return format_table(head, rows)
 
 
+def ds_keys(language: str) -> str:
+    """The stages at which each key of DeepSpeed's JSON runs, and what is said where it does not."""
+    note = {"en": "note", "zh": "提示"}[language]
+    head = {
+        "en": ["key", "CPU, dense", "CPU, experts", "CUDA, dense", "CUDA, experts", "what is said otherwise"],
+        "zh": ["键", "CPU，稠密", "CPU，专家", "CUDA，稠密", "CUDA，专家", "否则的提示或报错"],
+    }[language]
+
+    def cell(row: Row, device: str, experts: bool) -> str:
+        verdicts = {stage: row.verdict(stage, experts, device, all_packages=True)[0] for stage in STAGES}
+        runs, noted = ([str(i) for i in STAGES if verdicts[i] == kind] for kind in ("runs", "note"))
+        return "; ".join(filter(None, (" ".join(runs), f"{note} {' '.join(noted)}" if noted else ""))) or "-"
+
+    rows: list[tuple[str, ...]] = []
+    for has_rules, group in itertools.groupby(TABLE, key=lambda row: bool(row.rules)):
+        members = list(group)
+        if not has_rules:
+            rows.append((", ".join(f"`{row.key}`" for row in members), *["0 1 2 3"] * 4, ""))
+        for row in members if has_rules else ():
+            cells = [cell(row, device, experts) for device in ("cpu", "cuda") for experts in (False, True)]
+            said = "<br>".join(f"{note}: {rule.words}" if rule.verdict == "note" else rule.words for rule in row.rules)
+            rows.append((f"`{row.key}`", *cells, said.replace("|", "\\|")))
+    return format_table(head, rows)
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "presets": presets,
     "kv_cache": kv_cache,
@@ -249,6 +276,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "zero_memory": zero_memory,
     "temperature": temperature,
     "ds_configs": ds_configs,
+    "ds_keys": ds_keys,
     "papers": papers,
     "runs_table": runs_table,
     "fields_model": lambda language: fields(ModelConfig, "minimind/model/config.py", language),

@@ -13,7 +13,7 @@ import tyro
 
 from minimind.cli import parse_flags
 from minimind.config.command_line import Selection, read_selection
-from minimind.config.resolve import load_ds_config
+from minimind.config.deepspeed_file import load_ds_config
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig, check_run
 from minimind.errors import run_main
 from minimind.model.config import ModelConfig

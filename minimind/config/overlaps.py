@@ -42,37 +42,80 @@ def _equal(ours: Any, theirs: Any) -> bool:
     return ours == theirs
 
 
-def resolve_batch(
-    micro: int | None, total: int | None, accumulation: int | None, dp_size: int, overlaps: Overlaps
-) -> dict[str, int]:
+_BATCH_KEYS = {
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "micro_batch_size": "train_micro_batch_size_per_gpu",
+    "global_batch_size": "train_batch_size",
+}
+
+
+def take_batch(run: RunConfig, ds: dict[str, Any], dp_size: int, notes: list[str]) -> dict[str, int]:
+    """The three batch figures. Those of the JSON give way to flags that they do not fit, with a note.
+
+    Raises:
+        UserError: an inexact division, with the nearest valid values; without flags, also the flags that would fit.
+    """
+    ours = {name: getattr(run.train, name) for name in _BATCH_KEYS if getattr(run.train, name) is not None}
+    theirs = {name: ds[key] for name, key in _BATCH_KEYS.items() if ds.get(key, AUTO) not in (AUTO, None)}
+    theirs = check_fields(TrainConfig, theirs, "DeepSpeed config")
+    if not ours:
+        try:
+            return resolve_batch(theirs, dp_size)
+        except UserError as error:
+            micro, total = _nearest_batch(theirs, dp_size)
+            raise UserError(
+                f"{error}; or pass --micro-batch-size {micro} --global-batch-size {total}: the file gives way"
+            ) from None
+    kept = {name: value for name, value in theirs.items() if name not in ours}
+    while True:
+        try:
+            batch = resolve_batch({**kept, **ours}, dp_size)
+            break
+        except UserError:
+            if not kept:
+                raise
+            del kept[next(iter(kept))]
+    for name, value in theirs.items():
+        if batch[name] != value:
+            notes.append(f"{_BATCH_KEYS[name]} {value} of the DeepSpeed config gives way to the flags: {batch[name]}")
+    return batch
+
+
+def resolve_batch(given: dict[str, int], dp_size: int) -> dict[str, int]:
     """Any two of the three batch figures give the third; an inexact division names the nearest valid values."""
-    given = {"micro_batch_size": micro, "global_batch_size": total, "gradient_accumulation_steps": accumulation}
     check_fields(TrainConfig, given)
-    if total is not None:
+    micro, total = given.get("micro_batch_size"), given.get("global_batch_size")
+    accumulation = given.get("gradient_accumulation_steps")
+    if total is None:
+        micro, accumulation = micro or DEFAULT_MICRO_BATCH_SIZE, accumulation or 1
+    else:
         if micro is None:
             unit = dp_size * (accumulation or 1)
             _check_divides(total, unit, f"{dp_size} ranks x accumulation {accumulation or 1}")
-            share = total // unit
-            if accumulation is not None:
-                micro = share
-            else:
-                micro = max(size for size in range(1, min(DEFAULT_MICRO_BATCH_SIZE, share) + 1) if share % size == 0)
+            micro = total // unit if accumulation is not None else _largest_divisor(total // unit)
         _check_divides(total, micro * dp_size, f"micro batch {micro} x {dp_size} ranks")
         derived = total // (micro * dp_size)
-        if accumulation is not None and accumulation != derived:
-            overlaps.mismatches.append(
+        if accumulation not in (None, derived):
+            raise UserError(
                 f"gradient_accumulation_steps is {accumulation}, but global_batch_size {total} / (micro_batch_size "
                 f"{micro} x {dp_size} ranks) is {derived}"
             )
         accumulation = derived
-    else:
-        micro = micro or DEFAULT_MICRO_BATCH_SIZE
-        accumulation = accumulation or 1
     return {
         "micro_batch_size": micro,
         "global_batch_size": micro * accumulation * dp_size,
         "gradient_accumulation_steps": accumulation,
     }
+
+
+def _largest_divisor(share: int, most: int = DEFAULT_MICRO_BATCH_SIZE) -> int:
+    return max(size for size in range(1, min(most, share) + 1) if share % size == 0)
+
+
+def _nearest_batch(theirs: dict[str, int], dp_size: int) -> tuple[int, int]:
+    """A micro and a global batch that fit the ranks, with the file's global batch as far as it divides."""
+    total = max(1, theirs["global_batch_size"] // dp_size) * dp_size
+    return _largest_divisor(total // dp_size, theirs.get("micro_batch_size", DEFAULT_MICRO_BATCH_SIZE)), total
 
 
 def _check_divides(total: int, unit: int, what: str) -> None:
@@ -83,6 +126,7 @@ def _check_divides(total: int, unit: int, what: str) -> None:
 
 
 def take_optimizer(overlaps: Overlaps, run: RunConfig, ds: dict[str, Any]) -> dict[str, Any]:
+    """`optimizer` and its settings."""
     params = ds.get("optimizer", {}).get("params") or {}
     theirs = optimizer_name(ds)
     optimizer = overlaps.agree("optimizer", run.train.optimizer, theirs, "optimizer.type")
@@ -97,28 +141,60 @@ def take_optimizer(overlaps: Overlaps, run: RunConfig, ds: dict[str, Any]) -> di
     return {"optimizer": optimizer, **values}
 
 
-def take_schedule(overlaps: Overlaps, run: RunConfig, ds: dict[str, Any]) -> str | None:
-    section = ds.get("scheduler", {})
-    kind = section.get("type")
-    theirs = None if kind in (None, AUTO) else "deepspeed"
-    schedule = overlaps.agree("schedule", run.train.schedule, theirs, f"scheduler.type {kind}")
-    if schedule == "deepspeed" and theirs is None:
-        raise UserError("schedule: 'deepspeed' needs a scheduler.type in the DeepSpeed config; name one, or use cosine")
-    for key, value in (section.get("params") or {}).items():
-        if value == AUTO and theirs is not None:
+# DeepSpeed's schedulers that "auto" may stand in, the run's schedule of that shape and its floor.
+_SHAPES: dict[str, tuple[str, float | None]] = {
+    "WarmupLR": ("constant", None), "WarmupDecayLR": ("linear", 0.0), "WarmupCosineLR": ("cosine", 0.0001)
+}  # fmt: skip
+
+
+def take_schedule(overlaps: Overlaps, run: RunConfig, ds: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    """`schedule`, and what a scheduler with "auto" says of the run's own: `warmup_steps`, `min_lr_ratio`, `steps`.
+
+    Raises:
+        UserError: a scheduler is asked for that the JSON does not name, or "auto" stands in one without a counterpart.
+    """
+    section, train = ds.get("scheduler", {}), run.train
+    kind, params = section.get("type", AUTO), section.get("params") or {}
+    autos = [key for key, value in params.items() if value == AUTO]
+    if kind == AUTO:
+        if train.schedule == "deepspeed":
             raise UserError(
-                f'DeepSpeed config: scheduler.params.{key} is "auto", which only the run\'s own schedules resolve; '
-                "give a value, or remove the scheduler section and use --schedule"
+                "schedule: 'deepspeed' needs a scheduler.type in the DeepSpeed config; name one, or use cosine"
             )
-        if value != AUTO and theirs is None:
+        if len(autos) < len(params):
+            key = next(key for key in params if key not in autos)
             raise UserError(
-                f"DeepSpeed config: scheduler.params.{key} belongs to no scheduler; add a scheduler.type, or remove the"
-                " section and use --schedule"
+                f"DeepSpeed config: scheduler.params.{key} belongs to no scheduler; add a scheduler.type, or remove "
+                "the section and use --schedule"
             )
-    return schedule
+        return {"schedule": train.schedule}
+    if not autos:
+        return {"schedule": overlaps.agree("schedule", train.schedule, "deepspeed", f"scheduler.type {kind}")}
+    if kind not in _SHAPES or train.schedule == "deepspeed":
+        raise UserError(
+            f'DeepSpeed config: scheduler.params.{autos[0]} is "auto", which only the run\'s own schedules resolve; '
+            "give a value, or remove the scheduler section and use --schedule"
+        )
+    given = {key: value for key, value in params.items() if value != AUTO}
+    if given.pop("warmup_min_lr", 0):
+        raise UserError(
+            'DeepSpeed config: scheduler.params.warmup_min_lr: the run\'s warm-up begins at 0; write 0 or "auto"'
+        )
+    shape, floor = _SHAPES[kind]
+    values = {
+        "schedule": train.schedule or shape,
+        "warmup_steps": overlaps.take("warmup_steps", train.warmup_steps, given, "warmup_num_steps", "scheduler."),
+        "steps": overlaps.take("steps", train.steps, given, "total_num_steps", "scheduler."),
+        "lr": overlaps.take("lr", train.lr, given, "warmup_max_lr", "scheduler."),
+    }
+    if train.schedule is None and train.min_lr_ratio is None:
+        values["min_lr_ratio"] = given.get("cos_min_ratio", floor)
+    notes.append(f'scheduler {kind} with "auto": the run\'s own schedule {values["schedule"]}, its warm-up linear')
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def take_precision(overlaps: Overlaps, run: RunConfig, ds: dict[str, Any]) -> str | None:
+    """The precision that either side names, or None."""
     enabled = {key: ds[key].get("enabled", AUTO) for key in PRECISION_SECTIONS if key in ds}
     on = [key for key, value in enabled.items() if value is True]
     if len(on) > 1:

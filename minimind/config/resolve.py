@@ -6,16 +6,16 @@ clipping, optimizer, precision, schedule). Those are resolved on a copy, and all
 
 import copy
 import dataclasses
-import os
 from typing import Any
 
-from minimind.config.deepspeed_keys import AUTO, check_sections, settle_communication, zero_stage
+from minimind.config.deepspeed_file import modernize
+from minimind.config.deepspeed_keys import AUTO, check_types, settle_communication, zero_stage
+from minimind.config.deepspeed_table import settle_table
 from minimind.config.expert_parallel import check_experts, take_experts, write_experts
-from minimind.config.overlaps import Overlaps, resolve_batch, take_optimizer, take_precision, take_schedule
+from minimind.config.overlaps import Overlaps, take_batch, take_optimizer, take_precision, take_schedule
 from minimind.config.resolved_run import ResolvedRun, ResolvedTrain
 from minimind.config.run_config import DTYPE_NAMES, RunConfig, TrainConfig, check_run
 from minimind.errors import UserError
-from minimind.files import read_json
 from minimind.schema import check_fields
 
 DEFAULTS: dict[str, Any] = {
@@ -26,28 +26,9 @@ DEFAULTS: dict[str, Any] = {
     "weight_decay": 0.1,
     "max_grad_norm": 1.0,
     "schedule": "cosine",
+    "min_lr_ratio": 0.1,
 }
 """What a setting is where neither the run nor the JSON says it."""
-
-DEFAULT_DS_CONFIG: dict[str, Any] = {
-    "zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"},
-    "data_types": {"grad_accum_dtype": "fp32"},
-}
-"""The JSON of a run without `--ds-config`."""
-
-
-def load_ds_config(path: str | os.PathLike[str] | None) -> dict[str, Any]:
-    """The DeepSpeed JSON of a path, or the default one for None.
-
-    Raises:
-        UserError: it cannot be read, is no JSON, or no object.
-    """
-    if path is None:
-        return copy.deepcopy(DEFAULT_DS_CONFIG)
-    content = read_json(path, "--ds-config")
-    if not isinstance(content, dict):
-        raise UserError(f"--ds-config {path}: expected a JSON object, found {type(content).__name__}")
-    return content
 
 
 def resolve_run(
@@ -80,26 +61,20 @@ def resolve_run(
         UserError: a misspelt or unused section or setting, a disagreement, batch sizes that do not divide, a precision
             that the device or the ZeRO stage does not have, or too few samples for one step.
     """
-    ds = copy.deepcopy(ds)
-    check_sections(ds)
+    ds, train = copy.deepcopy(ds), run.train
+    notes = modernize(ds)
+    check_types(ds)
+    notes += _resolve_hpz(ds, dp_size, local_world_size)
+    notes += settle_table(ds, experts=run.model.use_moe, device=device_type)
     overlaps = Overlaps()
-    train = run.train
-    batch = resolve_batch(
-        overlaps.take("micro_batch_size", train.micro_batch_size, ds, "train_micro_batch_size_per_gpu"),
-        overlaps.take("global_batch_size", train.global_batch_size, ds, "train_batch_size"),
-        overlaps.take(
-            "gradient_accumulation_steps", train.gradient_accumulation_steps, ds, "gradient_accumulation_steps"
-        ),
-        dp_size,
-        overlaps,
-    )
     values: dict[str, Any] = {
-        **batch,
+        **take_batch(run, ds, dp_size, notes),
         "max_grad_norm": overlaps.take("max_grad_norm", train.max_grad_norm, ds, "gradient_clipping"),
         **take_optimizer(overlaps, run, ds),
-        "schedule": take_schedule(overlaps, run, ds),
         **take_experts(overlaps, run, ds),
     }
+    for name, value in take_schedule(overlaps, run, ds, notes).items():
+        values[name] = overlaps.agree(name, values.get(name), value, f"scheduler.{name}")
     precision = take_precision(overlaps, run, ds)
     overlaps.finish()
     defaults = DEFAULTS if values["optimizer"] != "deepspeed" else {**DEFAULTS, "betas": None, "eps": None}
@@ -111,10 +86,11 @@ def resolve_run(
     check_run(run)
     _check_schedule_fields(run.train)
     values |= {**_resolve_length(run, num_samples), "ep_size": values["ep_size"] or 1}
-    _resolve_hpz(ds, dp_size, local_world_size)
+    if run.train.min_lr_ratio is None:
+        values["min_lr_ratio"] = DEFAULTS["min_lr_ratio"]
     settle_communication(ds, dp_size=dp_size, device_type=device_type, has_experts=run.model.use_moe)
-    notes = [f'{where}: "auto" left to DeepSpeed\'s default' for where in _drop_autos(ds)]
-    settled = ResolvedTrain(**{**vars(train), **values})
+    notes += [f'{where}: "auto" left to DeepSpeed\'s default' for where in _drop_autos(ds)]
+    settled = ResolvedTrain(**{**vars(run.train), **values})
     _write_back(ds, settled)
     write_experts(ds, run.model, settled)
     resolved = ResolvedRun(run.model, run.data, settled, ds, dp_size, notes=())
@@ -127,12 +103,15 @@ def resolve_run(
 
 
 def _uses_autocast(ds: dict[str, Any]) -> bool:
-    """Whether a 16-bit precision goes through torch_autocast, and not through a bf16 or fp16 block."""
+    """Whether a 16-bit precision goes through torch_autocast, and not through a bf16 or fp16 block.
+
+    Stage 0 has no blocks: with one, DeepSpeed's Adam starts at its second step there.
+    """
+    if zero_stage(ds) == 0:
+        return True
     if any(ds.get(key, {}).get("enabled") is True for key in ("bf16", "fp16")):
         return False
-    if "torch_autocast" in ds:
-        return ds["torch_autocast"].get("enabled") is not False
-    return zero_stage(ds) == 0 and "bf16" not in ds and "fp16" not in ds
+    return "torch_autocast" in ds and ds["torch_autocast"].get("enabled") is not False
 
 
 # Which schedules look at a setting of the learning rate; "deepspeed" has its own in the JSON.
@@ -148,24 +127,26 @@ _SCHEDULE_FIELDS = {
 def _check_schedule_fields(train: TrainConfig) -> None:
     for name, schedules in _SCHEDULE_FIELDS.items():
         value = getattr(train, name)
-        if train.schedule not in schedules and value != getattr(TrainConfig(), name):
+        if train.schedule not in schedules and value not in (getattr(TrainConfig(), name), DEFAULTS.get(name)):
             raise UserError(
                 f"{name}: {value} has no effect on schedule {train.schedule}; leave it out, or use --schedule "
                 f"{schedules[0]}"
             )
 
 
-def _resolve_hpz(ds: dict[str, Any], dp_size: int, local_world_size: int) -> None:
-    """hpZ keeps a second copy of the weights inside a node: "auto" is the size of a node."""
+def _resolve_hpz(ds: dict[str, Any], dp_size: int, local_world_size: int) -> list[str]:
+    """hpZ keeps a second copy of the weights inside a node: "auto", or a size of another machine, is that of a node."""
     zero = ds.get("zero_optimization", {})
     size = zero.get("zero_hpz_partition_size", 1)
-    if size == AUTO:
-        size = zero["zero_hpz_partition_size"] = local_world_size
-    if not isinstance(size, int) or size < 1 or dp_size % size:
-        raise UserError(
-            f"DeepSpeed config: zero_optimization.zero_hpz_partition_size {size!r} does not divide {dp_size} ranks; "
-            'give the ranks of one node, or "auto"'
-        )
+    if isinstance(size, int) and size >= 1 and dp_size % size == 0:
+        return []
+    if (size == AUTO or isinstance(size, int)) and dp_size % local_world_size == 0:
+        zero["zero_hpz_partition_size"] = local_world_size
+        return [] if size == AUTO else [f"zero_hpz_partition_size {size}: {local_world_size}, the ranks of a node here"]
+    raise UserError(
+        f"DeepSpeed config: zero_optimization.zero_hpz_partition_size {size!r} does not divide {dp_size} ranks; "
+        'give the ranks of one node, or "auto"'
+    )
 
 
 def _drop_autos(ds: dict[str, Any]) -> list[str]:
@@ -218,11 +199,6 @@ def _check_combinations(resolved: ResolvedRun, device_type: str) -> None:
     train, zero = resolved.train, resolved.zero
     if train.precision == "fp16" and device_type == "cpu":
         raise UserError("precision: fp16 does not run on CPU; use --precision bf16 or fp32")
-    if zero.stage == 0 and zero.weights != "fp32":
-        raise UserError(
-            f"DeepSpeed config: zero_optimization.stage 0 with a {train.precision} block starts Adam at its second "
-            'step; replace the block by "torch_autocast": {"enabled": "auto"}, or use stage 1'
-        )
     if zero.stage == 0 and train.optimizer != "adamw":
         raise UserError(
             f"optimizer: {resolved.optimizer_type} applies a NaN gradient at ZeRO stage 0; use stage 1, or adamw"

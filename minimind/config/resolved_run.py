@@ -28,6 +28,7 @@ class ResolvedTrain(TrainConfig):
     weight_decay: float
     max_grad_norm: float
     schedule: Schedule
+    min_lr_ratio: float
     precision: Precision
     ep_size: int
 
@@ -133,6 +134,7 @@ class ResolvedRun:
         unset = {
             "steps": train.steps == 0,
             "warmup_steps": train.schedule == "deepspeed" or train.steps == 0 == train.warmup_steps,
+            "min_lr_ratio": train.schedule in ("constant", "deepspeed"),
             "ep_size": train.moe_backend is None,
         }
         values = {**vars(train), **{name: None for name, is_unset in unset.items() if is_unset}}

@@ -86,7 +86,7 @@ class TrainConfig:
     """Learning rate after the warm-up; deepspeed: the scheduler of the JSON drives it."""
     warmup_steps: Annotated[int | None, _default("2% of the run, at least 1"), AT_LEAST_0] = None
     """Steps of linear warm-up."""
-    min_lr_ratio: Annotated[float, SHARE] = 0.1
+    min_lr_ratio: Annotated[float | None, _default("0.1"), SHARE] = None
     """Floor of the schedule as a share of lr."""
     decay_ratio: Annotated[float, SHARE] = 0.2
     """wsd: share of the run spent in the final decay."""

@@ -15,7 +15,8 @@ from minimind.checkpoints.loading import load_checkpoint
 from minimind.checkpoints.run_state import DataFingerprint, TrainState
 from minimind.checkpoints.saving import CheckpointSaver
 from minimind.config.command_line import CommandLine
-from minimind.config.resolve import load_ds_config, resolve_run
+from minimind.config.deepspeed_file import load_ds_config
+from minimind.config.resolve import resolve_run
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import DTYPE_NAMES, RunConfig
 from minimind.data.dataset import TokenDataset

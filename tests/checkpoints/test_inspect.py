@@ -11,7 +11,8 @@ from training_runs import EXPERTS, RankPool, flags_for, losses, rank_pool, train
 
 from minimind.checkpoints.folder import checkpoints_folder, list_checkpoints
 from minimind.config.command_line import parse_command_line
-from minimind.config.resolve import load_ds_config, resolve_run
+from minimind.config.deepspeed_file import load_ds_config
+from minimind.config.resolve import resolve_run
 from minimind.config.resolved_run import ResolvedRun
 from minimind.distributed.environment import read_environment
 from minimind.distributed.process_group import process_group

@@ -3,7 +3,8 @@
 import dataclasses
 
 from minimind.checkpoints.run_state import AT_RESUME, describe_layout, describe_sampling
-from minimind.config.resolve import load_ds_config, resolve_run
+from minimind.config.deepspeed_file import load_ds_config
+from minimind.config.resolve import resolve_run
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
 from minimind.model.config import ModelConfig
 

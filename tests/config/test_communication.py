@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from minimind.config.resolve import load_ds_config, resolve_run
+from minimind.config.deepspeed_file import load_ds_config
+from minimind.config.resolve import resolve_run
 from minimind.config.run_config import RunConfig, TrainConfig
 from minimind.model.config import ModelConfig
 

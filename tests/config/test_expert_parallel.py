@@ -117,7 +117,6 @@ def test_combinations_that_cannot_work_are_one_line(stage, model, train, words):
     ("stage", "zero", "word"),
     [
         (3, {"zero_hpz_partition_size": 2}, "zero_hpz_partition_size"),
-        (3, {"zero_quantized_gradients": True}, "zero_quantized_gradients"),
         (3, {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}, "nvme"),
         (2, {"contiguous_gradients": False}, "contiguous_gradients"),
         (1, {"reduce_scatter": False}, "reduce_scatter"),

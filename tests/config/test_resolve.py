@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from repository import ROOT
 
-from minimind.config.resolve import DEFAULTS, load_ds_config, resolve_run, zero_stage
+from minimind.config.deepspeed_file import load_ds_config
+from minimind.config.resolve import DEFAULTS, resolve_run, zero_stage
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
 from minimind.errors import UserError
@@ -81,8 +82,12 @@ def test_the_four_lines_of_the_table(name, ours, path, key, theirs):
     # equal on both sides is no disagreement; different is one
     equal = list(ours) if isinstance(ours, tuple) else ours
     assert getattr(resolve(with_value(path, key, equal), **{name: ours}).run.train, name) == ours
-    words = refusal(with_value(path, key, theirs), **{name: ours})
     shown = ".".join((*path, key))
+    if "batch" in name or "accumulation" in name:  # batch figures give way
+        resolved = resolve(with_value(path, key, theirs), **{name: ours})
+        assert getattr(resolved.train, name) == ours and f"{shown} {theirs} of the DeepSpeed" in resolved.notes[0]
+        return
+    words = refusal(with_value(path, key, theirs), **{name: ours})
     assert f"{name} is {ours} in the run and {theirs} as {shown} in the DeepSpeed config" in words
     assert '"auto"' in words
 
@@ -123,8 +128,9 @@ def test_two_batch_figures_give_the_third(run, json_, world, expected):
             {"global_batch_size": 16, "micro_batch_size": 4, "gradient_accumulation_steps": 3}, {}, 2,
             "gradient_accumulation_steps is 3, but global_batch_size 16 / (micro_batch_size 4 x 2 ranks) is 2",
         ),
-        ({}, {"train_batch_size": 12.0}, 1, "global_batch_size: 12.0 is not an integer"),
-        ({}, {"train_batch_size": "12"}, 1, "global_batch_size: '12' is not an integer"),
+        ({}, {"train_batch_size": 12.5}, 1, "global_batch_size: 12.5 is not an integer"),
+        ({}, {"train_batch_size": "twelve"}, 1, "global_batch_size: 'twelve' is not an integer"),
+        ({}, {"train_batch_size": 12}, 5, "or pass --micro-batch-size 2 --global-batch-size 10: the file gives way"),
         ({}, {"train_micro_batch_size_per_gpu": True}, 1, "micro_batch_size: True is not an integer"),
         ({}, {"gradient_accumulation_steps": 0}, 1, "gradient_accumulation_steps: 0 is not"),
     ],
@@ -202,7 +208,8 @@ def test_the_optimizer_and_the_schedule_of_the_json_are_read_back():
     assert (adamw.run.train.optimizer, adamw.run.train.lr, adamw.run.train.betas) == ("adamw", 0.1, (0.9, 0.95))
     muon = {"zero_optimization": {"stage": 2, "reduce_scatter": False}, "optimizer": {"type": "Muon", "params": {}}}
     assert resolve(muon).run.train.optimizer == "muon"
-    other = resolve({**STAGE_1, "optimizer": {"type": "Lion", "params": {"lr": 0.1}}}).ds["optimizer"]
+    lion = {**STAGE_1, "optimizer": {"type": "Lion", "params": {"lr": 0.1}}}
+    other = resolve(lion, device_type="cuda").ds["optimizer"]
     assert other == {"type": "Lion", "params": {"lr": 0.1, "weight_decay": 0.1}}, "what Lion does not take was added"
     scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}
     resolved = resolve({**STAGE_1, "scheduler": scheduler})
@@ -223,8 +230,7 @@ def test_other_autos_go_and_are_told():
     ("ds", "words"),
     [
         ({"zero_optimisation": {}}, "unknown section 'zero_optimisation'; did you mean 'zero_optimization'?"),
-        ({"activation_checkpointing": {}}, "use --activation-checkpointing"),
-        ({"elasticity": {}}, "'elasticity' is not used by this trainer"),
+        ({"elasticity": {"enabled": True}}, "elasticity: removed from DeepSpeed; a run resumes on another number of"),
         ({"zero_optimization": []}, "zero_optimization: [] is not an object"),
         ({"optimizer": None}, "optimizer: None is not an object"),
         ({"aio": "fast"}, "aio: 'fast' is not an object"),
@@ -232,7 +238,7 @@ def test_other_autos_go_and_are_told():
         ({"optimizer": {"type": 5}}, "optimizer.type: 5 is not a string"),
         ({"optimizer": {"type": "AdamW", "params": {"learning_rate": 1}}}, "unknown field 'learning_rate'"),
         ({"optimizer": {"type": "AdamW", "params": {"beta": [0, 0]}}}, "'beta'; did you mean 'betas'?"),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": "1e-3"}}}, "lr: '1e-3' is not a number"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": "fast"}}}, "lr: 'fast' is not a number"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": -1}}}, "lr: -1.0 is not a finite number above 0"),
         ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9]}}}, "betas: (0.9,) is not a list of 2 values"),
         ({**STAGE_1, "optimizer": {"type": "AdamWW"}}, "'AdamWW' is unknown; did you mean 'AdamW'?"),
@@ -241,37 +247,31 @@ def test_other_autos_go_and_are_told():
             {**STAGE_1, "zero_allow_untested_optimizer": True, "optimizer": {"type": "SGD", "params": {"momentun": 1}}},
             "optimizer.params of SGD:",
         ),
-        ({"gradient_clipping": "1.0"}, "max_grad_norm: '1.0' is not a number"),
         ({"gradient_clipping": -1}, "max_grad_norm: -1.0 is not a finite number of 0 or more"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: 4 is not one of 'auto', 0, 1, 2, 3"),
-        ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage: '2' is not"),
+        ({"zero_optimization": {"stage": "two"}}, "zero_optimization.stage: 'two' is not"),
         ({"zero_optimization": {"stage": True}}, "zero_optimization.stage: True is not"),
         ({"zero_optimization": {"stge": 2}}, "stge: Extra inputs are not permitted"),
-        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "cpu_offload is an old name; use offload_optimizer"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, "offload_optimizer: 'cpu' is not an object"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}}, "offload_optimizer.device"),
-        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "needs ZeRO stage 1 or more"),
-        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "needs ZeRO stage 3 or more"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "needs an nvme_path"),
-        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "a NaN gradient reaches the weights"),
-        ({**STAGE_1, "bf16": {"enabled": True, "check_grad_overflow": False}}, "a NaN gradient reaches the weights"),
-        ({"bf16": {"enabled": "true"}}, "bf16.enabled: 'true' is not true or false or 'auto'"),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "a NaN gradient would reach the weights"),
+        ({**STAGE_1, "bf16": {"enabled": True, "check_grad_overflow": False}}, "NaN gradient would reach"),
+        ({"bf16": {"enabled": "yes"}}, "bf16.enabled: 'yes' is not true or false or 'auto'"),
         ({"fp16": {"enabled": 1}}, "fp16.enabled: 1 is not true or false or 'auto'"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16 and fp16 are both enabled"),
         ({**STAGE_1, "bf16": {"enabled": True, "loss_scal": 1}}, "bf16: loss_scal"),
-        ({"bf16": {"enabled": True}}, "stage 0 with a bf16 block starts Adam at its second step"),
         ({"torch_autocast": {"enabled": True, "dtype": "float64"}}, "torch_autocast.dtype is 'float64'"),
-        ({**STAGE_1, "fp16": {"enabled": True}}, "fp16 does not run on CPU"),
         ({"data_types": {"grad_accum_dtype": "fp23"}}, "grad_accum_dtype: 'fp23' is not one of 'auto', 'fp32'"),
         ({"data_types": {"grad_accum": "fp32"}}, "unknown field 'grad_accum'; did you mean 'grad_accum_dtype'?"),
         ({"scheduler": {"type": "WarmupLRx"}}, "'WarmupLRx' is unknown; did you mean 'WarmupLR'?"),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup": 5}}}, "scheduler.params of WarmupLR:"),
-        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}}, "warmup_num_steps is \"auto\""),
+        ({"scheduler": {"type": "OneCycle", "params": {"cycle_max_lr": "auto"}}}, "cycle_max_lr is \"auto\""),
         ({"scheduler": {"params": {"warmup_num_steps": 5}}}, "belongs to no scheduler"),
         ({"checkpoint": {"tag_validation": "loud"}}, "tag_validation"),
         ({"communication_data_type": "fp8"}, "communication_data_type"),
         ({"optimizer": {"type": "Muon"}, "zero_optimization": {"stage": 2}}, 'needs "reduce_scatter": false'),
-        ({"optimizer": {"type": "Muon"}}, "muon applies a NaN gradient at ZeRO stage 0"),
+        ({"optimizer": {"type": "Muon"}}, "type Muon: a NaN gradient would reach the weights at ZeRO stage 0"),
     ],
 )  # fmt: skip
 def test_what_deepspeed_would_ignore_or_trip_over_is_one_line(ds, words):
@@ -291,7 +291,11 @@ def test_what_deepspeed_would_ignore_or_trip_over_is_one_line(ds, words):
         ({"scheduler": {"type": "WarmupLR"}}, {"warmup_steps": 3}, "warmup_steps: 3 has no effect on schedule deepspe"),
         (STAGE_1, {"decay_ratio": 0.5}, "decay_ratio: 0.5 has no effect on schedule cosine; leave it out"),
         (STAGE_1, {"schedule": "constant", "min_lr_ratio": 0.0}, "min_lr_ratio: 0.0 has no effect on schedule const"),
-        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}, {"world_size": 4}, "does not divide 4"),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}, {"world_size": 4, "local_world_size": 3},
+            "does not divide 4",
+        ),
+        ({}, {"optimizer": "muon"}, "muon applies a NaN gradient at ZeRO stage 0"),
     ],
 )  # fmt: skip
 def test_what_the_run_and_the_json_cannot_do_together(ds, train, words):

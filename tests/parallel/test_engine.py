@@ -13,7 +13,8 @@ import torch
 from deepspeed.utils import get_z3_leaf_modules, safe_get_full_fp32_param
 from torch import nn
 
-from minimind.config.resolve import load_ds_config, resolve_run
+from minimind.config.deepspeed_file import load_ds_config
+from minimind.config.resolve import resolve_run
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
 from minimind.distributed.environment import RankEnvironment
