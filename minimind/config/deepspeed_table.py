@@ -82,7 +82,7 @@ class Row:
 
 def _asks_nothing(value: Any) -> bool:
     if not isinstance(value, dict):
-        return value in (None, False, AUTO, "none", [])
+        return value is None or value is False or value in (AUTO, "none", [])
     if value.get("device") in ("none", AUTO):
         return True
     switches = [inner for name, inner in value.items() if name == "enabled"]
@@ -156,9 +156,12 @@ def _to_clipping(ds: Section) -> None:
 
 
 _BF16 = {"bf16": {"enabled": True}}
-_FP16 = {"fp16": {"enabled": True}}
+_OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 _UNTESTED = {"zero_allow_untested_optimizer": True}
 _LOSES_NAN = refuse("a NaN gradient would reach the weights at ZeRO stage 0; use stage 1, or AdamW", stages=(0,))
+_NO_OVERFLOW = refuse(
+    "experts at ZeRO stage 0 do not tell all ranks of an overflow; use stage 1", stages=(0,), experts=True
+)
 _ROUNDS = refuse("what is kept in float32, in memory and in checkpoints, would be rounded at every step; remove it")
 _TO_AUTOCAST = note("torch_autocast takes its place at ZeRO stage 0, where a block would start Adam at its second step",
                     stages=(0,), becomes=_stays)  # fmt: skip
@@ -201,6 +204,7 @@ TABLE = (
            ("gradient_clipping", 1.0)),
     # Precision
     Row("amp", {"enabled": True}, (
+        refuse(_NO_OVERFLOW.words, stages=(0,), experts=True, device="cuda"),
         note("removed from DeepSpeed; torch_autocast takes its place", becomes=_to_autocast),)),
     Row("bf16.enabled", True, (_TO_AUTOCAST,)),
     Row("bf16.immediate_grad_update", True, beside=_BF16),
@@ -209,9 +213,9 @@ TABLE = (
         "bf16_master_weights_and_grads", "bf16_optimizer_states")),
     Row("fp16.enabled", True, (
         _ON_CPU,
-        refuse("experts at ZeRO stage 0 do not tell all ranks of an overflow; use stage 1", stages=(0,), experts=True),
+        _NO_OVERFLOW,
         _TO_AUTOCAST)),
-    Row("fp16.auto_cast", True, (note("the inputs are whole numbers, which nothing casts"),), beside=_FP16),
+    Row("fp16.auto_cast", True, (note("the inputs are whole numbers, which nothing casts"),)),
     *(Row(f"fp16.{key}", value, off=(value,)) for key, value in (
         ("loss_scale", 0), ("initial_scale_power", 16), ("loss_scale_window", 1000), ("hysteresis", 2),
         ("consecutive_hysteresis", False), ("min_loss_scale", 1))),
@@ -276,6 +280,11 @@ TABLE = (
                            ("ReduceLROnPlateau", {}))),
     *_rows("", ("zero_allow_untested_optimizer", True), ("zero_force_ds_cpu_optimizer", True)),
     # ZeRO
+    Row("zero_optimization.offload_optimizer.super_offload", True, (
+        refuse("its op is for CUDA; remove it", device="cpu"),
+        refuse("it is of ZeRO stage 3; remove it", stages=(0, 1, 2))), beside=_OFFLOAD),
+    Row("zero_optimization.offload_optimizer.ratio", 0.5, (
+        note("a part stays on the device at ZeRO stage 3 alone", stages=(0, 1, 2)),), off=(1,), beside=_OFFLOAD),
     *_rows(
         "zero_optimization.", ("stage", 1), ("contiguous_gradients=false", False, _ONLY_1_2),
         ("reduce_scatter=false", False, _ONLY_1_2), ("reduce_bucket_size", 200_000_000),
@@ -286,9 +295,6 @@ TABLE = (
          note("every rank holds the whole optimizer at ZeRO stage 0", stages=(0,))),
         ("offload_param", {"device": "cpu"}, _NVME_EXPERTS,
          note("every rank holds the weights below ZeRO stage 3", stages=(0, 1, 2))),
-        ("offload_optimizer.super_offload", True, refuse("its op is for CUDA; remove it", device="cpu"),
-         refuse("it is of ZeRO stage 3; remove it", stages=(0, 1, 2))),
-        ("offload_optimizer.ratio", 0.5, note("a part is left on the device at ZeRO stage 3 alone", stages=(0, 1, 2))),
         ("elastic_checkpoint", True, refuse(
             "what it saves can be loaded by nobody; remove it: a run resumes on other ranks by itself")),
         ("zenflow", {"topk_ratio": 0.1}, refuse(
@@ -337,7 +343,7 @@ TABLE = (
     *_rows(
         "", ("compile.deepcompile", True, refuse("its op is for CUDA; use --compile", device="cpu")),
         *((f"compile.{key}", value, note("--compile compiles")) for key, value in (
-            ("disable", False), ("backend", "inductor"), ("kwargs", {}))),
+            ("disable", True), ("backend", "inductor"), ("kwargs", {"mode": "default"}))),
         ("activation_checkpointing", {"partition_activations": True},
          note("the block does nothing by itself; --activation-checkpointing does it")),
         ("dataloader_drop_last", True, note("the run has its own loader, and no partial batches")),
@@ -399,7 +405,7 @@ def settle_table(ds: Section, *, experts: bool, device: str) -> list[str]:
             continue
         name = row.key.replace("=", " ")
         if row.is_off(section[key]):
-            if rule.becomes is None and (rule.verdict == "note" or rule.stages == STAGES):
+            if rule.becomes is not _stays and (rule.verdict == "note" or rule.stages == STAGES):
                 notes += [f"{name}: off, passed over"] if section[key] not in (None, AUTO) else []
                 del section[key]
         elif rule.verdict == "refused":

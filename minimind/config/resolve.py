@@ -185,7 +185,7 @@ def _write_back(ds: dict[str, Any], train: ResolvedTrain) -> None:
         ds.pop("scheduler", None)
     autocasts = _uses_autocast(ds)
     autocast = ds.pop("torch_autocast", {})
-    if autocasts:
+    if zero_stage(ds) == 0 or (autocasts and train.precision != "fp32"):
         ds.pop("bf16", None)
         ds.pop("fp16", None)
         if train.precision != "fp32":

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig, DeepSpeedConfigError
 from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES
@@ -15,6 +16,7 @@ from deepspeed.runtime.zero.config import get_zero_config
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import nn
 
+from minimind.config.deepspeed_keys import offload_device
 from minimind.errors import UserError, first_line
 from minimind.schema import nearest
 
@@ -39,6 +41,20 @@ def check_ds_config(ds: dict[str, Any]) -> None:
             where = f"{section}: " if section else ""
             raise UserError(f"DeepSpeed config: {where}{reason or first_line(error)}") from None
     _try_optimizer(ds)
+
+
+def check_ops(ds: dict[str, Any]) -> None:
+    """Refuse offload to NVMe where this machine cannot build the op that it needs.
+
+    Raises:
+        UserError: with what to install.
+    """
+    on_nvme = "nvme" in (offload_device(ds, "optimizer"), offload_device(ds, "param"))
+    if on_nvme and not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError(
+            "DeepSpeed config: offload to nvme needs DeepSpeed's async_io op, which cannot be built here; install "
+            "libaio-dev, or offload to cpu"
+        )
 
 
 def _parse_for_one_rank(ds: dict[str, Any]) -> None:

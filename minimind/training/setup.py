@@ -29,7 +29,7 @@ from minimind.distributed.out_of_memory import explain_out_of_memory
 from minimind.distributed.watchdog import Watchdog
 from minimind.errors import UserError
 from minimind.model.kernels.matmul import has_fast_matmul
-from minimind.parallel.deepspeed_check import check_ds_config
+from minimind.parallel.deepspeed_check import check_ds_config, check_ops
 from minimind.parallel.engine import build_engine, build_model
 from minimind.training.control import hold_run
 from minimind.training.evaluator import Evaluator
@@ -75,6 +75,7 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
         bf16_supported=device.type == "cuda" and torch.cuda.is_bf16_supported(),
     )
     check_ds_config(resolved.ds)
+    check_ops(resolved.ds)
     check_wandb(run.train.wandb_project)
     check_run_folder(resolved, data.fingerprint)
     if run.train.init_from is not None:

@@ -205,5 +205,5 @@ def test_a_template_is_read_with_auto_in_its_gaps(tmp_path):
     assert resolved.notes[0].startswith("train_batch_size, train_micro_batch_size_per_gpu, steps_per_print")
     assert 'words to be replaced, taken as "auto"' in resolved.notes[0]
     path.write_text(TEMPLATE.replace("{", "", 1))
-    with pytest.raises(UserError, match="line 1 column"):
+    with pytest.raises(UserError, match=r"line \d+ column"):
         load_ds_config(path)

@@ -14,6 +14,7 @@ from deepspeed.utils import get_z3_leaf_modules, safe_get_full_fp32_param
 from torch import nn
 
 from minimind.config.deepspeed_file import load_ds_config
+from minimind.config.deepspeed_table import TABLE, Row
 from minimind.config.resolve import resolve_run
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
@@ -22,6 +23,7 @@ from minimind.distributed.process_group import process_group
 from minimind.errors import UserError
 from minimind.model import MiniMindForCausalLM, ModelConfig
 from minimind.model.transformer import Block
+from minimind.parallel import deepspeed_check
 from minimind.parallel.engine import build_engine, build_model, gathers_by_block
 from minimind.parallel.loss_scale import loss_scale
 from minimind.parallel.optimizer import clip_gradients, optimizer_step, parameter_groups, set_learning_rate
@@ -357,6 +359,31 @@ def test_an_op_that_does_not_build_is_one_line(monkeypatch):
     monkeypatch.setattr(deepspeed, "initialize", fail_otherwise)
     with pytest.raises(RuntimeError, match="something else"):
         build_engine(resolve(1), build_model(resolve(1), CPU))
+
+
+def test_nvme_without_its_op_is_one_line(monkeypatch):
+    nvme = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}}
+    monkeypatch.setattr(deepspeed_check.AsyncIOBuilder, "is_compatible", lambda self, verbose: False)
+    with pytest.raises(UserError, match=r"offload to nvme needs DeepSpeed's async_io op.*libaio-dev"):
+        deepspeed_check.check_ops(nvme)
+    deepspeed_check.check_ops({"zero_optimization": {"stage": 3}})
+
+
+def runs_here(row: Row, stage: int) -> bool:
+    """Whether the table says that a row runs on a CPU, in words that change what an engine is built of."""
+    changes = ("optimizer.type", "scheduler.type", "bf16", "torch_autocast", "data_types", "prescale", "gradient_pre")
+    return row.key.startswith(changes) and row.verdict(stage, False, "cpu")[0] != "refused"
+
+
+@pytest.mark.parametrize(
+    ("row", "stage"),
+    [(row, stage) for stage in (0, 2) for row in TABLE if runs_here(row, stage)],
+    ids=lambda value: value.key if isinstance(value, Row) else str(value),
+)
+def test_what_the_table_lets_run_takes_steps(row, stage):
+    run = RunConfig(model=MODEL, data=DataConfig(seq_len=16), train=TrainConfig(steps=2, micro_batch_size=4))
+    losses, _, _ = train(resolve_run(run, row.example_json(stage), dp_size=1), make_steps(2))
+    assert all(map(math.isfinite, losses))
 
 
 def test_no_loss_scale_but_in_fp16():
