@@ -15,6 +15,7 @@ from deepspeed.runtime.precision_config import get_bfloat16_config, get_float16_
 from deepspeed.runtime.zero.config import get_zero_config
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import nn
+from torch.utils import cpp_extension
 
 from minimind.config.deepspeed_keys import offload_device
 from minimind.errors import UserError, first_line
@@ -44,7 +45,7 @@ def check_ds_config(ds: dict[str, Any]) -> None:
 
 
 def check_ops(ds: dict[str, Any]) -> None:
-    """Refuse offload to NVMe where this machine cannot build the op that it needs.
+    """Refuse what needs an op of DeepSpeed's that this machine cannot build.
 
     Raises:
         UserError: with what to install.
@@ -55,6 +56,8 @@ def check_ops(ds: dict[str, Any]) -> None:
             "DeepSpeed config: offload to nvme needs DeepSpeed's async_io op, which cannot be built here; install "
             "libaio-dev, or offload to cpu"
         )
+    if ds.get("compile", {}).get("deepcompile") and cpp_extension.CUDA_HOME is None:
+        raise UserError("DeepSpeed config: compile.deepcompile needs the CUDA toolkit; set CUDA_HOME, or use --compile")
 
 
 def _parse_for_one_rank(ds: dict[str, Any]) -> None:

@@ -361,7 +361,10 @@ def test_an_op_that_does_not_build_is_one_line(monkeypatch):
         build_engine(resolve(1), build_model(resolve(1), CPU))
 
 
-def test_nvme_without_its_op_is_one_line(monkeypatch):
+def test_an_op_that_cannot_be_built_is_one_line_before_the_start(monkeypatch):
+    monkeypatch.setattr(deepspeed_check.cpp_extension, "CUDA_HOME", None)
+    with pytest.raises(UserError, match=r"compile\.deepcompile needs the CUDA toolkit"):
+        deepspeed_check.check_ops({"compile": {"deepcompile": True}})
     nvme = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}}
     monkeypatch.setattr(deepspeed_check.AsyncIOBuilder, "is_compatible", lambda self, verbose: False)
     with pytest.raises(UserError, match=r"offload to nvme needs DeepSpeed's async_io op.*libaio-dev"):
