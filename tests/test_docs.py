@@ -340,7 +340,7 @@ def architecture_figures() -> list[str]:
 def guide_figures() -> list[str]:
     config = PRESETS["minimind3"]
     figures = [f"= {math.log(6400):.2f}", f"{3 / math.log(2) / 4:.3f}", f"{2.6 / math.log(2) / 3:.3f}"]
-    train = TrainConfig(steps=1000, lr=5e-4, warmup_steps=20, schedule="cosine")
+    train = TrainConfig(steps=1000, lr=5e-4, warmup_steps=20, schedule="cosine", min_lr_ratio=0.1)
     rates = [learning_rate(step, train) for step in (0, 19, 510, 1000)]
     assert rates == pytest.approx([2.5e-5, 5e-4, 2.75e-4, 5e-5])
     figures += [f"{rate:.2e}".replace("0e-0", "e-").replace("e-0", "e-").replace(".0e", "e") for rate in rates]
