@@ -1,7 +1,7 @@
 """Merge the run configuration and DeepSpeed's JSON into one `ResolvedRun`. Pure functions, without DeepSpeed.
 
-The user's JSON goes to DeepSpeed as it is, except for what `deepspeed_file` and `deepspeed_table` read in another way and
-the settings that the run configuration also has (batch sizes, clipping, optimizer, precision, schedule). Those are
+The user's JSON goes to DeepSpeed as it is, except for what `deepspeed_file` and `deepspeed_table` read in another way,
+and the settings that the run configuration also has (batch sizes, clipping, optimizer, precision, schedule). Those are
 resolved on a copy, and all disagreements are reported at once.
 """
 
