@@ -23,13 +23,13 @@ from data_prep.reading.documents import BadDocuments
 from data_prep.reading.records import FRACTION
 from data_prep.reading.sources import DATASET, resolve_sources
 from data_prep.verify_shards import format_totals
-from data_prep.writing.corpus_folder import BAD_DOCUMENTS_NAME, CorpusFolder
+from data_prep.writing.corpus_folder import CorpusFolder
 from data_prep.writing.corpus_writer import CorpusWriter
 from data_prep.writing.encode_chunk import CorpusOptions, Task, encode_chunk
 from data_prep.writing.pool import count_workers, map_ordered
 from minimind.cli import parse_flags
-from minimind.data.manifest import Manifest
-from minimind.data.shards import SPLITS
+from minimind.data.manifest import Manifest, ShardError
+from minimind.data.shards import BAD_DOCUMENTS_NAME, SPLITS, ShardReader
 from minimind.data.tokenizer import Tokenizer, load_tokenizer
 from minimind.errors import UserError, run_main
 from minimind.files import disk_errors, hash_file
@@ -84,11 +84,22 @@ def main() -> None:
         contextlib.closing(CorpusFolder(flags.output, settings, sources, options, flags.overwrite)) as folder,
     ):
         if folder.is_finished:
+            check_files(flags.output)
             print(f"{flags.output} is already prepared from these inputs: nothing to do")
             return
         prepare_corpus(flags, options, tokenizer, sources, folder, workers)
     folders = {split: flags.output / split for split in SPLITS}
     print(format_totals({split: Manifest.load(path) for split, path in folders.items() if path.exists()}))
+
+
+def check_files(output: Path) -> None:
+    """Raise `UserError` for a finished corpus of which a file is gone, or of another size."""
+    try:
+        for reader in [ShardReader(output / split) for split in SPLITS if (output / split).exists()]:
+            hash_file(reader.folder / reader.manifest.tokenizer.file)
+    except (ShardError, OSError) as error:
+        reason = f"{error.filename} is missing" if isinstance(error, OSError) else error
+        raise UserError(f"{reason}; give --overwrite to prepare the corpus again") from None
 
 
 def prepare_corpus(

@@ -73,7 +73,7 @@ def open_text(stream: io.BufferedReader, source: Source, encoding: str) -> io.Bu
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if head.startswith(mark)), encoding)
     if codecs.lookup(encoding).name != "utf-8":
         return _buffer(_Pieces(_transcode(stream, encoding)))
-    if problem := _find_problem(head):
+    if problem := _find_problem(head) or _find_other_lines(head, source.format):
         raise UserError(f"{source.name} {problem}, or leave the file out")
     if head.startswith(codecs.BOM_UTF8):
         stream.read(len(codecs.BOM_UTF8))
@@ -123,6 +123,15 @@ def _find_problem(head: bytes) -> str | None:
             codecs.getincrementaldecoder(encoding)().decode(head)
             return f"is not UTF-8 but looks like {encoding}: give --encoding {encoding}"
     return "is not UTF-8 text: give its --encoding"
+
+
+def _find_other_lines(head: bytes, file_format: str) -> str | None:
+    """Why a file that is read by line is one line, which would count as one bad document; None if it is not."""
+    if file_format == "jsonl" and head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        return "is a JSON array, not an object a line: name it .json"
+    if file_format in ("jsonl", "txt") and b"\r" in head.rstrip() and b"\n" not in head:
+        return "ends its lines with CR alone: convert them to LF (tr '\\r' '\\n')"
+    return None
 
 
 class _Pieces(io.RawIOBase):

@@ -1,12 +1,11 @@
 """Options of reading, and records: the text of a document, or why there is none."""
 
-import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 from minimind.errors import UserError
-from minimind.schema import AT_LEAST_1, Limits, convert
+from minimind.schema import Limits, convert
 
 CHUNK_BYTES = 1 << 19
 FRACTION = Limits(at_least=0, at_most=1)
@@ -36,7 +35,7 @@ class ReadOptions:
     """Encoding of text files, such as gb18030; a UTF-16 byte order mark is recognised without it."""
     txt_documents: TxtDocuments = "paragraph"
     """What one document is in a .txt file: lines up to a blank line, one line, or the whole file."""
-    max_document_bytes: Annotated[int, AT_LEAST_1] = 1 << 23
+    max_document_bytes: Annotated[int, Limits(at_least=1, at_most=1 << 31)] = 1 << 23
     """A longer line or document is bad input; no more than this is held, but of CSV and Parquet."""
     hf_config: str | None = None
     """Configuration of a data set that `datasets` loads."""
@@ -51,11 +50,11 @@ class ReadOptions:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
             if get_origin(hint) is Annotated:
                 convert(getattr(self, name), hint, f"--{name.replace('_', '-')}")
-        if not self.text_field:
+        if not all(self.text_field or [""]):
             raise UserError("--text-field: no field is named")
         try:
-            codecs.lookup(self.encoding)
-        except LookupError:
+            b"text".decode(self.encoding, "replace")
+        except (LookupError, UnicodeError):  # unknown, or no encoding of text, such as base64 and idna
             raise UserError(
                 f"--encoding {self.encoding} is unknown: give one such as gb18030, big5 or utf-16"
             ) from None
@@ -102,5 +101,7 @@ def find_columns(columns: Sequence[str], name: str, fields: Sequence[str]) -> li
         column = field if field in columns else field.split(".")[0]
         if column not in columns:
             raise UserError(f"{name} has no column {field!r} but {', '.join(columns)}: choose with --text-field")
+        if list(columns).count(column) > 1:
+            raise UserError(f"{name} has several columns {column!r}: give each a name of its own")
         found.append(list(columns).index(column))
     return found

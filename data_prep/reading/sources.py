@@ -9,10 +9,11 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 from data_prep.reading.byte_stream import Source, spool
 from data_prep.reading.records import InputFormat
+from minimind.data.shards import BAD_DOCUMENTS_NAME, CORPUS_NAME, SPLITS
 from minimind.errors import UserError
 
 SUFFIXES: dict[str, InputFormat] = {
@@ -30,6 +31,7 @@ DATASET = "dataset"
 _COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 _DATASET_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _SHOWN_NAMES = 5
+_CORPUS_PARTS = (CORPUS_NAME, BAD_DOCUMENTS_NAME, *SPLITS)
 
 
 def resolve_sources(
@@ -85,16 +87,24 @@ def _resolve(word: str, default_format: InputFormat | None, *, is_val: bool) -> 
 
 def _walk_folder(folder: str, is_val: bool) -> list[Source]:
     """Every file of a known format below `folder`; the others are listed on standard error."""
-    if is_saved_dataset(folder):
-        raise UserError(f"--input {folder} is a data set saved by Hugging Face datasets: give it as hf:{folder}")
+
+    def stop(error: OSError) -> NoReturn:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}; make it readable or leave it out")
+
     found: list[str] = []
     unread: list[str] = []
     visited: set[str] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, onerror=stop, followlinks=True):
         if os.path.realpath(parent) in visited:  # by a link to a folder above, which would lead round for ever
             folders.clear()
             continue
         visited.add(os.path.realpath(parent))
+        if is_saved_dataset(parent):
+            raise UserError(f"--input {parent} is a data set saved by Hugging Face datasets: give it as hf:{parent}")
+        # A corpus that was prepared here is no text, nor is what it says about itself.
+        own = _CORPUS_PARTS if CORPUS_NAME in files and "train" in folders else ()
+        unread += [os.path.join(parent, name) for name in (*folders, *files) if name in own]
+        files, folders[:] = ([name for name in names if name not in own] for names in (files, folders))
         unread += [os.path.join(parent, name, "") for name in folders if name.startswith(".")]
         folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
         for name in files:

@@ -6,6 +6,8 @@ bad byte costs it a whole block.
 
 import contextlib
 import csv
+import functools
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -94,7 +96,7 @@ def read_parquet(stream: BinaryIO, source: Source, options: ReadOptions) -> Iter
 
 def read_dataset(source: Source, options: ReadOptions) -> Iterator[Record]:
     """Rows of one split of a data set, of the hub or a local folder; the splits that are not read are named."""
-    with _dataset_errors(source):
+    with _dataset_errors(source.name):
         rows, others = _load_dataset(source, options)
         if others:
             print(f"note: hf:{source.name}: splits not read: {', '.join(others)}", file=sys.stderr)
@@ -106,13 +108,14 @@ def read_dataset(source: Source, options: ReadOptions) -> Iterator[Record]:
             yield number, find_text(row, options.text_field)
 
 
-def identify_dataset(source: Source, options: ReadOptions) -> str:
-    """What tells one state of a data set on the hub from another: the commit that its name stands for now."""
+@functools.cache
+def find_commit(name: str, config: str | None, revision: str | None) -> str:
+    """The commit that the name of a data set on the hub stands for: found once, so that what is read is what is noted,
+    whatever is pushed meanwhile."""
     import datasets  # noqa: PLC0415 - expensive to load, and needed for such inputs alone
 
-    with _dataset_errors(source):
-        builder = datasets.load_dataset_builder(source.name, options.hf_config, revision=options.hf_revision)
-        return str(builder.hash)
+    with _dataset_errors(name):
+        return str(datasets.load_dataset_builder(name, config, revision=revision).hash)
 
 
 def _load_dataset(source: Source, options: ReadOptions) -> tuple[Any, list[str]]:
@@ -126,7 +129,8 @@ def _load_dataset(source: Source, options: ReadOptions) -> tuple[Any, list[str]]
         return saved[options.hf_split], [name for name in saved if name != options.hf_split]
     if options.hf_streaming and "[" in options.hf_split:
         raise UserError(f"--hf-split {options.hf_split}: a slice cannot be streamed: give --no-hf-streaming too")
-    name, config, revision = source.name, options.hf_config, options.hf_revision
+    name, config = source.name, options.hf_config
+    revision = None if os.path.isdir(name) else find_commit(name, config, options.hf_revision)
     rows = datasets.load_dataset(
         name, config, split=options.hf_split, streaming=options.hf_streaming, revision=revision
     )
@@ -135,11 +139,11 @@ def _load_dataset(source: Source, options: ReadOptions) -> tuple[Any, list[str]]
 
 
 @contextlib.contextmanager
-def _dataset_errors(source: Source) -> Iterator[None]:
+def _dataset_errors(name: str) -> Iterator[None]:
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # it raises whatever its back ends raise
-        reason = f"hf:{source.name}: datasets cannot load it: {first_line(error)}"
+        reason = f"hf:{name}: datasets cannot load it: {first_line(error)}"
         raise UserError(f"{reason}; a file or folder of your own is given without hf:") from error

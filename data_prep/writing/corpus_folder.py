@@ -18,14 +18,13 @@ from typing import Any
 from data_prep.reading.byte_stream import Source
 from data_prep.reading.records import ReadOptions
 from data_prep.reading.sources import DATASET
-from data_prep.reading.tables import identify_dataset
+from data_prep.reading.tables import find_commit
 from minimind.data.manifest import MANIFEST_NAME, ShardInfo
-from minimind.data.shards import CORPUS_NAME, PARTIAL_NAME, SPLITS
+from minimind.data.shards import BAD_DOCUMENTS_NAME, CORPUS_NAME, PARTIAL_NAME, SPLITS
 from minimind.errors import UserError
 from minimind.files import FolderLock, fsync_folder, hash_file, replace_file
 
 JOURNAL_NAME = "journal.jsonl"
-BAD_DOCUMENTS_NAME = "bad_documents.txt"
 
 
 class CorpusFolder:
@@ -210,7 +209,7 @@ class CorpusFolder:
                 parts = [[str(path.relative_to(source.name)), hash_file(path)] for path in files]
                 sha256 = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
             else:
-                sha256 = identify_dataset(source, self._read)
+                sha256 = find_commit(source.name, self._read.hf_config, self._read.hf_revision)
             identity = {"name": source.name, "is_val": source.is_val, "bytes": source.size, "sha256": sha256}
             self._identities[source.name] = identity
         return self._identities[source.name]

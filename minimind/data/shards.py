@@ -21,6 +21,7 @@ PARTIAL_NAME = ".partial"
 """Where a corpus lies in its folder until it is complete."""
 CORPUS_NAME = "corpus.json"
 """What a corpus was made from: the last file that is moved into place."""
+BAD_DOCUMENTS_NAME = "bad_documents.txt"
 _OPEN_MAPS = 64
 _VERIFY_CHUNK = 1 << 20
 

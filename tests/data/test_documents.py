@@ -11,6 +11,7 @@ import os
 import random
 import tempfile
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ import data_prep.reading.tables
 from data_prep.reading.documents import BadDocuments, read_documents
 from data_prep.reading.records import ReadOptions
 from data_prep.reading.sources import resolve_sources
+from data_prep.reading.tables import find_commit
+from data_prep.writing.corpus_folder import CorpusFolder
 from minimind.errors import UserError
 
 TEXTS = [
@@ -268,6 +271,47 @@ def test_what_an_encoding_cannot_read_is_a_bad_document(tmp_path: Path) -> None:
         read(path, encoding="gbkk")
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", b'\xef\xbb\xbf\n [{"text": "a"}, {"text": "b"}]\n', r"is a JSON array, .*: name it \.json"),
+        ("a.jsonl.gz", b'[\n{"text": "a"},\n{"text": "b"}\n]\n', "is a JSON array"),
+        ("a.jsonl", b'{"text": "a"}\r{"text": "b"}\r', "ends its lines with CR alone: convert them"),
+        ("a.txt", b"one\r\rtwo\r", "ends its lines with CR alone"),
+    ],
+)
+def test_a_file_that_is_one_line_by_mistake_is_not_one_bad_document(
+    tmp_path: Path, name: str, data: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / name, max_bad=1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encoding": "base64"}, "--encoding base64 is unknown"),
+        ({"encoding": "rot13"}, "--encoding rot13 is unknown"),
+        ({"encoding": "idna"}, "--encoding idna is unknown"),
+        ({"text_field": ""}, "--text-field: no field is named"),
+        ({"text_field": ()}, "--text-field: no field is named"),
+        ({"max_document_bytes": 10**19}, "--max-document-bytes: 10000000000000000000 is not a number from 1 to"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read(**options)
+
+
+def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,n,n,text\none,1,2,two\n")
+    with pytest.raises(UserError, match=r"a\.csv has several columns 'text'"):
+        read(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text("text,n,n\none,1,2\n")
+    assert read(tmp_path / "a.csv") == ["one"]
+
+
 def test_nul_in_text_is_a_bad_document_not_a_bad_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"a\0b\n\nc\n")
@@ -462,6 +506,46 @@ def test_saved_data_sets_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[
     for name in ("one", "two"):
         with pytest.raises(UserError, match=f"saved by Hugging Face datasets: give it as hf:{tmp_path}/{name}"):
             read(tmp_path / name)
+    with pytest.raises(UserError, match=f"saved by Hugging Face datasets: give it as hf:{tmp_path}/one"):
+        read(tmp_path)
+
+
+class Hub:
+    """A data set on the hub to which somebody pushes after each look."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import datasets
+
+        self.looks, self.read = 0, []
+        for name in ("load_dataset_builder", "load_dataset", "get_dataset_split_names"):
+            monkeypatch.setattr(datasets, name, getattr(self, name))
+
+    def load_dataset_builder(self, name: str, config: str | None, revision: str | None) -> object:
+        self.looks += 1
+        return types.SimpleNamespace(hash=f"commit-{revision or self.looks}")
+
+    def load_dataset(self, name: str, config: str | None, split: str, streaming: bool, revision: str) -> object:
+        import datasets
+
+        self.read.append(revision)
+        return datasets.Dataset.from_dict({"text": [f"of {revision}"]})
+
+    def get_dataset_split_names(self, name: str, config: str | None, revision: str) -> list[str]:
+        assert revision == self.read[-1]
+        return ["train"]
+
+
+def test_one_commit_of_a_data_set_is_read_and_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub, source = Hub(monkeypatch), resolve_sources(["hf:someone/something"])[0]
+    options = ReadOptions()
+    find_commit.cache_clear()
+    folder = CorpusFolder(tmp_path / "out", {}, [source], options, overwrite=False)
+    assert read("hf:someone/something") == ["of commit-1"]
+    folder.publish({"bad_documents": 0, "limit_reached": False, "splits": {}}, {})
+    folder.close()
+    assert json.loads((tmp_path / "out" / "corpus.json").read_text())["inputs"][0]["sha256"] == "commit-1"
+    assert read("hf:someone/something", hf_revision="v2") == ["of commit-v2"] and hub.read == ["commit-1", "commit-v2"]
+    find_commit.cache_clear()
 
 
 def test_a_folder_is_every_file_of_a_known_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -507,6 +591,33 @@ def test_a_folder_is_every_file_of_a_known_format(tmp_path: Path, capsys: pytest
     assert note == f"note: {folder}: not read (no visible files of a known format): .git, README.md, sub/.hidden.jsonl"
     with pytest.raises(UserError, match="holds no file of a known format"):
         read(make_folder(tmp_path / "empty"))
+
+
+def test_what_was_prepared_in_a_folder_is_no_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "in"
+    for name in ("a.txt", "train/b.txt", "corpus.json", "out/train/manifest.json", "out/bad_documents.txt"):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).write_text('{"text": "inside"}')
+    assert len(read(folder / "train")) == 1  # asked for by its own name
+    (folder / "corpus.json").unlink()
+    assert len(read(folder)) == 4
+    (folder / "out" / "corpus.json").write_text("{}")
+    assert len(read(folder)) == 2
+    assert "out/bad_documents.txt, out/corpus.json, out/train" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_listed_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.jsonl", ["a"])
+    closed, scandir = make_folder(tmp_path / "closed"), os.scandir
+
+    def refuse(path: str) -> object:
+        if path == str(closed):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=f"cannot read {closed}: Permission denied; make it readable or leave it out"):
+        read(tmp_path)
 
 
 def make_folder(path: Path) -> Path:

@@ -442,6 +442,30 @@ def test_finished_corpus_is_neither_done_again_nor_overwritten(
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"train", "corpus.json"}
 
 
+@pytest.mark.parametrize("name", ["train/shard_00000.npy", "val/shard_00000.docs.npy", "train/tokenizer.model"])
+def test_a_finished_corpus_that_lost_a_file_is_not_taken_for_whole(tmp_path: Path, prepare: Prepare, name: str) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(60))
+    prepare(tmp_path / "out", source)
+    before = read_folder(tmp_path / "out")
+    (tmp_path / "out" / name).unlink()
+    with pytest.raises(UserError, match=f"{name} is missing; give --overwrite to prepare the corpus again"):
+        prepare(tmp_path / "out", source)
+    prepare(tmp_path / "out", source, overwrite=True)
+    assert read_folder(tmp_path / "out") == before
+
+
+def test_the_corpus_may_lie_among_its_inputs(
+    tmp_path: Path, prepare: Prepare, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(60))
+    with source.open("a") as file:
+        file.write("broken\n")
+    for output in (tmp_path / "out", tmp_path):
+        prepare(output, tmp_path, max_bad_fraction=0.1)
+        prepare(output, tmp_path, max_bad_fraction=0.1)
+        assert "already prepared" in capsys.readouterr().out
+
+
 def test_a_crash_while_the_parts_are_moved_is_mended(
     tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
