@@ -183,6 +183,8 @@ def _choose_alphabet(characters: Counter[str], max_size: int) -> set[str]:
 
 def _explain(error: str, vocab_size: int) -> str:
     if match := re.search(r"Vocabulary size too high .* value <= (\d+)", error):
+        if int(match[1]) < SMALLEST_VOCABULARY:
+            return "there is too little text to train a tokenizer on, of whatever size"
         return f"--vocab-size {vocab_size} is too large for this little text: give more text, or at most {match[1]}"
     if "sentences_.empty()" in error:
         return "the input has no text to train a tokenizer on"

@@ -99,7 +99,8 @@ def find_split(folder: Path, split: str) -> Path | None:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ShardError(f"shard folder {folder} does not exist: make it with python -m data_prep.tokenize_corpus")
+        problem = "is a file: give the folder of a corpus" if folder.exists() else "does not exist"
+        raise ShardError(f"shard folder {folder} {problem}; python -m data_prep.tokenize_corpus makes one")
     if (folder / MANIFEST_NAME).exists():
         return folder if split == (folder.name if folder.name in SPLITS else "train") else None
     partial, is_any = folder / PARTIAL_NAME, any((folder / name / MANIFEST_NAME).exists() for name in SPLITS)

@@ -407,6 +407,9 @@ def test_no_shards_is_one_line(tmp_path):
         open_split(tmp_path / "nowhere", "train")
     with pytest.raises(ShardError, match="no finished shards"):
         open_split(tmp_path, "train")
+    (tmp_path / "file").touch()
+    with pytest.raises(ShardError, match="is a file: give the folder of a corpus"):
+        open_split(tmp_path / "file", "train")
 
 
 # --- size -------------------------------------------------------------------------------------------------------------

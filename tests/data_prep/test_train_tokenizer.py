@@ -65,7 +65,9 @@ def test_same_text_gives_the_same_bytes() -> None:
 
 def test_too_large_a_vocabulary_and_no_text_are_user_errors() -> None:
     with pytest.raises(UserError, match=r"--vocab-size 6400 is too large .* at most \d+"):
-        train_tokenizer(["the cat"], 6400)
+        train_tokenizer(["the cat sat on the mat and thought of other things"], 6400)
+    with pytest.raises(UserError, match="too little text to train a tokenizer on"):
+        train_tokenizer(["a"], 6400)
     with pytest.raises(UserError, match="no text"):
         train_tokenizer([], 320)
     with pytest.raises(UserError, match="no text"):
