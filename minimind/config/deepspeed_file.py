@@ -7,7 +7,6 @@ import copy
 import json
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,10 @@ _BARE_PLACEHOLDER = re.compile(rf"(?<=[:\[,])(\s*)({_PLACEHOLDER.pattern})(?=\s*
 _COMMENT = re.compile(r'("(?:\\.|[^"\\])*")|//[^\n]*|#[^\n]*|/\*.*?\*/', re.DOTALL)
 _LAST_COMMA = re.compile(r'(?<=[\w"\]}.]),(?=\s*[}\]])')
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_IN_QUOTES = "in quotes, read as a number or true or false"
+_DROPPED = object()
 # Keys whose text is text, whatever it looks like.
-_TEXT_KEYS = frozenset(("type", "device", "dtype", "log_level", "tag_validation", "nvme_path", "job_name", "team"))
+_TEXT_KEYS = ("type", "path", "name", "device", "level", "validation", "team")  # how they end
 _TEXT_SECTIONS = frozenset(("tensorboard", "wandb", "csv_monitor", "comet", "data_efficiency", "autotuning"))
 
 
@@ -61,73 +62,45 @@ def load_ds_config(path: str | os.PathLike[str] | None) -> dict[str, Any]:
 
 def modernize(ds: dict[str, Any]) -> list[str]:
     """Put the user's JSON into today's words, in place; a note for each kind of change."""
-    notes: list[str] = []
-    for what, change in (
-        ("comments, passed over", _drop_comments),
-        ('words to be replaced, taken as "auto"', _take_placeholders),
-        ("in quotes, read as a number or true or false", _read_quoted),
-    ):
-        if found := change(ds):
-            shown = ", ".join(dict.fromkeys(found[:8])) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
-            notes.append(f"{shown}: {what}")
+    found: dict[str, list[str]] = {}
+    _read_values(ds, "", found)
+    notes = []
+    for kind, places in found.items():
+        shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
+        notes.append(f"{shown}: {kind}")
     return notes + _rename(ds)
 
 
-def _walk(section: Any, visit: Callable[[Any, Any, str], str | None], path: str = "") -> list[str]:
-    """Call `visit(container, key, dotted path)` for every value, and give what it returns."""
-    found = []
-    keys = list(section) if isinstance(section, dict) else range(len(section))
-    for key in keys:
+def _read_values(section: Any, path: str, found: dict[str, list[str]]) -> None:
+    """Read every value below a section or list, and note in `found` where which kind of reading was made."""
+    for key in list(section) if isinstance(section, dict) else range(len(section)):
         where = f"{path}{key}" if isinstance(section, dict) else path.rstrip(".")
-        if (said := visit(section, key, where)) is not None:
-            found.append(said)
-        elif isinstance(section[key], (dict, list)):
-            found += _walk(section[key], visit, f"{where}.")
-    return found
-
-
-def _drop_comments(ds: dict[str, Any]) -> list[str]:
-    def visit(section: Any, key: Any, where: str) -> str | None:
-        is_comment = isinstance(key, str) and (
-            key.startswith(("_", "//", "#", "$")) or key.lower().startswith("comment")
-        )
-        if not is_comment:
-            return None
-        del section[key]
-        return where
-
-    return _walk(ds, visit)
-
-
-def _take_placeholders(ds: dict[str, Any]) -> list[str]:
-    def visit(section: Any, key: Any, where: str) -> str | None:
-        value = section[key]
-        if not isinstance(value, str) or where.split(".")[0] in _TEXT_SECTIONS:
-            return None
-        in_capitals = re.fullmatch(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)*", value) and len(value) > 1 and key not in _TEXT_KEYS
-        if not in_capitals and not re.fullmatch(r"\$\{\w+\}", value):
-            return None
-        section[key] = AUTO
-        return where
-
-    return _walk(ds, visit)
-
-
-def _read_quoted(ds: dict[str, Any]) -> list[str]:
-    def visit(section: Any, key: Any, where: str) -> str | None:
-        value = section[key]
-        if not isinstance(value, str) or key in _TEXT_KEYS or where.split(".")[0] in _TEXT_SECTIONS:
-            return None
-        if value.lower() in ("true", "false"):
-            section[key] = value.lower() == "true"
-        elif _NUMBER.fullmatch(value.strip()):
-            number = float(value)
-            section[key] = int(number) if number.is_integer() and "." not in value else number
+        reading = _read_value(key, section[key], where)
+        if reading is None:
+            if isinstance(section[key], (dict, list)):
+                _read_values(section[key], f"{where}.", found)
+            continue
+        found.setdefault(reading[0], []).append(where)
+        if reading[1] is _DROPPED:
+            del section[key]
         else:
-            return None
-        return where
+            section[key] = reading[1]
 
-    return _walk(ds, visit)
+
+def _read_value(key: Any, value: Any, where: str) -> tuple[str, Any] | None:
+    """How a value is read in another way than it stands there, in words, and what it is; None: as it stands."""
+    if isinstance(key, str) and (key.startswith(("_", "//", "#", "$")) or key.lower().startswith("comment")):
+        return "comments, passed over", _DROPPED
+    if not isinstance(value, str) or str(key).endswith(_TEXT_KEYS) or where.split(".")[0] in _TEXT_SECTIONS:
+        return None
+    if re.fullmatch(r"\$\{\w+\}|[A-Z][A-Z0-9]+(_[A-Z0-9]+)*", value):
+        return 'words to be replaced, taken as "auto"', AUTO
+    if value.lower() in ("true", "false"):
+        return _IN_QUOTES, value.lower() == "true"
+    if _NUMBER.fullmatch(value.strip()):
+        number = float(value)
+        return _IN_QUOTES, int(number) if number.is_integer() and "." not in value else number
+    return None
 
 
 def _rename(ds: dict[str, Any]) -> list[str]:

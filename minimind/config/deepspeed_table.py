@@ -152,7 +152,9 @@ def _to_default(ds: Section) -> None:
 
 
 def _to_clipping(ds: Section) -> None:
-    ds.setdefault("gradient_clipping", ds["optimizer"]["params"].pop("max_grad_norm"))
+    value = ds["optimizer"]["params"].pop("max_grad_norm")
+    if ds.get("gradient_clipping", AUTO) == AUTO:
+        ds["gradient_clipping"] = value
 
 
 _BF16 = {"bf16": {"enabled": True}}
@@ -276,8 +278,9 @@ TABLE = (
         ("LRRangeTest", {}), ("OneCycle", {"cycle_min_lr": 1e-5, "cycle_max_lr": 1e-3}), ("WarmupLR", {}),
         ("WarmupDecayLR", {"total_num_steps": 10}), ("WarmupCosineLR", {"total_num_steps": 10}))),
     *(Row(f"scheduler.type={kind}", kind, (_TORCH_SCHEDULER,), beside={"scheduler": {"params": params}})
-      for kind, params in (("StepLR", {"step_size": 2}), ("CosineAnnealingLR", {"T_max": 10}),
-                           ("ReduceLROnPlateau", {}))),
+      for kind, params in (("StepLR", {"step_size": 2}), ("CosineAnnealingLR", {"T_max": 10}))),
+    *_rows("", ("scheduler.type=ReduceLROnPlateau", "ReduceLROnPlateau", refuse(
+        "it follows the evaluation loss, which DeepSpeed does not give it; use --schedule"))),
     *_rows("", ("zero_allow_untested_optimizer", True), ("zero_force_ds_cpu_optimizer", True)),
     # ZeRO
     Row("zero_optimization.offload_optimizer.super_offload", True, (
@@ -306,7 +309,7 @@ TABLE = (
         ("stage3_use_all_reduce_for_fetch_params", True), ("stage3_allgather_sequential", True),
         ("ignore_unused_parameters", True), ("round_robin_gradients", True), ("parameter_alignment", True),
         ("legacy_stage1", True, refuse("removed from DeepSpeed; ZeRO stage 1 has one implementation; remove it")),
-        ("zero_hpz_partition_size", 2, _NO_AUTOEP), ("zero_quantized_weights", True, _NO_CPU_OP, _NO_AUTOEP),
+        ("zero_quantized_weights", True, _NO_CPU_OP, _NO_AUTOEP),
         ("zero_quantized_gradients", True, _NO_CPU_OP, _NO_AUTOEP),
         ("zero_quantized_nontrainable_weights", True, _NO_CPU_OP), ("memory_efficient_linear", True),
         ("pipeline_loading_checkpoint", True, _NO_PIPELINE), ("override_module_apply", True),
@@ -315,6 +318,7 @@ TABLE = (
         ("mics_hierarchical_params_gather", True, _NO_MICS),
         ("zeropp_loco_param", {"err_beta": 0.8}, refuse(
             "removed from DeepSpeed; zero_quantized_gradients works without it"))),
+    Row("zero_optimization.zero_hpz_partition_size", 2, (_NO_AUTOEP,), off=(1,)),
     Row("zero_optimization.mics_shard_size", 2, (_NO_MICS,), off=(-1,)),
     Row("aio", {"block_size": 1_048_576}),
     # Experts
@@ -406,7 +410,7 @@ def settle_table(ds: Section, *, experts: bool, device: str) -> list[str]:
         name = row.key.replace("=", " ")
         if row.is_off(section[key]):
             if rule.becomes is not _stays and (rule.verdict == "note" or rule.stages == STAGES):
-                notes += [f"{name}: off, passed over"] if section[key] not in (None, AUTO) else []
+                notes += [f"{name}: off, passed over"] if isinstance(section[key], dict) else []
                 del section[key]
         elif rule.verdict == "refused":
             raise UserError(f"DeepSpeed config: {name}: {rule.words}")
