@@ -47,7 +47,7 @@ def prepare() -> None:
     validation split: the split is a function of a document's text, so none of it is in the small one's training."""
     corpus, tokenizer = WORK / "corpus.jsonl", WORK / "tokenizer"
     if not corpus.exists():
-        run("data_prep.default_corpus", "--output", str(corpus), "--min-bytes", "3000000", "--max-bytes", "3000000")
+        run("data_prep.default_corpus", "--output", str(corpus), "--max-bytes", "3000000")
         run("data_prep.train_tokenizer", "--input", str(corpus), "--output", str(tokenizer), "--vocab-size", "2000")
     small = WORK / "small.jsonl"
     lines = corpus.read_text(encoding="utf-8").splitlines(keepends=True)
