@@ -14,7 +14,7 @@ import torch
 import tyro
 from harness import Claim, build_engine, joined, report, time_rounds, workspace
 
-from minimind.checkpoints.run_state import TrainState
+from minimind.checkpoints.manifest import TrainState
 from minimind.checkpoints.saving import CheckpointSaver, DataFingerprint
 from minimind.config.run_config import preset
 from minimind.parallel.optimizer import optimizer_step

@@ -9,14 +9,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
+from minimind.checkpoints.folder import find_checkpoint
 from minimind.checkpoints.formats.averaging import write_average
 from minimind.checkpoints.formats.convert import convert
-from minimind.checkpoints.inspect import diff, is_damaged, list_run, run_checkpoints, valid_checkpoint, verify_all
-from minimind.checkpoints.retention import choose_expired, prune, remove_checkpoint
+from minimind.checkpoints.inspect import diff, find_damages, list_run, run_checkpoints, verify_all
+from minimind.checkpoints.retention import prune, remove_checkpoint
 from minimind.cli import parse_flags
 from minimind.errors import UserError, run_main
 from minimind.training.run_lock import hold_run_folder
@@ -108,13 +109,17 @@ def main(args: Sequence[str] | None = None) -> int:
     if isinstance(command, Prune):
         return prune_run(command)
     if isinstance(command, Diff):
-        return diff(valid_checkpoint(command.a), valid_checkpoint(command.b), optimizer=command.optimizer)
+        return diff(_find(command.a), _find(command.b), optimizer=command.optimizer)
     if isinstance(command, Convert):
-        print(convert(valid_checkpoint(command.path)))
+        print(convert(_find(command.path)))
         return 0
-    write_average([valid_checkpoint(path) for path in command.paths], command.output)
+    write_average([_find(path) for path in command.paths], command.output)
     print(f"wrote {command.output}")
     return 0
+
+
+def _find(path: Path) -> Path:
+    return find_checkpoint(path, lambda message: print(message, file=sys.stderr))
 
 
 def prune_run(command: Prune) -> int:
@@ -122,25 +127,22 @@ def prune_run(command: Prune) -> int:
     if command.keep_last < 1:
         raise UserError(f"keep_last: {command.keep_last} is below 1; the newest checkpoint always stays")
     folders = run_checkpoints(command.run)
-    rules: dict[str, Any] = {
-        "keep_last": command.keep_last,
-        "keep_every": command.keep_every,
-        "keep_best": command.keep_best,
-    }
-    with contextlib.ExitStack() as stack:
-        if not command.dry_run:
-            stack.enter_context(hold_run_folder(command.run))
-        damaged = [folder for folder in folders if command.damaged and is_damaged(folder)]
-        for folder in damaged:
-            if not command.dry_run:
-                remove_checkpoint(folder)
-        # Newer ones of the right sizes but with a flipped bit must not push it out.
-        newest_valid = next((folder for folder in reversed(folders) if not is_damaged(folder)), None)
-        choose = choose_expired if command.dry_run else prune
-        expired = choose(command.run, **rules, newest_valid=newest_valid)
-        word = "would delete" if command.dry_run else "deleted"
-        for folder in [*damaged, *expired]:
-            print(f"{word} {folder}")
+    with contextlib.nullcontext() if command.dry_run else hold_run_folder(command.run):
+        damages = find_damages(folders)
+        damaged = [folder for folder in folders if command.damaged and damages[folder]]
+        for folder in [] if command.dry_run else damaged:
+            remove_checkpoint(folder)
+        expired = prune(
+            command.run,
+            keep_last=command.keep_last,
+            keep_every=command.keep_every,
+            keep_best=command.keep_best,
+            # Newer ones of the right sizes but with a flipped bit must not push it out.
+            newest_valid=next((folder for folder in reversed(folders) if not damages[folder]), None),
+            dry_run=command.dry_run,
+        )
+    for folder in [*damaged, *expired]:
+        print(f"{'would delete' if command.dry_run else 'deleted'} {folder}")
     return 0
 
 

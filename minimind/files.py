@@ -118,7 +118,7 @@ def publish(partial: Path, final: Path) -> None:
         os.replace(final, aside)
         os.replace(partial, final)
         fsync_folder(final.parent)
-        shutil.rmtree(aside)
+        shutil.rmtree(aside, ignore_errors=True)  # a network file system keeps what another process has open
     else:
         os.replace(partial, final)
         fsync_folder(final.parent)

@@ -22,8 +22,7 @@ from minimind.distributed.process_group import process_group
 from minimind.distributed.startup import join_ranks, report_startup_error
 from minimind.errors import EXIT_STOPPED, UserError, run_main
 from minimind.reports.plan.memory import estimate_memory
-from minimind.training.out_of_memory import memory_remedies
-from minimind.training.setup import RunData, prepare, run_rank
+from minimind.training.setup import RunData, memory_remedies, prepare, run_rank
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 Files are mapped, not read: a tensor costs memory while it is used. Works without DeepSpeed.
 """
 
+import fnmatch
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,8 +58,9 @@ class TrainingCheckpoint:
     def __init__(self, folder: Path, manifest: CheckpointManifest | None = None) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder) if manifest is None else manifest
-        # Of single experts there are files of their own; this is the first of those with everything else.
-        self.model_states = read_states(self._files("*mp_rank_00_model_states.pt", without="layer_")[0])
+        # Of single experts there are files of their own, layer_*; this is the first of those with everything else.
+        found = self._files("*mp_rank_00_model_states.pt")
+        self.model_states = read_states(next(path for path in found if not path.name.startswith("layer_")))
         self._config = ModelConfig.from_dict(self.manifest.model)
         self._tensors: dict[str, _Tensor] = {}
         try:
@@ -70,10 +72,8 @@ class TrainingCheckpoint:
             """Shape of every parameter that the optimizer trains, by name."""
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise CheckpointError(f"{folder}: not laid out as expected: {error!r}") from None
-        self.optimizer_step = ranks[0].optimizer_step
-        """Updates that the optimizer has made, as it counts them."""
-        self.loss_scaler = ranks[0].loss_scaler
-        """Attributes of fp16's dynamic loss scale, or None where there is none."""
+        self.optimizer = ranks[0]
+        """Its counts, settings and loss scale."""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -127,16 +127,14 @@ class TrainingCheckpoint:
         if len(states) != world_size:
             raise CheckpointError(f"{self.folder}: {len(states)} optimizer files of {world_size} ranks")
         groups = self.model_states["param_shapes"]
-        shared: EngineTensors
-        if self.manifest.zero_stage == 3:
+        of_places = [states, *(states[place::ep_size] for place in range(ep_size))]
+        if self.manifest.zero_stage < 3:
+            return [FlatTensors(groups, ranks) for ranks in of_places]
 
-            def count_ranks(name: str) -> int:
-                return world_size // ep_size if self._is_expert(name) else world_size
+        def count_ranks(name: str) -> int:
+            return world_size // ep_size if self._is_expert(name) else world_size
 
-            shared = SplitTensors(groups, states, count_ranks)
-            return [shared, *(SplitTensors(groups, states[place::ep_size], count_ranks) for place in range(ep_size))]
-        shared = FlatTensors(groups, states)
-        return [shared, *(FlatTensors(groups, states[place::ep_size]) for place in range(ep_size))]
+        return [SplitTensors(groups, ranks, count_ranks) for ranks in of_places]
 
     def _open_whole(self) -> list[EngineTensors]:
         groups = self.model_states[CLIENT_STATE_KEY]["parameter_names"]
@@ -180,9 +178,9 @@ class TrainingCheckpoint:
     def _is_expert(self, name: str) -> bool:
         return bool(self._find_part(name).index)
 
-    def _files(self, pattern: str, *, without: str | None = None) -> list[Path]:
+    def _files(self, pattern: str) -> list[Path]:
         """The files that match, by the number of their rank."""
-        found = [path for path in self.folder.glob(pattern) if without is None or not path.name.startswith(without)]
+        found = [self.folder / record.path for record in self.manifest.files if fnmatch.fnmatch(record.path, pattern)]
         if not found:
             raise CheckpointError(f"{self.folder}: no {pattern} in it")
         return sorted(found, key=_rank_of)

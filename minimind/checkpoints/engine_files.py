@@ -8,7 +8,7 @@ import contextlib
 import copy
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
+from torch.utils._pytree import tree_leaves, tree_map
 
 from minimind.checkpoints.manifest import FileRecord
 from minimind.checkpoints.safe_load import load_states
@@ -36,12 +37,6 @@ class StateFiles(CheckpointEngine):
         super().__init__()
         self.collected: States = {}
 
-    def create(self, info: Any) -> None:
-        """Part of the interface; nothing has to be done."""
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Part of the interface; the folder is there."""
-
     def save(self, state_dict: Any, path: str) -> None:
         """Keep what belongs into the file `path`."""
         self.collected[Path(path).name] = state_dict
@@ -54,9 +49,10 @@ class StateFiles(CheckpointEngine):
         """
         return load_states(Path(path), _CLASSES, mmap=False)
 
-    def commit(self, info: Any) -> bool:
-        """Part of the interface; nothing has to be done."""
+    def _do_nothing(self, *args: Any, **options: Any) -> bool:
         return True
+
+    create = makedirs = commit = _do_nothing  # parts of the interface; the folder is there
 
 
 @contextlib.contextmanager
@@ -76,21 +72,11 @@ def use_state_files(engine: deepspeed.DeepSpeedEngine) -> Iterator[StateFiles]:
 def count_bytes(states: States) -> int:
     """About what the files will take on the disk: their tensors, shared storages counted once, and the rest."""
     sizes = {}
-    for tensor in _tensors(states):
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr(), tensor.device] = storage.nbytes()
+    for tensor in tree_leaves(states):
+        if isinstance(tensor, torch.Tensor):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr(), tensor.device] = storage.nbytes()
     return sum(sizes.values()) + len(states) * (1 << 20)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
 
 
 class HostCopies:
@@ -104,32 +90,22 @@ class HostCopies:
         kept, self._kept = self._kept, []
         done: dict[Any, torch.Tensor] = {}
 
-        def copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
-            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            if key not in done or not tensor.numel():
-                place = len(self._kept)
-                host = kept[place] if place < len(kept) else None
-                if host is None or host.shape != tensor.shape or host.dtype != tensor.dtype:
-                    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        def copy_leaf(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return copy.copy(leaf)  # a loss scale changes during training
+            key = (leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype)
+            if key not in done or not leaf.numel():
+                host = kept[len(self._kept)] if len(self._kept) < len(kept) else None
+                if host is None or host.shape != leaf.shape or host.dtype != leaf.dtype:
+                    host = torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=leaf.is_cuda)
                 self._kept.append(host)
-                done[key] = host.copy_(tensor.detach(), non_blocking=True)
+                done[key] = host.copy_(leaf.detach(), non_blocking=True)
             return done[key]
 
-        copied = _copy(states, copy_tensor)
+        copied = tree_map(copy_leaf, states, is_leaf=lambda value: isinstance(value, torch.Size))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return copied
-
-
-def _copy(value: Any, copy_tensor: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return copy_tensor(value)
-    if isinstance(value, Mapping):
-        # The kinds of mapping that are written: dict and OrderedDict.
-        return type(value)((key, _copy(item, copy_tensor)) for key, item in value.items())  # type: ignore[call-arg]
-    if type(value) in (list, tuple):
-        return type(value)(_copy(item, copy_tensor) for item in value)
-    return copy.copy(value)  # a loss scale changes during training
 
 
 def write_states(folder: Path, states: States) -> list[FileRecord]:
@@ -140,9 +116,9 @@ def write_states(folder: Path, states: States) -> list[FileRecord]:
     """
     records = []
     for name, state in states.items():
-        with HashedFile(folder / name) as file:
-            torch.save(state, file)  # type: ignore[arg-type]
-        records.append(file.record())
+        file = HashedFile(folder / name)
+        torch.save(state, file)  # type: ignore[arg-type]
+        records.append(file.finish())
     return records
 
 
@@ -150,25 +126,20 @@ def record_written(folder: Path, below: str) -> list[FileRecord]:
     """Flush and hash the files that DeepSpeed wrote by itself into `folder/below` (its NVMe swap files)."""
     records = []
     for path in sorted(path for path in (folder / below).rglob("*") if path.is_file()):
-        digest = hashlib.sha256()
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        records.append(FileRecord(path.relative_to(folder).as_posix(), path.stat().st_size, digest.hexdigest()))
+        records.append(FileRecord.of(folder, path))
     return records
 
 
 class HashedFile:
-    """A file being written, hashed on the way. An error is raised at its end, because torch's writer, which is C++,
+    """A file being written, hashed on the way. An error is raised by `finish`, because torch's writer, which is C++,
     would turn one in the middle into another."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._digest = hashlib.sha256()
-        self._size = 0
+        self._path, self._size, self._digest = path, 0, hashlib.sha256()
         self._error: OSError | None = None
-        self._file = open(path, "wb")  # noqa: SIM115 (closed by __exit__)
+        self._file = open(path, "wb")  # noqa: SIM115 (closed by finish)
 
     def write(self, data: Any) -> int:
         """Append bytes."""
@@ -183,24 +154,22 @@ class HashedFile:
         return size
 
     def flush(self) -> None:
-        """Part of the interface; the end flushes."""
+        """Part of the interface; `finish` flushes."""
 
-    def record(self) -> FileRecord:
-        """Name, size and hash of the file, once it is closed."""
-        return FileRecord(self._path.name, self._size, self._digest.hexdigest())
+    def finish(self) -> FileRecord:
+        """Flush to the disk, and close; name, size and hash of the file.
 
-    def __enter__(self) -> "HashedFile":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
+        Raises:
+            OSError: something could not be written.
+        """
         try:
-            if self._error is None and error[0] is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-        except OSError as failure:
-            self._error = failure
-        with contextlib.suppress(OSError):
-            self._file.close()
+            with self._file:
+                if self._error is None:
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+        except OSError as error:
+            self._error = self._error or error
         if self._error is not None:
             self._error.filename = str(self._path)
             raise self._error
+        return FileRecord(self._path.name, self._size, self._digest.hexdigest())

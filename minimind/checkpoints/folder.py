@@ -9,9 +9,9 @@ from minimind.checkpoints.manifest import CheckpointError, CheckpointManifest, r
 from minimind.files import replace_file
 
 LATEST_NAME = "latest"
+PORTABLE_PREFIX = "neutral_"
+"""What released versions call the portable form on disk; retention must find theirs too."""
 _NAME = re.compile(r"step_(\d{8,})")
-# "neutral" is what released versions call the portable form on disk; retention must find theirs too.
-_PORTABLE_NAME = re.compile(r"neutral_(\d{8,})")
 
 
 def checkpoint_name(step: int) -> str:
@@ -35,13 +35,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 def portable_folder(folder: Path) -> Path:
     """Where the portable form of a checkpoint is kept, beside it."""
-    return folder.with_name(f"neutral_{step_of(folder):08d}")
-
-
-def list_portable(run_dir: Path) -> list[Path]:
-    """The portable forms that a run keeps."""
-    folder = checkpoints_folder(run_dir)
-    return [path for path in folder.iterdir() if _PORTABLE_NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return folder.with_name(f"{PORTABLE_PREFIX}{step_of(folder):08d}")
 
 
 def step_of(folder: Path) -> int:
@@ -56,16 +50,21 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
-def verify_checkpoint(folder: Path, *, hashes: bool = True) -> CheckpointManifest:
-    """Compare a checkpoint with its manifest: every file there, no other, sizes and (`hashes`) contents.
+def verify_checkpoint(
+    folder: Path, *, hashes: bool = True, report: Callable[[str], Any] = lambda message: None
+) -> CheckpointManifest:
+    """Compare a checkpoint with its manifest: every file there, sizes and (`hashes`) contents. A file that is not of
+    the checkpoint is reported and left alone.
 
     Raises:
         CheckpointError: naming the first file that is wrong.
     """
+    step = step_of(folder)
     manifest = read_manifest(folder)
-    if manifest.step != step_of(folder):
+    if manifest.step != step:
         raise CheckpointError(f"{folder}: its manifest is of step {manifest.step}")
-    verify_files(folder, manifest, hashes=hashes)
+    for name in verify_files(folder, manifest, hashes=hashes):
+        report(f"{folder}: {name} is not of this checkpoint; left alone")
     return manifest
 
 
@@ -78,7 +77,7 @@ def newest_valid(run_dir: Path, report: Callable[[str], Any]) -> Path | None:
     folders = list_checkpoints(run_dir)
     for folder in reversed(folders):
         try:
-            verify_checkpoint(folder)
+            verify_checkpoint(folder, report=report)
         except CheckpointError as error:
             report(f"checkpoint skipped: {error}")
         else:
@@ -91,13 +90,27 @@ def newest_valid(run_dir: Path, report: Callable[[str], Any]) -> Path | None:
     return None
 
 
+def find_checkpoint(path: Path, report: Callable[[str], Any]) -> Path:
+    """A checkpoint compared with its manifest: `path` itself, or the newest valid one of a run.
+
+    Raises:
+        CheckpointError: it is damaged, or the run holds none.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; give a run's, or that of a checkpoint")
+    if not checkpoints_folder(path).is_dir():
+        verify_checkpoint(path, report=report)
+        return path
+    found = newest_valid(path, report)
+    if found is None:
+        raise CheckpointError(f"{path}: the run has not saved any checkpoint")
+    return found
+
+
 def check_latest(run_dir: Path, newest: Path, report: Callable[[str], Any]) -> None:
     """Report and repair a file `latest` that does not name `newest`. Nothing of ours is loaded by it; tools use it."""
     path = checkpoints_folder(run_dir) / LATEST_NAME
-    try:
-        there = path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError as error:
-        there = error.strerror or "not readable"
+    there = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
     if there != newest.name:
         report(f"{path}: {there[:80] or 'empty'!r} instead of {newest.name}; corrected")
         point_latest(run_dir, newest)

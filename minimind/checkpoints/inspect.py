@@ -1,21 +1,14 @@
 """What `minimind.checkpoint` shows: a table of a run's checkpoints, their verification, the difference of two."""
 
 import dataclasses
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from minimind.checkpoints.consolidate import TrainingCheckpoint
-from minimind.checkpoints.folder import (
-    checkpoints_folder,
-    list_checkpoints,
-    newest_valid,
-    portable_folder,
-    verify_checkpoint,
-)
+from minimind.checkpoints.folder import checkpoints_folder, list_checkpoints, portable_folder, verify_checkpoint
 from minimind.checkpoints.manifest import CheckpointError, CheckpointManifest
 from minimind.checkpoints.zero_partitions import WEIGHT
 from minimind.errors import UserError
@@ -33,40 +26,31 @@ def list_run(run: Path) -> int:
             continue
         size = sum(record.size for record in manifest.files)
         loss = "" if manifest.eval_loss is None else f"{manifest.eval_loss:.4f}"
-        converted = "; portable form kept" if portable_folder(folder).exists() else ""
-        topology = describe_topology(manifest) + converted
+        topology = f"{manifest.world_size} ranks, ZeRO {manifest.zero_stage}, {manifest.precision}"
+        topology += f", ep {manifest.ep_size}" if manifest.ep_size > 1 else ""
+        topology += "; portable form kept" if portable_folder(folder).exists() else ""
         rows.append([folder.name, f"{size / 1e6:.1f} MB", f"{manifest.tokens_seen:,}", loss, topology])
     print(format_table(rows, "<>>><"))
     return 0
 
 
-def describe_topology(manifest: CheckpointManifest) -> str:
-    """`2 ranks, ZeRO 1, bf16`."""
-    experts = f", ep {manifest.ep_size}" if manifest.ep_size > 1 else ""
-    return f"{manifest.world_size} ranks, ZeRO {manifest.zero_stage}, {manifest.precision}{experts}"
-
-
 def verify_all(path: Path) -> int:
     """Print for each checkpoint whether it is valid."""
-    folders = run_checkpoints(path) if checkpoints_folder(path).is_dir() else [path]
-    damaged = 0
+    damages = find_damages(run_checkpoints(path) if checkpoints_folder(path).is_dir() else [path])
+    for folder, damage in damages.items():
+        print(f"{folder.name}: damaged: {damage}" if damage else f"{folder.name}: valid")
+    return 1 if any(damages.values()) else 0
+
+
+def find_damages(folders: Sequence[Path]) -> dict[Path, str]:
+    """How each checkpoint disagrees with its manifest; "": not at all."""
+    found = dict.fromkeys(folders, "")
     for folder in folders:
         try:
-            manifest = verify_checkpoint(folder)
-            print(f"{folder.name}: valid ({len(manifest.files)} files)")
+            verify_checkpoint(folder, report=print)
         except CheckpointError as error:
-            damaged += 1
-            print(f"{folder.name}: damaged: {error}")
-    return 1 if damaged else 0
-
-
-def is_damaged(folder: Path) -> bool:
-    """Whether a checkpoint disagrees with its manifest."""
-    try:
-        verify_checkpoint(folder)
-    except CheckpointError:
-        return True
-    return False
+            found[folder] = str(error)
+    return found
 
 
 def diff(a: Path, b: Path, *, optimizer: bool) -> int:
@@ -115,14 +99,3 @@ def run_checkpoints(run: Path) -> list[Path]:
     if not folders:
         raise UserError(f"{run}: no checkpoints in {checkpoints_folder(run)}; give a run's folder")
     return folders
-
-
-def valid_checkpoint(path: Path) -> Path:
-    """A checkpoint compared with its manifest: `path` itself, or the newest valid one of a run."""
-    if checkpoints_folder(path).is_dir():
-        found = newest_valid(path, lambda message: print(message, file=sys.stderr))
-        if found is None:
-            raise UserError(f"{path}: the run has not saved any checkpoint")
-        return found
-    verify_checkpoint(path)
-    return path

@@ -5,7 +5,7 @@ the state goes through the portable form.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,19 @@ from deepspeed.utils import safe_get_full_fp32_param
 
 from minimind.checkpoints.consolidate import TrainingCheckpoint
 from minimind.checkpoints.engine_files import use_state_files
-from minimind.checkpoints.folder import (
-    check_latest,
-    checkpoints_folder,
-    list_checkpoints,
-    newest_valid,
-    step_of,
-    verify_checkpoint,
+from minimind.checkpoints.folder import check_latest, find_checkpoint, list_checkpoints, newest_valid, step_of
+from minimind.checkpoints.manifest import (
+    CLIENT_STATE_KEY,
+    CheckpointError,
+    CheckpointManifest,
+    TrainState,
+    read_manifest,
 )
-from minimind.checkpoints.manifest import CLIENT_STATE_KEY, CheckpointError, CheckpointManifest
 from minimind.checkpoints.portable_loading import load_portable, part_of
 from minimind.checkpoints.probe import check_probe_loss, probe_loss
-from minimind.checkpoints.run_state import TrainState
 from minimind.config.resolved_run import ResolvedRun
-from minimind.distributed.collectives import log
+from minimind.distributed.collectives import gather_objects, log
+from minimind.errors import UserError, first_line
 from minimind.parallel.loss_scale import set_grad_scaler
 
 
@@ -42,39 +41,25 @@ def find_resume(run_dir: Path, resume: str, report: Callable[[str], Any] = log) 
     Raises:
         CheckpointError: "never" where checkpoints are; nothing valid; a path that holds no valid checkpoint.
     """
-    if resume == "never":
-        there = list_checkpoints(run_dir)
-        if there:
-            raise CheckpointError(
-                f"--resume never: {run_dir} already holds {there[-1].name}; give another --run-dir, or use "
-                "--resume auto"
-            )
-        return None
-    if resume == "auto":
+    there = list_checkpoints(run_dir)
+    if resume == "never" and there:
+        raise CheckpointError(
+            f"--resume never: {run_dir} already holds {there[-1].name}; give another --run-dir, or use --resume auto"
+        )
+    if resume in ("never", "auto"):
         found = newest_valid(run_dir, report)
         if found is not None:
             check_latest(run_dir, found, report)
         return found
-    path = Path(resume)
-    if checkpoints_folder(path).is_dir():
-        found = newest_valid(path, report)
-        if found is None:
-            raise CheckpointError(f"--resume {resume}: the run holds no checkpoint")
-    else:
-        verify_checkpoint(path)
-        found = path
-    _check_nothing_newer(run_dir, found)
-    return found
-
-
-def _check_nothing_newer(run_dir: Path, chosen: Path) -> None:
-    """Two futures in one folder would be taken for one by the next `--resume auto`."""
-    newer = [folder.name for folder in list_checkpoints(run_dir) if step_of(folder) > step_of(chosen)]
+    chosen = find_checkpoint(Path(resume), report)
+    # Two futures in one folder would be taken for one by the next `--resume auto`.
+    newer = [folder.name for folder in there if step_of(folder) > step_of(chosen)]
     if newer:
         raise CheckpointError(
             f"--resume {chosen}: {run_dir} also holds {', '.join(newer)}, which a later --resume auto would continue "
             "from; delete them, or give another --run-dir"
         )
+    return chosen
 
 
 def load_checkpoint(
@@ -93,7 +78,13 @@ def load_checkpoint(
         CheckpointError: DeepSpeed refuses it, or the engine does not compute what it computed when it was saved.
     """
     if portable is None:
-        with use_state_files(engine), keep_settings(engine.optimizer):
+        # A scheduler of DeepSpeed's moves betas and momentum, so there the saved ones count.
+        own = (
+            ("eps", "weight_decay")
+            if resolved.train.schedule == "deepspeed"
+            else ("eps", "weight_decay", "betas", "momentum")
+        )
+        with use_state_files(engine), keep_settings(engine.optimizer, own):
             path, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed could not load it")
@@ -110,10 +101,31 @@ def load_checkpoint(
     return TrainState(manifest.step, manifest.consumed_samples, manifest.tokens_seen, manifest.data_start_step)
 
 
+def prove_resumable(engine: deepspeed.DeepSpeedEngine, resolved: ResolvedRun, folder: Path) -> None:
+    """Load a checkpoint into the engine that has just saved it, which changes nothing: a run that could never be
+    resumed ends at its first save, and not at its first resume. Every rank calls this.
+
+    Raises:
+        CheckpointError: on every rank: DeepSpeed cannot load what it has saved.
+    """
+    if "nvme" in (resolved.zero.offload_optimizer, resolved.zero.offload_param):
+        return  # it would overwrite swap files that are in use
+    failure = None
+    try:
+        load_checkpoint(engine, resolved, folder, read_manifest(folder), None)
+    except Exception as error:  # whatever DeepSpeed stumbles over
+        failure = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+    failures = [reason for reason in gather_objects(failure) if reason]
+    if failures:
+        raise CheckpointError(
+            f"{folder}: saved, but DeepSpeed cannot load it again ({failures[0]}), so this run cannot be resumed; "
+            "change the DeepSpeed config. The weights can be exported"
+        )
+
+
 @contextlib.contextmanager
-def keep_settings(optimizer: Any) -> Iterator[None]:
-    """DeepSpeed loads the optimizer's settings with its state; those of the present run count."""
-    names = ("betas", "eps", "weight_decay", "momentum")
+def keep_settings(optimizer: Any, names: Sequence[str]) -> Iterator[None]:
+    """DeepSpeed loads the optimizer's settings with its state; of these, the present run's count."""
     groups = [{name: group[name] for name in names if name in group} for group in optimizer.param_groups]
     clip_grad = getattr(optimizer, "clip_grad", None)
     yield

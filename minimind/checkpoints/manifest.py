@@ -36,15 +36,27 @@ class FileRecord:
     size: int
     sha256: str
 
+    @classmethod
+    def of(cls, folder: Path, path: Path) -> "FileRecord":
+        """The record of a file below `folder` that is on the disk."""
+        return cls(path.relative_to(folder).as_posix(), path.stat().st_size, hash_file(path))
+
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointManifest:
-    """What a checkpoint is, readable without loading it."""
+class TrainState:
+    """Progress of a run. Global figures only: anything of one rank is derived from them."""
 
     step: int = 0
     consumed_samples: int = 0
     tokens_seen: int = 0
     data_start_step: int = 0
+    """Steps done when the present shards came in: 0, or where --allow-data-change was first used with them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointManifest(TrainState):
+    """What a checkpoint is, readable without loading it."""
+
     world_size: int = 1
     zero_stage: int = 0
     ep_size: int = 1
@@ -84,7 +96,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
         content = json.loads(text)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {MANIFEST_NAME}; it was not saved to its end") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
         found = content.get("format_version") if isinstance(content, dict) else content
@@ -94,21 +106,32 @@ def read_manifest(folder: Path) -> CheckpointManifest:
         raise CheckpointError(f"{path}: has changed since it was written (its sha256 differs)")
     try:
         files = tuple(FileRecord(**record) for record in content.pop("files"))
-        return CheckpointManifest(files=files, **check_fields(CheckpointManifest, content, str(path)))
-    except (KeyError, TypeError) as error:
+        return CheckpointManifest(files=files, **check_fields(CheckpointManifest, content))
+    except (KeyError, TypeError, UserError) as error:
         raise CheckpointError(f"{path}: damaged: {error}") from None
-    except UserError as error:
-        raise CheckpointError(str(error)) from None
 
 
-def list_files(folder: Path) -> list[str]:
-    """Paths of all files below `folder`, relative to it and sorted, without the manifest itself."""
-    found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    return sorted(name for name in found if name != MANIFEST_NAME)
+def verify_files(folder: Path, manifest: CheckpointManifest, *, hashes: bool = True) -> list[str]:
+    """Compare the files of a folder with a manifest, several at a time. Gives what else lies there (notes of a person,
+    what a file system leaves), which harms nothing.
+
+    Raises:
+        CheckpointError: naming the first file that is wrong, or one more that DeepSpeed would take for its own.
+    """
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    extra = sorted(found - {MANIFEST_NAME, *(record.path for record in manifest.files)})
+    for name in extra:
+        if name.endswith("_states.pt"):
+            raise CheckpointError(f"{folder}: {name} is not in the manifest: a file of another checkpoint")
+    with concurrent.futures.ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        for wrong in pool.map(lambda record: _find_damage(folder, record, hashes), manifest.files):
+            if wrong:
+                pool.shutdown(cancel_futures=True)
+                raise CheckpointError(f"{folder}: {wrong}")
+    return extra
 
 
-def check_record(folder: Path, record: FileRecord, *, hashes: bool = True) -> str | None:
-    """What is wrong with one file, or None."""
+def _find_damage(folder: Path, record: FileRecord, hashes: bool) -> str | None:
     path = folder / record.path
     try:
         size = path.stat().st_size
@@ -121,19 +144,3 @@ def check_record(folder: Path, record: FileRecord, *, hashes: bool = True) -> st
     except OSError as error:
         return f"{record.path} cannot be read: {error.strerror}"
     return None
-
-
-def verify_files(folder: Path, manifest: CheckpointManifest, *, hashes: bool = True) -> None:
-    """Compare the files of a folder with a manifest, several at a time.
-
-    Raises:
-        CheckpointError: naming the first file that is wrong.
-    """
-    extra = set(list_files(folder)) - {record.path for record in manifest.files}
-    if extra:
-        raise CheckpointError(f"{folder}: {sorted(extra)[0]} is not in the manifest")
-    with concurrent.futures.ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        for wrong in pool.map(lambda record: check_record(folder, record, hashes=hashes), manifest.files):
-            if wrong:
-                pool.shutdown(cancel_futures=True)
-                raise CheckpointError(f"{folder}: {wrong}")

@@ -5,9 +5,9 @@ weights and one for each kind of optimizer state. Works without DeepSpeed.
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,18 +20,16 @@ from minimind.checkpoints.manifest import (
     CLIENT_STATE_KEY,
     MANIFEST_NAME,
     CheckpointError,
-    CheckpointManifest,
     FileRecord,
     read_manifest,
     verify_files,
 )
 from minimind.checkpoints.safetensors import write_safetensors
-from minimind.checkpoints.zero_partitions import WEIGHT
 from minimind.files import fsync_folder, hash_file, new_folder, replace_file
 from minimind.parallel.expert_names import EnginePart
 
-# The file of what a model carries beside its parameters.
-_BUFFERS = "buffers"
+BUFFERS = "buffers"
+"""The key of what a model carries beside its parameters."""
 # What DeepSpeed's own load sets on the engine beside tensors.
 ENGINE_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
@@ -61,41 +59,39 @@ def make_portable(folder: Path) -> Path:
 
 
 def _write(checkpoint: TrainingCheckpoint, partial: Path, source: str) -> None:
-    names = {key: [name for name in checkpoint.shapes if key in checkpoint.keys_of(name)] for key in checkpoint.keys}
-    with tqdm(total=sum(map(len, names.values())), unit="tensor", desc="converting", disable=None) as bar:
+    tensors = [(key, name) for key in checkpoint.keys for name in checkpoint.shapes if key in checkpoint.keys_of(name)]
+    with tqdm(total=len(tensors), unit="tensor", desc="converting", disable=None) as bar:
 
         def read(key: str, name: str) -> torch.Tensor:
             bar.update()
             return checkpoint.read(name, key)
 
         for key in checkpoint.keys:
-            shapes = {name: checkpoint.shapes[name] for name in names[key]}
+            shapes = {name: checkpoint.shapes[name] for of, name in tensors if of == key}
             write_safetensors(partial / _file_name(key), shapes, functools.partial(read, key))
     buffers = checkpoint.buffers()
-    write_safetensors(partial / _file_name(_BUFFERS), _shapes_of(buffers), buffers.__getitem__)
+    shapes = {name: tuple(buffer.shape) for name, buffer in buffers.items()}
+    write_safetensors(partial / _file_name(BUFFERS), shapes, buffers.__getitem__)
     states = checkpoint.model_states
     conversion = {
         "source_sha256": source,
         "keys": list(checkpoint.keys),
-        "optimizer_step": checkpoint.optimizer_step,
-        "loss_scaler": checkpoint.loss_scaler,
+        "optimizer_step": checkpoint.optimizer.scalars.get("step", 0.0),
+        "optimizer_scalars": checkpoint.optimizer.scalars,
+        "group_settings": checkpoint.optimizer.group_settings,
+        "loss_scaler": checkpoint.optimizer.loss_scaler,
         "grad_scaler": states[CLIENT_STATE_KEY].get("grad_scaler"),
         "lr_scheduler": states.get("lr_scheduler"),
         **{name: states[name] for name in ENGINE_COUNTERS},
     }
-    files = [_file_name(key) for key in (*checkpoint.keys, _BUFFERS)]
-    records = tuple(FileRecord(name, (partial / name).stat().st_size, hash_file(partial / name)) for name in files)
-    fields = {**vars(checkpoint.manifest), "files": records, "conversion": conversion}
-    replace_file(partial / MANIFEST_NAME, CheckpointManifest(**fields).to_json())
+    files = tuple(FileRecord.of(partial, partial / _file_name(key)) for key in (*checkpoint.keys, BUFFERS))
+    manifest = dataclasses.replace(checkpoint.manifest, files=files, conversion=conversion)
+    replace_file(partial / MANIFEST_NAME, manifest.to_json())
     fsync_folder(partial)
 
 
 def _file_name(key: str) -> str:
     return f"{key}.safetensors"
-
-
-def _shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Sequence[int]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 class PortableCheckpoint:
@@ -107,26 +103,17 @@ class PortableCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         self.manifest = read_manifest(folder)
-        keys = [*self.manifest.conversion["keys"], _BUFFERS]
+        keys = [*self.manifest.conversion["keys"], BUFFERS]
         try:
             self._files = {key: safe_open(os.fspath(folder / _file_name(key)), framework="pt") for key in keys}
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{folder}: cannot be read: {error}") from None
-        self._names = {key: frozenset(file.keys()) for key, file in self._files.items()}
-
-    @property
-    def names(self) -> frozenset[str]:
-        """The parameters that are there."""
-        return self._names[WEIGHT]
-
-    @property
-    def buffer_names(self) -> frozenset[str]:
-        """What the model carries beside its parameters."""
-        return self._names[_BUFFERS]
+        self.names = {key: frozenset(file.keys()) for key, file in self._files.items()}
+        """The parameters (for `BUFFERS`, the buffers) that there is a tensor of, for each key."""
 
     def keys_of(self, name: str) -> tuple[str, ...]:
         """What there is of a parameter: `fp32`, and the tensors of its optimizer state."""
-        return tuple(key for key in self.manifest.conversion["keys"] if name in self._names[key])
+        return tuple(key for key in self.manifest.conversion["keys"] if name in self.names[key])
 
     def read(self, part: EnginePart, key: str) -> torch.Tensor:
         """A part of one tensor, float32, in host memory; no more than the part is read."""
@@ -134,7 +121,3 @@ class PortableCheckpoint:
             return self._files[key].get_tensor(part.name)
         # Contiguous, as parameters are: torch's fused optimizers take a state of other strides for what it is not.
         return self._files[key].get_slice(part.name)[part.index].contiguous()
-
-    def read_buffer(self, part: EnginePart) -> torch.Tensor:
-        """A buffer of the model, float32."""
-        return self.read(part, _BUFFERS)

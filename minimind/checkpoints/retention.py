@@ -9,12 +9,11 @@ import shutil
 from pathlib import Path
 
 from minimind.checkpoints.folder import (
+    PORTABLE_PREFIX,
     checkpoint_name,
     checkpoints_folder,
     list_checkpoints,
-    list_portable,
     portable_folder,
-    step_of,
     verify_checkpoint,
 )
 from minimind.checkpoints.manifest import CheckpointError, CheckpointManifest, read_manifest, verify_files
@@ -32,14 +31,22 @@ def _remove(path: Path) -> None:
     renamed = partial_folder(path)
     os.replace(path, renamed)
     fsync_folder(path.parent)
-    shutil.rmtree(renamed)
+    # A file system may keep a name of what another process has open; the next start tries again.
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
-def choose_expired(
-    run_dir: Path, *, keep_last: int, keep_every: int, keep_best: int, newest_valid: Path | None = None
+def prune(
+    run_dir: Path,
+    *,
+    keep_last: int,
+    keep_every: int = 0,
+    keep_best: int = 1,
+    newest_valid: Path | None = None,
+    dry_run: bool = False,
 ) -> list[Path]:
-    """The checkpoints that may go, oldest first: all but the newest `keep_last` (0: all stay), the multiples of
-    `keep_every`, the `keep_best` of lowest evaluation loss, and `newest_valid`, the newest whose hashes were compared.
+    """Delete old checkpoints and give them, oldest first: all but the newest `keep_last` (0: all stay), the multiples
+    of `keep_every`, the `keep_best` of lowest evaluation loss, and `newest_valid`, the newest whose hashes were
+    compared. Portable forms of checkpoints that are no more go too.
 
     Only those whose files are there in full count, so damaged ones never push out a valid one; they stay themselves.
     """
@@ -47,30 +54,20 @@ def choose_expired(
     for folder in list_checkpoints(run_dir):
         with contextlib.suppress(CheckpointError):
             found.append((folder, verify_checkpoint(folder, hashes=False)))
-    if keep_last == 0:
-        return []
     rated = sorted((manifest.eval_loss, folder) for folder, manifest in found if manifest.eval_loss is not None)
-    best = {folder for _, folder in rated[:keep_best]}
-    return [
+    kept = {newest_valid, *(folder for _, folder in rated[:keep_best])}
+    expired = [
         folder
-        for folder, manifest in found[: -max(1, keep_last)]
-        if folder not in best and folder != newest_valid and not (keep_every and manifest.step % keep_every == 0)
+        for folder, manifest in (found[:-keep_last] if keep_last else [])
+        if folder not in kept and not (keep_every and manifest.step % keep_every == 0)
     ]
-
-
-def prune(
-    run_dir: Path, *, keep_last: int, keep_every: int = 0, keep_best: int = 1, newest_valid: Path | None = None
-) -> list[Path]:
-    """Delete what `choose_expired` finds and give it; portable forms of checkpoints that are no more go too."""
-    expired = choose_expired(
-        run_dir, keep_last=keep_last, keep_every=keep_every, keep_best=keep_best, newest_valid=newest_valid
-    )
-    for folder in expired:
-        remove_checkpoint(folder)
-    steps = {step_of(folder) for folder in list_checkpoints(run_dir)}
-    for portable in list_portable(run_dir):
-        if int(portable.name.partition("_")[2]) not in steps:
-            _remove(portable)
+    if not dry_run:
+        for folder in expired:
+            remove_checkpoint(folder)
+        whole = {portable_folder(folder) for folder in list_checkpoints(run_dir)}
+        for portable in checkpoints_folder(run_dir).glob(f"{PORTABLE_PREFIX}*[0-9]"):  # not what is being written
+            if portable not in whole:
+                _remove(portable)
     return expired
 
 
@@ -81,26 +78,16 @@ def clear_partials(run_dir: Path) -> list[str]:
     """
     folder = checkpoints_folder(run_dir)
     said = []
-    for path in sorted(folder.glob(f"*{PARTIAL_SUFFIX}")) if folder.is_dir() else []:
-        step = _complete_step(path)
-        final = folder / checkpoint_name(step or 0)
-        if step is not None and not final.exists():
-            os.replace(path, final)
-            fsync_folder(folder)
-            said.append(f"{final}: an earlier run was interrupted while naming it; it is complete")
-        elif path.is_dir():
-            shutil.rmtree(path)
-            said.append(f"removed {path}: an earlier run was interrupted while writing it")
+    for path in sorted(path for path in folder.glob(f"*{PARTIAL_SUFFIX}") if path.is_dir()):
+        with contextlib.suppress(CheckpointError):
+            manifest = read_manifest(path)
+            verify_files(path, manifest)
+            final = folder / checkpoint_name(manifest.step)
+            if path.name.startswith("step_") and not final.exists():
+                os.replace(path, final)
+                fsync_folder(folder)
+                said.append(f"{final}: an earlier run was interrupted while naming it; it is complete")
+                continue
+        shutil.rmtree(path, ignore_errors=True)
+        said.append(f"removed {path}: an earlier run was interrupted while writing it")
     return said
-
-
-def _complete_step(path: Path) -> int | None:
-    """The step of a checkpoint that is whole although its folder is not named so; None for anything else."""
-    if not path.name.startswith("step_"):
-        return None
-    try:
-        manifest = read_manifest(path)
-        verify_files(path, manifest)
-    except CheckpointError:
-        return None
-    return manifest.step

@@ -16,11 +16,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.checkpoint.constants import (
-    UNIVERSAL_CHECKPOINT_INFO,
-    UNIVERSAL_CHECKPOINT_VERSION_KEY,
-    UNIVERSAL_CHECKPOINT_VERSION_VALUE,
-)
+from deepspeed.checkpoint.constants import UNIVERSAL_CHECKPOINT_VERSION_KEY, UNIVERSAL_CHECKPOINT_VERSION_VALUE
 
 from minimind.checkpoints.engine_files import (
     HostCopies,
@@ -37,10 +33,11 @@ from minimind.checkpoints.manifest import (
     CheckpointError,
     CheckpointManifest,
     FileRecord,
+    TrainState,
     verify_files,
 )
 from minimind.checkpoints.retention import prune
-from minimind.checkpoints.run_state import DataFingerprint, TrainState, describe_layout, describe_sampling
+from minimind.checkpoints.run_state import DataFingerprint, describe_run
 from minimind.config.resolved_run import ResolvedRun
 from minimind.distributed.collectives import broadcast_object, gather_objects
 from minimind.files import fsync_folder, partial_folder, publish, replace_file
@@ -68,7 +65,7 @@ class CheckpointSaver:
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._work: concurrent.futures.Future | None = None
         self._manifest = CheckpointManifest()
-        self._partial = self._root
+        self._partial = Path()
         self._publishing = False
 
     @property
@@ -81,11 +78,6 @@ class CheckpointSaver:
         """Whether this rank's share of the present stage is done; `advance` takes all ranks that say so further."""
         return self._work is None or self._work.done()
 
-    def is_due(self, step: int) -> bool:
-        """Whether `save_every` asks for a checkpoint after `step`."""
-        every = self._resolved.train.save_every
-        return bool(every and step % every == 0)
-
     def start(self, state: TrainState, *, eval_loss: float | None = None, probe_loss: float | None = None) -> None:
         """Take the engine's state and begin to write it; waits for the checkpoint before. Every rank calls this.
 
@@ -96,20 +88,11 @@ class CheckpointSaver:
         """
         self.wait()
         self._prepare(state)
-        resolved = self._resolved
         self._manifest = CheckpointManifest(
             **dataclasses.asdict(state),
-            world_size=torch.distributed.get_world_size(),
-            zero_stage=resolved.zero.stage,
-            ep_size=resolved.train.ep_size,
-            precision=resolved.train.precision,
-            layout=describe_layout(resolved),
-            shard_fingerprint=self._corpus.fingerprint,
-            tokenizer_sha256=self._corpus.tokenizer_sha256,
-            sampling=describe_sampling(resolved),
+            **describe_run(self._resolved, self._corpus),
             eval_loss=eval_loss,
             probe_loss=probe_loss,
-            model=resolved.model.to_dict(),
             versions={name: version(name) for name in ("torch", "deepspeed", "numpy")},
         )
         states = self._collect(state)
@@ -138,11 +121,11 @@ class CheckpointSaver:
         final = self._root / checkpoint_name(self._manifest.step)
         if self._publishing:
             return final
-        files = sorted(itertools.chain(*gather_objects(records)), key=lambda record: record.path)
         self._publishing = True
+        files = sorted(itertools.chain(*gather_objects(records)), key=lambda record: record.path)
         manifest = dataclasses.replace(self._manifest, files=tuple(files))
         is_first = torch.distributed.get_rank() == 0
-        self._work = self._pool.submit(self._publish, manifest, final) if is_first else _nothing()
+        self._work = self._pool.submit(self._publish, manifest, final) if is_first else self._pool.submit(bool)
         return None
 
     def wait(self) -> Path | None:
@@ -162,16 +145,14 @@ class CheckpointSaver:
 
     def _prepare(self, state: TrainState) -> None:
         failure = None
-        partial = self._root
+        self._partial = broadcast_object(partial_folder(self._root / checkpoint_name(state.step)))
         if torch.distributed.get_rank() == 0:
-            partial = partial_folder(self._root / checkpoint_name(state.step))
             try:
-                partial.mkdir(parents=True)
+                self._partial.mkdir(parents=True)
                 for folder in (self._root, self._root.parent, self._root.parent.parent):
                     fsync_folder(folder)
             except OSError as error:
                 failure = _describe(error)
-        self._partial = broadcast_object(partial)
         self._agree(failure)
 
     def _collect(self, state: TrainState) -> States:
@@ -184,13 +165,9 @@ class CheckpointSaver:
             groups = engine.optimizer.param_groups
             content["parameter_names"] = [[engine.param_names[param] for param in group["params"]] for group in groups]
         # DeepSpeed's conversion to its universal format asks for this; it is silent about it until then.
-        version_info = {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}
-        setattr(engine.module, UNIVERSAL_CHECKPOINT_INFO, version_info)
+        engine.module.universal_checkpoint_info = {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}
         with use_state_files(engine) as files:
-            client_state = {CLIENT_STATE_KEY: content}
-            engine.save_checkpoint(
-                str(self._root), tag=self._partial.name, client_state=client_state, save_latest=False
-            )
+            engine.save_checkpoint(str(self._root), self._partial.name, {CLIENT_STATE_KEY: content}, save_latest=False)
         return files.collected
 
     def _check_room(self, states: States) -> None:
@@ -204,20 +181,23 @@ class CheckpointSaver:
 
     def _publish(self, manifest: CheckpointManifest, final: Path) -> None:
         """Give a written checkpoint its name, durably, and prune. Rank 0 alone; no collective inside."""
-        train = self._resolved.train
+        train, run_dir = self._resolved.train, self._root.parent
         _wait_for_files(self._partial, manifest)
         for folder in {path.parent for path in self._partial.rglob("*")}:
             fsync_folder(folder)
         replace_file(self._partial / MANIFEST_NAME, manifest.to_json())
         publish(self._partial, final)
-        point_latest(Path(train.run_dir), final)
-        prune(Path(train.run_dir), keep_last=train.keep_last, keep_every=train.keep_every, keep_best=train.keep_best)
+        point_latest(run_dir, final)
+        try:
+            prune(run_dir, keep_last=train.keep_last, keep_every=train.keep_every, keep_best=train.keep_best)
+        except OSError as error:  # this one is saved all the same
+            print(f"old checkpoints cannot be deleted: {_describe(error)}", flush=True)
 
     def _agree(self, failure: str | None) -> None:
         """Stop on every rank when one has failed, leaving nothing half-written. Every rank calls this."""
         failures = [reason for reason in gather_objects(failure) if reason]
         if failures:
-            if torch.distributed.get_rank() == 0 and self._partial != self._root:
+            if torch.distributed.get_rank() == 0:
                 shutil.rmtree(self._partial, ignore_errors=True)
             raise CheckpointError(
                 f"checkpoint not saved: {failures[0]}; free space or fix the folder, then resume the run"
@@ -237,19 +217,14 @@ def _wait_for_files(partial: Path, manifest: CheckpointManifest) -> None:
     deadline = time.monotonic() + SECONDS_UNTIL_VISIBLE
     while True:
         try:
-            return verify_files(partial, manifest, hashes=False)
+            verify_files(partial, manifest, hashes=False)
+            return
         except CheckpointError as error:
             if time.monotonic() > deadline:
                 raise CheckpointError(
                     f"{error}, seen from rank 0; run_dir must be on a disk that all hosts share"
                 ) from None
         time.sleep(0.5)
-
-
-def _nothing() -> concurrent.futures.Future:
-    done: concurrent.futures.Future = concurrent.futures.Future()
-    done.set_result(None)
-    return done
 
 
 def _describe(error: Exception) -> str:

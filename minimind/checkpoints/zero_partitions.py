@@ -6,7 +6,7 @@ ZeRO cuts parameters and optimizer state into flat pieces; they are joined one t
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -15,24 +15,55 @@ WEIGHT = "fp32"
 MUON_KEY = "momentum_buffer"
 """State that DeepSpeed's Muon keeps for whole tensors, on every rank that holds a part of one."""
 
+SCHEDULED = ("lr", "betas", "momentum")
+"""Settings of a group of parameters that a scheduler moves."""
+
 Shapes = Mapping[str, Sequence[int]]
 
 
-class EngineTensors(Protocol):
-    """What the ranks that share every one of these tensors hold together."""
+class EngineTensors:
+    """What the ranks that share every one of these tensors hold together.
 
-    shapes: Shapes
-    optimizer_step: float
-    loss_scaler: dict[str, Any] | None
+    Args:
+        shapes: of the parameters, by name.
+        optimizers: of each rank, torch's `state_dict` of the optimizer.
+        scaler: DeepSpeed's state with the loss scale of fp16, if there is one.
+    """
+
+    def __init__(
+        self, shapes: Shapes, optimizers: Sequence[Mapping[str, Any]], scaler: Mapping[str, Any] | None = None
+    ) -> None:
+        self.shapes, self._states = shapes, [optimizer["state"] for optimizer in optimizers]
+        self.scalars: dict[str, float] = {}
+        """What the optimizer counts, alike for all parameters (`step`; one of its kinds may not count at all)."""
+        for state in self._states[0].values():
+            numbers = {key: float(value) for key, value in state.items() if not _is_tensor(value)}
+            self.scalars = {key: max(value, self.scalars.get(key, value)) for key, value in numbers.items()}
+        self.group_settings = [
+            {key: group[key] for key in SCHEDULED if key in group} for group in optimizers[0].get("param_groups", ())
+        ]
+        """What a scheduler may have changed in each group of parameters."""
+        self.loss_scaler: dict[str, Any] | None = None
+        """Attributes of fp16's dynamic loss scale, or None where there is none."""
+        if scaler is not None and scaler.get("loss_scaler") is not None and scaler.get("dynamic_loss_scale"):
+            values = vars(scaler["loss_scaler"])
+            self.loss_scaler = {name: value for name, value in values.items() if isinstance(value, (bool, int, float))}
+
+    def number_of(self, name: str) -> int:
+        """The optimizer's number of what a parameter is (a part of)."""
+        raise NotImplementedError
 
     def state_keys(self, name: str) -> tuple[str, ...]:
-        """What the optimizer keeps of a parameter beside its weight."""
+        """What the optimizer keeps of a parameter beside its weight, as large as it (a step count is not)."""
+        state = self._states[0].get(self.number_of(name), {})
+        return tuple(key for key, value in state.items() if _is_tensor(value))
 
     def read(self, name: str, key: str) -> torch.Tensor:
         """A parameter's weight or a tensor of its optimizer state: float32, of the parameter's shape."""
+        raise NotImplementedError
 
 
-class WholeTensors:
+class WholeTensors(EngineTensors):
     """Stage 0: every rank has everything, and the optimizer numbers the parameters group by group.
 
     Args:
@@ -43,24 +74,21 @@ class WholeTensors:
     def __init__(
         self, names: Sequence[str], optimizer: Mapping[str, Any], read_weight: Callable[[str], torch.Tensor]
     ) -> None:
+        super().__init__({name: tuple(read_weight(name).shape) for name in names}, [optimizer])
         numbers = itertools.chain.from_iterable(group["params"] for group in optimizer["param_groups"])
-        state = optimizer["state"]
-        self._state = {name: state.get(number, {}) for name, number in zip(names, numbers, strict=True)}
+        self._numbers = dict(zip(names, numbers, strict=True))
         self._read_weight = read_weight
-        self.shapes: Shapes = {name: _shape_of(state, read_weight(name)) for name, state in self._state.items()}
-        self.optimizer_step = float(self._state[names[0]].get("step", 0))
-        self.loss_scaler: dict[str, Any] | None = None
 
-    def state_keys(self, name: str) -> tuple[str, ...]:
+    def number_of(self, name: str) -> int:
         """As `EngineTensors`."""
-        return _state_keys(self._state[name])
+        return self._numbers[name]
 
     def read(self, name: str, key: str) -> torch.Tensor:
         """As `EngineTensors`."""
-        return (self._read_weight(name) if key == WEIGHT else self._state[name][key]).float()
+        return (self._read_weight(name) if key == WEIGHT else self._states[0][self._numbers[name]][key]).float()
 
 
-class FlatTensors:
+class FlatTensors(EngineTensors):
     """Stages 1 and 2: each group of parameters is one flat vector, cut into equal pieces over the ranks.
 
     Args:
@@ -69,7 +97,8 @@ class FlatTensors:
     """
 
     def __init__(self, groups: Sequence[Shapes], ranks: Sequence[Mapping[str, Any]]) -> None:
-        self.shapes: Shapes = {name: tuple(shape) for group in groups for name, shape in group.items()}
+        shapes = {name: tuple(shape) for group in groups for name, shape in group.items()}
+        super().__init__(shapes, [rank["base_optimizer_state"] for rank in ranks], ranks[0])
         self._groups = groups
         self._places: dict[str, tuple[int, int]] = {}
         paddings = ranks[0].get("param_alignment_paddings")
@@ -80,13 +109,10 @@ class FlatTensors:
                 # Padding between parameters is part of the vector; the padding at its end no parameter reaches.
                 start += math.prod(shape) + (paddings[number][place] if paddings else 0)
         self._weights = [rank["single_partition_of_fp32_groups"] for rank in ranks]
-        self._states = [rank["base_optimizer_state"]["state"] for rank in ranks]
-        self.optimizer_step = _first_step(self._states[0])
-        self.loss_scaler = _scaler_of(ranks[0])
 
-    def state_keys(self, name: str) -> tuple[str, ...]:
+    def number_of(self, name: str) -> int:
         """As `EngineTensors`."""
-        return _state_keys(self._states[0].get(self._places[name][0], {}))
+        return self._places[name][0]
 
     def read(self, name: str, key: str) -> torch.Tensor:
         """As `EngineTensors`."""
@@ -115,7 +141,7 @@ class FlatTensors:
         return rank, before
 
 
-class SplitTensors:
+class SplitTensors(EngineTensors):
     """Stage 3: each parameter is cut into equal pieces over the ranks that share it; a rank's pieces follow each other.
 
     Args:
@@ -127,7 +153,8 @@ class SplitTensors:
     def __init__(
         self, groups: Sequence[Shapes], ranks: Sequence[Mapping[str, Any]], count_ranks: Callable[[str], int]
     ) -> None:
-        self.shapes: Shapes = {name: tuple(shape) for group in groups for name, shape in group.items()}
+        shapes = {name: tuple(shape) for group in groups for name, shape in group.items()}
+        super().__init__(shapes, [rank["optimizer_state_dict"] for rank in ranks], ranks[0])
         self._places: dict[str, tuple[int, int]] = {}
         start = 0
         for name, shape in self.shapes.items():
@@ -135,13 +162,10 @@ class SplitTensors:
             self._places[name] = (start, length)
             start += length
         self._weights = [rank["fp32_flat_groups"] for rank in ranks]
-        self._states = [rank["optimizer_state_dict"]["state"] for rank in ranks]
-        self.optimizer_step = _first_step(self._states[0])
-        self.loss_scaler = _scaler_of(ranks[0])
 
-    def state_keys(self, name: str) -> tuple[str, ...]:
-        """As `EngineTensors`; under stage 3 all parameters have the same."""
-        return _state_keys(self._states[0].get(0, {}))
+    def number_of(self, name: str) -> int:
+        """As `EngineTensors`; under stage 3 all parameters have the same keys."""
+        return 0
 
     def read(self, name: str, key: str) -> torch.Tensor:
         """As `EngineTensors`."""
@@ -172,25 +196,5 @@ def cut(pieces: Sequence[torch.Tensor], start: int, length: int) -> torch.Tensor
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def _shape_of(state: Mapping[str, Any], weight: torch.Tensor) -> tuple[int, ...]:
-    for key in _state_keys(state):
-        return tuple(state[key].shape)
-    return tuple(weight.shape)
-
-
-def _state_keys(state: Mapping[str, Any]) -> tuple[str, ...]:
-    """The entries of one optimizer state that are as large as its parameter (a step count is not)."""
-    return tuple(key for key, value in state.items() if isinstance(value, torch.Tensor) and value.dim() > 0)
-
-
-def _first_step(states: Mapping[int, Mapping[str, Any]]) -> float:
-    """Updates that an optimizer has counted; one of its kinds may not count at all."""
-    return max((float(state["step"]) for state in states.values() if "step" in state), default=0.0)
-
-
-def _scaler_of(state: Mapping[str, Any]) -> dict[str, Any] | None:
-    """fp16's dynamic loss scale as plain numbers."""
-    scaler = state.get("loss_scaler")
-    if scaler is None or not state.get("dynamic_loss_scale"):
-        return None
-    return {name: value for name, value in vars(scaler).items() if isinstance(value, (bool, int, float))}
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0

@@ -25,14 +25,14 @@ MOMENTUM = "momentum_buffer"
 
 def make_states(
     engine: deepspeed.DeepSpeedEngine,
-    step: float,
+    scalars: Mapping[str, float],
     keys_of: Callable[[str], Sequence[str]],
     read_momentum: Callable[[str], Tensor],
 ) -> None:
     """Stages 1 to 3: give each flat partition the state that its optimizer would only make in its first step.
 
     Args:
-        step: updates that the optimizer has made.
+        scalars: what the optimizer counts, alike for all parameters (`step`).
         keys_of: the state tensors of a parameter, by the engine's name of it.
         read_momentum: Muon's momentum of a parameter.
 
@@ -52,7 +52,9 @@ def make_states(
             held = [engine.param_names[parameter] for parameter in optimizer.params_in_partition[number]]
             state[MOMENTUM] = torch.cat([read_momentum(name).reshape(-1) for name in held]).to(partition.device)
             continue
-        state["step"] = int(step) if counts_in_int else torch.tensor(step, device=partition.device)
+        state.update({key: torch.tensor(value, device=partition.device) for key, value in scalars.items()})
+        if counts_in_int:
+            state["step"] = int(scalars["step"])
         state.update({key: torch.zeros_like(partition) for key in keys})
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._hp_optimizer_states_linked = False
@@ -73,14 +75,15 @@ def set_parameter(
     states: Mapping[str, Tensor],
     *,
     stage: int,
-    step: float,
+    scalars: Mapping[str, float],
 ) -> None:
     """Set a parameter and its optimizer state from whole float32 tensors (of experts: this rank's part). Every rank
     calls this, and `finish_parameters` after the last; under stages 1 to 3 `make_states` before the first."""
     if stage == 0:  # the optimizer holds the parameters themselves
         parameter.data.copy_(weight)
+        counts = {key: torch.tensor(value, device=parameter.device) for key, value in scalars.items()}
         moved = {key: tensor.to(parameter.device) for key, tensor in states.items()}
-        engine.optimizer.state[parameter] = {"step": torch.tensor(step, device=parameter.device), **moved}
+        engine.optimizer.state[parameter] = {**counts, **moved}
     elif stage == 3:
         _set_split(parameter, weight, states)
     else:  # this rank's part of the parameter, which may be none

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from minimind.units import format_table
+
 FOLDER = "profile"
 PREFIX = "step."
 PARTS = ("data", "forward", "backward", "optimizer")
@@ -26,9 +28,8 @@ class StepProfiler:
         self._table: str | None = None
         self._profile: profile | None = None
         if steps:
-            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
             self._profile = profile(
-                activities=activities,
+                activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda"),
                 schedule=schedule(wait=STEPS_BEFORE - 1, warmup=1, active=steps, repeat=1),
                 on_trace_ready=self._write,
             )
@@ -74,8 +75,8 @@ def sum_parts(events: Iterable[Any]) -> dict[str, float]:
 def format_parts(totals: dict[str, float], steps: int) -> str:
     """A line for each part: milliseconds a step, and its share."""
     whole = sum(totals[part] for part in (*PARTS, "idle")) or 1.0
-    lines = [f"{'part':<16}{'ms a step':>10}{'share':>8}"]
+    rows = [["part", "ms a step", "share"]]
     for name in (*PARTS, "idle", "communication"):
-        note = "  (inside the other parts)" if name == "communication" else ""
-        lines.append(f"{name:<16}{totals[name] / steps * 1000:>10.2f}{totals[name] / whole:>8.1%}{note}")
-    return "\n".join(lines)
+        rows.append([name, f"{totals[name] / steps * 1000:.2f}", f"{totals[name] / whole:.1%}"])
+    rows[-1].append("(inside the other parts)")
+    return format_table([[*row, ""][:4] for row in rows], "<>>")

@@ -4,24 +4,25 @@
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from minimind.checkpoints.folder import checkpoint_name, checkpoints_folder, step_of
 from minimind.checkpoints.loading import find_resume
-from minimind.checkpoints.manifest import CheckpointManifest, read_manifest
+from minimind.checkpoints.manifest import CheckpointError, CheckpointManifest, read_manifest
 from minimind.checkpoints.portable import make_portable
 from minimind.checkpoints.retention import clear_partials
-from minimind.checkpoints.run_state import AT_RESUME, DataFingerprint, changes_topology, check_same_run
+from minimind.checkpoints.run_state import DataFingerprint, compare, describe_run, find_obstacles, settings_of
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import RunConfig
 from minimind.data.shards import ShardReader
 from minimind.distributed.collectives import log
 from minimind.errors import UserError
-from minimind.files import read_json, replace_file
+from minimind.files import read_json, replace_file, write_json
 from minimind.model.config import ModelConfig
+from minimind.training.record.events import read_events
 from minimind.training.record.run_files import DS_CONFIG_NAME, RUN_CONFIG_NAME
 
 
@@ -45,32 +46,25 @@ def check_run_folder(resolved: ResolvedRun, corpus: DataFingerprint) -> list[str
     Raises:
         UserError: listing every difference.
     """
-    train = resolved.train
-    path = Path(train.run_dir) / RUN_CONFIG_NAME
+    path = Path(resolved.train.run_dir) / RUN_CONFIG_NAME
     if not path.exists():
         return []
     content = read_json(path, "the run folder's")
-    there = content.pop("shard_fingerprint", corpus.fingerprint) if isinstance(content, dict) else ""
-    old = RunConfig.from_dict(content, where=str(path))
-    differences, notes = [], []
-    if there != corpus.fingerprint and not train.allow_data_change:
-        differences.append(
-            f"shards {there[:12]} there, {corpus.fingerprint[:12]} here (--allow-data-change if that is meant)"
-        )
-    for name, before, now in _changes(old, resolved.run):
-        change = AT_RESUME.get(name, "free")
-        if before is None or now is None or before == now or change == "silent":
-            continue
-        if change == "fixed":
-            differences.append(f"{name} {before} there, {now} here")
-        else:
-            notes.append(f"{name} is {now} from here on; it was {before}")
-    if differences:
+    fingerprint = content.pop("shard_fingerprint", None) if isinstance(content, dict) else None
+    there = _settings(RunConfig.from_dict(content, where=str(path)), fingerprint)
+    here = _settings(resolved.run, corpus.fingerprint)
+    obstacles = find_obstacles(there, here, allow_data_change=resolved.train.allow_data_change)
+    if obstacles:
         raise UserError(
-            f"{path.parent} belongs to another configuration: {'; '.join(differences)}; give another --run-dir, or the "
+            f"{path.parent} belongs to another configuration: {'; '.join(obstacles)}; give another --run-dir, or the "
             "old values"
         )
-    return notes
+    changes = [*compare(there, here, "free"), *compare(there, here, "topology")]
+    return [
+        f"{name} is {now} from here on; it was {before}"
+        for name, before, now in changes
+        if before is not None and now is not None
+    ]
 
 
 def settle_aux_loss_scope(run: RunConfig) -> RunConfig:
@@ -87,13 +81,8 @@ def settle_aux_loss_scope(run: RunConfig) -> RunConfig:
     return dataclasses.replace(run, model=model)
 
 
-def _changes(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
-    pairs = ((old.model, new.model), (old.data, new.data), (old.train, new.train))
-    return [
-        (item.name, getattr(before, item.name), getattr(now, item.name))
-        for before, now in pairs
-        for item in dataclasses.fields(now)
-    ]
+def _settings(run: RunConfig, fingerprint: str | None) -> dict[str, Any]:
+    return {**vars(run.model), **vars(run.data), **vars(run.train), "shards": fingerprint and fingerprint[:12]}
 
 
 def open_run_folder(resolved: ResolvedRun, reader: ShardReader, notes: list[str]) -> Resume | None:
@@ -109,30 +98,44 @@ def open_run_folder(resolved: ResolvedRun, reader: ShardReader, notes: list[str]
         for line in clear_partials(run_dir):
             log(line)
         folder = find_resume(run_dir, resolved.train.resume)
-        resume = None
-        if folder is not None:
-            resume = _plan_resume(folder, resolved, corpus)
-            for note in notes:
-                log(f"changed: {note}")
-        content = {**resolved.run.to_dict(), "shard_fingerprint": corpus.fingerprint}
-        replace_file(run_dir / RUN_CONFIG_NAME, json.dumps(content, indent=2) + "\n")
-        replace_file(run_dir / DS_CONFIG_NAME, json.dumps(resolved.ds, indent=2) + "\n")
+        _check_nothing_lost(run_dir, folder, resolved.train.resume)
+        resume = None if folder is None else _plan_resume(folder, resolved, corpus, notes)
+        write_json(run_dir / RUN_CONFIG_NAME, {**resolved.run.to_dict(), "shard_fingerprint": corpus.fingerprint})
+        write_json(run_dir / DS_CONFIG_NAME, resolved.ds)
         tokenizer_file = reader.folder / reader.manifest.tokenizer.file
         replace_file(run_dir / f"tokenizer{tokenizer_file.suffix}", tokenizer_file.read_bytes())
     except OSError as error:
-        raise UserError(f"run_dir {run_dir}: {error.strerror}; give a folder that can be written") from None
+        where = error.filename2 or error.filename or run_dir
+        raise UserError(f"run_dir {where}: {error.strerror}; give a folder that can be written") from None
     return resume
 
 
-def _plan_resume(folder: Path, resolved: ResolvedRun, corpus: DataFingerprint) -> Resume:
+def _check_nothing_lost(run_dir: Path, found: Path | None, resume: str) -> None:
+    """Refuse to begin anew in the folder of a run that has saved; say when the newest that it saved is gone."""
+    saved = max((event.step for event in read_events(run_dir) if event.event == "save"), default=0)
+    newest = checkpoints_folder(run_dir) / checkpoint_name(saved)
+    if found is None and saved and resume == "auto":
+        raise CheckpointError(
+            f"{run_dir}: its events.jsonl says that step {saved} was saved, and {newest.parent} holds no checkpoint; "
+            "bring them back, give another --run-dir, or begin anew here with --resume never"
+        )
+    if found is not None and step_of(found) < saved and not newest.exists():
+        log(f"{newest}: saved by this run, and gone; continuing from the older {found.name}")
+
+
+def _plan_resume(folder: Path, resolved: ResolvedRun, corpus: DataFingerprint, notes: list[str]) -> Resume:
     manifest = read_manifest(folder)
-    check_same_run(manifest, resolved, corpus, allow_data_change=resolved.train.allow_data_change)
-    others = [
-        f"{name} {there} -> {version(name)}" for name, there in manifest.versions.items() if there != version(name)
-    ]
+    there, here = settings_of(manifest), settings_of(CheckpointManifest(**describe_run(resolved, corpus)))
+    obstacles = find_obstacles(there, here, allow_data_change=resolved.train.allow_data_change)
+    if obstacles:
+        raise CheckpointError(f"checkpoint of step {manifest.step}: cannot continue this run: {'; '.join(obstacles)}")
+    for note in notes:
+        log(f"changed: {note}")
+    found = {name: version(name) for name in manifest.versions}
+    others = [f"{name} {saved} -> {found[name]}" for name, saved in manifest.versions.items() if saved != found[name]]
     if others:
         log(f"{folder.name} was saved by other libraries ({'; '.join(others)}): losses may differ in their last digits")
-    changes = changes_topology(manifest, resolved)
+    changes = [f"{name} {before} -> {now}" for name, before, now in compare(there, here, "topology")]
     if not changes:
         return Resume(folder, manifest, None)
     log(f"{folder.name}: {'; '.join(changes)}: continuing through its portable form")

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import socket
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import torch
 
 from minimind.checkpoints.formats.init_from import check_init_checkpoint, load_init_checkpoint
 from minimind.checkpoints.loading import load_checkpoint
-from minimind.checkpoints.run_state import DataFingerprint, TrainState
+from minimind.checkpoints.manifest import TrainState
+from minimind.checkpoints.run_state import DataFingerprint
 from minimind.checkpoints.saving import CheckpointSaver
 from minimind.config.command_line import CommandLine
 from minimind.config.deepspeed_file import load_ds_config
@@ -32,9 +32,7 @@ from minimind.model.kernels.matmul import has_fast_matmul
 from minimind.parallel.deepspeed_check import check_ds_config, check_ops
 from minimind.parallel.engine import build_engine, build_model
 from minimind.training.control import hold_run
-from minimind.training.evaluator import Evaluator
 from minimind.training.objectives.pretrain import Pretrain
-from minimind.training.out_of_memory import memory_remedies
 from minimind.training.peak_flops import peak_flops
 from minimind.training.profiler import StepProfiler
 from minimind.training.record.metrics import NullRecord, RunRecord
@@ -50,11 +48,6 @@ class RunData:
     train: TokenDataset
     val: TokenDataset | None
     """None: the corpus has no validation split."""
-
-    @property
-    def fingerprint(self) -> DataFingerprint:
-        """What identifies the training data."""
-        return identify(self.train.reader)
 
 
 def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) -> tuple[ResolvedRun, RunData]:
@@ -77,7 +70,7 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
     check_ds_config(resolved.ds)
     check_ops(resolved.ds)
     check_wandb(run.train.wandb_project)
-    check_run_folder(resolved, data.fingerprint)
+    check_run_folder(resolved, identify(data.train.reader))
     if run.train.init_from is not None:
         check_init_checkpoint(run.model, Path(run.train.init_from))
     return resolved, data
@@ -119,18 +112,23 @@ def run_rank(
 ) -> bool:
     """Put the run together and train, inside the process group; whether it reached its last step. Every rank calls
     this."""
-    train, run_dir = resolved.train, Path(resolved.train.run_dir)
+    train, run_dir, corpus = resolved.train, Path(resolved.train.run_dir), identify(data.train.reader)
     with contextlib.ExitStack() as stack:
         control = stack.enter_context(hold_run(run_dir, watchdog, launcher, is_first=env.is_first))
-        notes = check_run_folder(resolved, data.fingerprint)  # again: another job may have begun a run there meanwhile
+        notes = check_run_folder(resolved, corpus)  # again: another job may have begun a run there meanwhile
         resume = on_first_rank(lambda: open_run_folder(resolved, data.train.reader, notes))
         peak = describe_device(device, resolved)
-        engine = make_engine(resolved, device, resume)
+        model = build_model(resolved, device)
+        if train.init_from is not None and resume is None:
+            load_init_checkpoint(model, Path(train.init_from))
+            log(f"weights of {train.init_from}")
+        engine = build_engine(resolved, model)
         stack.callback(engine.destroy)
-        state = load_state(engine, resolved, resume, data.fingerprint)
-        saver = CheckpointSaver(engine, resolved, data.fingerprint, asynchronous=train.async_save)
+        state = load_state(engine, resolved, resume, corpus)
+        saver = CheckpointSaver(engine, resolved, corpus, asynchronous=train.async_save)
         stack.callback(saver.close)
-        record = stack.enter_context(open_record(resolved, env, state, resume, peak))
+        record = open_record(resolved, env, state, resume, peak)
+        stack.callback(record.close)
         profiler = StepProfiler(run_dir, env.rank, train.profile_steps, device)
         stack.callback(profiler.close)
         trainer = Trainer(
@@ -138,13 +136,14 @@ def run_rank(
             engine=engine,
             objective=Pretrain(),
             loader=make_loader(resolved, data.train, env, state, pin_memory=device.type == "cuda"),
-            evaluator=Evaluator(data.val, train, env.rank, env.world_size),
+            val=data.val,
             saver=saver,
             record=record,
             control=control,
             profiler=profiler,
             state=state,
             last_checkpoint=resume.folder if resume is not None else None,
+            proven=resume is not None and resume.portable is None,
         )
         try:
             # Inside the one of train.main, so that the run's events get the line too.
@@ -164,16 +163,6 @@ def describe_device(device: torch.device, resolved: ResolvedRun) -> float:
     if device.type == "cpu" and dtype != torch.float32 and not has_fast_matmul(dtype):
         log(f"this processor has no matmul in {precision}: computed in float32 and rounded, at its speed")
     return peak
-
-
-def make_engine(resolved: ResolvedRun, device: torch.device, resume: Resume | None) -> deepspeed.DeepSpeedEngine:
-    """The model with its initial weights, or those of `init_from`, in an engine. Every rank calls this."""
-    init_from = resolved.train.init_from
-    model = build_model(resolved, device)
-    if init_from is not None and resume is None:
-        load_init_checkpoint(model, Path(init_from))
-        log(f"weights of {init_from}")
-    return build_engine(resolved, model)
 
 
 def load_state(
@@ -201,10 +190,9 @@ def make_loader(
     return loader
 
 
-@contextlib.contextmanager
 def open_record(
     resolved: ResolvedRun, env: RankEnvironment, state: TrainState, resume: Resume | None, peak: float
-) -> Iterator[NullRecord]:
+) -> NullRecord:
     """The run's record on rank 0, a null record on all others. Every rank calls this.
 
     Args:
@@ -212,24 +200,34 @@ def open_record(
     """
     hosts = gather_objects(socket.gethostname())
     if not env.is_first:
-        yield NullRecord()
-        return
+        return NullRecord()
     run, run_dir = resolved.run, Path(resolved.train.run_dir)
     project = run.train.wandb_project
-    record = RunRecord(
-        run_dir,
-        state.step,
-        resolved.train.steps,
-        peak_tokens_per_second=peak * env.world_size / run.model.flops_per_token(run.data.seq_len),
-        tensorboard=run.train.tensorboard,
-        hosts=hosts,
-        wandb=WandbLog(project, run_dir, run.to_dict()) if project is not None else None,
-    )
     try:
-        if resume is not None:
-            record.log_event("resume", state.step, f"resumed from {resume.folder.name}")
-        else:
-            record.log_event("start", state.step, "started")
-        yield record
-    finally:
-        record.close()
+        record = RunRecord(
+            run_dir,
+            state.step,
+            resolved.train.steps,
+            peak_tokens_per_second=peak * env.world_size / run.model.flops_per_token(run.data.seq_len),
+            tensorboard=run.train.tensorboard,
+            hosts=hosts,
+            wandb=WandbLog(project, run_dir, run.to_dict()) if project is not None else None,
+        )
+    except OSError as error:
+        raise UserError(f"{error.filename or run_dir}: {error.strerror}; free disk space, or fix the file") from None
+    if resume is not None:
+        record.log_event("resume", state.step, f"resumed from {resume.folder.name}")
+    else:
+        record.log_event("start", state.step, "started")
+    return record
+
+
+def memory_remedies(resolved: ResolvedRun) -> list[str]:
+    """The flags that lower the memory of this run, cheapest first."""
+    train = resolved.train
+    found = [f"lower --micro-batch-size {train.micro_batch_size}"] if train.micro_batch_size > 1 else []
+    if not train.activation_checkpointing:
+        found.append("pass --activation-checkpointing")
+    if resolved.zero.stage < 3:
+        found.append(f"take a ZeRO stage above {resolved.zero.stage} (--ds-config)")
+    return [*found, f"shorten --seq-len {resolved.data.seq_len}", "--dry-run itemises what a rank needs"]

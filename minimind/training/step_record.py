@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minimind.checkpoints.run_state import TrainState
+from minimind.checkpoints.manifest import TrainState
 from minimind.distributed.collectives import all_reduce_sum
 from minimind.training.record.run_files import StepRecord
 from minimind.training.step_timer import StepTimer, describe_times

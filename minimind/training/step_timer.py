@@ -4,6 +4,7 @@ A step ends on all ranks together, so its length does not tell a slow rank from 
 time does: waiting for data, and forward passes, which hold no collective below ZeRO-3.
 """
 
+import collections
 import contextlib
 import statistics
 import time
@@ -21,38 +22,25 @@ class StepTimer:
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
         self._began = time.perf_counter()
-        self._data = self._forward = 0.0
+        self._seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Around a part of a step: a range of that name in a profile."""
+        """Around a part of a step ("data": taking the next batches, "forward", ...): a range of that name in a profile.
+        A forward on CUDA is timed by the device's own events, as the host does not wait for it."""
+        events = None
+        if self._on_cuda and name == "forward":
+            events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            events[0].record()
+        began = time.perf_counter()
         with record_function(f"step.{name}"):
             yield
-
-    @contextlib.contextmanager
-    def data_wait(self) -> Iterator[None]:
-        """Around taking the next batches."""
-        began = time.perf_counter()
-        with self.part("data"):
-            yield
-        self._data += time.perf_counter() - began
-
-    @contextlib.contextmanager
-    def forward(self) -> Iterator[None]:
-        """Around one forward pass. On CUDA the device's own events are recorded, as the host does not wait for it."""
-        if self._on_cuda:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            with self.part("forward"):
-                yield
-            end.record()
-            self._events.append((begin, end))
-            return
-        began = time.perf_counter()
-        with self.part("forward"):
-            yield
-        self._forward += time.perf_counter() - began
+        if events is None:
+            self._seconds[name] += time.perf_counter() - began
+        else:
+            events[1].record()
+            self._events.append(events)
 
     def restart(self) -> None:
         """Begin the time between two readings now: an evaluation or a save is no part of a step."""
@@ -64,10 +52,10 @@ class StepTimer:
 
     def own_seconds(self) -> tuple[float, float]:
         """Seconds of waiting for data and of forward passes since the last reading; the device must have done them."""
-        self._forward += sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
+        forward = self._seconds["forward"] + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
+        found = (self._seconds["data"], forward)
         self._events.clear()
-        found = (self._data, self._forward)
-        self._data = self._forward = 0.0
+        self._seconds.clear()
         return found
 
 

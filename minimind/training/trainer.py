@@ -15,20 +15,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from minimind.checkpoints.folder import step_of
-from minimind.checkpoints.loading import engine_probe_loss
-from minimind.checkpoints.run_state import TrainState
+from minimind.checkpoints.loading import engine_probe_loss, prove_resumable
+from minimind.checkpoints.manifest import TrainState
 from minimind.checkpoints.saving import CheckpointSaver
 from minimind.config.expert_parallel import uses_random_routing
 from minimind.config.resolved_run import ResolvedRun
+from minimind.data.dataset import TokenDataset
 from minimind.data.loader import Batch, BatchLoader
 from minimind.distributed.collectives import all_reduce_sum, gather_objects
 from minimind.distributed.stop_requests import Requests
 from minimind.errors import UserError
+from minimind.inference.evaluation import measure_loss
 from minimind.model.router import balance_over
 from minimind.parallel.loss_scale import loss_scale
 from minimind.parallel.optimizer import optimizer_step, set_learning_rate
 from minimind.training.control import RunControl
-from minimind.training.evaluator import Evaluator
 from minimind.training.lr_schedule import learning_rate
 from minimind.training.objectives.objective import Objective
 from minimind.training.profiler import StepProfiler
@@ -53,18 +54,22 @@ class Trainer:
     engine: "deepspeed.DeepSpeedEngine"
     objective: Objective
     loader: BatchLoader
-    evaluator: Evaluator
+    val: TokenDataset | None
+    """None: the corpus has no validation split, and there are no evaluations."""
     saver: CheckpointSaver
     record: NullRecord
     control: RunControl
     profiler: StepProfiler
     state: TrainState
     last_checkpoint: Path | None = None
+    proven: bool = False
+    """Whether this engine has loaded a checkpoint of its own form; if not, it does so after its first save."""
     _pending: list[PendingStep] = field(default_factory=list)
     _skipped: int = 0
 
     def __post_init__(self) -> None:
         self.timer = StepTimer(self.engine.device)
+        self._tokens_per_step = self.loader.global_batch_size * self.resolved.data.seq_len
 
     def fit(self) -> bool:
         """Train to the last step, or until a stop is requested; evaluate and save on the way and at the end. Returns
@@ -74,18 +79,18 @@ class Trainer:
             BadStepError: a loss or gradient norm is NaN or infinite, beyond what `skip_bad_steps` allows.
             CheckpointError: a checkpoint could not be written.
         """
-        total = self.resolved.train.steps
+        train = self.resolved.train
         self.engine.train()
         self.timer.restart()
         with contextlib.closing(self._batches()) as steps:
-            while self.state.step < total:
+            while self.state.step < train.steps:
                 self.train_step(self._next(steps))
                 step = self.state.step
                 requests = self._agree()
-                is_last = step == total or requests.stop
-                save_now = is_last or requests.save or self.saver.is_due(step)
-                evaluate_now = self.evaluator.is_due(step)
-                if save_now or evaluate_now or self._log_now(step):
+                is_last = step == train.steps or requests.stop
+                save_now = is_last or requests.save or _is_due(step, train.save_every)
+                evaluate_now = self.val is not None and (step == train.steps or _is_due(step, train.eval_every))
+                if save_now or evaluate_now or step % train.log_every == 0 or train.skip_bad_steps:
                     self._flush()
                 eval_loss = self._evaluate() if evaluate_now else None
                 if save_now:
@@ -95,7 +100,7 @@ class Trainer:
                 if requests.stop:
                     self.record.log(f"step {step}  stopped by {requests.reason}; the same command continues the run")
                     self.record.log_event("stop", step, f"stopped by {requests.reason}")
-                    return step == total
+                    return step == train.steps
         self.record.log_event("finish", self.state.step, "reached its last step")
         return True
 
@@ -114,7 +119,7 @@ class Trainer:
         for batch in batches:
             self.control.report(step + 1, "forward and backward")
             moved = batch.to(device, non_blocking=True)
-            with self.timer.forward():
+            with self.timer.part("forward"):
                 parts = self.objective.loss(self.engine, moved)
             loss += parts.loss.detach() / num_targets
             total = parts.loss * scale
@@ -166,7 +171,7 @@ class Trainer:
         self.control.report(self.state.step + 1, "reading the experts' load")
         shares = []
         for batch in batches:
-            with self.timer.forward():
+            with self.timer.part("forward"):
                 parts = self.objective.loss(self.engine, batch.to(self.engine.device, non_blocking=True))
             assert parts.expert_share is not None
             shares.append(parts.expert_share)
@@ -175,10 +180,6 @@ class Trainer:
 
     def _mean_over_ranks(self, share: torch.Tensor) -> torch.Tensor:
         return all_reduce_sum(share.clone()) / self.loader.dp_size
-
-    @property
-    def _tokens_per_step(self) -> int:
-        return self.loader.global_batch_size * self.resolved.data.seq_len
 
     def _batches(self) -> Generator[list[Batch], None, None]:
         step = self.state.step
@@ -190,7 +191,7 @@ class Trainer:
 
     def _next(self, steps: Generator[list[Batch], None, None]) -> list[Batch]:
         self.control.report(self.state.step + 1, "reading the batch")
-        with self.timer.data_wait():
+        with self.timer.part("data"):
             return next(steps)
 
     def _set_learning_rate(self, step: int) -> float:
@@ -224,10 +225,6 @@ class Trainer:
         load = all_reduce_sum(counts[:, :-1].clone())
         finite = torch.isfinite(torch.as_tensor(0.0 if grad_norm is None else grad_norm, device=self.engine.device))
         self.engine.module.step_router_biases(load * finite)
-
-    def _log_now(self, step: int) -> bool:
-        train = self.resolved.train
-        return step % train.log_every == 0 or bool(train.skip_bad_steps)
 
     def _flush(self) -> None:
         """Bring the pending steps to the host, check and log them. Every rank calls this: it holds collectives."""
@@ -264,12 +261,30 @@ class Trainer:
         )
 
     def _evaluate(self) -> float | None:
-        """Evaluate and record it. Every rank calls this."""
-        step = self.state.step
-        record = self.evaluator.evaluate(self.engine, step, lambda: self.control.report(step, "evaluating"))
-        self.record.log_evaluation(record)
+        """Mean loss over the validation windows, the same on any number of ranks. Every rank calls this."""
+        step, train = self.state.step, self.resolved.train
+        assert self.val is not None
+        found = measure_loss(
+            self.engine,
+            self.val,
+            self.engine.device,
+            micro_batch_size=train.micro_batch_size,
+            max_samples=train.eval_samples or None,
+            dp_rank=self.loader.dp_rank,
+            dp_size=self.loader.dp_size,
+            before_batch=lambda: self.control.report(step, "evaluating"),
+        )
+        self.record.log_evaluation(
+            {
+                "step": step,
+                "eval_loss": found.loss,
+                "eval_bits_per_byte": found.bits_per_byte,
+                "eval_perplexity": found.perplexity,
+                "eval_targets": found.num_targets,
+            }
+        )
         self.timer.restart()
-        return record["eval_loss"]
+        return found.loss
 
     def _agree(self) -> Requests:
         """The requests of all ranks; also takes a running save further. Every rank calls this."""
@@ -289,8 +304,12 @@ class Trainer:
             self.record.log(f"step {self.state.step}  waited {waited:.1f} s for the previous checkpoint to be written")
         probe_loss = engine_probe_loss(self.engine, self.resolved)
         self.saver.start(self.state, eval_loss=eval_loss, probe_loss=probe_loss)
-        if wait or not self.resolved.train.async_save:
+        if wait or not self.resolved.train.async_save or not self.proven:
             self._note_saved(self.saver.wait())
+        if not self.proven:
+            assert self.last_checkpoint is not None
+            prove_resumable(self.engine, self.resolved, self.last_checkpoint)
+            self.proven = True
         self.timer.restart()
 
     def _note_saved(self, folder: Path | None) -> None:
@@ -298,3 +317,7 @@ class Trainer:
             self.last_checkpoint = folder
             self.record.log(f"saved {folder}")
             self.record.log_event("save", step_of(folder), folder.name)
+
+
+def _is_due(step: int, every: int) -> bool:
+    return bool(every and step % every == 0)

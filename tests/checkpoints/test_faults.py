@@ -249,3 +249,46 @@ def test_the_loss_scale_of_fp16_continues(tmp_path):
     other = make_engine()
     set_grad_scaler(other, json.loads(json.dumps(read_grad_scaler(engine))))
     assert other.torch_autocast_z0_gradscaler.scale(torch.ones(1)) == 128
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(tiny_corpus, tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "run")
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    flags = flags_for(tiny_corpus, tmp_path / "run", dropout=0.1)
+    shutil.rmtree(list_checkpoints(tmp_path / "run")[-1])
+    code, printed = train(flags)
+    assert (
+        code == 0 and "step_00000006: saved by this run, and gone; continuing from the older step_00000004" in printed
+    )
+    assert "dropped what is beyond step 4 (to step 6): trained again" in printed
+    assert losses(tmp_path / "run") == losses(whole)
+    shutil.rmtree(checkpoints_folder(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"step 6 was saved, and .* holds no checkpoint; bring them back"):
+        train(flags)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text()) == len(metrics), "metrics were cut"
+    code, printed = train([*flags, "--resume", "never"])
+    assert code == 0 and "dropped what is beyond step 0 (to step 6)" in printed
+
+
+def test_what_cannot_be_loaded_again_ends_at_the_first_save(tiny_corpus, tmp_path):
+    flags = flags_for(tiny_corpus, tmp_path)
+    broken = unittest.mock.patch(
+        "deepspeed.DeepSpeedEngine.load_checkpoint", side_effect=KeyError("base_optimizer_state_step")
+    )
+    with (
+        broken,
+        pytest.raises(CheckpointError, match=r"saved, but DeepSpeed cannot load it again \(KeyError: 'base_opt"),
+    ):
+        train(flags)
+    assert max(losses(tmp_path)) == 2
+
+
+def test_a_checkpoints_folder_on_another_disk_is_followed(tiny_corpus, tmp_path, whole):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk")
+    assert train(flags_for(tiny_corpus, tmp_path / "run", dropout=0.1, steps=6, save_every=4))[0] == 0
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "link").symlink_to(tmp_path / "moved")
+    code, printed = train(flags_for(tiny_corpus, tmp_path / "link", dropout=0.1))
+    assert code == 0 and "at step 6" in printed and losses(tmp_path / "link") == losses(whole)

@@ -12,6 +12,7 @@ from minimind.checkpoints.folder import (
     check_latest,
     checkpoint_name,
     checkpoints_folder,
+    find_checkpoint,
     list_checkpoints,
     newest_valid,
     point_latest,
@@ -181,3 +182,24 @@ def test_another_format_version_is_refused_by_name(tmp_path):
     (folder / MANIFEST_NAME).write_text(manifest.to_json())
     with pytest.raises(CheckpointError, match="format_version 99"):
         read_manifest(folder)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".DS_Store", ".nfs000000000001", "thoughts/of_mine.txt"])
+def test_a_strange_file_is_named_and_left_alone(tmp_path, name):
+    make_checkpoint(tmp_path, 1)
+    newest = make_checkpoint(tmp_path, 2)
+    (newest / name).parent.mkdir(exist_ok=True)
+    (newest / name).write_text("mine")
+    said: list[str] = []
+    assert newest_valid(tmp_path, said.append) == newest
+    assert said == [f"{newest}: {name} is not of this checkpoint; left alone"] and (newest / name).exists()
+    prune(tmp_path, keep_last=1, keep_best=0)
+    assert steps_of(tmp_path) == [2]
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path):
+    make_checkpoint(tmp_path, 1)
+    for path, words in ((tmp_path / "nowhere", "no such folder"), (checkpoints_folder(tmp_path), "not a checkpoint")):
+        with pytest.raises(CheckpointError, match=words):
+            find_checkpoint(path, print)
+    assert find_checkpoint(tmp_path, print) == find_checkpoint(checkpoints_folder(tmp_path) / checkpoint_name(1), print)

@@ -40,6 +40,8 @@ from minimind.data.loader import Batch, BatchLoader
 from minimind.errors import EXIT_STOPPED, UserError
 from minimind.files import hash_file
 
+ONE_CYCLE = {"cycle_min_lr": 1e-3, "cycle_max_lr": 1e-2, "cycle_first_step_size": 4}
+
 
 @pytest.fixture(scope="module")
 def pool():
@@ -231,7 +233,7 @@ def test_a_checkpoint_of_two_ranks_is_one_model(tiny_corpus, tmp_path, pool: Ran
     assert manifest.world_size == 2 and manifest.ep_size == settings.get("ep_size", 1)
     assert manifest.eval_loss == [r["eval_loss"] for r in read_metrics(tmp_path) if "eval_loss" in r][-1]
     source = TrainingCheckpoint(list_checkpoints(tmp_path)[-1])
-    assert source.keys == ("fp32", "exp_avg", "exp_avg_sq") and source.optimizer_step == 6
+    assert source.keys == ("fp32", "exp_avg", "exp_avg_sq") and source.optimizer.scalars == {"step": 6}
     assert dict(model.named_parameters()).keys() == source.shapes.keys()
 
 
@@ -366,3 +368,34 @@ def test_a_file_asks_for_a_save(tiny_corpus, tmp_path):
     code, _ = train(flags_for(tiny_corpus, tmp_path, save_every=0, steps=3))
     assert code == 0 and [verify_checkpoint(folder).step for folder in list_checkpoints(tmp_path)] == [1, 3]
     assert not (tmp_path / "SAVE").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "stages"),
+    [
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 5}}}, (0, 1)),
+        ({"scheduler": {"type": "OneCycle", "params": ONE_CYCLE}}, (1, 1)),
+        ({"scheduler": {"type": "OneCycle", "params": ONE_CYCLE}}, (1, 0)),
+        ({"optimizer": {"type": "ASGD", "params": {"lr": 1e-2}}, "zero_allow_untested_optimizer": True}, (0, 1)),
+    ],
+)
+def test_what_the_json_schedules_and_counts_goes_on(tiny_corpus, tmp_path, section, stages):
+    def run(name: str, stage: int, steps: int) -> Path:
+        ds = {**json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text()), **section}
+        (tmp_path / "ds.json").write_text(json.dumps(ds))
+        flags = flags_for(tiny_corpus, tmp_path / name, steps=steps, save_every=3, ds_config=tmp_path / "ds.json")
+        if "scheduler" in section:
+            place = flags.index("--warmup-steps")
+            del flags[place : place + 2]
+        else:
+            flags += ["--schedule", "constant"]
+        assert train(flags)[0] == 0
+        return tmp_path / name
+
+    whole = run("whole", stages[1], 6)
+    run("part", stages[0], 3)
+    part = run("part", stages[1], 6)
+    rates = [[record["lr"] for record in read_metrics(path) if "loss" in record] for path in (whole, part)]
+    assert rates[0] == rates[1]
+    exact = stages[0] == stages[1]
+    assert losses(part) == (losses(whole) if exact else pytest.approx(losses(whole), rel=1e-5))

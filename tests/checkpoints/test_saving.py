@@ -136,13 +136,15 @@ def test_a_hangup_that_is_ignored_stays_ignored():
 
 
 def test_the_hash_is_that_of_the_bytes_on_the_disk(tmp_path):
-    with HashedFile(tmp_path / "x.pt") as file:
-        torch.save({"a": torch.arange(100_000), "b": torch.ones(3)}, file)
-    record = file.record()
+    file = HashedFile(tmp_path / "x.pt")
+    torch.save({"a": torch.arange(100_000), "b": torch.ones(3)}, file)
+    record = file.finish()
     assert (record.size, record.sha256) == ((tmp_path / "x.pt").stat().st_size, hash_file(tmp_path / "x.pt"))
     if Path("/dev/full").exists():
-        with pytest.raises(OSError, match="No space left"), HashedFile(Path("/dev/full")) as full:
-            torch.save({"a": torch.arange(100_000)}, full)
+        full = HashedFile(Path("/dev/full"))
+        torch.save({"a": torch.arange(100_000)}, full)
+        with pytest.raises(OSError, match="No space left"):
+            full.finish()
 
 
 def test_host_copies_no_longer_change_keep_ties_and_use_their_memory_again():

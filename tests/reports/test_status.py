@@ -12,7 +12,7 @@ from training_runs import flags_for, train
 from minimind import status
 from minimind.errors import UserError
 from minimind.reports.status import describe_trend, read_status
-from minimind.training.record.events import EventLog
+from minimind.training.record.events import write_event
 from minimind.training.record.run_files import read_records
 
 
@@ -25,7 +25,7 @@ def write_run(folder: Path, steps: int = 40, total: int = 100, *, cut: bool = Fa
     ]
     text = "".join(json.dumps(record) + "\n" for record in records)
     (folder / "metrics.jsonl").write_text(text + ('{"step": 41, "lo' if cut else ""))
-    EventLog(folder).write("start", 0, "started")
+    write_event(folder, "start", 0, "started")
     return folder
 
 
@@ -55,19 +55,19 @@ def test_a_crash_is_told_from_an_end(tmp_path, capsys):
     assert code == 1 and "crashed" in line and line.endswith("the same command continues it") and "ETA" not in line
     (run / "run.lock").unlink()
     assert read_status(run).state == "crashed"
-    EventLog(run).write("fail", 40, "step 40: loss is nan")
+    write_event(run, "fail", 40, "step 40: loss is nan")
     assert (read_status(run).state, read_status(run).health) == ("failed", "step 40: loss is nan")
-    EventLog(run).write("resume", 30, "resumed")
-    EventLog(run).write("stop", 40, "stopped by SIGTERM")
+    write_event(run, "resume", 30, "resumed")
+    write_event(run, "stop", 40, "stopped by SIGTERM")
     assert read_status(run).state == "stopped"
 
 
 def test_alarms_since_the_last_start_are_the_health(tmp_path):
     run = write_run(tmp_path / "run")
-    EventLog(run).write("alarm", 12, "jumped", "loss_spike")
-    EventLog(run).write("alarm", 30, "slow", "throughput")
+    write_event(run, "alarm", 12, "jumped", "loss_spike")
+    write_event(run, "alarm", 30, "slow", "throughput")
     assert read_status(run).health == "loss_spike at step 12; throughput at step 30"
-    EventLog(run).write("resume", 35, "resumed")
+    write_event(run, "resume", 35, "resumed")
     assert read_status(run).health == "ok"
 
 

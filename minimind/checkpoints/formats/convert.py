@@ -5,10 +5,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from minimind.checkpoints.consolidate import TrainingCheckpoint
 from minimind.checkpoints.formats.load_model import build_from_source
 from minimind.checkpoints.formats.source import open_checkpoint
-from minimind.checkpoints.portable import PortableCheckpoint, make_portable
+from minimind.checkpoints.portable import BUFFERS, PortableCheckpoint, make_portable
 from minimind.checkpoints.zero_partitions import WEIGHT
 from minimind.parallel.expert_names import EnginePart
 
@@ -16,11 +15,11 @@ from minimind.parallel.expert_names import EnginePart
 def convert(folder: Path) -> Path:
     """Make a checkpoint's portable form. Building a model from it compares the probe loss with the engine's."""
     made = make_portable(folder)
-    portable, buffers = PortableCheckpoint(made), TrainingCheckpoint(folder).buffers()
+    portable = PortableCheckpoint(made)
 
     def read(name: str) -> Tensor:
         part = EnginePart(name, ())
-        return portable.read_buffer(part) if name in buffers else portable.read(part, WEIGHT)
+        return portable.read(part, BUFFERS if name in portable.names[BUFFERS] else WEIGHT)
 
     build_from_source(replace(open_checkpoint(folder), read=read))
     return made

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from minimind.checkpoints.consolidate import TrainingCheckpoint
-from minimind.checkpoints.folder import checkpoints_folder, newest_valid, verify_checkpoint
+from minimind.checkpoints.folder import checkpoints_folder, find_checkpoint
 from minimind.checkpoints.formats.huggingface_config import from_huggingface
 from minimind.checkpoints.formats.layout import LAYOUTS, Layout, join_parts, lay_out, own_shapes
 from minimind.checkpoints.formats.pth import SUFFIXES, infer_config, layout_of, read_pth
@@ -64,14 +64,9 @@ def open_source(path: Path, base: ModelConfig | None = None) -> ModelSource:
         return _open_pth(path, base)
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist")
-    if (path / MANIFEST_NAME).is_file():
-        verify_checkpoint(path)
-        return open_checkpoint(path, find_tokenizer(path.parent.parent))
-    if checkpoints_folder(path).is_dir():
-        folder = newest_valid(path, lambda message: print(message, file=sys.stderr))
-        if folder is None:
-            raise UserError(f"checkpoint {path}: the run has not saved any")
-        return open_checkpoint(folder, find_tokenizer(path))  # newest_valid has verified it
+    if (path / MANIFEST_NAME).is_file() or checkpoints_folder(path).is_dir():
+        folder = find_checkpoint(path, lambda message: print(message, file=sys.stderr))
+        return open_checkpoint(folder, find_tokenizer(folder.parent.parent))
     has_config = (path / CONFIG_FILE).is_file()
     if has_config and ((path / WEIGHTS_FILE).is_file() or (path / INDEX_FILE).is_file()):
         kind, config = _read_config(path / CONFIG_FILE)

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minimind.checkpoints.run_state import DataFingerprint, TrainState
+from minimind.checkpoints.manifest import TrainState
+from minimind.checkpoints.run_state import DataFingerprint
 from minimind.checkpoints.saving import CheckpointSaver
 from minimind.config.resolve import resolve_run
 from minimind.config.resolved_run import ResolvedRun
@@ -37,7 +38,6 @@ from minimind.errors import UserError, run_main
 from minimind.files import disk_errors
 from minimind.parallel.engine import build_engine, build_model
 from minimind.training.control import RunControl
-from minimind.training.evaluator import Evaluator
 from minimind.training.objectives.pretrain import Pretrain
 from minimind.training.profiler import StepProfiler
 from minimind.training.record.metrics import NullRecord
@@ -107,7 +107,7 @@ def make_trainer(resolved: ResolvedRun, env: RankEnvironment, device: torch.devi
         engine=engine,
         objective=Pretrain(),
         loader=make_loader(resolved, dataset, env, TrainState(), pin_memory=False),
-        evaluator=Evaluator(None, resolved.train, env.rank, env.world_size),
+        val=None,
         saver=CheckpointSaver(engine, resolved, DataFingerprint("", ""), asynchronous=False),
         record=NullRecord(),
         control=RunControl(folder, StopRequests(None), Watchdog()),

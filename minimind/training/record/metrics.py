@@ -4,27 +4,26 @@ Rank 0 has a `RunRecord`, every other rank a `NullRecord`, so the loop asks no r
 """
 
 import contextlib
-import json
 import math
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from minimind.errors import UserError
 from minimind.training.record.alarms import AlarmWatch
 from minimind.training.record.event_files import put_in_the_past
-from minimind.training.record.events import EventLog
+from minimind.training.record.events import write_event
 from minimind.training.record.progress import Progress
 from minimind.training.record.run_files import (
     METRICS_NAME,
     EvaluationRecord,
     Record,
     StepRecord,
+    append_object,
     finite,
     keep_until,
     read_records,
@@ -52,23 +51,10 @@ _TENSORBOARD_NAMES = {
 class NullRecord:
     """The record on a rank that writes none."""
 
-    def log_step(self, record: StepRecord) -> None:
-        """Record one optimizer step."""
+    def _do_nothing(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
-    def log_evaluation(self, record: EvaluationRecord) -> None:
-        """Record an evaluation."""
-
-    def log_event(self, event: str, step: int, message: str) -> None:
-        """Record an event after `step` steps."""
-
-    def log(self, message: str) -> None:
-        """Print a line."""
-
-    def flush(self) -> None:
-        """Bring everything written so far to the disk."""
-
-    def close(self) -> None:
-        """Flush and close."""
+    log_step = log_evaluation = log_event = log = flush = close = _do_nothing
 
 
 class RunRecord(NullRecord):
@@ -94,21 +80,18 @@ class RunRecord(NullRecord):
         hosts: Sequence[str] = (),
         wandb: WandbLog | None = None,
     ) -> None:
-        self._path = run_dir / METRICS_NAME
+        self._run_dir, self._path = run_dir, run_dir / METRICS_NAME
         run_dir.mkdir(parents=True, exist_ok=True)
-        keep_until(self._path, start_step)
-        self._file: TextIO = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (open for the life of the run)
+        last = keep_until(self._path, start_step)
+        self._tensorboard = None
         if tensorboard:
             put_in_the_past(run_dir / "tensorboard", time.time())
-        self._tensorboard = (
-            SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1, flush_secs=30)
-            if tensorboard
-            else None
-        )
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1, flush_secs=30)
         self._wandb = wandb
         self._peak = peak_tokens_per_second
         self._progress = Progress(start_step, total_steps)
-        self._events = EventLog(run_dir)
+        if last > start_step:
+            self.log(f"{METRICS_NAME}: dropped what is beyond step {start_step} (to step {last}): trained again")
         self._alarms = AlarmWatch(hosts=hosts)
         for record in read_records(self._path):  # a resumed run is judged by its earlier steps too
             self._alarms.observe(record)
@@ -130,7 +113,7 @@ class RunRecord(NullRecord):
 
     def log_event(self, event: str, step: int, message: str) -> None:
         """Append to events.jsonl."""
-        self._events.write(event, step, message)
+        write_event(self._run_dir, event, step, message)
 
     def log(self, message: str) -> None:
         """Print a line without tearing the progress bar."""
@@ -138,34 +121,29 @@ class RunRecord(NullRecord):
 
     def flush(self) -> None:
         """Bring everything written so far to the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._path.exists():
+            with open(self._path, "rb") as file:
+                os.fsync(file.fileno())
         if self._tensorboard is not None:
             self._tensorboard.flush()
 
     def close(self) -> None:
-        """Flush and close; a second call does nothing."""
-        # A full disk was reported when it was met, and must not hide the error under way.
-        with contextlib.suppress(ValueError, OSError):
-            self.flush()
-        for part in (self._file, self._tensorboard, self._wandb, self._progress):
+        """Close what is open; a second call does nothing."""
+        for part in (self._tensorboard, self._wandb, self._progress):
             if part is not None:
+                # A full disk was reported when it was met, and must not hide the error under way.
                 with contextlib.suppress(OSError):
                     part.close()
 
     def _write(self, record: Record) -> None:
-        try:
-            self._file.write(json.dumps({key: _jsonable(value) for key, value in record.items()}) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise UserError(f"{self._path}: {error.strerror or error}; free disk space and resume the run") from None
+        append_object(self._path, {key: _jsonable(value) for key, value in record.items()})
         if self._wandb is not None:
             self._wandb.log(record)
         if self._tensorboard is not None:
             self._to_tensorboard(self._tensorboard, record)
         for alarm in self._alarms.observe(finite(record)):
             self.log(f"alarm: step {alarm.step}: {alarm.message}")
-            self._events.write("alarm", alarm.step, alarm.message, alarm.kind)
+            write_event(self._run_dir, "alarm", alarm.step, alarm.message, alarm.kind)
 
     def _to_tensorboard(self, writer: SummaryWriter, record: Record) -> None:
         step, values = record["step"], dict[str, Any](record)

@@ -1,13 +1,14 @@
-"""The files of a run folder, and metrics.jsonl: the fields of its lines and their one reader. Needs no torch."""
+"""The files of a run folder; metrics.jsonl: the fields of its lines, their writer and reader. Needs no torch."""
 
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from minimind.files import fsync_folder, temporary_name
+from minimind.errors import UserError
+from minimind.files import replace_file
 
 METRICS_NAME = "metrics.jsonl"
 RUN_CONFIG_NAME = "run_config.json"
@@ -79,14 +80,36 @@ def read_records(path: Path, tail_bytes: int | None = None) -> list[Record]:
     Args:
         tail_bytes: read no more than so much of the end.
     """
+    return [finite(record) for line in read_objects(path, tail_bytes) if (record := _as_record(line)) is not None]
+
+
+def read_objects(path: Path, tail_bytes: int | None = None) -> list[Any]:
+    """The JSON values of a file's lines; a line that is none is skipped. No file: none."""
     if not path.exists():
         return []
     with open(path, "rb") as file:
         if tail_bytes is not None and path.stat().st_size > tail_bytes:
             file.seek(-tail_bytes, os.SEEK_END)
             file.readline()  # the rest of a line
-        lines = file.read().decode("utf-8", errors="replace").splitlines()
-    return [finite(record) for line in lines if (record := _parse(line)) is not None]
+        lines = file.read().splitlines()
+    return [value for line in lines if (value := _parse(line)) is not None]
+
+
+def append_object(path: Path, content: Mapping[str, Any]) -> None:
+    """Append a line of JSON, on a line of its own even after one that a crash cut short.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    line = json.dumps(content).encode() + b"\n"
+    try:
+        with open(path, "a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else b"\n" + line
+            file.write(line)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; free disk space and resume the run") from None
 
 
 def steps_of(records: Iterable[Record]) -> list[StepRecord]:
@@ -99,26 +122,29 @@ def evaluations_of(records: Iterable[Record]) -> list[EvaluationRecord]:
     return [cast(EvaluationRecord, record) for record in records if "eval_loss" in record]
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drop the lines of a metrics file beyond `step`, and a last line that a crash cut short."""
+def keep_until(path: Path, step: int) -> int:
+    """Drop the lines of a metrics file beyond `step`, and a last line that a crash cut short. Gives the last step that
+    was there."""
     if not path.exists():
-        return
-    temporary = temporary_name(path)
-    with open(path, encoding="utf-8", errors="replace") as old, open(temporary, "w", encoding="utf-8") as new:
-        for line in old:
-            record = _parse(line)
-            if line.endswith("\n") and record is not None and record["step"] <= step:
-                new.write(line)
-        new.flush()
-        os.fsync(new.fileno())
-    os.replace(temporary, path)
-    fsync_folder(path.parent)
+        return 0
+    last, kept = 0, []
+    for line in path.read_bytes().splitlines(keepends=True):
+        record = _as_record(_parse(line))
+        if line.endswith(b"\n") and record is not None:
+            last = max(last, record["step"])
+            if record["step"] <= step:
+                kept.append(line)
+    replace_file(path, b"".join(kept))
+    return last
 
 
-def _parse(line: str) -> Record | None:
+def _parse(line: bytes) -> Any:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
+        return json.loads(line)
+    except (ValueError, RecursionError):
         return None
-    is_record = isinstance(record, dict) and isinstance(record.get("step"), int)
-    return cast(Record, record) if is_record else None
+
+
+def _as_record(value: Any) -> Record | None:
+    is_record = isinstance(value, dict) and isinstance(value.get("step"), int)
+    return cast(Record, value) if is_record else None

@@ -18,7 +18,7 @@ from minimind.errors import UserError
 from minimind.reports.run import data as report_data
 from minimind.reports.run.charts import smooth
 from minimind.reports.run.data import find_differences, name_runs, read_run
-from minimind.training.record.events import EventLog
+from minimind.training.record.events import write_event
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -37,7 +37,7 @@ def runs(tiny_corpus, tmp_path_factory) -> list[Path]:
     for name, others in settings.items():
         train(flags_for(tiny_corpus, folder / name, eval_every=2, **others))
     train(flags_for(tiny_corpus, folder / "plain", eval_every=2, lr=1e-3, steps=8))
-    EventLog(folder / "plain").write("alarm", 5, "loss jumped </script>", "loss_spike")
+    write_event(folder / "plain", "alarm", 5, "loss jumped </script>", "loss_spike")
     path = folder / "experts" / "metrics.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     for record in records:

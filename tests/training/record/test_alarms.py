@@ -15,7 +15,7 @@ from training_runs import RankPool, flags_for, rank_pool, read_metrics, train
 from minimind.training import trainer
 from minimind.training.record import alarms
 from minimind.training.record.alarms import AlarmWatch, Limits
-from minimind.training.record.events import Event, EventLog, read_events
+from minimind.training.record.events import Event, read_events, write_event
 
 # A short window, and times of milliseconds instead of half a minute.
 QUICK = Limits(window=20, least_seconds=0.0)
@@ -205,11 +205,10 @@ def test_noise_and_figures_that_are_missing_raise_none():
 
 def test_events_survive_a_line_that_was_cut(tmp_path):
     assert read_events(tmp_path) == []
-    log = EventLog(tmp_path)
-    log.write("start", 0, "started")
+    write_event(tmp_path, "start", 0, "started")
     with open(tmp_path / "events.jsonl", "a") as file:
         file.write('{"step": 3, "ev')
-    log.write("alarm", 4, "look", "loss_spike")
+    write_event(tmp_path, "alarm", 4, "look", "loss_spike")
     assert [(event.step, event.event, event.kind) for event in read_events(tmp_path)] == [
         (0, "start", ""), (4, "alarm", "loss_spike")
     ]  # fmt: skip
