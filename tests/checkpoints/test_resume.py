@@ -376,7 +376,7 @@ def test_a_file_asks_for_a_save(tiny_corpus, tmp_path):
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 5}}}, (0, 1)),
         ({"scheduler": {"type": "OneCycle", "params": ONE_CYCLE}}, (1, 1)),
         ({"scheduler": {"type": "OneCycle", "params": ONE_CYCLE}}, (1, 0)),
-        ({"optimizer": {"type": "ASGD", "params": {"lr": 1e-2}}, "zero_allow_untested_optimizer": True}, (0, 1)),
+        ({"optimizer": {"type": "NAdam", "params": {"lr": 1e-2}}, "zero_allow_untested_optimizer": True}, (1, 2)),
     ],
 )
 def test_what_the_json_schedules_and_counts_goes_on(tiny_corpus, tmp_path, section, stages):
