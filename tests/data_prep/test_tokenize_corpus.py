@@ -258,7 +258,7 @@ def test_too_many_bad_documents_leave_nothing(tmp_path: Path, prepare: Prepare) 
         ({"workers": -1}, "--workers -1: must be at least 1"),
         ({"max_bad_fraction": -1}, "--max-bad-fraction: -1.0 is not a number from 0 to 1"),
         ({"max_bad_fraction": 2}, "--max-bad-fraction: 2.0 is not a number from 0 to 1"),
-        ({"max_document_bytes": -5}, "--max-document-bytes: -5 is not a number from 1 to 2.14748e+09"),
+        ({"max_document_bytes": -5}, "--max-document-bytes: -5 is not a number from 1 to 2"),
         ({"max_tokens": 0}, "--max-tokens: 0 is not a finite number of 1 or more"),
         ({"eos_token": "<stop>"}, r"no special token <stop> to end documents: choose with --eos-token among <\|end"),
         ({"val_input": "{tmp}/a.jsonl", "val_fraction": 0.1}, "--val-input exclude each other"),
