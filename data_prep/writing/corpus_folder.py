@@ -149,10 +149,12 @@ class CorpusFolder:
         difference = self._find_changed_settings(begun) if entries else ""
         kept: list[str] = []
         for entry in [] if difference else entries:
-            if difference := self._find_changed_input(entry["inputs"], self._num_noted):
+            shard, folder = ShardInfo(**entry["shard"]), self.partial / entry["split"]
+            lost = [name for name in (shard.file, shard.documents_file) if not (folder / name).exists()]
+            difference = f"contents of {folder / lost[0]}, which is gone" if lost else ""
+            if difference := difference or self._find_changed_input(entry["inputs"], self._num_noted):
                 break
             self._num_noted += len(entry["inputs"])
-            shard = ShardInfo(**entry["shard"])
             self.shards[entry["split"]].append(shard)
             self.first_chunks[entry["split"]] = entry["first_chunk"]
             kept += [shard.file, shard.documents_file]

@@ -442,6 +442,32 @@ def test_finished_corpus_is_neither_done_again_nor_overwritten(
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"train", "corpus.json"}
 
 
+@pytest.mark.parametrize("lost", ["shard_00001.npy", "shard_00000.docs.npy"])
+def test_a_shard_lost_between_two_runs_is_made_again(
+    tmp_path: Path,
+    prepare: Prepare,
+    small_chunks: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    lost: str,
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", make_texts(500))
+    prepare(tmp_path / "whole", source)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 20)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path / "out", source)
+    (tmp_path / "out" / ".partial" / "train" / lost).unlink()
+    if lost == "shard_00001.npy":
+        prepare(tmp_path / "out", source)
+        assert "shard_00001.npy, which is gone: 1 of" in capsys.readouterr().err
+    else:
+        with pytest.raises(UserError, match=r"begun with other contents of .*, which is gone: .* or give --overwrite"):
+            prepare(tmp_path / "out", source)
+        prepare(tmp_path / "out", source, overwrite=True)
+    assert read_folder(tmp_path / "out") == read_folder(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("name", ["train/shard_00000.npy", "val/shard_00000.docs.npy", "train/tokenizer.model"])
 def test_a_finished_corpus_that_lost_a_file_is_not_taken_for_whole(tmp_path: Path, prepare: Prepare, name: str) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(60))
