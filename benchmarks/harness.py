@@ -135,7 +135,11 @@ def has_fast_bf16() -> bool:
 
     from minimind.model.kernels.matmul import has_fast_matmul
 
-    return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else has_fast_matmul(torch.bfloat16)
+    return (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if torch.cuda.is_available()
+        else has_fast_matmul(torch.bfloat16)
+    )
 
 
 def core_threads() -> dict[str, str]:
@@ -209,7 +213,7 @@ def build_engine(model: Any, env: Any, device: Any, *, ds_config: str | None = N
         dp_size=env.world_size,
         local_world_size=env.local_world_size,
         device_type=device.type,
-        bf16_supported=device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        bf16_supported=device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
     )
     return engine.build_engine(resolved, engine.build_model(resolved, device)), resolved
 

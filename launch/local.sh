@@ -8,8 +8,13 @@ export MINIMIND_SITE=1 # the settings are read
 python="${MINIMIND_PYTHON:-$root/.venv/bin/python}"
 [ -x "$python" ] || python="$(command -v python3)"
 if [ -z "${NUM_RANKS:-}" ]; then
-  NUM_RANKS="$( { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus; } 2>/dev/null | grep -c '^GPU' || true)"
-  if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then NUM_RANKS="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)"; fi
+  if [ "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    NUM_RANKS="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)" # empty: no GPU
+  elif command -v nvidia-smi >/dev/null; then
+    NUM_RANKS="$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)"
+  elif [ -e /dev/nvidia0 ] || [ -e /dev/kfd ]; then # an image without it, or ROCm
+    NUM_RANKS="$("$python" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || true)"
+  fi
   [ "${NUM_RANKS:-0}" -ge 1 ] || NUM_RANKS=1
 fi
 if [ "$NUM_RANKS" -eq 1 ]; then

@@ -1,11 +1,15 @@
 """What all tests share: one thread a process, a small corpus."""
 
 import os
+import sys
 from pathlib import Path
 
 # Before torch is imported, for this process and those it starts: threads that wait for one another cost products as
 # small as the tests' many times what they give, most of all where several processes share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests are for the CPU wherever they run: those that start two ranks would want two GPUs. `-m gpu` shows them.
+if "PYTEST_XDIST_WORKER" not in os.environ and "gpu" not in sys.argv:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Processes that the tests start find tests/support too.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH")])

@@ -80,7 +80,10 @@ def resolve_run(
     overlaps.finish()
     defaults = DEFAULTS if values["optimizer"] != "deepspeed" else {**DEFAULTS, "betas": None, "eps": None}
     values = {name: defaults.get(name) if value is None else value for name, value in values.items()}
-    values["precision"] = precision or ("bf16" if bf16_supported and device_type != "cpu" else "fp32")
+    half = "bf16" if bf16_supported else "fp16"  # GPUs older than sm80 only emulate bf16
+    if (values["optimizer"] == "muon" and half == "fp16") or ds.get(half, {}).get("enabled") is False:
+        half = "fp32"
+    values["precision"] = precision or ("fp32" if device_type == "cpu" else half)
     # What came from the JSON has the types and limits of the run's own fields.
     values = check_fields(TrainConfig, values, "DeepSpeed config")
     run = dataclasses.replace(run, train=dataclasses.replace(train, **values))
@@ -174,6 +177,8 @@ def _write_back(ds: dict[str, Any], train: ResolvedTrain) -> None:
     ds["gradient_accumulation_steps"] = train.gradient_accumulation_steps
     ds["gradient_clipping"] = train.max_grad_norm
     ds.setdefault("steps_per_print", None)
+    # DeepSpeed's own timer waits for the device twice a micro-batch.
+    ds.setdefault("timers", {"throughput": {"enabled": False}})
     section = ds.setdefault("optimizer", {})
     section.setdefault("type", {"adamw": "AdamW", "muon": "Muon"}.get(train.optimizer, ""))
     params = section.setdefault("params", {})

@@ -138,9 +138,12 @@ def find_device(env: RankEnvironment) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    # A launcher that shows each rank one device only (srun --gpus-per-task=1) makes that device number 0.
+    # A launcher that shows each rank one device only (srun --gpus-per-task=1, or CUDA_VISIBLE_DEVICES=$SLURM_LOCALID)
+    # makes that device number 0.
     index = env.local_rank if count > 1 else 0
-    if env.local_rank >= count > 1 or (count == 1 and env.local_world_size > 1 and "SLURM_STEP_GPUS" not in os.environ):
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    is_own = "SLURM_STEP_GPUS" in os.environ or visible == str(env.local_rank) or visible.startswith(("GPU-", "MIG-"))
+    if env.local_rank >= count > 1 or (count == 1 and env.local_world_size > 1 and not is_own):
         raise OneRankError(
             f"local rank {env.local_rank} of {env.local_world_size}: this host has {count} CUDA devices ({node_name()})"
         )

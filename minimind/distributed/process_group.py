@@ -94,7 +94,7 @@ def process_group(
     if store is None:
         is_alone = env.world_size == 1 and env.master_addr is None
         store = torch.distributed.HashStore() if is_alone else connect_store(env, timeout_minutes)
-    with _told_by_environment(env):
+    with _told_by_environment(env, device):
         try:
             torch.distributed.init_process_group(
                 backend,
@@ -119,10 +119,14 @@ def process_group(
 
 
 @contextlib.contextmanager
-def _told_by_environment(env: RankEnvironment) -> Iterator[None]:
+def _told_by_environment(env: RankEnvironment, device: torch.device) -> Iterator[None]:
     """Set the variables from which DeepSpeed and torch read the rank, whatever the launcher calls them; restored
     afterwards, so that nothing later in this process takes itself for a rank."""
-    told = {"RANK": str(env.rank), "WORLD_SIZE": str(env.world_size), "LOCAL_RANK": str(env.local_rank)}
+    # DeepSpeed takes the local rank for the number of the device, which is 0 where a task sees only its own.
+    local_rank = str(env.local_rank if device.index is None else device.index)
+    told = {"RANK": str(env.rank), "WORLD_SIZE": str(env.world_size), "LOCAL_RANK": local_rank}
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed wants both alike
+        told["OMPI_COMM_WORLD_LOCAL_RANK"] = local_rank
     before = {name: os.environ.get(name) for name in told}
     os.environ.update(told)
     try:

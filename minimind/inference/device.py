@@ -22,7 +22,8 @@ def choose_device(
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device} cannot be used: {first_line(error)}") from None
     if precision is None:
-        precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        has_bf16 = chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if has_bf16 else "fp32"
     if int8 and (chosen.type, precision) != ("cpu", "bf16"):
         raise UserError("int8 works on a CPU in bf16 alone: leave out --precision, and give --device cpu or none")
     return chosen, getattr(torch, DTYPE_NAMES[precision])

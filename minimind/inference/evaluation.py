@@ -74,18 +74,20 @@ def measure_loss(
     num_samples = min(max_samples or len(dataset), len(dataset))
     was_training = model.training
     model.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=device)  # sum of the losses, number of targets
+    loss_total, num_targets = torch.zeros((), dtype=torch.float64, device=device), 0
     try:
         for batch in eval_batches(dataset, micro_batch_size, dp_rank, dp_size, max_samples=num_samples):
             before_batch()
+            if device.type == "cuda":
+                batch = batch.pin_memory()
             batch_loss = sum_loss(model, batch.to(device, non_blocking=True)).loss
             assert batch_loss is not None
-            totals += torch.stack([batch_loss.double(), torch.tensor(float(batch.num_targets)).to(totals)])
+            loss_total += batch_loss.double()
+            num_targets += batch.num_targets
     finally:
         model.train(was_training)
-    if dp_size > 1:
-        totals = all_reduce_sum(totals)
-    loss_sum, num_targets = totals.tolist()
+    totals = torch.tensor([loss_total.item(), num_targets], dtype=torch.float64)
+    loss_sum, num_targets = (all_reduce_sum(totals) if dp_size > 1 else totals).tolist()
     loss = loss_sum / num_targets if num_targets else math.nan
     bytes_per_token = dataset.reader.manifest.bytes_per_token
     bits_per_byte = loss / math.log(2) / bytes_per_token if bytes_per_token else math.nan

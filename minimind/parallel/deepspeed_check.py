@@ -107,11 +107,12 @@ def _build_errors() -> Iterator[None]:
     """Turn the failures of DeepSpeed's just-in-time builds into one line."""
     try:
         yield
-    except (RuntimeError, ImportError) as error:
+    except (RuntimeError, ImportError, OSError) as error:
         text = str(error)
-        if any(word in text for word in ("Ninja", "ninja", "compil", "Error building", "Unable to JIT", "nvcc")):
+        words = ("Ninja", "ninja", "compil", "Error building", "Unable to JIT", "nvcc", "CUDA_HOME")
+        if any(word in text for word in words):
             raise UserError(
                 f"DeepSpeed could not build an op that this configuration needs: {text.strip().splitlines()[0]}; "
-                "install a C++ compiler and ninja (and the CUDA toolkit on a GPU), or choose one without offload"
+                "install a C++ compiler and ninja (on a GPU the CUDA toolkit too), or choose one without offload, Muon"
             ) from error
         raise

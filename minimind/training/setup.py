@@ -28,6 +28,7 @@ from minimind.distributed.launchers.watch import LauncherWatch
 from minimind.distributed.out_of_memory import explain_out_of_memory
 from minimind.distributed.watchdog import Watchdog
 from minimind.errors import UserError
+from minimind.model.kernels.attention import has_varlen_attention
 from minimind.model.kernels.matmul import has_fast_matmul
 from minimind.parallel.deepspeed_check import check_ds_config, check_ops
 from minimind.parallel.engine import build_engine, build_model
@@ -65,7 +66,7 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
         num_samples=len(data.train),
         local_world_size=env.local_world_size,
         device_type=device.type,
-        bf16_supported=device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        bf16_supported=device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
     )
     check_ds_config(resolved.ds)
     check_ops(resolved.ds)
@@ -160,6 +161,10 @@ def describe_device(device: torch.device, resolved: ResolvedRun) -> float:
     dtype = getattr(torch, DTYPE_NAMES[precision])
     peak, source = peak_flops(device, dtype)
     log(f"peak of one device: {peak / 1e12:.3g} TFLOP/s in {precision} ({source})")
+    if device.type == "cuda" and resolved.data.document_mask and not has_varlen_attention(device):
+        log(
+            "this GPU has no variable-length attention (sm80 and newer have): documents are masked, rows computed whole"
+        )
     if device.type == "cpu" and dtype != torch.float32 and not has_fast_matmul(dtype):
         log(f"this processor has no matmul in {precision}: computed in float32 and rounded, at its speed")
     return peak

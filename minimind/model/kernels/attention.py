@@ -56,7 +56,7 @@ class FastMiniMindModel(MiniMindModel):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
         fits = dtype in (torch.float16, torch.bfloat16) and config.head_size % 8 == 0 and config.head_size <= 256
         has_dropout = config.attention_dropout and self.training
-        if config.flash_attn and device == "cuda" and fits and not has_dropout:
+        if config.flash_attn and has_varlen_attention(hidden_states.device) and fits and not has_dropout:
             return DocumentMask(cu_seqlens=cu_seqlens.to(torch.int32))
         return super().document_mask(cu_seqlens, hidden_states)
 
@@ -91,6 +91,11 @@ class FastAttention(Attention):
             mixed.append(gathered.transpose(1, 2).flatten(0, 1))  # (num_documents * L, num_heads, head_size)
         flat = torch.cat(mixed).index_select(0, mask.inverse)  # type: ignore[arg-type]
         return flat.unflatten(0, (len(queries), -1)).transpose(1, 2)
+
+
+def has_varlen_attention(device: torch.device) -> bool:
+    """Whether torch's variable-length kernel runs there: NVIDIA GPUs from sm80 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _gather(x: Tensor, tokens: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def check_package(requirement: Requirement) -> Check:
 def check_accelerator() -> list[Check]:
     """CUDA devices, or why there are none."""
     if torch.cuda.is_available():
-        bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: train in fp16"
+        bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16: train in fp16"
         devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         return [
             Check(f"GPU {i}", "ok", f"{one.name}, {format_bytes(one.total_memory)}, {bf16}, CUDA {torch.version.cuda}")

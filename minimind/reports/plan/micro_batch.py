@@ -115,7 +115,7 @@ def _resolve(run: RunConfig, ds: dict[str, Any], micro: int, ranks: int, device_
         num_samples=1_000_000,
         local_world_size=ranks,
         device_type=device_type,
-        bf16_supported=device_type == "cuda" and torch.cuda.is_bf16_supported(),
+        bf16_supported=device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
     )
 
 

@@ -1,0 +1,88 @@
+"""Training on simulated GPUs: every file of ds_configs/, dense and with experts, on one and two ranks, gives the losses
+of a CPU; runs continue; memory that ends is one line; an old GPU trains in what it has."""
+
+from pathlib import Path
+
+import pytest
+from repository import ROOT
+from simulated_runs import MOMENTS, count_waits, resume, run_out_of_memory
+from training_runs import EXPERTS, flags_for, losses, train
+
+FILES = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json") if path.stem != "zero3_nvme")  # needs libaio
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
+KINDS: dict[str, dict] = {"dense": {}, "experts": EXPERTS}
+
+
+def flags(corpus: Path, run_dir: Path, file: str, precision: str, kind: str = "dense", **others) -> list[str]:
+    ds_config = ROOT / "ds_configs" / f"{file}.json"
+    settings = {"steps": 3, "save_every": 0, "precision": precision, **KINDS[kind], **others}
+    return flags_for(corpus, run_dir, **settings, ds_config=ds_config)
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tiny_corpus, tmp_path_factory):
+    """The losses of a CPU: the same at every stage, so made once for each optimizer, kind and precision."""
+    made: dict[tuple[bool, str, str], dict[int, float]] = {}
+
+    def reference(file: str, kind: str, precision: str) -> dict[int, float]:
+        key = ("muon" in file, kind, precision)
+        if key not in made:
+            run_dir = tmp_path_factory.mktemp("cpu") / "run"
+            assert train(flags(tiny_corpus, run_dir, file if key[0] else "zero1", precision, kind))[0] == 0
+            made[key] = losses(run_dir)
+        return made[key]
+
+    return reference
+
+
+def check_losses(ranks, corpus, run_dir, reference, file, kind, precision):
+    (code, printed), *_ = ranks.run(train, flags(corpus, run_dir, file, precision, kind))
+    assert code == 0 and "x cuda" in printed
+    expected = reference(file, kind, precision)
+    assert losses(run_dir) == pytest.approx(expected, rel=TOLERANCE[precision])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("file", FILES)
+def test_one_gpu_gives_the_losses_of_a_cpu(one_gpu, tiny_corpus, tmp_path, on_cpu, file, kind, precision):
+    check_losses(one_gpu, tiny_corpus, tmp_path / "run", on_cpu, file, kind, precision)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("file", FILES)
+def test_two_gpus_give_the_losses_of_a_cpu(two_gpus, tiny_corpus, tmp_path, on_cpu, file, kind):
+    precision = "bf16" if FILES.index(file) % 2 else "fp32"
+    check_losses(two_gpus, tiny_corpus, tmp_path / "run", on_cpu, file, kind, precision)
+
+
+def test_a_killed_run_continues(one_gpu, two_gpus, tiny_corpus, tmp_path):
+    def run(name: str, file: str) -> tuple[Path, list[str]]:
+        return tmp_path / name, flags(tiny_corpus, tmp_path / name, file, "bf16", steps=6, save_every=2)
+
+    whole, given = run("whole", "zero2")
+    two_gpus.run(train, given)
+    cut, given = run("cut", "zero2")
+    two_gpus.run(train, given)
+    (code, printed), *_ = one_gpu.run(resume, run("cut", "zero3")[1], cut, 2)  # another stage, fewer ranks
+    assert code == 0 and "resumed from" in printed
+    assert losses(cut) == pytest.approx(losses(whole), rel=2e-3)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_memory_that_ends_is_one_line(one_gpu, tiny_corpus, tmp_path, moment):
+    given = flags(tiny_corpus, tmp_path, "zero1", "bf16", steps=2, save_every=1, eval_every=1, global_batch_size=1)
+    (said,) = one_gpu.run(run_out_of_memory, moment, given)
+    assert said.startswith("cuda:0 is out of memory at step ") and "\n" not in said
+    assert "tensors hold" in said and "--seq-len" in said
+
+
+# Waits of the host.
+
+
+@pytest.mark.parametrize("file", ["zero1", "zero2", "zero3"])
+def test_the_host_does_not_wait_for_the_device(one_gpu, tiny_corpus, tmp_path, file):
+    given = flags(tiny_corpus, tmp_path, file, "bf16", steps=24, global_batch_size=1, log_every=10, document_mask=True)
+    (found,) = one_gpu.run(count_waits, given, 11, 20)
+    print(found["all"])
+    assert found["code"] == 0 and found["ours"] == {}

@@ -1,0 +1,20 @@
+"""torch.compile without Triton: graphs are traced and differentiated as on a GPU, and run operator by operator."""
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+
+def _run_traced(self: Any, model: Any, inputs: Any) -> Any:
+    # Not at the top: it is slow to import, and most processes compile nothing.
+    from torch._dynamo.backends.debugging import aot_eager
+
+    return aot_eager(model, inputs)
+
+
+def install() -> None:
+    """Take that for torch's own compiler where Triton is missing. SIMULATED_CUDA_TRITON=0 leaves the compiler."""
+    if importlib.util.find_spec("triton") is None and os.environ.get("SIMULATED_CUDA_TRITON") != "0":
+        torch._TorchCompileInductorWrapper.__call__ = _run_traced

@@ -1,0 +1,66 @@
+"""Ranks on a machine of simulated GPUs: processes that have imported everything and do one thing after another."""
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from simulated_cuda import Machine, environment
+from training_runs import RankPool
+
+
+class SimulatedRanks:
+    """`RankPool` on simulated GPUs. A process of its own stands between, as all pools of a process fork from one server
+    with one environment. Functions are sent by name, so they lie in a module of tests/support."""
+
+    def __init__(self, world_size: int, machine: Machine | None = None) -> None:
+        machine = machine or Machine(devices=world_size)
+        command = [sys.executable, __file__, str(world_size)]
+        env = environment(machine)
+        self._process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """`function(*args)` on every rank; their results, or the error that the first raised."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        pickle.dump((function, args), self._process.stdin)
+        self._process.stdin.flush()
+        kind, value = pickle.load(self._process.stdout)
+        if kind == "error":
+            raise value
+        return value
+
+    def close(self) -> None:
+        """End the ranks."""
+        self._process.communicate()
+
+
+def simulated_ranks(world_size: int, machine: Machine | None = None) -> Iterator[SimulatedRanks]:
+    """For a fixture: ranks that end with it."""
+    ranks = SimulatedRanks(world_size, machine)
+    yield ranks
+    ranks.close()
+
+
+def serve(world_size: int) -> None:
+    """Answer requests until standard input ends."""
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what the ranks print is no answer
+    pool = RankPool(world_size)
+    while True:
+        try:
+            function, args = pickle.load(requests)
+        except EOFError:
+            break
+        try:
+            answer: tuple[str, Any] = ("done", pool.run(function, *args))
+        except Exception as error:
+            answer = ("error", error)
+        pickle.dump(answer, answers)
+        answers.flush()
+    pool.close()
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))

@@ -1,0 +1,184 @@
+"""What ranks on simulated GPUs do for tests/simulated_cuda: functions of a module, so that they can be sent by name.
+
+Imported by those ranks alone, which have the device.
+"""
+
+import contextlib
+import importlib
+import io
+import shutil
+import unittest.mock
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from simulated_cuda import Machine
+from training_runs import train
+
+
+def train_on(machine: Machine, flags: list[str], visible: str | None = None) -> tuple[int, str]:
+    """`training_runs.train` on `machine`."""
+    from simulated_cuda.torch_cuda import use
+
+    use(machine, visible)
+    return train(flags)
+
+
+def resume(flags: list[str], run_dir: Path, step: int) -> tuple[int, str]:
+    """Continue a run as if it had been killed after its checkpoint of `step`: the later ones are gone."""
+    if torch.distributed.is_initialized():
+        raise RuntimeError("a group was left")
+    for folder in sorted((run_dir / "checkpoints").glob("step_*")):
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder, ignore_errors=True)
+    return train(flags)
+
+
+def count_waits(flags: list[str], first: int, last: int) -> dict[str, Any]:
+    """Train, and count in steps `first` to `last` (from 1): waits of the host by package and place."""
+    from simulated_cuda.trace import trace
+
+    from minimind.training.trainer import Trainer
+
+    step, stack, counted = Trainer.train_step, contextlib.ExitStack(), []
+
+    def train_step(trainer: Trainer, batches: Any) -> None:
+        if trainer.state.step == first - 1:
+            counted.append(stack.enter_context(trace()))
+        elif trainer.state.step == last:
+            stack.close()
+        step(trainer, batches)
+
+    with unittest.mock.patch.object(Trainer, "train_step", train_step):
+        code, printed = train(flags)
+    (found,) = counted
+    return {
+        "code": code,
+        "printed": printed,
+        "ours": found.of("minimind"),
+        "deepspeed": found.of("deepspeed"),
+        "all": {f"{place}: {kind}": number for (kind, place), number in found.waits.items()},
+        "operators": found.operators,
+        "collectives": found.collectives,
+    }
+
+
+MOMENTS = {
+    "forward": "minimind.model.transformer:MiniMindForCausalLM.forward",
+    "backward": "deepspeed:DeepSpeedEngine.backward",
+    "optimizer": "minimind.training.trainer:optimizer_step",
+    "evaluation": "minimind.training.evaluator:measure_loss",
+    "save": "minimind.training.trainer:engine_probe_loss",
+}
+
+
+def run_out_of_memory(moment: str, flags: list[str]) -> str:
+    """Train with a device that is full from `moment` on; the error, which is a person's to read."""
+    from simulated_cuda.torch_cuda import device, use
+
+    from minimind.errors import UserError
+
+    module, _, path = MOMENTS[moment].partition(":")
+    owner: Any = importlib.import_module(module)
+    *outer, name = path.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    original: Callable[..., Any] = getattr(owner, name)
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        device.set_capacity(device.allocated(0)[0])
+        return original(*args, **kwargs)
+
+    try:
+        with unittest.mock.patch.object(owner, name, full):
+            train(flags)
+    except UserError as error:
+        return str(error)
+    finally:
+        use(Machine())
+    return "nothing was said"
+
+
+def run_command(name: str, *arguments: str) -> tuple[int, str]:
+    """`python -m minimind.NAME` in this process: its exit code, and what it printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        try:
+            code = importlib.import_module(f"minimind.{name}").main(list(arguments))
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return code, printed.getvalue()
+
+
+def evaluate_waits(run_dir: str, shards: str) -> dict[str, int]:
+    """The waits of an evaluation by the command, by place and kind."""
+    from simulated_cuda.trace import trace
+
+    with trace() as counted:
+        code, _ = run_command("evaluate", "--checkpoint", run_dir, "--shards", shards, "--device", "cuda")
+    assert code == 0
+    return counted.of("minimind")
+
+
+def generate_waits(run_dir: str, num_tokens: int) -> dict[str, int]:
+    """The waits of a generation of `num_tokens` tokens, by place and kind."""
+    from simulated_cuda.trace import trace
+
+    from minimind.checkpoints.formats.load_model import load_model
+    from minimind.inference.decoding import Decoding
+    from minimind.inference.sampling import SamplingOptions
+
+    model = load_model(Path(run_dir), device="cuda").model
+    decoding = Decoding(model, [[5, 6, 7]], [SamplingOptions(temperature=0.0)], max_new_tokens=num_tokens)
+    with trace() as counted, torch.inference_mode():
+        while not decoding.is_done:
+            decoding.step()
+    return counted.of("minimind")
+
+
+def raise_out_of_order(how: str) -> str:
+    """Use a tensor on a second stream in the wrong way `how`; what is said, or nothing."""
+    side, ones = torch.cuda.Stream(), torch.ones(8, device="cuda")
+    try:
+        if how == "used without waiting":
+            with torch.cuda.stream(side):
+                ones * 2
+        if how == "read back without waiting":
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                twice = ones * 2
+            twice + 1
+        if how == "freed while in use":
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                twice = ones * 2
+            del ones
+            torch.ones(8, device="cuda").add_(1)
+        if how == "freed and recorded":
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                twice = ones * 2
+            ones.record_stream(side)
+            del ones
+            torch.ones(8, device="cuda").add_(1)
+        if how == "waited for":
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                twice = ones * 2
+            torch.cuda.current_stream().wait_stream(side)
+            twice + 1
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        return str(error).splitlines()[0]
+    return ""
+
+
+def copy_early() -> tuple[list[float], bool, list[float], bool, list[float]]:
+    """A copy to pinned memory, read before and after its event was asked."""
+    figures = torch.empty(2).pin_memory()
+    figures.copy_(torch.ones(2, device="cuda"), non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    early, first, still, second = figures.tolist(), arrived.query(), figures.tolist(), arrived.query()
+    return early, first, still, second, figures.tolist()
