@@ -187,6 +187,8 @@ def _write_back(ds: dict[str, Any], train: ResolvedTrain) -> None:
         params["betas"] = list(train.betas)
     if train.eps is not None:
         params["eps"] = train.eps
+    if train.optimizer == "muon" and "offload_optimizer" not in ds.get("zero_optimization", {}):
+        params.setdefault("torch_adam", True)  # DeepSpeed's own Adam has to be compiled, on a GPU by nvcc
     if train.schedule != "deepspeed":
         ds.pop("scheduler", None)
     autocasts = _uses_autocast(ds)

@@ -25,17 +25,18 @@ class RunControl:
         """Tell the watchdog where this rank is."""
         self.watchdog.report(step, phase)
 
-    def all_reduce(self, is_busy: bool) -> tuple[Requests, bool]:
-        """The requests of all ranks together, and whether any of them is busy. Every rank calls this: one collective.
+    def all_reduce(self, is_busy: bool, num_late: int = 0) -> tuple[Requests, bool, int]:
+        """The requests of all ranks together, whether any of them is busy, and the most figures that any of them still
+        waits for. Every rank calls this: one collective.
 
         Raises:
             RunLockError: on every rank: another job has taken the run folder.
         """
         is_lost = self.lock is not None and self.lock.is_lost
-        requests, (busy, lost) = self.requests.all_reduce((int(is_busy), int(is_lost)))
+        requests, (busy, lost, late) = self.requests.all_reduce((int(is_busy), int(is_lost), num_late))
         if lost:
             raise RunLockError(f"{self.run_dir}: another job has taken this run over; stopped")
-        return requests, bool(busy)
+        return requests, bool(busy), late
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import torch
 from minimind.checkpoints.manifest import TrainState
 from minimind.distributed.collectives import all_reduce_sum
 from minimind.training.record.run_files import StepRecord
-from minimind.training.step_timer import StepTimer, describe_times
+from minimind.training.step_timer import StepTimer, describe_times, seconds
 
 
 @dataclass(frozen=True)
@@ -26,46 +26,83 @@ class PendingStep:
     expert_counts: torch.Tensor | None  # (num_moe_layers, num_experts + 1) of this rank; None for a dense model
 
 
-def has_bad_loss(pending: list[PendingStep]) -> bool:
-    """Whether a loss of this rank is NaN or infinite."""
-    return not bool(torch.isfinite(torch.stack([item.loss for item in pending])).all())
+class Figures:
+    """The figures of pending steps, on their way to the host. Every rank makes them: it holds collectives.
+
+    On CUDA nothing waits for the device: the figures are summed over the ranks there, and copied to pinned memory.
+    """
+
+    def __init__(self, pending: list[PendingStep], timer: StepTimer) -> None:
+        self.pending = pending
+        self._reading = timer.read()
+        losses = torch.stack([item.loss for item in pending])
+        # A number is filled in by the device; as a tensor of its own it would be copied, and the host would wait.
+        norms = [
+            item.grad_norm.double().to(losses.device)
+            if isinstance(item.grad_norm, torch.Tensor)
+            else losses.new_full((), math.nan if item.grad_norm is None else item.grad_norm, dtype=torch.float64)
+            for item in pending
+        ]
+        means = all_reduce_sum(torch.cat([losses, torch.stack([item.aux_loss for item in pending])]))
+        counts = [item.expert_counts for item in pending if item.expert_counts is not None]
+        self._device = losses.device
+        self._losses, self._means = _copy_to_host(losses), _copy_to_host(means)
+        self._norms = _copy_to_host(torch.stack(norms))
+        self._loads = _copy_to_host(all_reduce_sum(torch.stack(counts))) if counts else None
+        self._copied: torch.cuda.Event | None = None
+        if self._device.type == "cuda":
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def are_here(self) -> bool:
+        """Whether the host has them."""
+        return self._copied is None or self._copied.query()
+
+    def wait(self) -> None:
+        """Wait for them."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def has_bad_loss(self) -> bool:
+        """Whether a loss of this rank is NaN or infinite; they must be here."""
+        return not bool(self._losses.isfinite().all())
+
+    def records(self, tokens_per_step: int) -> list[StepRecord]:
+        """The records of the steps; they must be here. Every rank calls this: one collective, on host memory."""
+        count = len(self.pending)
+        means = self._means.tolist()
+        step_seconds = seconds([self._reading.whole]) / count
+        times = torch.zeros(torch.distributed.get_world_size(), 2, dtype=torch.float64)
+        own = [seconds(self._reading.data), seconds(self._reading.forward)]
+        times[torch.distributed.get_rank()] = torch.tensor(own, dtype=torch.float64) / count
+        peak = peak_memory_bytes(self._device)
+        records = []
+        for i, item in enumerate(self.pending):
+            record: StepRecord = {
+                "step": item.state.step,
+                "loss": means[i],
+                "lr": item.lr,
+                "grad_norm": None if item.grad_norm is None else float(self._norms[i]),
+                "tokens_seen": item.state.tokens_seen,
+                "consumed_samples": item.state.consumed_samples,
+                "step_seconds": step_seconds,
+                "tokens_per_second": tokens_per_step / step_seconds,
+                "peak_memory_bytes": peak,
+            }
+            if item.loss_scale is not None:
+                record["loss_scale"] = item.loss_scale
+            if self._loads is not None:
+                record["aux_loss"] = means[count + i]
+                record.update(summarize_load(item.state.step, self._loads[i]))
+            records.append(record)
+        records[-1].update(describe_times(self.pending[-1].state.step, all_reduce_sum(times).flatten().tolist()))
+        return records
 
 
-def reduce_steps(pending: list[PendingStep], timer: StepTimer, tokens_per_step: int) -> list[StepRecord]:
-    """The records of pending steps, reduced over the ranks. Every rank calls this; it waits for the device."""
-    losses = torch.stack([item.loss for item in pending])
-    aux_losses = torch.stack([item.aux_loss for item in pending])
-    # Every rank's own times ride along, each in its place, so they cost no collective.
-    times = torch.zeros(torch.distributed.get_world_size(), 2)
-    times[torch.distributed.get_rank()] = torch.tensor(timer.own_seconds()) / len(pending)
-    summed = all_reduce_sum(torch.cat([losses, aux_losses, times.flatten().to(losses)])).tolist()
-    means, aux_means = summed[: len(pending)], summed[len(pending) : 2 * len(pending)]
-    counts = [item.expert_counts for item in pending if item.expert_counts is not None]
-    loads = all_reduce_sum(torch.stack(counts)).cpu() if counts else None
-    seconds = timer.elapsed() / len(pending)
-    timer.restart()
-    peak = peak_memory_bytes(losses.device)
-    records = []
-    for i, item in enumerate(pending):
-        record: StepRecord = {
-            "step": item.state.step,
-            "loss": means[i],
-            "lr": item.lr,
-            "grad_norm": None if item.grad_norm is None else float(item.grad_norm),
-            "tokens_seen": item.state.tokens_seen,
-            "consumed_samples": item.state.consumed_samples,
-            "step_seconds": seconds,
-            "tokens_per_second": tokens_per_step / seconds,
-            "peak_memory_bytes": peak,
-        }
-        if item.loss_scale is not None:
-            record["loss_scale"] = item.loss_scale
-        if loads is not None:
-            record["aux_loss"] = aux_means[i]
-            record.update(summarize_load(item.state.step, loads[i]))
-        records.append(record)
-    records[-1].update(describe_times(pending[-1].state.step, summed[2 * len(pending) :]))
-    return records
+def _copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of `tensor`; from CUDA into pinned memory, without waiting for it."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=True)
 
 
 def summarize_load(step: int, counts: torch.Tensor) -> StepRecord:

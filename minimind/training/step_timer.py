@@ -9,54 +9,73 @@ import contextlib
 import statistics
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch.profiler import record_function
 
 from minimind.training.record.run_files import StepRecord
 
+Mark = float | torch.cuda.Event
+"""A moment: of the host's clock, or on CUDA an event between two operations of the device."""
+
+
+class Reading(NamedTuple):
+    """The times between two readings, each a pair of marks. On CUDA the device must have passed them."""
+
+    whole: tuple[Mark, Mark]
+    data: list[tuple[Mark, Mark]]
+    forward: list[tuple[Mark, Mark]]
+
+
+def seconds(spans: list[tuple[Mark, Mark]]) -> float:
+    """Seconds of `spans` together."""
+    total = 0.0
+    for begin, end in spans:
+        if isinstance(begin, float):
+            assert isinstance(end, float)
+            total += end - begin
+        else:
+            assert isinstance(end, torch.cuda.Event)
+            total += begin.elapsed_time(end) / 1000
+    return total
+
 
 class StepTimer:
-    """Adds up seconds between two readings."""
+    """Marks the parts of the steps between two readings. On CUDA the host does not wait for what it marks."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
-        self._began = time.perf_counter()
-        self._seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._spans: collections.defaultdict[str, list[tuple[Mark, Mark]]] = collections.defaultdict(list)
+        self.restart()
+
+    def _mark(self) -> Mark:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Around a part of a step ("data": taking the next batches, "forward", ...): a range of that name in a profile.
-        A forward on CUDA is timed by the device's own events, as the host does not wait for it."""
-        events = None
-        if self._on_cuda and name == "forward":
-            events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            events[0].record()
-        began = time.perf_counter()
+        """Around a part of a step ("data": taking the next batches, "forward", ...): a range of that name in a
+        profile."""
+        mark = self._mark if name == "forward" else time.perf_counter
+        begin = mark()
         with record_function(f"step.{name}"):
             yield
-        if events is None:
-            self._seconds[name] += time.perf_counter() - began
-        else:
-            events[1].record()
-            self._events.append(events)
+        self._spans[name].append((begin, mark()))
 
     def restart(self) -> None:
         """Begin the time between two readings now: an evaluation or a save is no part of a step."""
-        self._began = time.perf_counter()
+        self._began = self._mark()
 
-    def elapsed(self) -> float:
-        """Seconds since the last reading or restart."""
-        return time.perf_counter() - self._began
-
-    def own_seconds(self) -> tuple[float, float]:
-        """Seconds of waiting for data and of forward passes since the last reading; the device must have done them."""
-        forward = self._seconds["forward"] + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
-        found = (self._seconds["data"], forward)
-        self._events.clear()
-        self._seconds.clear()
-        return found
+    def read(self) -> Reading:
+        """The marks since the last reading or restart."""
+        now, spans = self._mark(), self._spans
+        reading = Reading((self._began, now), spans["data"], spans["forward"])
+        self._began, self._spans = now, collections.defaultdict(list)
+        return reading
 
 
 def describe_times(step: int, times: list[float]) -> StepRecord:

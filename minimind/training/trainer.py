@@ -1,7 +1,8 @@
 """The loop: batches in, optimizer steps, evaluations, checkpoints, records out.
 
 The loss of a step is the sum over all ranks and micro-batches divided by the number of targets of the whole step, and
-so is its gradient. The host waits for the device only on steps that log, evaluate or save.
+so is its gradient. The host waits for the device only on steps that evaluate or save: on CUDA the figures of a step are
+logged when they have arrived, a step or more later.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ from minimind.training.objectives.objective import Objective
 from minimind.training.profiler import StepProfiler
 from minimind.training.record.metrics import NullRecord
 from minimind.training.record.run_files import StepRecord
-from minimind.training.step_record import PendingStep, has_bad_loss, reduce_steps
+from minimind.training.step_record import Figures, PendingStep
 from minimind.training.step_timer import StepTimer
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Trainer:
     proven: bool = False
     """Whether this engine has loaded a checkpoint of its own form; if not, it does so after its first save."""
     _pending: list[PendingStep] = field(default_factory=list)
+    _arriving: list[Figures] = field(default_factory=list)
     _skipped: int = 0
 
     def __post_init__(self) -> None:
@@ -86,12 +88,14 @@ class Trainer:
             while self.state.step < train.steps:
                 self.train_step(self._next(steps))
                 step = self.state.step
-                requests = self._agree()
+                requests, num_here = self._agree()
                 is_last = step == train.steps or requests.stop
                 save_now = is_last or requests.save or _is_due(step, train.save_every)
                 evaluate_now = self.val is not None and (step == train.steps or _is_due(step, train.eval_every))
-                if save_now or evaluate_now or step % train.log_every == 0 or train.skip_bad_steps:
-                    self._flush()
+                must_wait = save_now or evaluate_now or bool(train.skip_bad_steps)
+                if must_wait or step % train.log_every == 0:
+                    self._send_figures()
+                self._log_figures(len(self._arriving) if must_wait or self.engine.device.type == "cpu" else num_here)
                 eval_loss = self._evaluate() if evaluate_now else None
                 if save_now:
                     self._save(eval_loss, wait=is_last)
@@ -202,12 +206,12 @@ class Trainer:
         set_learning_rate(self.engine, self.resolved, lr)
         return lr
 
-    def _count_targets(self, batches: list[Batch]) -> torch.Tensor:
-        """Targets of the whole step over all ranks, as a tensor on the device."""
-        count = torch.tensor(float(self.objective.count_targets(batches)), device=self.engine.device)
-        if self.resolved.data.document_mask:
-            return all_reduce_sum(count).clamp(min=1)
-        return count * self.loader.dp_size  # without a mask every position of every window has a target
+    def _count_targets(self, batches: list[Batch]) -> int:
+        """Targets of the whole step over all ranks, which the hosts know without the device. Every rank calls this."""
+        count = self.objective.count_targets(batches)
+        if self.resolved.data.document_mask and self.loader.dp_size > 1:
+            return max(1, int(all_reduce_sum(torch.tensor(count))))
+        return max(1, count * self.loader.dp_size)  # without a mask every position of every window has a target
 
     def _seed_dropout(self, step: int) -> None:
         """Dropout and a router's noise are functions of (seed, step, rank): a resume needs no saved random state."""
@@ -223,18 +227,23 @@ class Trainer:
         if counts is None or not self.resolved.model.router_bias_update_rate:
             return
         load = all_reduce_sum(counts[:, :-1].clone())
-        finite = torch.isfinite(torch.as_tensor(0.0 if grad_norm is None else grad_norm, device=self.engine.device))
+        finite = grad_norm.isfinite() if isinstance(grad_norm, torch.Tensor) else math.isfinite(grad_norm or 0.0)
         self.engine.module.step_router_biases(load * finite)
 
-    def _flush(self) -> None:
-        """Bring the pending steps to the host, check and log them. Every rank calls this: it holds collectives."""
-        if not self._pending:
-            return
-        pending, self._pending = self._pending, []
-        is_bad_here = has_bad_loss(pending)
-        for record in reduce_steps(pending, self.timer, self._tokens_per_step):
-            self._check_step(record, is_bad_here)
-            self.record.log_step(record)
+    def _send_figures(self) -> None:
+        """Send the figures of the pending steps to the host. Every rank calls this: it holds collectives."""
+        if self._pending:
+            self._arriving.append(Figures(self._pending, self.timer))
+            self._pending = []
+
+    def _log_figures(self, count: int) -> None:
+        """Check and log the first `count` figures that were sent. Every rank calls this: it holds collectives."""
+        for figures in self._arriving[:count]:
+            figures.wait()
+            self._arriving.remove(figures)
+            for record in figures.records(self._tokens_per_step):
+                self._check_step(record, figures.has_bad_loss())
+                self.record.log_step(record)
 
     def _check_step(self, record: StepRecord, is_bad_here: bool) -> None:
         """Stop, or count a skipped step, if a figure is not finite. Every rank comes here with the same figures."""
@@ -286,16 +295,18 @@ class Trainer:
         self.timer.restart()
         return found.loss
 
-    def _agree(self) -> Requests:
-        """The requests of all ranks; also takes a running save further. Every rank calls this."""
+    def _agree(self) -> tuple[Requests, int]:
+        """The requests of all ranks, and how many of the sent figures all of them have; also takes a running save
+        further. Every rank calls this."""
         self.control.report(self.state.step, "end of the step")
-        requests, is_busy = self.control.all_reduce(not self.saver.is_idle)
+        num_late = sum(not figures.are_here() for figures in self._arriving)
+        requests, is_busy, num_late = self.control.all_reduce(not self.saver.is_idle, num_late)
         if self.saver.is_saving and not is_busy:
             self._note_saved(self.saver.advance())
-        return requests
+        return requests, len(self._arriving) - num_late
 
     def _save(self, eval_loss: float | None, *, wait: bool) -> None:
-        """Write a checkpoint. Every rank calls this; the pending steps are flushed and finite."""
+        """Write a checkpoint. Every rank calls this; the figures of all steps are logged and finite."""
         self.control.report(self.state.step, "saving")
         self.record.flush()
         began = time.monotonic()

@@ -178,7 +178,7 @@ def test_shipped_files_are_the_ones_promised_and_hpz_follows_the_node():
 def test_the_default_precision_is_what_the_device_has():
     assert resolve(STAGE_1).run.train.precision == "fp32"
     assert resolve(STAGE_1, device_type="cuda", bf16_supported=True).run.train.precision == "bf16"
-    assert resolve(STAGE_1, device_type="cuda", bf16_supported=False).run.train.precision == "fp32"
+    assert resolve(STAGE_1, device_type="cuda", bf16_supported=False).run.train.precision == "fp16"
     assert resolve(STAGE_1, device_type="cpu", bf16_supported=True).run.train.precision == "fp32"
     assert resolve({**STAGE_1, "bf16": {"enabled": True}}).run.train.precision == "bf16"
     # What DeepSpeed itself does with an explicit "off".

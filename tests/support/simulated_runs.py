@@ -18,11 +18,15 @@ from training_runs import train
 
 
 def train_on(machine: Machine, flags: list[str], visible: str | None = None) -> tuple[int, str]:
-    """`training_runs.train` on `machine`."""
-    from simulated_cuda.torch_cuda import use
+    """`training_runs.train` on `machine`; afterwards the process has its own again."""
+    from simulated_cuda.torch_cuda import state, use
 
+    before = state.machine
     use(machine, visible)
-    return train(flags)
+    try:
+        return train(flags)
+    finally:
+        use(before)
 
 
 def resume(flags: list[str], run_dir: Path, step: int) -> tuple[int, str]:

@@ -7,6 +7,7 @@ import types
 from typing import Any
 
 import torch
+import torch.utils.cpp_extension
 
 from simulated_cuda.build import load
 from simulated_cuda.profiles import Machine, read
@@ -297,6 +298,7 @@ def install() -> None:
         setattr(torch._C, name, value)
     for name in ("range_push", "range_pop", "mark", "range_start", "range_end"):
         setattr(cuda.nvtx, name, lambda *_, **__: 0)
+    torch.utils.cpp_extension.CUDA_HOME = None  # a GPU, and no toolkit to compile for it
     machine = read()
     assert machine is not None
     use(machine, os.environ.get("CUDA_VISIBLE_DEVICES"))
