@@ -6,7 +6,7 @@ Adam under offload, or the one that the JSON names.
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
@@ -16,12 +16,28 @@ from deepspeed.utils import set_z3_leaf_module
 
 from minimind.config.deepspeed_keys import offload_device, zero_stage
 from minimind.config.resolved_run import ResolvedRun
+from minimind.errors import UserError, first_line
 from minimind.model import MiniMindForCausalLM
 from minimind.model.kernels.apply import apply_kernels, chosen_kernels
 from minimind.model.layers import FeedForward
 from minimind.parallel.deepspeed_check import _build_errors
 from minimind.parallel.experts import AUTOEP_EXPERTS, attach_router_hooks, leave_out_of_compilation, replace_experts
 from minimind.parallel.optimizer import clips_here, parameter_groups
+
+
+@contextlib.contextmanager
+def explain_compile_errors() -> Iterator[None]:
+    """Turn what torch.compile misses at the first forward of the block (Triton, a C compiler) into one line.
+
+    Raises:
+        UserError: it could not compile.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            raise
+        raise UserError(f"--compile: {first_line(error)}; install what is missing, or leave --compile out") from error
 
 
 def build_model(resolved: ResolvedRun, device: torch.device) -> MiniMindForCausalLM:

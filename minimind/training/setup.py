@@ -31,7 +31,7 @@ from minimind.errors import UserError
 from minimind.model.kernels.attention import has_varlen_attention
 from minimind.model.kernels.matmul import has_fast_matmul
 from minimind.parallel.deepspeed_check import check_ds_config, check_ops
-from minimind.parallel.engine import build_engine, build_model
+from minimind.parallel.engine import build_engine, build_model, explain_compile_errors
 from minimind.training.control import hold_run
 from minimind.training.objectives.pretrain import Pretrain
 from minimind.training.peak_flops import peak_flops
@@ -148,7 +148,11 @@ def run_rank(
         )
         try:
             # Inside the one of train.main, so that the run's events get the line too.
-            with explain_out_of_memory(device, memory_remedies(resolved), env.rank_label, lambda: watchdog.position):
+            remedies = memory_remedies(resolved)
+            with (
+                explain_out_of_memory(device, remedies, env.rank_label, lambda: watchdog.position),
+                explain_compile_errors(),
+            ):
                 return trainer.fit()
         except UserError as error:
             record.log_event("fail", trainer.state.step, str(error))

@@ -99,7 +99,13 @@ def test_each_rank_takes_its_device(monkeypatch):
     fake_cuda(monkeypatch, 1)
     with pytest.raises(UserError, match="local rank 1 of 2: this host has 1 CUDA devices"):
         find_device(RankEnvironment(local_rank=1, local_world_size=2))
-    # srun --gpus-per-task=1 shows each task one device, which it calls number 0.
+    # CUDA_VISIBLE_DEVICES=$SLURM_LOCALID, or srun --gpus-per-task=1: each task is shown one device, as number 0.
+    for visible in ("1", "GPU-00000002", "MIG-00000002"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert find_device(RankEnvironment(local_rank=1, local_world_size=2)) == torch.device("cuda", 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(UserError, match="this host has 1 CUDA devices"):
+        find_device(RankEnvironment(local_rank=1, local_world_size=2))
     monkeypatch.setenv("SLURM_STEP_GPUS", "1")
     assert find_device(RankEnvironment(local_rank=1, local_world_size=2)) == torch.device("cuda", 0)
 

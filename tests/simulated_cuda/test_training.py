@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 from repository import ROOT
 from simulated_cuda import Machine
-from simulated_runs import MOMENTS, count_waits, resume, run_out_of_memory, train_on
+from simulated_runs import (
+    MOMENTS,
+    compile_without_triton,
+    count_waits,
+    resume,
+    run_out_of_memory,
+    train_on,
+    train_seeing_one,
+)
 from training_runs import EXPERTS, flags_for, losses, train
 
 FILES = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json") if path.stem != "zero3_nvme")  # needs libaio
@@ -93,3 +101,15 @@ def test_an_old_gpu_trains_in_fp16_and_says_what_it_lacks(one_gpu, tiny_corpus, 
     ((code, printed),) = one_gpu.run(train_on, Machine("T4"), given[:at] + given[at + 2 :])
     assert code == 0 and "1 x cuda, fp16" in printed
     assert "this GPU has no variable-length attention" in printed
+
+
+def test_compiling_needs_triton_and_says_so(one_gpu, tiny_corpus, tmp_path):
+    (said,) = one_gpu.run(compile_without_triton, flags(tiny_corpus, tmp_path / "run", "zero1", "bf16"))
+    assert said.startswith("--compile: ") and "riton" in said and "\n" not in said
+
+
+def test_a_rank_that_sees_one_device_of_two_takes_it(two_gpus, tiny_corpus, tmp_path, on_cpu):
+    """`CUDA_VISIBLE_DEVICES=$SLURM_LOCALID` for each task, and what `srun --gpus-per-task=1` does."""
+    (code, printed), *_ = two_gpus.run(train_seeing_one, flags(tiny_corpus, tmp_path / "run", "zero3", "fp32"))
+    assert code == 0 and "2 x cuda" in printed
+    assert losses(tmp_path / "run") == pytest.approx(on_cpu("zero3", "dense", "fp32"), rel=1e-5)

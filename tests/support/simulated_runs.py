@@ -6,6 +6,7 @@ Imported by those ranks alone, which have the device.
 import contextlib
 import importlib
 import io
+import os
 import shutil
 import unittest.mock
 from collections.abc import Callable
@@ -27,6 +28,13 @@ def train_on(machine: Machine, flags: list[str], visible: str | None = None) -> 
         return train(flags)
     finally:
         use(before)
+
+
+def train_seeing_one(flags: list[str]) -> tuple[int, str]:
+    """Train on a rank that is shown the device of its own number alone."""
+    visible = os.environ["LOCAL_RANK"]
+    with unittest.mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=visible):
+        return train_on(Machine(devices=2), flags, visible)
 
 
 def resume(flags: list[str], run_dir: Path, step: int) -> tuple[int, str]:
@@ -66,6 +74,20 @@ def count_waits(flags: list[str], first: int, last: int) -> dict[str, Any]:
         "operators": found.operators,
         "collectives": found.collectives,
     }
+
+
+def compile_without_triton(flags: list[str]) -> str:
+    """Train with --compile where there is no Triton; the error, which is a person's to read."""
+    from simulated_cuda.compiler import without_stand_in
+
+    from minimind.errors import UserError
+
+    try:
+        with without_stand_in():
+            train([*flags, "--compile"])
+    except UserError as error:
+        return str(error)
+    return "nothing was said"
 
 
 MOMENTS = {

@@ -25,7 +25,8 @@ def environment(machine: Machine, *, visible: str | None = None) -> dict[str, st
     """
     from simulated_cuda.build import LIBRARY, build
 
-    paths = [str(STARTUP), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    support = Path(__file__).parents[1]
+    paths = [str(STARTUP), str(support), str(support.parents[1]), os.environ.get("PYTHONPATH", "")]
     variables = {
         **{name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"},
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),

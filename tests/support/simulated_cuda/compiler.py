@@ -1,10 +1,13 @@
 """torch.compile without Triton: graphs are traced and differentiated as on a GPU, and run operator by operator."""
 
+import contextlib
 import importlib.util
-import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+_compile = torch._TorchCompileInductorWrapper.__call__
 
 
 def _run_traced(self: Any, model: Any, inputs: Any) -> Any:
@@ -15,6 +18,17 @@ def _run_traced(self: Any, model: Any, inputs: Any) -> Any:
 
 
 def install() -> None:
-    """Take that for torch's own compiler where Triton is missing. SIMULATED_CUDA_TRITON=0 leaves the compiler."""
-    if importlib.util.find_spec("triton") is None and os.environ.get("SIMULATED_CUDA_TRITON") != "0":
+    """Take that for torch's own compiler where Triton is missing."""
+    if importlib.util.find_spec("triton") is None:
         torch._TorchCompileInductorWrapper.__call__ = _run_traced
+
+
+@contextlib.contextmanager
+def without_stand_in() -> Iterator[None]:
+    """torch's own compiler in the block: on a machine without Triton it fails, as there."""
+    before = torch._TorchCompileInductorWrapper.__call__
+    torch._TorchCompileInductorWrapper.__call__ = _compile
+    try:
+        yield
+    finally:
+        torch._TorchCompileInductorWrapper.__call__ = before
