@@ -94,7 +94,9 @@ class TrainConfig:
     """step and exponential: steps over which the rate is multiplied by lr_gamma."""
     lr_gamma: Annotated[float, SHARE] = 0.5
     """step and exponential: the factor."""
-    precision: Annotated[Precision | None, _default("bf16 on a GPU that has it, otherwise fp32")] = None
+    precision: Annotated[
+        Precision | None, _default("bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU")
+    ] = None
     """Arithmetic of forward and backward."""
     activation_checkpointing: bool = False
     """Keep only each block's input for the backward and recompute the rest: less memory, about a third more time."""
