@@ -94,7 +94,7 @@ MOMENTS = {
     "forward": "minimind.model.transformer:MiniMindForCausalLM.forward",
     "backward": "deepspeed:DeepSpeedEngine.backward",
     "optimizer": "minimind.training.trainer:optimizer_step",
-    "evaluation": "minimind.training.evaluator:measure_loss",
+    "evaluation": "minimind.training.trainer:measure_loss",
     "save": "minimind.training.trainer:engine_probe_loss",
 }
 
