@@ -17,9 +17,15 @@ from simulated_runs import (
 )
 from training_runs import EXPERTS, flags_for, losses, train
 
-FILES = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json") if path.stem != "zero3_nvme")  # needs libaio
+# Offload has its Adam compiled for a machine with CUDA, which takes minutes; NVMe needs libaio.
+LEFT_OUT = ("zero2_offload", "zero3_offload", "zero3_nvme")
+FILES = sorted({path.stem for path in (ROOT / "ds_configs").glob("*.json")} - {*LEFT_OUT})
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
 KINDS: dict[str, dict] = {"dense": {}, "experts": EXPERTS}
+CASES = [(file, kind) for file in FILES for kind in KINDS if (file, kind) != ("zero2_muon", "experts")]  # refused
+# What DeepSpeed makes the host wait for in a step, and cannot be told to leave: norms and their checks are read on the
+# host; stage 2 synchronizes the device after its reductions, stage 3 two of its streams.
+WAITS_OF_DEEPSPEED = {"zero1": 3, "zero2": 7, "zero3": 5}
 
 
 def flags(corpus: Path, run_dir: Path, file: str, precision: str, kind: str = "dense", **others) -> list[str]:
@@ -51,14 +57,12 @@ def check_losses(ranks, corpus, run_dir, reference, file, kind, precision):
     assert losses(run_dir) == pytest.approx(expected, rel=TOLERANCE[precision])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(("file", "kind"), CASES)
 def test_one_gpu_gives_the_losses_of_a_cpu(one_gpu, tiny_corpus, tmp_path, on_cpu, file, kind):
     check_losses(one_gpu, tiny_corpus, tmp_path / "run", on_cpu, file, kind, "fp32")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(("file", "kind"), CASES)
 def test_two_gpus_give_the_losses_of_a_cpu(two_gpus, tiny_corpus, tmp_path, on_cpu, file, kind):
     check_losses(two_gpus, tiny_corpus, tmp_path / "run", on_cpu, file, kind, "bf16")
 
@@ -87,12 +91,13 @@ def test_memory_that_ends_is_one_line(one_gpu, tiny_corpus, tmp_path, moment):
 # Waits of the host.
 
 
-@pytest.mark.parametrize("file", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("file", WAITS_OF_DEEPSPEED)
 def test_the_host_does_not_wait_for_the_device(one_gpu, tiny_corpus, tmp_path, file):
     given = flags(tiny_corpus, tmp_path, file, "bf16", steps=24, global_batch_size=1, log_every=10, document_mask=True)
     (found,) = one_gpu.run(count_waits, given, 11, 20)
-    print(file, found["all"])
     assert found["code"] == 0 and found["ours"] == {}
+    assert sum(found["deepspeed"].values()) / 10 <= WAITS_OF_DEEPSPEED[file], found["deepspeed"]
+    assert sum(found["all"].values()) == sum(found["deepspeed"].values())
 
 
 def test_an_old_gpu_trains_in_fp16_and_says_what_it_lacks(one_gpu, tiny_corpus, tmp_path):

@@ -1,0 +1,57 @@
+"""Every command that computes, on a simulated GPU, against the CPU."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from repository import ROOT
+from simulated_cuda import Machine, environment
+from simulated_runs import evaluate_waits, generate_waits, run_command
+from training_runs import flags_for, train
+
+
+@pytest.fixture(scope="module")
+def run_dir(one_gpu, tiny_corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "run"
+    one_gpu.run(train, flags_for(tiny_corpus, folder, steps=2))
+    return folder
+
+
+def test_evaluation_is_that_of_a_cpu(one_gpu, run_dir, tiny_corpus, tmp_path):
+    found = []
+    for device in ("cuda", "cpu"):
+        output = tmp_path / f"{device}.json"
+        flags = ["--checkpoint", str(run_dir), "--shards", str(tiny_corpus), "--output", str(output)]
+        one_gpu.run(run_command, "evaluate", *flags, "--device", device, "--precision", "fp32")
+        found.append(json.loads(output.read_text())["loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_an_evaluation_waits_once(one_gpu, run_dir, tiny_corpus):
+    (found,) = one_gpu.run(evaluate_waits, str(run_dir), str(tiny_corpus))
+    assert {place: number for place, number in found.items() if "measure_loss" in place} == {
+        place: 1 for place in found if "measure_loss" in place
+    }
+
+
+def test_a_token_waits_once(one_gpu, run_dir):
+    few, many = (sum(one_gpu.run(generate_waits, str(run_dir), number)[0].values()) for number in (4, 12))
+    assert many - few == 8
+
+
+@pytest.mark.parametrize("command", ["doctor", "plan"])
+def test_what_is_told_of_a_gpu(one_gpu, command):
+    flags = ["--model", "tiny", "--seq-len", "128"] if command == "plan" else []
+    ((code, printed),) = one_gpu.run(run_command, command, *flags)
+    assert "H100" in printed if command == "doctor" else code == 0
+
+
+def test_tests_are_for_the_cpu_wherever_they_run():
+    code = "import conftest, torch; print(torch.cuda.is_available())"
+    for more, answer in (([], "False"), (["-m", "gpu"], "True")):
+        found = subprocess.run(
+            [sys.executable, "-c", code, *more], cwd=ROOT / "tests", env=environment(Machine()), capture_output=True,
+            text=True,
+        )  # fmt: skip
+        assert found.stdout.split() == [answer], found.stderr[-1000:]
