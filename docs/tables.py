@@ -68,7 +68,7 @@ def kv_cache(language: str) -> str:
 
 def yarn_row(config: ModelConfig, pair: int) -> tuple[float, float, float]:
     """(turns in the trained context, ramp, new frequency / old) of a pair by YaRN's formulas (arXiv 2309.00071)."""
-    context, size = config.rope_original_max_position_embeddings, config.head_size
+    context, size = config.trained_length, config.head_size
 
     def pair_of(turns: float) -> float:
         return size * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))

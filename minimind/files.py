@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minimind.errors import UserError
+from minimind.errors import UserError, first_line
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -104,6 +104,8 @@ def read_json(path: str | os.PathLike[str], what: str) -> Any:
         raise UserError(f"{what} {path}: not UTF-8 text; give a JSON file") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{what} {path}: line {error.lineno} column {error.colno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise UserError(f"{what} {path}: no reasonable JSON: {first_line(error)}") from None
 
 
 def partial_folder(final: Path) -> Path:

@@ -24,6 +24,7 @@ AT_RESUME: dict[str, Change] = {
     # ...but for what only training reads, or what gives the same values in another way.
     **dict.fromkeys(("flash_attn", "dropout", "attention_dropout", "initializer_range"), "free"),
     **dict.fromkeys(("router_aux_loss_coef", "router_z_loss_coef", "seq_aux", "aux_loss_scope"), "free"),
+    "rope_original_max_position_embeddings": "free",  # a run notes it by itself
     # How DeepSpeed's files are cut: the portable form carries the state over.
     **dict.fromkeys(("world_size", "zero_stage", "ep_size", "precision", *_LAYOUT), "topology"),
     # Which samples a step takes, and what the optimizer's state means.

@@ -18,6 +18,8 @@ from minimind.errors import UserError
 from minimind.files import replace_file
 from minimind.model.pretrained import WEIGHTS_FILE
 
+WEIGHT_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+"""What weights can be: a quantized tensor without its scales would load as wrong numbers."""
 _TYPES = {torch.float32: ("F32", 4), torch.bfloat16: ("BF16", 2), torch.float16: ("F16", 2)}
 
 INDEX_FILE = WEIGHTS_FILE + ".index.json"
@@ -86,9 +88,15 @@ class SafetensorsFolder:
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name, file in self._file_of.items():
             try:
-                self.shapes[name] = tuple(self._files[file].get_slice(name).get_shape())
+                tensor = self._files[file].get_slice(name)
             except SafetensorError:
                 raise UserError(f"{folder / file}: tensor {name}, which {INDEX_FILE} names, is not in it") from None
+            self.shapes[name] = tuple(tensor.get_shape())
+            if tensor.get_dtype() not in WEIGHT_TYPES:
+                raise UserError(
+                    f"{folder / file}: tensor {name} has type {tensor.get_dtype()}; weights are read as "
+                    f"{', '.join(WEIGHT_TYPES)}, not quantized"
+                )
 
     def read(self, name: str) -> Tensor:
         """One tensor, in host memory."""
@@ -110,7 +118,7 @@ def _read_index(folder: Path) -> dict[str, str] | None:
         index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if not all(isinstance(file, str) and Path(file).name == file for file in index.values()):
             raise ValueError("a file outside the folder")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a readable index of shards: {error}") from None
     return index
 

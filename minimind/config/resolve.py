@@ -17,6 +17,7 @@ from minimind.config.overlaps import Overlaps, take_batch, take_optimizer, take_
 from minimind.config.resolved_run import ResolvedRun, ResolvedTrain
 from minimind.config.run_config import DTYPE_NAMES, RunConfig, TrainConfig, check_run
 from minimind.errors import UserError
+from minimind.model.config import ModelConfig
 from minimind.schema import check_fields
 
 DEFAULTS: dict[str, Any] = {
@@ -97,7 +98,9 @@ def resolve_run(
     settled = ResolvedTrain(**{**vars(run.train), **values})
     _write_back(ds, settled)
     write_experts(ds, run.model, settled)
-    resolved = ResolvedRun(run.model, run.data, settled, ds, dp_size, notes=())
+    model, length_notes = _note_trained_length(run)
+    notes += length_notes
+    resolved = ResolvedRun(model, run.data, settled, ds, dp_size, notes=())
     _check_combinations(resolved, device_type)
     check_experts(resolved)
     zero = resolved.zero
@@ -116,6 +119,18 @@ def _uses_autocast(ds: dict[str, Any]) -> bool:
     if any(ds.get(key, {}).get("enabled") is True for key in ("bf16", "fp16")):
         return False
     return "torch_autocast" in ds and ds["torch_autocast"].get("enabled") is not False
+
+
+def _note_trained_length(run: RunConfig) -> tuple[ModelConfig, list[str]]:
+    """The model with the length that it is trained at, which YaRN needs later: the longest so far. A stretched model
+    keeps the length from before."""
+    model, seq_len = run.model, run.data.seq_len
+    known = model.rope_original_max_position_embeddings
+    length = max(known or 0, seq_len) if run.train.init_from is not None else seq_len
+    if model.rope_scaling_factor != 1 or length == known:
+        return model, []
+    wrong = f"rope_original_max_position_embeddings: the model will say {length}, not {known}: seq_len is {seq_len}"
+    return dataclasses.replace(model, rope_original_max_position_embeddings=length), [wrong] if known else []
 
 
 # Which schedules look at a setting of the learning rate; "deepspeed" has its own in the JSON.

@@ -22,9 +22,9 @@ class Attention(nn.Module):
         self.dropout = config.attention_dropout
         query_size = config.num_attention_heads * config.head_size
         key_size = config.num_key_value_heads * config.head_size
-        self.q_proj = Linear(config.hidden_size, query_size, config.initializer_range)
-        self.k_proj = Linear(config.hidden_size, key_size, config.initializer_range)
-        self.v_proj = Linear(config.hidden_size, key_size, config.initializer_range)
+        self.q_proj = Linear(config.hidden_size, query_size, config.initializer_range, config.attention_bias)
+        self.k_proj = Linear(config.hidden_size, key_size, config.initializer_range, config.attention_bias)
+        self.v_proj = Linear(config.hidden_size, key_size, config.initializer_range, config.attention_bias)
         self.o_proj = Linear(query_size, config.hidden_size, residual_std(config))
         self.q_norm = RMSNorm(config.head_size, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_size, config.rms_norm_eps) if config.qk_norm else None

@@ -12,6 +12,9 @@ from typing import Annotated, Any, Literal, NoReturn
 from minimind.errors import UserError
 from minimind.schema import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Limits, check_fields
 
+# More than anybody has built; a hostile file that asks for more is refused before memory is taken.
+_MOST_PARAMS = 10**15
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -25,7 +28,7 @@ class ModelConfig:
     """Number of token ids, the rows of the embedding."""
     hidden_size: Annotated[int, AT_LEAST_1] = 768
     """Width of the residual stream."""
-    num_hidden_layers: Annotated[int, AT_LEAST_1] = 8
+    num_hidden_layers: Annotated[int, Limits(at_least=1, at_most=10_000)] = 8
     """Number of transformer blocks."""
     num_attention_heads: Annotated[int, AT_LEAST_1] = 8
     """Number of query heads."""
@@ -39,22 +42,26 @@ class ModelConfig:
     """Longest sequence the model accepts, in tokens."""
     rms_norm_eps: Annotated[float, ABOVE_0] = 1e-6
     """Added to the mean square in every RMSNorm."""
-    rope_theta: Annotated[float, ABOVE_0] = 1e6
+    rope_theta: Annotated[float, Limits(above=1)] = 1e6
     """Base of the rotary frequencies."""
     rope_scaling_factor: Annotated[float, AT_LEAST_1] = 1.0
-    """YaRN: how many times the context is stretched beyond the trained one; 1 turns YaRN off."""
-    rope_original_max_position_embeddings: Annotated[int, AT_LEAST_1] = 2048
-    """YaRN: the context length of training, in tokens."""
+    """How many times the context is stretched beyond the trained one; 1 turns scaling off."""
+    rope_scaling_type: Literal["yarn", "llama3", "linear"] = "yarn"
+    """How it is stretched: by YaRN, as Llama 3 does it, or every frequency alike (linear)."""
+    rope_original_max_position_embeddings: Annotated[int | None, AT_LEAST_1] = None
+    """The context length of training, in tokens; a run fills in its own. None: not known, and YaRN takes 2048."""
     rope_beta_fast: Annotated[float, ABOVE_0] = 32.0
-    """YaRN: frequencies that turn more often than this in the trained context are kept."""
+    """YaRN, llama3: frequencies that turn more often than this in the trained context are kept."""
     rope_beta_slow: Annotated[float, ABOVE_0] = 1.0
-    """YaRN: frequencies that turn less often than this in the trained context are divided by the factor."""
+    """YaRN, llama3: frequencies that turn less often than this in the trained context are divided by the factor."""
     rope_attention_factor: Annotated[float | None, ABOVE_0] = None
     """YaRN: scale of the rotated queries and keys; None means 0.1 * ln(rope_scaling_factor) + 1."""
     tie_word_embeddings: bool = True
     """Use the embedding matrix as the output matrix too."""
     qk_norm: bool = True
     """RMSNorm over each query and key head before the rotation."""
+    attention_bias: bool = False
+    """Biases on queries, keys and values, as in Qwen2."""
     dropout: Annotated[float, Limits(at_least=0, below=1)] = 0.0
     """Dropout on the embedding and on what each block adds to the residual stream, in training."""
     attention_dropout: Annotated[float, Limits(at_least=0, below=1)] = 0.0
@@ -74,7 +81,7 @@ class ModelConfig:
 
     use_moe: bool = False
     """Mixture of experts in place of the feed-forward."""
-    num_experts: Annotated[int, AT_LEAST_1] = 4
+    num_experts: Annotated[int, Limits(at_least=1, at_most=100_000)] = 4
     """Routed experts in a layer."""
     num_experts_per_tok: Annotated[int, AT_LEAST_1] = 1
     """Routed experts a token visits."""
@@ -112,6 +119,11 @@ class ModelConfig:
     def head_size(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def trained_length(self) -> int:
+        """Tokens of the context that the model was trained at, as far as it is known."""
+        return self.rope_original_max_position_embeddings or 2048
 
     @property
     def feed_forward_size(self) -> int:
@@ -157,6 +169,10 @@ class ModelConfig:
     def _count_params(self, *, active: bool) -> int:
         norms = 2 * self.hidden_size + (2 * self.head_size if self.qk_norm else 0)
         biases = 2 * self.num_moe_layers if self.moe_residual else 0
+        if self.attention_bias:
+            biases += (
+                self.num_hidden_layers * self.head_size * (self.num_attention_heads + 2 * self.num_key_value_heads)
+            )
         embeddings = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
         blocks = self._count_matrices(active=active) + self.num_hidden_layers * norms + biases
         return blocks + self.hidden_size + embeddings
@@ -206,8 +222,15 @@ def _check_dense(config: "ModelConfig") -> None:
         _refuse(config, "num_key_value_heads", f"does not divide num_attention_heads={heads}")
     if config.rope_beta_fast <= config.rope_beta_slow:
         _refuse(config, "rope_beta_fast", f"must be above rope_beta_slow={config.rope_beta_slow}")
-    if config.rope_attention_factor is not None and config.rope_scaling_factor == 1:
+    uses_yarn = config.rope_scaling_factor != 1 and config.rope_scaling_type == "yarn"
+    if config.rope_attention_factor is not None and not uses_yarn:
         _refuse(config, "rope_attention_factor", "has no effect without YaRN; set rope_scaling_factor above 1")
+    if config.rope_scaling_type != "yarn" and config.rope_scaling_factor == 1:
+        _refuse(config, "rope_scaling_type", "has no effect; set rope_scaling_factor above 1")
+    if config.num_params() > _MOST_PARAMS:
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "num_experts")
+        largest = max(sizes, key=lambda name: getattr(config, name) or 0)
+        _refuse(config, largest, f"gives a model of {float(config.num_params()):.1e} parameters")
 
 
 def _check_experts(config: "ModelConfig") -> None:

@@ -1,4 +1,5 @@
-"""Rotary positions (arXiv 2104.09864) in the half-rotation form, and YaRN's extension of them (arXiv 2309.00071).
+"""Rotary positions (arXiv 2104.09864) in the half-rotation form, and what stretches them: YaRN (arXiv 2309.00071),
+Llama 3's way (arXiv 2407.21783), linear interpolation (arXiv 2306.15595).
 
 No state at all: the tables are computed from integer positions in each forward, once for all layers, in float32. So
 neither a cast of the module to bfloat16 nor a start on the meta device can spoil them. Refuses to know of attention.
@@ -13,23 +14,31 @@ from minimind.model.config import ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
-    """Radians a position for each pair of dimensions, (head_size / 2,) float64, YaRN applied."""
+    """Radians a position for each pair of dimensions, (head_size / 2,) float64, scaling applied."""
     size = config.head_size
     exponents = torch.arange(0, size, 2, dtype=torch.float64, device=device) / size
     frequencies = config.rope_theta**-exponents
     if config.rope_scaling_factor == 1:
         return frequencies
-    low = max(math.floor(_pair_that_makes(config.rope_beta_fast, config)), 0)
-    high = min(math.ceil(_pair_that_makes(config.rope_beta_slow, config)), size - 1)
-    pairs = torch.arange(size // 2, dtype=torch.float64, device=device)
+    stretched = frequencies / config.rope_scaling_factor
+    if config.rope_scaling_type == "linear":
+        return stretched
     # 0: fast pairs, kept as trained; 1: slow pairs, stretched over the longer context; between them a ramp.
-    ramp = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
-    return frequencies * (1 - ramp) + frequencies / config.rope_scaling_factor * ramp
+    if config.rope_scaling_type == "llama3":  # over the turns of a pair within the trained context
+        turns = frequencies * config.trained_length / (2 * math.pi)
+        ramp = (config.rope_beta_fast - turns) / (config.rope_beta_fast - config.rope_beta_slow)
+    else:  # over the pairs
+        low = max(math.floor(_pair_that_makes(config.rope_beta_fast, config)), 0)
+        high = min(math.ceil(_pair_that_makes(config.rope_beta_slow, config)), size - 1)
+        pairs = torch.arange(size // 2, dtype=torch.float64, device=device)
+        ramp = (pairs - low) / max(high - low, 0.001)
+    ramp = ramp.clamp(0, 1)
+    return frequencies * (1 - ramp) + stretched * ramp
 
 
 def _pair_that_makes(turns: float, config: ModelConfig) -> float:
     """Index of the pair of dimensions that makes `turns` turns within the context of training."""
-    positions = config.rope_original_max_position_embeddings / (turns * 2 * math.pi)
+    positions = config.trained_length / (turns * 2 * math.pi)
     return config.head_size * math.log(positions) / (2 * math.log(config.rope_theta))
 
 
@@ -37,7 +46,7 @@ def attention_factor(config: ModelConfig) -> float:
     """YaRN's scale of rotated queries and keys (its square is the temperature of the softmax); 1 without YaRN."""
     if config.rope_attention_factor is not None:
         return config.rope_attention_factor
-    return 0.1 * math.log(config.rope_scaling_factor) + 1
+    return 0.1 * math.log(config.rope_scaling_factor) + 1 if config.rope_scaling_type == "yarn" else 1.0
 
 
 def rotary_tables(config: ModelConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:

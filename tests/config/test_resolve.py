@@ -13,6 +13,7 @@ from minimind.config.resolve import DEFAULTS, resolve_run, zero_stage
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
 from minimind.errors import UserError
+from minimind.model.config import ModelConfig
 from minimind.parallel.deepspeed_check import check_ds_config
 
 FILES = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -322,3 +323,25 @@ def test_the_resolved_pair_resolves_to_itself():
         again = resolve_run(first.run, first.ds, dp_size=2, local_world_size=2)
         assert again.run == first.run and again.ds == first.ds
     assert resolve_run(RunConfig(data=DataConfig(seq_len=3)), {}, dp_size=1).run.data.seq_len == 3
+
+
+@pytest.mark.parametrize(
+    ("model", "start", "length", "said"),
+    [
+        ({}, None, 256, None),
+        ({"rope_original_max_position_embeddings": 256}, None, 256, None),
+        ({"rope_original_max_position_embeddings": 2048}, None, 256, "the model will say 256, not 2048"),
+        ({"rope_original_max_position_embeddings": 2048}, "other", 2048, None),
+        ({"rope_original_max_position_embeddings": 64}, "other", 256, "the model will say 256, not 64"),
+        ({"rope_original_max_position_embeddings": 64, "rope_scaling_factor": 4.0}, None, 64, None),
+    ],
+)
+def test_the_model_learns_at_which_length_it_is_trained(model, start, length, said):
+    run = RunConfig(ModelConfig(**model), DataConfig(seq_len=256), TrainConfig(init_from=start))
+    resolved = resolve_run(run, {}, dp_size=1)
+    assert resolved.run.model.trained_length == length
+    assert [note for note in resolved.notes if "rope_original" in note] == [
+        note for note in resolved.notes if said and said in note
+    ]
+    assert not said or any(said in note for note in resolved.notes)
+    assert resolve_run(resolved.run, {}, dp_size=1).model == resolved.model

@@ -163,6 +163,20 @@ def test_a_stretched_context_reads_beyond_the_trained_one():
         stretch_context(model, 0.5)
 
 
+def test_yarn_takes_the_trained_length_that_the_model_knows(capsys):
+    model = build_model(rope_original_max_position_embeddings=64)
+    stretch_context(model, 16.0)
+    assert model.config.trained_length == 64 and model.config.max_position_embeddings == 1024
+    assert not capsys.readouterr().err
+    stretch_context(model, 4.0, 2048)
+    assert "2048 is taken, but this model was trained at 64" in capsys.readouterr().err
+    stretch_context(build_model(), 4.0)
+    assert "YaRN takes 2048; if that is wrong, give" in capsys.readouterr().err
+    scaled = build_model(rope_scaling_type="linear", rope_scaling_factor=2.0)
+    with pytest.raises(UserError, match="trained with linear scaling"):
+        stretch_context(scaled, 4.0)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_a_compiled_model_gives_the_same_tokens_from_one_compilation():

@@ -48,6 +48,7 @@ def test_untied_and_unusual_shapes_are_counted(tied):
         intermediate_size=56,
         qk_norm=tied,
         tie_word_embeddings=tied,
+        attention_bias=not tied,
     )
     model = MiniMindForCausalLM(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == config.num_params()
@@ -111,6 +112,13 @@ def test_a_bad_mapping_names_the_field(values, words):
         {"rope_scaling_factor": 0.5},
         {"rope_beta_fast": 1.0},
         {"rope_attention_factor": 1.2},
+        {"rope_attention_factor": 1.2, "rope_scaling_factor": 2.0, "rope_scaling_type": "llama3"},
+        {"rope_scaling_type": "linear"},
+        {"rope_theta": 1.0},
+        {"rope_original_max_position_embeddings": 0},
+        {"num_hidden_layers": 10_000_000},
+        {"vocab_size": 10**20},
+        {"hidden_size": 8 * 10**15},
         {"eos_token_id": 6400},
         {"num_experts": 8},
         {"n_shared_experts": 1},

@@ -39,7 +39,10 @@ def test_scores_depend_on_distance_alone():
 @pytest.mark.parametrize("theta", [1e4, 1e6])
 @pytest.mark.parametrize("scale", [None, 1.0])
 def test_yarn_is_that_of_transformers(factor, theta, scale):
-    ours = ModelConfig(rope_scaling_factor=factor, rope_theta=theta, rope_attention_factor=scale)
+    ours = ModelConfig(
+        rope_scaling_factor=factor, rope_theta=theta, rope_attention_factor=scale,
+        rope_original_max_position_embeddings=2048,
+    )  # fmt: skip
     parameters = {
         "rope_type": "yarn",
         "rope_theta": theta,
@@ -60,6 +63,23 @@ def test_yarn_is_that_of_transformers(factor, theta, scale):
     assert attention_factor(ours) == pytest.approx(their_factor)
     cos, sin = rotary_tables(ours, torch.arange(4))
     torch.testing.assert_close((cos**2 + sin**2), torch.full_like(cos, their_factor**2))
+
+
+@pytest.mark.parametrize(("kind", "trained"), [("llama3", 8192), ("llama3", 64), ("linear", 512)])
+def test_other_ways_of_stretching_are_those_of_transformers(kind, trained):
+    ours = ModelConfig(
+        rope_scaling_type=kind, rope_scaling_factor=8.0, rope_theta=5e5, rope_beta_fast=4.0, rope_beta_slow=1.0,
+        rope_original_max_position_embeddings=trained,
+    )  # fmt: skip
+    parameters = {"rope_type": kind, "rope_theta": 5e5, "factor": 8.0}
+    if kind == "llama3":
+        parameters |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": trained}
+    theirs = LlamaConfig(
+        hidden_size=768, num_attention_heads=8, max_position_embeddings=8 * trained, rope_parameters=parameters
+    )
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](theirs, torch.device("cpu"))
+    torch.testing.assert_close(inverse_frequencies(ours).float(), frequencies, rtol=1e-6, atol=0)
+    assert attention_factor(ours) == factor == 1
 
 
 def test_yarn_keeps_fast_pairs_and_stretches_slow_ones():

@@ -1,6 +1,7 @@
 """Write a trained model for other programs: Hugging Face folder, our own folder, or MiniMind's `.pth`."""
 
 import functools
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minimind.checkpoints.folder import checkpoint_name, checkpoints_folder
+from minimind.checkpoints.formats.gguf import (
+    ROPE_FACTORS,
+    choose_gguf_architecture,
+    model_fields,
+    rope_factors,
+    tokenizer_fields,
+    write_gguf,
+)
 from minimind.checkpoints.formats.huggingface_config import choose_architecture, to_huggingface
 from minimind.checkpoints.formats.huggingface_tokenizer import tokenizer_files
 from minimind.checkpoints.formats.layout import LAYOUTS, Layout, cut_part, lay_out
@@ -45,8 +54,9 @@ class ExportFlags:
     """In place of --run-dir: a checkpoint, an export, a Llama, Qwen3 or Qwen3-MoE folder, or a .pth."""
     output: Path
     """The folder to make."""
-    format: Literal["hf", "minimind", "pth"] = "hf"
-    """hf: config, safetensors and tokenizer for transformers, vLLM, llama.cpp; minimind: this project's own."""
+    format: Literal["hf", "gguf", "minimind", "pth"] = "hf"
+    """hf: config, safetensors and tokenizer for transformers and vLLM; gguf: one file for llama.cpp; minimind: this
+    project's own."""
     dtype: Precision = "fp32"
     """Type of the weights."""
     max_shard_size: str = "5GB"
@@ -86,7 +96,7 @@ def export(source: ModelSource, flags: ExportFlags) -> str:
     Raises:
         UserError: the format cannot hold this model, a weight overflows the type, or the folder cannot be written.
     """
-    write = {"hf": write_huggingface, "minimind": write_own, "pth": write_as_pth}[flags.format]
+    write = {"hf": write_huggingface, "gguf": write_as_gguf, "minimind": write_own, "pth": write_as_pth}[flags.format]
     try:
         with new_folder(flags.output) as folder:
             return write(source, flags, folder)
@@ -97,9 +107,7 @@ def export(source: ModelSource, flags: ExportFlags) -> str:
 def write_huggingface(source: ModelSource, flags: ExportFlags, folder: Path) -> str:
     """config.json, generation_config.json, safetensors and the tokenizer's files."""
     kind = choose_architecture(source.config)
-    tokenizer_file = find_given_tokenizer(source, flags)
-    if tokenizer_file is None:
-        raise UserError(f"{source.where}: there is no tokenizer beside it; give --tokenizer")
+    tokenizer_file = require_tokenizer(source, flags)
     files = tokenizer_files(tokenizer_file, source.config.max_position_embeddings)
     shard_bytes = parse_size(flags.max_shard_size, "max_shard_size")
     write_weights(source, flags, folder, LAYOUTS.get(kind, "per_expert"), shard_bytes)
@@ -124,6 +132,30 @@ def generation_config(config: ModelConfig, tokenizer_file: Path) -> dict[str, An
         "top_p": defaults.top_p,
         "max_new_tokens": defaults.max_new_tokens,
     }
+
+
+def write_as_gguf(source: ModelSource, flags: ExportFlags, folder: Path) -> str:
+    """One file of everything that llama.cpp needs."""
+    kind = choose_gguf_architecture(source.config)
+    file = require_tokenizer(source, flags)
+    settings = json.loads(tokenizer_files(file, source.config.max_position_embeddings)[CONFIG_NAME])
+    dtype = getattr(torch, DTYPE_NAMES[flags.dtype])
+    special_ids, vocab_size = load_tokenizer(file).special_ids, source.config.vocab_size
+    fields = model_fields(source.config, dtype) | tokenizer_fields(file, settings, special_ids, vocab_size)
+    shapes, read = rounded_weights(source, flags, "gguf")
+    # llama.cpp wants norms, biases and routers in float32.
+    exact = {name for name, shape in shapes.items() if len(shape) == 1 or "ffn_gate_inp" in name}
+    dtypes = {name: torch.float32 if name in exact else dtype for name in shapes}
+    factors = rope_factors(source.config)
+    if factors is not None:
+        shapes[ROPE_FACTORS], dtypes[ROPE_FACTORS] = tuple(factors.shape), torch.float32
+
+    def read_any(name: str) -> Tensor:
+        return factors if factors is not None and name == ROPE_FACTORS else read(name)
+
+    path = folder / f"minimind-{flags.dtype}.gguf"
+    write_gguf(path, fields, shapes, read_any, dtypes)
+    return f"{path.name} of llama.cpp ({kind})"
 
 
 def write_own(source: ModelSource, flags: ExportFlags, folder: Path) -> str:
@@ -182,6 +214,14 @@ def rounded_weights(
 def find_given_tokenizer(source: ModelSource, flags: ExportFlags) -> Path | None:
     """The given tokenizer, or the one beside the weights, if any."""
     return source.tokenizer_file if flags.tokenizer is None else find_tokenizer_file(flags.tokenizer)
+
+
+def require_tokenizer(source: ModelSource, flags: ExportFlags) -> Path:
+    """As `find_given_tokenizer`. Raises `UserError` when there is none."""
+    file = find_given_tokenizer(source, flags)
+    if file is None:
+        raise UserError(f"{source.where}: there is no tokenizer beside it; give --tokenizer")
+    return file
 
 
 def copy_tokenizer(source: ModelSource, flags: ExportFlags, folder: Path) -> None:

@@ -43,6 +43,9 @@ def tokenizer_files(file: Path, max_length: int) -> dict[str, bytes]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
+        # For llama.cpp's converter, which would otherwise begin every text with a mark and a blank.
+        "add_bos_token": False,
+        "add_prefix_space": False,
         "pad_token": _END_OF_DOCUMENT,
         "eos_token": _END_OF_DOCUMENT,
     }

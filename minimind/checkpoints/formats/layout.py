@@ -3,6 +3,7 @@
 A layout is a list of parts that works in both directions: our tensors are cut into parts, or joined from them.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,9 +15,9 @@ from minimind.model import MiniMindForCausalLM, ModelConfig
 from minimind.model.pretrained import TIED_NAME
 from minimind.model.router import BIAS_NAME
 
-Layout = Literal["fused", "per_expert", "per_shared_expert", "ernie4_5_moe", "glm4_moe"]
+Layout = Literal["fused", "per_expert", "per_shared_expert", "ernie4_5_moe", "glm4_moe", "gguf"]
 """fused: this project's own names. per_expert: a matrix for each expert. per_shared_expert: and for each shared one.
-ernie4_5_moe, glm4_moe: per_expert, and what these architectures of transformers have besides."""
+ernie4_5_moe, glm4_moe: per_expert, and what these architectures of transformers have besides. gguf: llama.cpp's."""
 
 LAYOUTS: dict[str, Layout] = {"ernie4_5_moe": "ernie4_5_moe", "glm4_moe": "glm4_moe"}
 """By `model_type` of transformers; per_expert for all others."""
@@ -50,6 +51,8 @@ def lay_out(config: ModelConfig, layout: Layout) -> list[FilePart]:
     own = own_shapes(config)
     if layout == "fused":
         return [FilePart(name, shape, name) for name, shape in own.items()]
+    if layout == "gguf":
+        return [part for name, shape in own.items() for part in _split_gguf(config, name, shape)]
     parts = [part for name, shape in own.items() for part in _split(config, layout, name, shape)]
     if layout in ("ernie4_5_moe", "glm4_moe") and not config.router_bias_update_rate:
         # These routers always have a selection bias.
@@ -82,6 +85,33 @@ def _split(config: ModelConfig, layout: Layout, name: str, shape: tuple[int, ...
     else:
         is_interleaved = layout == "ernie4_5_moe" and name.endswith(("q_proj.weight", "k_proj.weight"))
         yield FilePart(name, shape, name, rotary_pairs=config.head_size // 2 if is_interleaved else 0)
+
+
+_GGUF_NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_up_proj": "ffn_{}_exps", "mlp.experts.down_proj": "ffn_down_exps",
+}  # fmt: skip
+
+
+def _split_gguf(config: ModelConfig, name: str, shape: tuple[int, ...]) -> Iterator[FilePart]:
+    found = re.fullmatch(r"(model\.layers\.\d+\.)?(.+?)(\.weight|\.bias)?", name)
+    assert found is not None
+    layer = (found[1] or "").replace("model.layers", "blk")
+    theirs = f"{layer}{_GGUF_NAMES[found[2]]}{found[3] or '.weight'}"
+    if name.endswith("gate_up_proj"):
+        half = shape[1] // 2
+        for kind, rows in (("gate", slice(half)), ("up", slice(half, None))):
+            yield FilePart(theirs.format(kind), (shape[0], half, shape[2]), name, (slice(None), rows))
+    else:
+        # Llama's queries and keys lie there as Meta's files have them.
+        is_interleaved = (
+            not config.qk_norm and not config.attention_bias and theirs.endswith(("_q.weight", "_k.weight"))
+        )
+        yield FilePart(theirs, shape, name, rotary_pairs=config.head_size // 2 if is_interleaved else 0)
 
 
 def _bias_part(config: ModelConfig, layout: Layout, prefix: str, own: str | None) -> FilePart:

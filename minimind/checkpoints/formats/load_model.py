@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -126,8 +127,22 @@ def stretch_context(model: MiniMindForCausalLM, factor: float, trained_length: i
     Raises:
         UserError: a factor below 1, or one that cannot be.
     """
-    length = model.config.rope_original_max_position_embeddings if trained_length is None else trained_length
-    config = dataclasses.replace(model.config, rope_scaling_factor=factor, rope_original_max_position_embeddings=length)
+    config, known = model.config, model.config.rope_original_max_position_embeddings
+    if config.rope_scaling_type != "yarn":
+        way = config.rope_scaling_type
+        raise UserError(
+            f"rope_scaling_factor: this model was trained with {way} scaling; it cannot be stretched by YaRN"
+        )
+    length = trained_length or config.trained_length
+    if known is None and trained_length is None:
+        note = f"the model does not say at which length it was trained: YaRN takes {length}; if that is wrong, give "
+        print(f"note: {note}--rope-original-max-position-embeddings", file=sys.stderr)
+    elif known not in (None, length):
+        print(
+            f"note: rope_original_max_position_embeddings: {length} is taken, but this model was trained at {known}",
+            file=sys.stderr,
+        )
+    config = dataclasses.replace(config, rope_scaling_factor=factor, rope_original_max_position_embeddings=length)
     positions = max(config.max_position_embeddings, math.ceil(factor * length))
     # Rotary tables are computed from the config in each forward, so this is all there is to change.
     model.config = model.model.config = dataclasses.replace(config, max_position_embeddings=positions)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minimind.checkpoints.formats.layout import Layout
 from minimind.checkpoints.safe_load import load_states
+from minimind.checkpoints.safetensors import WEIGHT_TYPES
 from minimind.errors import UserError
 from minimind.model.config import ModelConfig, default_intermediate_size
 from minimind.model.presets import PRESETS
@@ -40,8 +41,8 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not content:
         raise UserError(f"{path}: not a file of weights: it holds no tensors by name")
     for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor) or not value.is_floating_point():
-            raise UserError(f"{path}: not a file of weights: {name} is not a floating-point tensor")
+        if not isinstance(name, str) or not isinstance(value, Tensor) or value.dtype not in WEIGHT_TYPES.values():
+            raise UserError(f"{path}: not a file of weights: {name} is not a floating-point tensor of 16 bits or more")
     return {name: tensor for name, tensor in content.items() if not _NOT_WEIGHTS.search(name)}
 
 
@@ -61,6 +62,7 @@ def choose_form(config: ModelConfig) -> Layout:
     top_1_norm = config.use_moe and config.num_experts_per_tok == 1 and config.norm_topk_prob
     for holds, what in (
         (config.rope_scaling_factor != 1, f"rope_scaling_factor={config.rope_scaling_factor}"),
+        (config.attention_bias, "attention_bias"),
         (config.scoring_func != "softmax", f"scoring_func={config.scoring_func!r}"),
         (config.router_bias_update_rate, "a selection bias (router_bias_update_rate)"),
         (config.routed_scaling_factor != 1, f"routed_scaling_factor={config.routed_scaling_factor}"),
@@ -87,8 +89,8 @@ def infer_config(path: Path, tensors: Mapping[str, Tensor], base: ModelConfig | 
     """
 
     def shape(name: str) -> tuple[int, ...]:
-        if name not in tensors or tensors[name].dim() != 2:
-            raise UserError(f"{path}: not weights of jingyaogong/minimind: matrix {name} is missing")
+        if name not in tensors or tensors[name].dim() != 2 or not tensors[name].numel():
+            raise UserError(f"{path}: not weights of jingyaogong/minimind: matrix {name} is missing or empty")
         return tuple(tensors[name].shape)
 
     attention, mlp = f"{_LAYER}0.self_attn.", f"{_LAYER}0.mlp."
@@ -99,7 +101,7 @@ def infer_config(path: Path, tensors: Mapping[str, Tensor], base: ModelConfig | 
         base = PRESETS[older if q_norm is None else current]
     vocab_size, hidden_size = shape(EMBEDDING)
     query_size, key_size = shape(f"{attention}q_proj.weight")[0], shape(f"{attention}k_proj.weight")[0]
-    size = query_size // base.num_attention_heads if q_norm is None else q_norm.numel()
+    size = max(1, query_size // base.num_attention_heads if q_norm is None else q_norm.numel())
     feed_forward = shape(f"{mlp}experts.0.gate_proj.weight" if moe else f"{mlp}gate_proj.weight")[0]
     heads = query_size // size
     default_size = default_intermediate_size(hidden_size) if base.intermediate_size is None else 0
@@ -119,7 +121,10 @@ def infer_config(path: Path, tensors: Mapping[str, Tensor], base: ModelConfig | 
         fields["num_experts"] = _count(tensors, f"{mlp}experts.")
         fields["n_shared_experts"] = _count(tensors, f"{mlp}shared_experts.")
         fields["moe_intermediate_size"] = None
-    return dataclasses.replace(base, **fields)
+    try:
+        return dataclasses.replace(base, **fields)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _count(names: Mapping[str, Tensor], prefix: str) -> int:

@@ -90,6 +90,7 @@ def open_checkpoint(folder: Path, tokenizer_file: Path | None = None) -> ModelSo
     buffers = checkpoint.buffers()
     shapes = {**checkpoint.shapes, **{name: tuple(buffer.shape) for name, buffer in buffers.items()}}
     config = ModelConfig.from_dict(checkpoint.manifest.model)
+    _check_size(folder, config, "fused", shapes)
     _check_shapes(folder, own_shapes(config), shapes)
 
     def read(name: str) -> Tensor:
@@ -129,6 +130,7 @@ def _open_parts(
     shapes: Mapping[str, tuple[int, ...]],
     read: Callable[[str], Tensor],
 ) -> ModelSource:
+    _check_size(where, config, layout, shapes)
     parts = lay_out(config, layout)
     tied = TIED_NAME if config.tie_word_embeddings else None
     found = {name: shape for name, shape in shapes.items() if name != tied and not name.endswith(_IGNORED_SUFFIX)}
@@ -139,6 +141,14 @@ def _open_parts(
         return join_parts(groups[name], own[name], read)
 
     return ModelSource(where, config, own, read_own, find_tokenizer(where.parent))
+
+
+def _check_size(where: Path, config: ModelConfig, layout: Layout, found: Mapping[str, Sequence[int]]) -> None:
+    """Refuse a config of more than the files hold, before so much as the names of its tensors are made."""
+    num_experts = 0 if layout == "fused" else config.num_moe_layers * config.num_experts
+    if config.num_hidden_layers + num_experts > len(found):
+        described = f"{config.num_hidden_layers:,} layers" + (f" and {num_experts:,} experts" if num_experts else "")
+        raise UserError(f"{where}: the files hold {len(found):,} tensors, their config describes {described}")
 
 
 def _check_shapes(where: Path, wanted: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]) -> None:

@@ -167,7 +167,8 @@ class FastLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        return linear(x, self.weight) if self.bias is None else super().forward(x)
+        product = linear(x, self.weight)
+        return product if self.bias is None else product + self.bias.to(product.dtype)
 
 
 class FastLMHead(LMHead):

@@ -68,10 +68,12 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.register_buffer("packed", pack(linear.weight.detach()), persistent=False)
+        self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return onednn_matmul(x, self.packed)  # type: ignore[arg-type]
+        product = onednn_matmul(x, self.packed)  # type: ignore[arg-type]
+        return product if self.bias is None else product + self.bias
 
 
 class Int8Linear(nn.Module):
@@ -83,12 +85,14 @@ class Int8Linear(nn.Module):
         scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
         self.register_buffer("quantized", (weight / scale[:, None]).round().to(torch.int8), persistent=False)
         self.register_buffer("scale", scale.to(torch.bfloat16), persistent=False)
+        self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         rows = x.reshape(-1, x.shape[-1])
         product = torch._weight_int8pack_mm(rows, self.quantized, self.scale)  # type: ignore[arg-type]
-        return product.view(*x.shape[:-1], -1)
+        product = product.view(*x.shape[:-1], -1)
+        return product if self.bias is None else product + self.bias
 
 
 class _Head(nn.Module):
@@ -174,6 +178,9 @@ class JoinedFeedForward(nn.Module):
 def _join(*matrices: nn.Linear) -> nn.Linear:
     """One matrix that gives the outputs of all, side by side."""
     weight = torch.cat([matrix.weight.detach() for matrix in matrices])
-    joined = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    has_bias = matrices[0].bias is not None
+    joined = nn.Linear(weight.shape[1], weight.shape[0], bias=has_bias, device="meta")
     joined.weight = nn.Parameter(weight, requires_grad=False)
+    if has_bias:
+        joined.bias = nn.Parameter(torch.cat([matrix.bias.detach() for matrix in matrices]), requires_grad=False)
     return joined

@@ -32,6 +32,18 @@ SHAPES = {
         PRESETS["tiny"], qk_norm=False, rope_scaling_factor=8.0, rope_attention_factor=1.0,
         rope_original_max_position_embeddings=64,
     ),
+    "llama llama3": dataclasses.replace(
+        PRESETS["tiny"], qk_norm=False, rope_scaling_type="llama3", rope_scaling_factor=4.0, rope_beta_fast=4.0,
+        rope_original_max_position_embeddings=16,
+    ),
+    "llama linear": dataclasses.replace(
+        PRESETS["tiny"], qk_norm=False, rope_scaling_type="linear", rope_scaling_factor=2.0
+    ),
+    "qwen2": dataclasses.replace(PRESETS["tiny"], qk_norm=False, attention_bias=True),
+    "qwen2 yarn": dataclasses.replace(
+        PRESETS["tiny"], qk_norm=False, attention_bias=True, rope_scaling_factor=4.0,
+        rope_original_max_position_embeddings=16,
+    ),
     "qwen3_moe": dataclasses.replace(MOE, n_shared_experts=0, first_k_dense_replace=1, norm_topk_prob=False),
     "ernie4_5_moe": dataclasses.replace(
         MOE, qk_norm=False, router_bias_update_rate=0.01, first_k_dense_replace=2, n_shared_experts=2
@@ -115,21 +127,30 @@ def test_models_that_transformers_saved_are_read(tmp_path):
 
     sizes = {"vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3 |= {"rope_theta": 5e5, "original_max_position_embeddings": 16}
+    linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [0]}
-    for config in (
-        transformers.LlamaConfig(**sizes, rope_theta=5e5),
-        transformers.Qwen3Config(**sizes, tie_word_embeddings=True),
-        transformers.Qwen3MoeConfig(**sizes, **experts),
+    for number, config in enumerate(
+        (
+            transformers.LlamaConfig(**sizes, rope_theta=5e5),
+            transformers.LlamaConfig(**sizes, rope_parameters=llama3),
+            transformers.LlamaConfig(**sizes, rope_parameters=linear),
+            transformers.MistralConfig(**sizes, sliding_window=None),
+            transformers.Qwen2Config(**{**sizes, "head_dim": 16}, tie_word_embeddings=True),
+            transformers.Qwen3Config(**sizes, tie_word_embeddings=True),
+            transformers.Qwen3MoeConfig(**sizes, **experts),
+        )
     ):
         torch.manual_seed(0)
         theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
             for parameter in theirs.parameters():
                 parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.1)
-        folder = tmp_path / config.model_type
+        folder = tmp_path / f"{config.model_type}{number}"
         theirs.save_pretrained(folder)
-        run_export("--checkpoint", folder, "--output", tmp_path / f"{config.model_type}-own", "--format", "minimind")
-        ours = MiniMindForCausalLM.from_pretrained(tmp_path / f"{config.model_type}-own")
+        run_export("--checkpoint", folder, "--output", folder / "own", "--format", "minimind")
+        ours = MiniMindForCausalLM.from_pretrained(folder / "own")
         input_ids = torch.randint(0, 400, (2, 20))
         with torch.no_grad():
             torch.testing.assert_close(ours(input_ids).logits, theirs(input_ids).logits, atol=1e-4, rtol=0)
@@ -216,6 +237,11 @@ def test_a_run_begins_with_the_weights_of_another_model(stage, tiny_corpus, tmp_
     """Also a foreign one: its first loss is that of the model itself, and its shape needs no flag."""
     config = dataclasses.replace(MOE if stage == 1 else PRESETS["tiny"], vocab_size=256, num_hidden_layers=1)
     config = dataclasses.replace(config, n_shared_experts=0) if config.use_moe else config
+    if stage == 3:  # Qwen2 with Llama 3's positions
+        config = dataclasses.replace(
+            config, qk_norm=False, attention_bias=True, rope_scaling_type="llama3", rope_scaling_factor=4.0,
+            rope_original_max_position_embeddings=8,
+        )  # fmt: skip
     model = save_random(tmp_path / "own", config)
     run_export("--checkpoint", tmp_path / "own", "--output", tmp_path / "hf")
     run_export("--checkpoint", tmp_path / "hf", "--output", tmp_path / "start", "--format", "minimind")

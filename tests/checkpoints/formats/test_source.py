@@ -3,10 +3,12 @@
 import json
 import pickle
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers_for_tests import save_sentencepiece
 
 from minimind.checkpoints.formats.averaging import write_average
@@ -163,3 +165,81 @@ def test_a_folder_without_weights_says_what_is_missing(sound, tmp_path):
     (tmp_path / "model/model.safetensors").unlink()
     with pytest.raises(UserError, match=r"has a config\.json, but neither"):
         open_source(tmp_path / "model")
+
+
+def change_config(**changes):
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def change_weights(change, name="model.safetensors"):
+    def rewrite(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        if name == "model.safetensors":
+            save_file(tensors, folder / name)
+        else:
+            (folder / "model.safetensors").unlink()
+            (folder / "config.json").unlink()
+            torch.save(tensors, folder / name)
+
+    return rewrite
+
+
+def convert(**dtypes):
+    return lambda tensors: tensors.update({name: tensor.to(dtypes["to"]) for name, tensor in tensors.items()})
+
+
+EXPERT = {name: torch.zeros(8, 8) for name in ("gate_proj", "up_proj", "down_proj")}
+HOSTILE = {
+    "layers": (change_config(num_hidden_layers=9_999), "hold 46 tensors, their config describes 9,999 layers"),
+    "width": (change_config(hidden_size=6_400_000), r"the model that its config describes has \(.*6400000"),
+    "vocabulary": (change_config(vocab_size=10**20), "vocab_size: 100000000000000000000"),
+    "experts": (change_config(use_moe=True, num_experts=99_999), "no place in the model|is missing"),
+    "more experts": (change_config(use_moe=True, num_experts=10**8), "num_experts: 100000000 is not a number from"),
+    "theta": (change_config(rope_theta=1), "rope_theta: 1.0 is not"),
+    "brackets": (lambda folder: (folder / "config.json").write_text("[" * 10**5), "no reasonable JSON"),
+    "digits": (lambda folder: (folder / "config.json").write_text("9" * 10**4), "no reasonable JSON"),
+    "brackets in an index": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text("[" * 10**5), "not a readable index"
+    ),
+    "int32": (change_weights(convert(to=torch.int32)), "has type I32; weights are read as F32, BF16, F16, F64"),
+    "fp8": (change_weights(convert(to=torch.float8_e4m3fn)), "has type F8_E4M3"),
+    "fp8 in a .pth": (change_weights(convert(to=torch.float8_e4m3fn), "a.pth"), "floating-point tensor of 16 bits"),
+    "a far layer in a .pth": (
+        change_weights(lambda tensors: tensors.update({"model.layers.999999999.x": torch.zeros(1)}), "a.pth"),
+        r"a\.pth: model config: num_hidden_layers: 1000000000 is not a number from 1 to 10000",
+    ),
+    "a far expert in a .pth": (
+        change_weights(lambda tensors: tensors.update(
+            {f"model.layers.0.mlp.experts.{number}.{name}.weight": value for number in (0, 99_998)
+             for name, value in EXPERT.items()}), "a.pth"),
+        "their config describes",
+    ),
+    "an empty projection in a .pth": (
+        change_weights(
+            lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.weight": torch.zeros(0, 64)}), "a.pth"
+        ),
+        "matrix model.layers.0.self_attn.q_proj.weight is missing or empty",
+    ),
+    "an empty norm in a .pth": (
+        change_weights(
+            lambda tensors: tensors.update({"model.layers.0.self_attn.q_norm.weight": torch.zeros(0)}), "a.pth"
+        ),
+        r"a\.pth: ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_lies_about_itself_is_one_line_before_anything_is_built(name, sound, tmp_path):
+    change, said = HOSTILE[name]
+    shutil.copytree(sound, tmp_path / "model")
+    change(tmp_path / "model")
+    start = time.monotonic()
+    with pytest.raises(UserError, match=said) as caught:
+        load_model(tmp_path / "model")
+    assert "\n" not in str(caught.value) and time.monotonic() - start < 20

@@ -34,7 +34,7 @@ def make_case(plain, shape):
     """A plain module, the differentiable inputs of a call, and the call."""
     tokens, states = torch.randint(0, 300, shape), torch.randn(*shape, CONFIG.hidden_size)
     if plain is Linear:
-        return Linear(256, 72, 0.1), states, lambda module, x: module(x)
+        return Linear(256, 72, 0.1, bias=shape[0] == 2), states, lambda module, x: module(x)
     if plain is LMHead:
         labels = tokens.masked_fill(torch.rand(shape) < 0.3, -100)
         labels[0, 0] = 7
