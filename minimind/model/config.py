@@ -230,7 +230,7 @@ def _check_dense(config: "ModelConfig") -> None:
     if config.num_params() > _MOST_PARAMS:
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "num_experts")
         largest = max(sizes, key=lambda name: getattr(config, name) or 0)
-        _refuse(config, largest, f"gives a model of {float(config.num_params()):.1e} parameters")
+        _refuse(config, largest, f"gives a model of {float(config.num_params()):.1e} parameters; give its real size")
 
 
 def _check_experts(config: "ModelConfig") -> None:

@@ -168,7 +168,7 @@ def from_huggingface(values: Mapping[str, Any]) -> ModelConfig:
     Raises:
         UserError: an unsupported architecture, or one with a feature that our model lacks.
     """
-    kind = values.get("model_type")
+    kind = str(values.get("model_type"))
     if isinstance(values.get(OWN_KEY), Mapping):
         config = ModelConfig.from_dict(values[OWN_KEY])
         # Ours is valid only if the other fields have not been edited.
@@ -224,7 +224,7 @@ def _read_rope(values: Mapping[str, Any], longest: Any) -> dict[str, Any]:
     rope: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
         rope |= convert(values.get(name, {}), dict, name)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = str(rope.get("rope_type") or rope.get("type") or "default")
     fields = {"rope_theta": rope.get("rope_theta", values.get("rope_theta", 10000.0)), f"rope_{_TRAINED}": longest}
     if kind == "default" or (kind in _ROPE_NAMES and rope.get("factor") == 1):
         return fields

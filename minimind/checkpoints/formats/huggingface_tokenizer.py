@@ -93,5 +93,6 @@ def convert_sentencepiece(data: bytes) -> bytes:
     unknown = pieces[model.unk_id()]
     tokenizer = tokenizers.Tokenizer(BPE(vocabulary, merges, unk_token=unknown, byte_fallback=True))
     tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    replaced = decoders.Replace(unknown, "\ufffd")
+    tokenizer.decoder = decoders.Sequence([replaced, decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer.to_str(pretty=True).encode()

@@ -155,6 +155,8 @@ def test_llama_cpp_reads_the_same_tokens_and_writes_the_same_text(name, save_tok
     model, tokenizer = load_model(tmp_path / "own")[0], load_tokenizer(tmp_path / "own")
     settings = llama.CommonParams()
     settings.model.path, settings.n_ctx, settings.n_parallel, settings.port = str(path), 512, 1, 0
+    settings.cache_type_k = settings.cache_type_v = llama.ggml_type.GGML_TYPE_F32  # as ours
+    settings.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = llama.Server(settings)
 
     def ask(route: str, **content: Any) -> Any:

@@ -58,6 +58,24 @@ def test_texts_come_back(both):
         assert theirs.decode(ids, skip_special_tokens=False) == text == ours.decode(ids)
 
 
+def test_random_ids_are_decoded_alike(both):
+    """Where their bytes are valid UTF-8: of others the libraries do not mark the same number of places."""
+    ours, theirs = both
+    rng, compared = random.Random(0), 0
+    for _ in range(1500):
+        ids = [rng.randrange(ours.vocab_size) for _ in range(rng.randrange(1, 6))]
+        data = b"".join(map(ours.token_bytes, ids))
+        if data.decode("utf-8", errors="ignore").encode() == data:
+            compared += 1
+            assert theirs.decode(ids, skip_special_tokens=False) == ours.decode(ids), ids
+    assert compared > 200
+
+
+def test_llama_cpp_s_converter_is_told_to_put_nothing_before_a_text(tmp_path):
+    settings = json.loads(tokenizer_files(save_sentencepiece(tmp_path), 512)["tokenizer_config.json"])
+    assert settings["add_bos_token"] is False and settings["add_prefix_space"] is False
+
+
 def test_a_conversation_is_written_alike(both):
     ours, theirs = both
     turns = [
