@@ -14,8 +14,6 @@ from tqdm import tqdm
 
 from minimind.checkpoints.folder import checkpoint_name, checkpoints_folder
 from minimind.checkpoints.formats.gguf import (
-    ROPE_FACTORS,
-    choose_gguf_architecture,
     model_fields,
     rope_factors,
     tokenizer_fields,
@@ -136,26 +134,17 @@ def generation_config(config: ModelConfig, tokenizer_file: Path) -> dict[str, An
 
 def write_as_gguf(source: ModelSource, flags: ExportFlags, folder: Path) -> str:
     """One file of everything that llama.cpp needs."""
-    kind = choose_gguf_architecture(source.config)
-    file = require_tokenizer(source, flags)
-    settings = json.loads(tokenizer_files(file, source.config.max_position_embeddings)[CONFIG_NAME])
-    dtype = getattr(torch, DTYPE_NAMES[flags.dtype])
-    special_ids, vocab_size = load_tokenizer(file).special_ids, source.config.vocab_size
-    fields = model_fields(source.config, dtype) | tokenizer_fields(file, settings, special_ids, vocab_size)
-    shapes, read = rounded_weights(source, flags, "gguf")
-    # llama.cpp wants norms, biases and routers in float32.
-    exact = {name for name, shape in shapes.items() if len(shape) == 1 or "ffn_gate_inp" in name}
-    dtypes = {name: torch.float32 if name in exact else dtype for name in shapes}
-    factors = rope_factors(source.config)
-    if factors is not None:
-        shapes[ROPE_FACTORS], dtypes[ROPE_FACTORS] = tuple(factors.shape), torch.float32
-
-    def read_any(name: str) -> Tensor:
-        return factors if factors is not None and name == ROPE_FACTORS else read(name)
-
+    config, file = source.config, require_tokenizer(source, flags)
+    settings = json.loads(tokenizer_files(file, config.max_position_embeddings)[CONFIG_NAME])
+    fields = model_fields(config)
+    fields |= tokenizer_fields(file, settings, load_tokenizer(file).special_ids, config.vocab_size)
+    shapes, dtypes, read = rounded_weights(source, flags, "gguf")
+    more = rope_factors(config)
+    shapes |= {name: tuple(tensor.shape) for name, tensor in more.items()}
+    dtypes |= dict.fromkeys(more, torch.float32)
     path = folder / f"minimind-{flags.dtype}.gguf"
-    write_gguf(path, fields, shapes, read_any, dtypes)
-    return f"{path.name} of llama.cpp ({kind})"
+    write_gguf(path, fields, shapes, dtypes, lambda name: more[name] if name in more else read(name))
+    return f"{path.name} of llama.cpp ({fields['general.architecture']})"
 
 
 def write_own(source: ModelSource, flags: ExportFlags, folder: Path) -> str:
@@ -170,7 +159,7 @@ def write_as_pth(source: ModelSource, flags: ExportFlags, folder: Path) -> str:
     """One file of weights under the name that their scripts expect, our config as JSON, and the tokenizer. The whole
     model is held in memory."""
     config = source.config
-    shapes, read = rounded_weights(source, flags, choose_form(config))
+    shapes, _, read = rounded_weights(source, flags, choose_form(config))
     tensors = {name: read(name).contiguous().clone() for name in shapes}
     if config.tie_word_embeddings:
         tensors[TIED_NAME] = tensors[EMBEDDING]
@@ -184,31 +173,37 @@ def write_as_pth(source: ModelSource, flags: ExportFlags, folder: Path) -> str:
 
 def write_weights(source: ModelSource, flags: ExportFlags, folder: Path, layout: Layout, max_bytes: int) -> None:
     """The weights in a layout as safetensors, one tensor in memory at a time."""
-    shapes, read = rounded_weights(source, flags, layout)
-    exact = {name for name in shapes if name.endswith(BIAS_NAME)}
+    shapes, dtypes, read = rounded_weights(source, flags, layout)
+    exact = {name for name, dtype in dtypes.items() if dtype == torch.float32}
     dtype = getattr(torch, DTYPE_NAMES[flags.dtype])
     write_shards(folder, shapes, read, dtype=dtype, max_shard_bytes=max_bytes, exact=exact)
 
 
 def rounded_weights(
     source: ModelSource, flags: ExportFlags, layout: Layout
-) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
-    """Shapes of a layout's tensors, and what reads one as the wanted type (a selection bias stays float32)."""
+) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype], Callable[[str], Tensor]]:
+    """Shapes and types of a layout's tensors, and what reads one as its type, the wanted one for most.
+
+    A selection bias stays float32; in GGUF norms, biases and routers too.
+    """
     parts = {part.name: part for part in lay_out(source.config, layout)}
+    dtypes = dict.fromkeys(parts, getattr(torch, DTYPE_NAMES[flags.dtype]))
+    for name, part in parts.items():
+        if name.endswith(BIAS_NAME) or (layout == "gguf" and (len(part.shape) == 1 or "ffn_gate_inp" in name)):
+            dtypes[name] = torch.float32
     read_own = functools.lru_cache(maxsize=1)(source.read)  # the parts of one tensor are asked for one after another
     bar = tqdm(total=len(parts), unit="tensor", desc="exporting", disable=None, leave=False)
 
     def read(name: str) -> Tensor:
         bar.update()
         tensor = cut_part(parts[name], read_own)
-        wanted = torch.float32 if name.endswith(BIAS_NAME) else getattr(torch, DTYPE_NAMES[flags.dtype])
-        converted = tensor.to(wanted)
-        if wanted == torch.float16 and not converted.isfinite().all() and tensor.isfinite().all():
+        converted = tensor.to(dtypes[name])
+        if converted.dtype == torch.float16 and not converted.isfinite().all() and tensor.isfinite().all():
             largest = float(tensor.abs().max())
             raise UserError(f"dtype: {name} holds {largest:.3g}, which overflows fp16; use --dtype bf16 or fp32")
         return converted
 
-    return {name: part.shape for name, part in parts.items()}, read
+    return {name: part.shape for name, part in parts.items()}, dtypes, read
 
 
 def find_given_tokenizer(source: ModelSource, flags: ExportFlags) -> Path | None:

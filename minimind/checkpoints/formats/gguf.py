@@ -21,11 +21,8 @@ from minimind.model.config import ModelConfig
 from minimind.model.rope import attention_factor, inverse_frequencies
 
 _TENSOR_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
-_FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
-_ALIGNMENT = 32
 _NORMAL, _UNKNOWN, _CONTROL, _UNUSED, _BYTE = 1, 2, 3, 5, 6  # kinds of tokens
-ROPE_FACTORS = "rope_freqs.weight"
-"""A tensor beside the model's own: what each rotary frequency is divided by."""
+_ALIGNMENT = 32
 
 
 def choose_gguf_architecture(config: ModelConfig) -> str:
@@ -50,16 +47,16 @@ def _has_factors(config: ModelConfig) -> bool:
     return config.rope_scaling_factor != 1 and config.rope_scaling_type == "llama3"
 
 
-def rope_factors(config: ModelConfig) -> Tensor | None:
-    """The content of `ROPE_FACTORS`, (head_size / 2,) float32, or None where the model needs none."""
+def rope_factors(config: ModelConfig) -> dict[str, Tensor]:
+    """By its name, what each rotary frequency is divided by, (head_size / 2,) float32; nothing without Llama 3's."""
     if not _has_factors(config):
-        return None
+        return {}
     exponents = torch.arange(0, config.head_size, 2, dtype=torch.float64) / config.head_size
-    return (config.rope_theta**-exponents / inverse_frequencies(config)).float()
+    return {"rope_freqs.weight": (config.rope_theta**-exponents / inverse_frequencies(config)).float()}
 
 
-def model_fields(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The metadata of the model itself."""
+def model_fields(config: ModelConfig) -> dict[str, Any]:
+    """The metadata of the model itself. Raises `UserError` as `choose_gguf_architecture`."""
     kind = choose_gguf_architecture(config)
     fields: dict[str, Any] = {
         "context_length": config.max_position_embeddings,
@@ -94,7 +91,7 @@ def model_fields(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
                 "rope.scaling.yarn_beta_fast": config.rope_beta_fast,
                 "rope.scaling.yarn_beta_slow": config.rope_beta_slow,
             }
-    general = {"general.architecture": kind, "general.name": "minimind", "general.file_type": _FILE_TYPES[dtype]}
+    general = {"general.architecture": kind, "general.name": "minimind"}
     return general | {f"{kind}.{name}": value for name, value in fields.items()}
 
 
@@ -154,9 +151,12 @@ def _byte_level_fields(file: Path) -> dict[str, Any]:
 
 
 def write_gguf(
-    path: Path, fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor],
+    path: Path,
+    fields: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
     dtypes: Mapping[str, torch.dtype],
-) -> None:  # fmt: skip
+    read: Callable[[str], Tensor],
+) -> None:
     """Write metadata and the tensors `read(name)`, one in memory at a time. Not atomic.
 
     Raises:
@@ -173,7 +173,7 @@ def write_gguf(
     with open(path, "wb") as file:
         file.write(header + bytes(-len(header) % _ALIGNMENT))
         for name in shapes:
-            data = read(name).to(dtypes[name]).contiguous().view(torch.uint8).numpy().data
+            data = read(name).contiguous().view(torch.uint8).numpy().data
             file.write(data)
             file.write(bytes(-data.nbytes % _ALIGNMENT))
 

@@ -165,6 +165,7 @@ def test_a_zero_3_checkpoint_of_two_ranks_is_that_of_one_rank(tiny_corpus, tmp_p
         run_export("--run-dir", tmp_path / name, "--output", tmp_path / f"{name}-out", "--format", "minimind")
     one, two = (MiniMindForCausalLM.from_pretrained(tmp_path / f"{name}-out").state_dict() for name in ("one", "two"))
     assert one.keys() == two.keys()
+    assert MiniMindForCausalLM.from_pretrained(tmp_path / "two-out").config.rope_original_max_position_embeddings == 16
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0)
     torch.testing.assert_close(weights(tmp_path / "two")["model.norm.weight"], two["model.norm.weight"])
