@@ -112,7 +112,10 @@ def open_run_folder(resolved: ResolvedRun, reader: ShardReader, notes: list[str]
 
 def _check_nothing_lost(run_dir: Path, found: Path | None, resume: str) -> None:
     """Refuse to begin anew in the folder of a run that has saved; say when the newest that it saved is gone."""
-    saved = max((event.step for event in read_events(run_dir) if event.event == "save"), default=0)
+    saved = 0
+    for event in read_events(run_dir):
+        if event.event in ("start", "save"):  # a start begins anew, at step 0
+            saved = max(saved, event.step) if event.event == "save" else 0
     newest = checkpoints_folder(run_dir) / checkpoint_name(saved)
     if found is None and saved and resume == "auto":
         raise CheckpointError(

@@ -23,6 +23,7 @@ from minimind.checkpoints.manifest import CheckpointError
 from minimind.checkpoints.saving import write_states
 from minimind.distributed.launchers.local import find_free_port
 from minimind.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from minimind.training.record.events import write_event
 from minimind.training.trainer import Trainer
 
 
@@ -268,6 +269,10 @@ def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(tiny_corpus, tmp_pat
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
     code, printed = train([*flags, "--resume", "never"])
     assert code == 0 and "dropped what is beyond step 0 (to step 6)" in printed
+    # Killed before the first save of a new beginning, a run begins again.
+    shutil.rmtree(checkpoints_folder(tmp_path / "run"))
+    write_event(tmp_path / "run", "start", 0, "started")
+    assert train(flags)[0] == 0 and losses(tmp_path / "run") == losses(whole)
 
 
 def test_what_cannot_be_loaded_again_ends_at_the_first_save(tiny_corpus, tmp_path):
