@@ -3,6 +3,7 @@
 Mistakes in flags, files and shards are reported before the process group is made, so that no hardware waits for them.
 """
 
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from minimind.distributed.out_of_memory import explain_out_of_memory
 from minimind.distributed.process_group import process_group
 from minimind.distributed.startup import join_ranks, report_startup_error
 from minimind.errors import EXIT_STOPPED, UserError, run_main
+from minimind.parallel.op_builds import build_ops
 from minimind.reports.plan.memory import estimate_memory
 from minimind.training.setup import RunData, memory_remedies, prepare, run_rank
 
@@ -48,7 +50,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     timeout_minutes = resolved.train.timeout_minutes
     with (
-        join_ranks(resolved, env, device, data.train.reader.fingerprint) as (store, watchdog),
+        join_ranks(resolved, env, device, data.train.reader.fingerprint, functools.partial(build_ops, resolved)) as (
+            store,
+            watchdog,
+        ),
         process_group(env, device, timeout_minutes, store),
         watchdog.report_failure(),
         explain_out_of_memory(device, memory_remedies(resolved), env.rank_label, lambda: watchdog.position),

@@ -5,7 +5,8 @@ Every wait has a limit and names the rank that is missing.
 
 import contextlib
 import datetime
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -25,19 +26,25 @@ ANNOUNCE_MINUTES = 0.25
 
 @contextlib.contextmanager
 def join_ranks(
-    resolved: ResolvedRun, env: RankEnvironment, device: torch.device, shards: str
+    resolved: ResolvedRun,
+    env: RankEnvironment,
+    device: torch.device,
+    shards: str,
+    build: Callable[[Callable[[str], None]], None],
 ) -> Iterator[tuple[torch.distributed.Store | None, Watchdog]]:
     """The store for the process group, and the watchdog, which runs while the block does. Every rank calls this.
 
     Args:
         shards: fingerprint of the training shards.
+        build: compiles what the run needs, on one rank of each host while the others wait; it may say what it does.
 
     Raises:
-        UserError: a rank is missing, a host differs, or rank 0 cannot be reached.
+        UserError: a rank is missing, a host differs, rank 0 cannot be reached, or `build` has failed somewhere.
     """
     train, run_dir = resolved.train, Path(resolved.train.run_dir)
     watchdog = Watchdog(env.rank, node_name(), train.timeout_minutes, is_logger=env.local_rank == 0)
     if env.world_size == 1:
+        build(log)
         yield None, watchdog
         return
     minutes = min(JOIN_MINUTES, train.timeout_minutes)
@@ -49,7 +56,31 @@ def join_ranks(
     store.set_timeout(datetime.timedelta(minutes=train.timeout_minutes))
     watchdog.connect(store, env.world_size, env.master_port or DEFAULT_MASTER_PORT)
     with contextlib.closing(watchdog):
+        with watchdog.report_failure():
+            _build_on_each_host(env, store, watchdog, build)
         yield store, watchdog
+
+
+def _build_on_each_host(
+    env: RankEnvironment,
+    store: torch.distributed.Store,
+    watchdog: Watchdog,
+    build: Callable[[Callable[[str], None]], None],
+) -> None:
+    """Build on the first rank of each host, however long it takes; a failure is every rank's. The watchdog works
+    meanwhile, and there is no process group yet whose collectives could time out."""
+    watchdog.report(None, "compiling, or waiting for who compiles", may_last=True)
+    if env.local_rank == 0:
+        try:
+            build(lambda line: print(f"{node_name()}: {line}", flush=True))
+        except UserError as error:
+            store.set("build/problem", f"{node_name()}: {error}")
+    store.add("build/done", 1)
+    while store.add("build/done", 0) < env.world_size:
+        time.sleep(0.1)
+    watchdog.report(None, "starting")
+    if store.check(["build/problem"]):
+        raise UserError(store.get("build/problem").decode())
 
 
 def report_startup_error(env: RankEnvironment, error: UserError) -> None:

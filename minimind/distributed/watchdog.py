@@ -52,7 +52,7 @@ class Watchdog:
     def __init__(self, rank: int = 0, host: str = "", timeout_minutes: float = 30.0, *, is_logger: bool = True) -> None:
         self._rank, self._host, self._is_logger = rank, host, is_logger
         self._name = f"rank {rank} on {host} (process {os.getpid()})"
-        self._timeout = timeout_minutes * 60
+        self._timeout = self._limit = timeout_minutes * 60
         self._place: tuple[int | None, str] = (None, "starting")
         self._since = time.monotonic()
         self._threads: list[threading.Thread] = []
@@ -63,9 +63,10 @@ class Watchdog:
         self._summary: dict[str, Any] = {"silent": {}, "where": "", "first": "starting"}
         self._heard = time.monotonic()  # of rank 0
 
-    def report(self, step: int | None, phase: str) -> None:
-        """Note where this rank is: the step, and what it does in it."""
+    def report(self, step: int | None, phase: str, *, may_last: bool = False) -> None:
+        """Note where this rank is: the step, and what it does in it; whether that may last longer than the time-out."""
         self._place, self._since = (step, phase), time.monotonic()
+        self._limit = math.inf if may_last else self._timeout
 
     @property
     def position(self) -> str:
@@ -168,7 +169,7 @@ class Watchdog:
             if self._is_logger and self._rank and is_silent != (silence > SILENCE_SECONDS) and not self._is_ending:
                 is_silent = not is_silent
                 self._log(describe_silence(self._first, silence) if is_silent else f"{self._first} answers again")
-            if now - self._since > self._timeout + MARGIN_SECONDS and not self._is_ending:
+            if now - self._since > self._limit + MARGIN_SECONDS and not self._is_ending:
                 self._end_hanging()
                 self._ended.set()
                 self._threads[0].join(FAREWELL_SECONDS + 2)

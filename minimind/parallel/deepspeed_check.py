@@ -1,9 +1,8 @@
 """Ask DeepSpeed's own parser whether a configuration is valid, before any rank starts."""
 
-import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -100,19 +99,3 @@ def _try(section: str, kind: str, build: Callable[[], Any]) -> Any:
         raise UserError(f"DeepSpeed config: {section}.params of {kind}: {first_line(error)}") from None
     finally:
         logging.disable(logging.NOTSET)
-
-
-@contextlib.contextmanager
-def _build_errors() -> Iterator[None]:
-    """Turn the failures of DeepSpeed's just-in-time builds into one line."""
-    try:
-        yield
-    except (RuntimeError, ImportError, OSError) as error:
-        text = str(error)
-        words = ("Ninja", "ninja", "compil", "Error building", "Unable to JIT", "nvcc", "CUDA_HOME")
-        if any(word in text for word in words):
-            raise UserError(
-                f"DeepSpeed could not build an op that this configuration needs: {text.strip().splitlines()[0]}; "
-                "install a C++ compiler and ninja (on a GPU the CUDA toolkit too), or choose one without offload, Muon"
-            ) from error
-        raise

@@ -16,12 +16,13 @@ from deepspeed.utils import set_z3_leaf_module
 
 from minimind.config.deepspeed_keys import offload_device, zero_stage
 from minimind.config.resolved_run import ResolvedRun
+from minimind.distributed.collectives import log
 from minimind.errors import UserError, first_line
 from minimind.model import MiniMindForCausalLM
 from minimind.model.kernels.apply import apply_kernels, chosen_kernels
 from minimind.model.layers import FeedForward
-from minimind.parallel.deepspeed_check import _build_errors
 from minimind.parallel.experts import AUTOEP_EXPERTS, attach_router_hooks, leave_out_of_compilation, replace_experts
+from minimind.parallel.op_builds import build_ops, leave_muon_uncompiled
 from minimind.parallel.optimizer import clips_here, parameter_groups
 
 
@@ -64,6 +65,9 @@ def build_engine(resolved: ResolvedRun, model: MiniMindForCausalLM) -> deepspeed
         UserError: an op that the configuration needs (CPU Adam under offload) does not build here.
     """
     train, ds = resolved.train, copy.deepcopy(resolved.ds)
+    build_ops(resolved, log)
+    if not train.compile:
+        leave_muon_uncompiled()
     build_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None
     if train.optimizer == "adamw" and resolved.zero.offload_optimizer is None:
         # With a client optimizer DeepSpeed would only keep the section for its own bookkeeping.
@@ -81,14 +85,13 @@ def build_engine(resolved: ResolvedRun, model: MiniMindForCausalLM) -> deepspeed
     replace_experts(resolved, model)
     if gathers_by_block(ds):
         _gather_by_block(model)
-    with _build_errors():
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=build_optimizer,
-            model_parameters=None if build_optimizer is not None else parameter_groups(model, train.weight_decay),
-            config=ds,
-            dist_init_required=False,
-        )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=build_optimizer,
+        model_parameters=None if build_optimizer is not None else parameter_groups(model, train.weight_decay),
+        config=ds,
+        dist_init_required=False,
+    )
     if nothing_to_reduce(resolved, engine.optimizer):
         engine.enable_backward_allreduce = False
     attach_router_hooks(resolved, model)

@@ -35,7 +35,7 @@ def live(rank: int, world_size: int, port: int, minutes: float, what: str, log: 
     store = torch.distributed.TCPStore("127.0.0.1", port, world_size, rank == 0, limit, wait_for_workers=False)
     own = Watchdog(rank, f"n{rank}", minutes)
     own.connect(store, world_size, port)
-    own.report(rank + 1, "optimizer step")
+    own.report(rank + 1, "optimizer step", may_last=what == "compile")
     pipe.send("ready")
 
     def work() -> None:
@@ -188,6 +188,14 @@ def test_a_rank_that_hangs_without_an_error_is_ended(start):
     for rank in ranks:
         code, said = rank.end()
         assert code == 76 and ("nothing moved for" in said)
+
+
+def test_what_may_last_is_not_ended(start):
+    ranks = start("compile", "compile", minutes=0.01)  # with the margin: 10.6 s
+    time.sleep(13)
+    for rank in reversed(ranks):
+        rank.go()
+        assert rank.end() == (0, "")
 
 
 @pytest.mark.parametrize("first", [0, 1])

@@ -335,7 +335,6 @@ def test_rates_of_the_json_move_in_proportion():
     assert [group["lr"] for group in engine.optimizer.param_groups] == [LR / 2, LR / 2]
 
 
-@torch._dynamo.config.patch(disable=True)  # its iteration is compiled otherwise: minutes here
 def test_muon_trains():
     ds = {"zero_optimization": {"stage": 2, "reduce_scatter": False}, "gradient_clipping": 0.0}
     resolved = resolve(2, ds=ds, optimizer="muon", max_grad_norm=None)
@@ -343,22 +342,6 @@ def test_muon_trains():
     losses, _, _ = train(resolved, steps)
     assert losses[-1] < losses[0] - 0.5
     assert_equal(train(resolved, steps[:3])[2], train(resolved, steps[:3], spoil_at=1)[2])
-
-
-def test_an_op_that_does_not_build_is_one_line(monkeypatch):
-    def fail(**_):
-        raise RuntimeError("Error building extension 'cpu_adam': [1/3] c++ ...\nfatal error: no such file")
-
-    monkeypatch.setattr(deepspeed, "initialize", fail)
-    with pytest.raises(UserError, match=r"could not build an op .*: Error building extension 'cpu_adam'.*C\+\+"):
-        build_engine(resolve(1), build_model(resolve(1), CPU))
-
-    def fail_otherwise(**_):
-        raise RuntimeError("something else")
-
-    monkeypatch.setattr(deepspeed, "initialize", fail_otherwise)
-    with pytest.raises(RuntimeError, match="something else"):
-        build_engine(resolve(1), build_model(resolve(1), CPU))
 
 
 def test_an_op_that_cannot_be_built_is_one_line_before_the_start(monkeypatch):
