@@ -47,9 +47,15 @@ def explain_out_of_memory(
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: on a GPU, in torch's host allocator, or in Python."""
-    # torch has no error type of its own for the host: its allocator raises a RuntimeError.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    """Whether an allocation failed: on a GPU, in its libraries, in torch's host allocator, or in Python."""
+    # These have no error type of their own: torch raises a RuntimeError with their words.
+    words = (
+        "DefaultCPUAllocator",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory",
+        "failure 'out of memory'",
+    )
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 
 def _readable(size: str) -> str:

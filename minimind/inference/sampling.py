@@ -96,7 +96,8 @@ class Sampler:
         cumulated = probs.cumsum(dim=-1)
         # One number in [0, 1) a row picks by inversion; 0 picks the likeliest, which is how a greedy row takes part.
         draws = [0.0 if g else r.random() for g, r in zip(self._is_greedy, self._randoms, strict=True)]
-        threshold = torch.tensor(draws, dtype=torch.float64, device=scores.device)[:, None] * cumulated[:, -1:]
+        drawn = torch.tensor(draws, dtype=torch.float64, pin_memory=scores.is_cuda)
+        threshold = drawn.to(scores.device, non_blocking=True)[:, None] * cumulated[:, -1:]
         chosen = (cumulated <= threshold).sum(dim=-1, keepdim=True)
         last = (probs > 0).sum(dim=-1, keepdim=True) - 1  # rounding must not select a token that was cut off
         return token_ids.gather(1, torch.minimum(chosen, last))[:, 0]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from minimind.units import format_table
@@ -61,8 +62,13 @@ def sum_parts(events: Iterable[Any]) -> dict[str, float]:
     """Seconds of each part, of communication (inside the parts), and idle between the parts."""
     totals = dict.fromkeys((*PARTS, "communication"), 0.0)
     begin, end = float("inf"), 0.0
+    events = list(events)
+    # CUDA gives the range of a part twice: the host's, which ends when all is launched, and the device's own.
+    own = {event.name for event in events if event.name.startswith(PREFIX) and event.device_type == DeviceType.CUDA}
     for event in events:
         span = event.time_range
+        if event.name in own and event.device_type != DeviceType.CUDA:
+            continue
         if event.name.startswith(PREFIX):
             totals[event.name.removeprefix(PREFIX)] += span.elapsed_us() / 1e6
             begin, end = min(begin, span.start), max(end, span.end)

@@ -72,6 +72,9 @@ def test_another_error_stays_what_it_is(tiny_corpus, tmp_path, monkeypatch):
         train(flags_for(tiny_corpus, tmp_path))
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert is_out_of_memory(MemoryError())
+    for words in ("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)", "CUDA error: out of memory"):
+        assert is_out_of_memory(RuntimeError(words))
+    assert is_out_of_memory(RuntimeError("NCCL error: Cuda failure 'out of memory'"))
 
 
 def test_generate_and_evaluate_say_what_helps_them(tiny_corpus, tmp_path, monkeypatch):

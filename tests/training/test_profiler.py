@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
+from torch.autograd import DeviceType
 from training_runs import RankPool, flags_for, rank_pool, train
 
-from minimind.training.profiler import PARTS
+from minimind.training.profiler import PARTS, sum_parts
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +37,19 @@ def test_a_run_without_it_leaves_none_and_a_short_one_ends_well(tiny_corpus, tmp
     assert not (tmp_path / "plain" / "profile").exists()
     code, printed = train(flags_for(tiny_corpus, tmp_path / "run", steps=6, profile_steps=2))
     assert code == 0 and "ms a step" in printed
+
+
+def test_a_part_that_the_device_has_a_range_of_is_not_counted_twice():
+    def event(name: str, device: DeviceType, start: int, end: int) -> SimpleNamespace:
+        span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+        return SimpleNamespace(name=name, device_type=device, time_range=span)
+
+    on_host, on_device = DeviceType.CPU, DeviceType.CUDA
+    found = sum_parts(
+        [
+            event("step.data", on_host, 0, 10),
+            event("step.forward", on_host, 10, 20),
+            event("step.forward", on_device, 15, 115),
+        ]
+    )
+    assert found["data"] == pytest.approx(10e-6) and found["forward"] == pytest.approx(100e-6)

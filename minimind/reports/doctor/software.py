@@ -81,7 +81,11 @@ def check_ops(build: Sequence[str]) -> list[Check]:
     """Build tools, which of DeepSpeed's ops this machine can build, locks of killed builds; builds the ops `build`."""
     compiler = os.environ.get("CXX", "c++")
     found = [
-        check_tool("C++ compiler", compiler, "install one (apt-get install g++); only offload needs it"),
+        check_tool(
+            "C++ compiler",
+            compiler,
+            "install one (apt-get install g++): offload needs it; on a GPU so do experts and --compile",
+        ),
         check_tool("ninja", "ninja", "pip install ninja; only offload needs it"),
     ]
     if torch.cuda.is_available():
