@@ -25,4 +25,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # A test file is one worker's, so what its tests share is made once; more than four workers would not end any sooner.
 workers="$(env -u OMP_NUM_THREADS nproc)" # which nproc would take for an answer
 [ "$workers" -le 4 ] || workers=4
-exec .venv/bin/python -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@"
+code=0
+.venv/bin/python -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@" || code=$?
+# All of that ran on the CPU. What is about a GPU runs by itself, where there is one.
+if [ $# -eq 0 ] && command -v nvidia-smi >/dev/null; then .venv/bin/python -m pytest -m gpu || code=$?; fi
+exit "$code"
