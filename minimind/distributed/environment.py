@@ -1,7 +1,5 @@
 """This process's rank and device, read from the environment of any launcher (deepspeed, torchrun, SLURM, MPI)."""
 
-import contextlib
-import io
 import os
 import re
 import socket
@@ -9,14 +7,11 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import deepspeed.comm
+import deepspeed.ops
 import torch.distributed
 
 from minimind.errors import OneRankError, UserError
-
-# On a GPU without the CUDA toolkit DeepSpeed prints a line for each of its ops that would have to be compiled.
-with contextlib.redirect_stdout(io.StringIO()):
-    import deepspeed.comm
-    import deepspeed.ops
 
 # On CPU, DeepSpeed compiles a shared-memory all-reduce at start. It serves inference alone, needs a compiler, and
 # leaves 66 MiB a rank in /dev/shm when a process is killed. Declared incompatible, it is neither built nor used.

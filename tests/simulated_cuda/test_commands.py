@@ -45,11 +45,6 @@ def test_what_is_told_of_a_gpu(one_gpu, command):
     assert "H100" in printed if command == "doctor" else code == 0
 
 
-def test_a_start_prints_nothing_of_ops_that_nobody_asked_for():
-    command = [sys.executable, "-c", "import minimind.train"]
-    assert subprocess.run(command, env=environment(Machine()), capture_output=True, text=True).stdout == ""
-
-
 def test_tests_are_for_the_cpu_wherever_they_run():
     code = "import conftest, torch; print(torch.cuda.is_available())"
     for more, answer in (([], "False"), (["-m", "gpu"], "True")):
