@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 from deepspeed.accelerator import get_accelerator
 from deepspeed.git_version_info import installed_ops
-from deepspeed.ops.op_builder.builder import CUDAOpBuilder, OpBuilder
+from deepspeed.ops.op_builder.builder import OpBuilder
 from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
 from torch.utils import cpp_extension
 
@@ -66,10 +66,6 @@ def build_ops(resolved: ResolvedRun, say: Callable[[str], None]) -> None:
     """
     for name in needed_ops(resolved):
         builder = get_accelerator().create_op_builder(name)
-        # Without a toolkit DeepSpeed's Muon does its Adam in plain operations.
-        is_spared = resolved.train.optimizer == "muon" and cpp_extension.CUDA_HOME is None
-        if isinstance(builder, CUDAOpBuilder) and is_spared:
-            continue
         if builder is not None and builder.name not in OpBuilder._loaded_ops:
             _build(builder, say)
 
