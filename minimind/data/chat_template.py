@@ -1,35 +1,301 @@
-"""A conversation as token ids, in MiniMind's chat format."""
+"""A conversation as text and as token ids: the Jinja chat template beside a tokenizer, rendered as transformers does.
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+A text is cut at the template's special tokens and at the borders of what the assistant wrote before it is encoded, so
+an answer has the same ids in a history, in training and as it was generated. Text that a message holds never becomes
+one of the special tokens.
+"""
 
-from minimind.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+import json
+import re
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import cache
+from importlib import resources
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+
+from minimind.data.tokenizer import CONFIG_NAME, SPECIAL_TOKENS, Tokenizer
 from minimind.errors import UserError
 
-_START, _END = SPECIAL_TOKENS[1:]
+TEMPLATE_NAME = "chat_template.jinja"
+_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+Message = dict[str, Any]
+"""`role` ("system", "user", "assistant" or "tool") and `content`; of an assistant also `reasoning_content` and
+`tool_calls`. `train: False` leaves an assistant's message out of the targets."""
 
 
-@dataclass(frozen=True)
-class Message:
-    """One turn: `role` is "system", "user" or "assistant"."""
+class EncodedConversation(NamedTuple):
+    """Token ids, and of each whether it is trained: the assistant's text and the token that closes it."""
 
-    role: str
-    content: str
+    token_ids: list[int]
+    targets: list[bool]
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Iterable[Message]) -> list[int]:
-    """The token ids of a conversation and of the opening of the assistant's next turn.
+class ChatTemplate:
+    """A template and the tokenizer that it is written for.
 
     Raises:
-        UserError: the tokenizer lacks the marks of a turn.
+        UserError: its syntax is wrong.
     """
-    missing = [mark for mark in (_START, _END) if mark not in tokenizer.special_ids]
-    if missing:
-        raise UserError(f"tokenizer {tokenizer.file} has no {missing[0]}: it cannot be used for chat")
-    start, end = tokenizer.special_ids[_START], tokenizer.special_ids[_END]
-    line_break = tokenizer.encode("\n", allow_special=False)
-    token_ids: list[int] = []
-    for message in messages:
-        turn = tokenizer.encode(f"{message.role}\n{message.content}", allow_special=False)
-        token_ids += [start, *turn, end, *line_break]
-    return [*token_ids, start, *tokenizer.encode("assistant\n", allow_special=False)]
+
+    def __init__(self, text: str, tokenizer: Tokenizer, named_tokens: dict[str, str] | None = None) -> None:
+        self.text = text
+        self.tokenizer = tokenizer
+        self.named_tokens = named_tokens or {}
+        try:
+            self._template = _environment().from_string(text)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the chat template of {tokenizer.file} is not valid Jinja: {error}") from None
+        self.marks_answers = re.search(r"{%-?\s*generation\s*-?%}", text) is not None
+        """Whether the template says itself what the assistant wrote."""
+
+    def render(self, messages: Sequence[Message], tools: Any = None, **options: Any) -> str:
+        """The text of a conversation, byte for byte that of transformers' `apply_chat_template`.
+
+        Args:
+            tools: JSON schemas of the functions that may be called.
+            options: variables of the template, such as `add_generation_prompt` and `thinking`.
+
+        Raises:
+            UserError: the template refuses the conversation.
+        """
+        return self._render(messages, tools, lambda answer: answer, options)
+
+    def encode_prompt(self, messages: Sequence[Message], tools: Any = None, **options: Any) -> list[int]:
+        """The token ids of a conversation and of the opening of the assistant's next message."""
+        return self._encode(messages, tools, {"add_generation_prompt": True, **options}).token_ids
+
+    def encode(self, messages: Sequence[Message], tools: Any = None, *, last_only: bool = False) -> EncodedConversation:
+        """The token ids of a whole conversation and which of them are targets.
+
+        Args:
+            last_only: train the last of the assistant's messages alone.
+
+        Raises:
+            UserError: the template refuses the conversation, leaves the closing token out of what the assistant wrote,
+                or writes a message differently once others follow.
+        """
+        return self._encode(messages, tools, {}, last_only)
+
+    def _render(
+        self, messages: Sequence[Message], tools: Any, mark_answer: Callable[[str], str], options: dict[str, Any]
+    ) -> str:
+        variables = {"messages": messages, "tools": tools or None, "add_generation_prompt": False}
+        variables |= {**self.named_tokens, **options, _MARK: mark_answer}
+        try:
+            return self._template.render(variables)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            raise UserError(f"the chat template refuses the conversation: {error}") from None
+
+    def _encode(
+        self, messages: Sequence[Message], tools: Any, options: dict[str, Any], last_only: bool = False
+    ) -> EncodedConversation:
+        cover = _Cover(self.tokenizer, json.dumps([messages, tools], ensure_ascii=False, default=str))
+        messages, tools = cover.hide(messages), cover.hide(tools)
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        trained = {index for index in answers[-1:] if last_only} or set(answers)
+        trained = {index for index in trained if messages[index].get("train", True) is not False}
+        is_prompt = bool(options)
+        if self.marks_answers:
+            pieces = cover.split_answers(self._render(messages, tools, cover.mark_answer, options))
+        else:
+            try:
+                pieces = self._find_answers(messages, tools, answers, options)
+            except UserError:
+                if not is_prompt:
+                    raise
+                pieces, answers = [self._render(messages, tools, str, options)], []
+        if len(pieces) != 2 * len(answers) + 1:
+            raise UserError(
+                f"the chat template marks {len(pieces) // 2} answers in a conversation of {len(answers)}: its "
+                "{% generation %} blocks must hold each of the assistant's messages"
+            )
+        token_ids: list[int] = []
+        targets: list[bool] = []
+        for place, piece in enumerate(pieces):
+            ids = cover.encode(piece)
+            is_answer = place % 2 == 1
+            if is_answer and not is_prompt and (not ids or ids[-1] not in self.tokenizer.special_ids.values()):
+                raise UserError(
+                    "the chat template leaves the token that closes an answer out of its {% generation %} block: a "
+                    "model trained with it would never stop"
+                )
+            token_ids += ids
+            targets += [is_answer and answers[place // 2] in trained] * len(ids)
+        return EncodedConversation(token_ids, targets)
+
+    def _find_answers(
+        self, messages: Sequence[Message], tools: Any, answers: list[int], options: dict[str, Any]
+    ) -> list[str]:
+        """The text cut into what is not the assistant's and what is, in turns: found by rendering prefixes."""
+        whole = self._render(messages, tools, str, options)
+        pieces, done = [], 0
+        for index in answers:
+            before = self._render(messages[:index], tools, str, {}) if index else ""
+            prompt = self._render(messages[:index], tools, str, {"add_generation_prompt": True})
+            closed = self._render(messages[: index + 1], tools, str, {})
+            start = _shared_length(prompt, whole)  # a template may open an answer in several ways (`<think>`)
+            if start <= len(before) or not whole.startswith(closed):
+                raise UserError(
+                    f"the chat template writes message {index + 1} differently when others follow: an answer would "
+                    "not be trained as it is generated; use a template with {% generation %} blocks"
+                )
+            ends = [match.end() for match in _any_of(tuple(self.tokenizer.special_ids)).finditer(closed, start)]
+            if not ends:
+                raise UserError("the chat template closes an answer with no special token: a model would never stop")
+            pieces += [whole[done:start], whole[start : ends[-1]]]
+            done = ends[-1]
+        return [*pieces, whole[done:]]
+
+
+def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
+    """The template beside a tokenizer: `chat_template.jinja`, or that of `tokenizer_config.json`; without one, ours.
+
+    Raises:
+        UserError: a file is damaged, or there is no template and the tokenizer lacks the marks of ours.
+    """
+    folder = tokenizer.file.parent
+    config = read_tokenizer_config(folder)
+    named = {name: _content(config[name]) for name in _NAMES if config.get(name)}
+    own = config.get("chat_template")
+    if isinstance(own, list):  # several by name
+        own = {one["name"]: one["template"] for one in own}.get("default")
+    try:
+        own = (folder / TEMPLATE_NAME).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        pass
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {folder / TEMPLATE_NAME}: {error}") from None
+    if own is None:
+        if missing := [mark for mark in SPECIAL_TOKENS[1:] if mark not in tokenizer.special_ids]:
+            raise UserError(
+                f"tokenizer {tokenizer.file} has no {missing[0]} and no {TEMPLATE_NAME} beside it: it cannot be used "
+                "for chat"
+            )
+        own = default_template()
+    return ChatTemplate(own, tokenizer, named)
+
+
+@cache
+def default_template() -> str:
+    """The template of tokenizers that bring none: ChatML with tools and thinking."""
+    return resources.files(__package__).joinpath(TEMPLATE_NAME).read_text(encoding="utf-8")
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """The `tokenizer_config.json` in a folder; empty without one.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    file = folder / CONFIG_NAME
+    try:
+        config = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is damaged: it is not a JSON object")
+    return config
+
+
+def _content(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _shared_length(left: str, right: str) -> int:
+    """Characters that both begin with."""
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+class _Cover:
+    """Stands in for special tokens that a message's text holds while a template is rendered."""
+
+    def __init__(self, tokenizer: Tokenizer, text: str) -> None:
+        self._tokenizer = tokenizer
+        self._tokens = list(tokenizer.special_ids)
+        self._specials = _any_of(tuple(self._tokens))
+        key = next(key for key in (f"\ue000{number}:" for number in count()) if key not in text)
+        self._border = f"{key}\ue001"
+        self._hidden = {token: f"{key}{place}\ue001" for place, token in enumerate(self._tokens)}
+        self._shown = {hidden: token for token, hidden in self._hidden.items()}
+        self._covers = re.compile(f"{key}[0-9]+\ue001")
+
+    def hide(self, value: Any) -> Any:
+        """`value` with every string in it free of special tokens."""
+        if isinstance(value, str):
+            return self._specials.sub(lambda match: self._hidden[match[0]], value)
+        if isinstance(value, dict):
+            return {key: self.hide(inner) for key, inner in value.items()}
+        return [self.hide(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+    def mark_answer(self, answer: str) -> str:
+        return self._border + answer + self._border
+
+    def split_answers(self, text: str) -> list[str]:
+        return text.split(self._border)
+
+    def encode(self, piece: str) -> list[int]:
+        """Ids of a piece of rendered text: the template's special tokens are single ids, hidden ones are text."""
+        token_ids: list[int] = []
+        done = 0
+        for match in [*self._specials.finditer(piece), None]:
+            text = piece[done : match.start() if match else len(piece)]
+            shown = self._covers.sub(lambda cover: self._shown[cover[0]], text)
+            token_ids += self._tokenizer.encode(shown, allow_special=False) if shown else []
+            if match:
+                token_ids.append(self._tokenizer.special_ids[match[0]])
+                done = match.end()
+        return token_ids
+
+
+@cache
+def _any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+
+
+_MARK = "_mark_answer"
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}`: what the assistant wrote."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: Any) -> Any:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.FilterBlock(
+            body, jinja2.nodes.Filter(None, _MARK, [jinja2.nodes.Name(_MARK, "load")], [], None, None), lineno=line
+        )
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    """Jinja as transformers sets it up for chat templates."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.filters[_MARK] = lambda answer, mark: mark(answer)
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
