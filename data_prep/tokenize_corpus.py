@@ -7,12 +7,13 @@ finished shard.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from tqdm import tqdm
@@ -38,8 +39,8 @@ _LISTED_INPUTS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizeCorpusFlags(CorpusOptions):
-    """Prepare a corpus: token shards of a training and a validation split."""
+class PrepareFlags:
+    """Where documents come from and go to."""
 
     input: tuple[str, ...]
     """Files (.jsonl .ndjson .json .txt .parquet .csv .tsv, also .gz .zst .bz2 .xz), folders, globs, - or hf:NAME."""
@@ -54,16 +55,30 @@ class TokenizeCorpusFlags(CorpusOptions):
     overwrite: bool = False
     """Replace another corpus in the output folder, or one begun there with other flags."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.val_input and self.val_fraction:
-            raise UserError(f"--val-fraction {self.val_fraction} and --val-input exclude each other: give one of them")
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeCorpusFlags(PrepareFlags, CorpusOptions):
+    """Prepare a corpus: token shards of a training and a validation split."""
 
 
 def main() -> None:
     flags = parse_flags(
         TokenizeCorpusFlags, sys.argv[1:], default=tyro.MISSING_NONPROP, prog="python -m data_prep.tokenize_corpus"
     )
+    prepare(flags, CorpusOptions)
+
+
+def prepare(flags: Any, options_type: type[CorpusOptions]) -> None:
+    """Prepare documents of one kind.
+
+    Args:
+        flags: a `PrepareFlags` that is one of `options_type` too.
+
+    Raises:
+        UserError: the flags contradict each other, or an input or the output cannot be used.
+    """
+    if flags.val_input and flags.val_fraction:
+        raise UserError(f"--val-fraction {flags.val_fraction} and --val-input exclude each other: give one of them")
     if flags.val_fraction is None:
         flags = dataclasses.replace(flags, val_fraction=0.0 if flags.val_input else 0.01)
     workers = count_workers(flags.workers)
@@ -73,11 +88,14 @@ def main() -> None:
         print(
             f"note: {tokenizer.file} changes or drops some characters: texts do not come back exactly", file=sys.stderr
         )
-    values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(CorpusOptions)}
-    options = CorpusOptions(**{**values, "tokenizer": tokenizer.file})
+    values = {field.name: getattr(flags, field.name) for field in dataclasses.fields(options_type)}
+    options = options_type(**{**values, "tokenizer": tokenizer.file})
+    options.check_sources(sources)
     settings = {name: value for name, value in values.items() if name not in ("tokenizer", "eos_token", "hf_streaming")}
     settings |= {"eos_token_id": tokenizer.eos_token_id, "tokenizer_sha256": hash_file(tokenizer.file)}
     settings["text_field"] = list(flags.text_field)  # as JSON gives it back
+    if (template := options.template_text(tokenizer)) is not None:
+        settings["chat_template_sha256"] = hashlib.sha256(template.encode()).hexdigest()
     fix = "; choose another --output, or make room: the same command continues after the last finished shard"
     with (
         disk_errors(flags.output, fix),
@@ -103,7 +121,7 @@ def check_files(output: Path) -> None:
 
 
 def prepare_corpus(
-    flags: TokenizeCorpusFlags,
+    flags: PrepareFlags,
     options: CorpusOptions,
     tokenizer: Tokenizer,
     sources: list[Source],
@@ -115,7 +133,7 @@ def prepare_corpus(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     total = None if any(source.format == DATASET for source in sources) else sum(source.size for source in sources)
     interval = 0.2 if sys.stderr.isatty() else 30.0
-    splits = SPLITS if flags.val_fraction or flags.val_input else SPLITS[:1]
+    splits = SPLITS if options.val_fraction or flags.val_input else SPLITS[:1]
     documents: Counter[str] = Counter()
     num_empty = 0
     with contextlib.ExitStack() as stack:

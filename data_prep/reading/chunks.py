@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import data_prep.reading.json_values as json_values
 from data_prep.reading.byte_stream import Source, open_source, open_text, spool
-from data_prep.reading.records import CHUNK_BYTES, ReadOptions, Record, Rejected, find_text, reject_long
+from data_prep.reading.records import CHUNK_BYTES, ReadOptions, Record, Rejected, reject_long
 from data_prep.reading.sources import DATASET
 from data_prep.reading.tables import read_csv, read_dataset, read_parquet
 
@@ -54,7 +54,7 @@ def _read_text_format(stream: io.BufferedReader, source: Source, options: ReadOp
     limit = options.max_document_bytes
     if source.format == "json":
         for line, value, size in json_values.iterate(stream.read, source.name, CHUNK_BYTES, limit):
-            yield line, find_text(value, options.text_field) if size <= limit else reject_long(limit)
+            yield line, options.find_text(value) if size <= limit else reject_long(limit)
     elif source.format in ("csv", "tsv"):
         yield from read_csv(stream, source, options)
     else:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from data_prep.reading.byte_stream import Source
 from data_prep.reading.chunks import Chunk, cut_source
-from data_prep.reading.records import ReadOptions, Rejected, Text, find_text, reject_long
+from data_prep.reading.records import ReadOptions, Rejected, Text, reject_long
 from minimind.errors import UserError
 
 _SHOWN = 20
@@ -56,7 +56,7 @@ def _check(raw: Text, is_json: bool, options: ReadOptions) -> str | Rejected:
 def _decode(data: bytes, is_json: bool, options: ReadOptions) -> str | Rejected:
     try:
         text = data.decode("utf-8")
-        return find_text(json.loads(text), options.text_field) if is_json else text
+        return options.find_text(json.loads(text)) if is_json else text
     except UnicodeDecodeError as error:
         is_utf8 = options.encoding == "utf-8"
         reason = f"invalid UTF-8: byte 0x{data[error.start]:02x}" if is_utf8 else f"not valid {options.encoding}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 from minimind.errors import UserError
 from minimind.schema import Limits, convert
@@ -46,11 +46,14 @@ class ReadOptions:
     hf_streaming: bool = True
     """Stream a data set instead of downloading it whole first."""
 
+    reads_whole_records: ClassVar[bool] = False
+    """Whether a document is made of all fields of a record: an input without fields has none."""
+
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self), include_extras=True).items():
-            if get_origin(hint) is Annotated:
+            if any(isinstance(note, Limits) for note in getattr(hint, "__metadata__", ())):
                 convert(getattr(self, name), hint, f"--{name.replace('_', '-')}")
-        if not all(self.text_field or [""]):
+        if not all(self.text_field or [""]) and not self.reads_whole_records:
             raise UserError("--text-field: no field is named")
         try:
             b"text".decode(self.encoding, "replace")
@@ -58,6 +61,10 @@ class ReadOptions:
             raise UserError(
                 f"--encoding {self.encoding} is unknown: give one such as gb18030, big5 or utf-16"
             ) from None
+
+    def find_text(self, record: Any) -> "str | Rejected":
+        """The text of the document in a parsed record."""
+        return find_text(record, self.text_field)
 
 
 def find_text(value: Any, fields: Sequence[str]) -> str | Rejected:
@@ -95,8 +102,9 @@ def _name_type(value: object) -> str:
 
 
 def find_columns(columns: Sequence[str], name: str, fields: Sequence[str]) -> list[int]:
-    """The indices of the columns of input `name` that hold `fields`. Raises `UserError` with the columns there are."""
-    found = []
+    """The indices of the columns of input `name` that hold `fields`, of all columns if none is named.
+    Raises `UserError` with the columns there are."""
+    found = [] if fields else list(range(len(columns)))
     for field in fields:
         column = field if field in columns else field.split(".")[0]
         if column not in columns:

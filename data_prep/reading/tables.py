@@ -21,7 +21,6 @@ from data_prep.reading.records import (
     Rejected,
     Text,
     find_columns,
-    find_text,
 )
 from data_prep.reading.sources import is_saved_dataset
 from minimind.errors import UserError, first_line
@@ -61,7 +60,7 @@ def read_csv(stream: BinaryIO, source: Source, options: ReadOptions) -> Iterator
         if text is None and len(row) != len(names):
             text = Rejected(f"{len(row)} columns, the header has {len(names)}")
         elif text is None:
-            text = find_text({names[column]: row[column] for column in columns}, options.text_field)
+            text = options.find_text({names[column]: row[column] for column in columns})
         yield line, text
 
 
@@ -87,7 +86,7 @@ def read_parquet(stream: BinaryIO, source: Source, options: ReadOptions) -> Iter
         for batch in file.iter_batches(batch_size=batch_size, columns=columns, use_threads=False):
             for row in batch.to_pylist():
                 number += 1
-                yield number, find_text(row, fields)
+                yield number, options.find_text(row)
     except UnicodeDecodeError as error:
         raise UserError(f"{source.name} holds text that is no UTF-8: {error}; mend the file") from None
     except pa.ArrowException as error:
@@ -105,7 +104,7 @@ def read_dataset(source: Source, options: ReadOptions) -> Iterator[Record]:
             columns = find_columns(names, source.name, options.text_field)
             rows = rows.select_columns([names[column] for column in dict.fromkeys(columns)])
         for number, row in enumerate(rows, start=1):
-            yield number, find_text(row, options.text_field)
+            yield number, options.find_text(row)
 
 
 @functools.cache

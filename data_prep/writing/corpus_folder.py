@@ -157,17 +157,17 @@ class CorpusFolder:
             self._num_noted += len(entry["inputs"])
             self.shards[entry["split"]].append(shard)
             self.first_chunks[entry["split"]] = entry["first_chunk"]
-            kept += [shard.file, shard.documents_file]
+            kept.append(shard.file)
         if difference and not kept:
             return difference
         if difference:
-            number = len(kept) // 2
+            number = len(kept)
             print(f"note: other {difference}: {number} of {len(entries)} finished shards are kept", file=sys.stderr)
             lines = lines[: number + 1]
         if kept:
             replace_file(path, "".join(line + "\n" for line in lines))
             for split, shards in self.shards.items():
-                files = {name for shard in shards for name in (shard.file, shard.documents_file)}
+                files = {name for shard in shards for name in shard.files}
                 for leftover in (self.partial / split).glob("*"):
                     if leftover.name not in files:
                         leftover.unlink()

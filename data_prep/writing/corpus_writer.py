@@ -39,6 +39,7 @@ class CorpusWriter:
                 tokenizer_file=tokenizer.file,
                 shard_tokens=options.shard_tokens,
                 shards=folder.shards[split],
+                chat_template=options.template_text(tokenizer),
             )
             for split in splits
         }
@@ -60,7 +61,13 @@ class CorpusWriter:
             split = "val" if document.is_val else "train"
             self._num_met[split] += 1
             if self._num_met[split] > self._num_written[split]:
-                self._writers[split].add_document(np.frombuffer(document.tokens, self._dtype), document.num_bytes)
+                assert document.encoded is not None
+                tokens, targets, _ = document.encoded
+                self._writers[split].add_document(
+                    np.frombuffer(tokens, self._dtype),
+                    document.num_bytes,
+                    np.frombuffer(targets, np.uint8) if targets else None,
+                )
             self.num_documents += 1
             self.num_bytes += document.num_bytes
             if self._is_full():

@@ -13,10 +13,10 @@ from typing import Annotated, Literal, NamedTuple
 from data_prep.reading.byte_stream import Source
 from data_prep.reading.chunks import Chunk
 from data_prep.reading.documents import parse_chunk
-from data_prep.reading.records import ReadOptions
+from data_prep.reading.records import ReadOptions, Rejected
 from data_prep.writing.digests import DIGEST_BYTES
 from minimind.data.shard_writer import DEFAULT_SHARD_TOKENS
-from minimind.data.tokenizer import load_tokenizer
+from minimind.data.tokenizer import Tokenizer, load_tokenizer
 from minimind.schema import AT_LEAST_1, Limits
 
 _HASH_RANGE = 1 << 64
@@ -46,6 +46,27 @@ class CorpusOptions(ReadOptions):
     shard_tokens: Annotated[int, AT_LEAST_1] = DEFAULT_SHARD_TOKENS
     """Tokens in a shard."""
 
+    def encode(self, tokenizer: Tokenizer, texts: list[str]) -> "list[Encoded | Rejected]":
+        """The tokens of each text, or why there are none."""
+        packed = tokenizer.encode_packed(texts, allow_special=self.special_text == "special")
+        nothing = Rejected("the tokenizer has no token for anything in it")
+        return [Encoded(tokens) if tokens else nothing for tokens in packed]
+
+    def template_text(self, tokenizer: Tokenizer) -> str | None:
+        """The chat template that conversations are written with."""
+        return None
+
+    def check_sources(self, sources: list[Source]) -> None:
+        """Raise `UserError` for an input that cannot hold such documents."""
+
+
+class Encoded(NamedTuple):
+    """What a document became."""
+
+    tokens: bytes  # uint16 each, or uint32 for a large vocabulary
+    targets: bytes = b""  # of a conversation: 1 or 0 for each token
+    num_bytes: int | None = None  # UTF-8 bytes, where they are not those of the document's text
+
 
 class Task(NamedTuple):
     """A chunk, and the splits of it that are needed: an interrupted run has the others already."""
@@ -61,7 +82,7 @@ class EncodedDocument(NamedTuple):
     is_val: bool
     num_bytes: int
     digest: bytes  # (16,)
-    tokens: bytes  # uint16 each, or uint32 for a large vocabulary; none in a split that was not needed
+    encoded: Encoded | None  # none in a split that was not needed
 
 
 class EncodedChunk(NamedTuple):
@@ -83,15 +104,16 @@ def encode_chunk(options: CorpusOptions, task: Task) -> EncodedChunk:
     # By the first half of the hash of the text: no other document, file or order moves one from split to split.
     limit = int((1.0 if source.is_val else options.val_fraction or 0.0) * _HASH_RANGE)
     is_val = [int.from_bytes(digest[:8], "big") < limit for digest in digests]
-    # A tokenizer that loses text may leave a document without tokens, which only encoding shows.
-    is_needed = [(task.encode_val if val else task.encode_train) or not tokenizer.is_lossless for val in is_val]
-    needed = list(itertools.compress(texts, is_needed))
-    encoded = iter(tokenizer.encode_packed(needed, allow_special=options.special_text == "special"))
+    # A tokenizer that loses text, or a chat template, may refuse a document, which only encoding shows.
+    may_refuse = not tokenizer.is_lossless or options.reads_whole_records
+    is_needed = [(task.encode_val if val else task.encode_train) or may_refuse for val in is_val]
+    encoded = iter(options.encode(tokenizer, list(itertools.compress(texts, is_needed))))
     documents = []
     for line, text, digest, val, need in zip(lines, data, digests, is_val, is_needed, strict=True):
-        tokens = next(encoded) if need else b""
-        if need and not tokens:
-            problems.append(f"{source.name}:{line}: the tokenizer has no token for anything in it")
-        else:
-            documents.append(EncodedDocument(val, len(text), digest, tokens))
+        document = next(encoded) if need else None
+        if isinstance(document, Rejected):
+            problems.append(f"{source.name}:{line}: {document}")
+            continue
+        num_bytes = document.num_bytes if document and document.num_bytes is not None else len(text)
+        documents.append(EncodedDocument(val, num_bytes, digest, document))
     return EncodedChunk(source, documents, problems, num_empty, task.chunk.progress)

@@ -7,9 +7,9 @@ one of the special tokens.
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from itertools import count
 from pathlib import Path
@@ -26,9 +26,25 @@ from minimind.errors import UserError
 TEMPLATE_NAME = "chat_template.jinja"
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
-Message = dict[str, Any]
-"""`role` ("system", "user", "assistant" or "tool") and `content`; of an assistant also `reasoning_content` and
-`tool_calls`. `train: False` leaves an assistant's message out of the targets."""
+Turn = dict[str, Any]
+"""A message: `role` ("system", "user", "assistant" or "tool") and `content`; of an assistant also `reasoning_content`
+and `tool_calls`. `train: False` leaves an assistant's message out of the targets."""
+
+
+class Message(NamedTuple):
+    """A message of text alone."""
+
+    role: str
+    content: str
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Iterable[Message]) -> list[int]:
+    """The token ids of a conversation and of the opening of the assistant's next message.
+
+    Raises:
+        UserError: the tokenizer lacks the marks of a turn, or its template refuses the conversation.
+    """
+    return load_chat_template(tokenizer).encode_prompt([message._asdict() for message in messages])
 
 
 class EncodedConversation(NamedTuple):
@@ -56,7 +72,7 @@ class ChatTemplate:
         self.marks_answers = re.search(r"{%-?\s*generation\s*-?%}", text) is not None
         """Whether the template says itself what the assistant wrote."""
 
-    def render(self, messages: Sequence[Message], tools: Any = None, **options: Any) -> str:
+    def render(self, messages: Sequence[Turn], tools: Any = None, **options: Any) -> str:
         """The text of a conversation, byte for byte that of transformers' `apply_chat_template`.
 
         Args:
@@ -68,11 +84,11 @@ class ChatTemplate:
         """
         return self._render(messages, tools, lambda answer: answer, options)
 
-    def encode_prompt(self, messages: Sequence[Message], tools: Any = None, **options: Any) -> list[int]:
+    def encode_prompt(self, messages: Sequence[Turn], tools: Any = None, **options: Any) -> list[int]:
         """The token ids of a conversation and of the opening of the assistant's next message."""
         return self._encode(messages, tools, {"add_generation_prompt": True, **options}).token_ids
 
-    def encode(self, messages: Sequence[Message], tools: Any = None, *, last_only: bool = False) -> EncodedConversation:
+    def encode(self, messages: Sequence[Turn], tools: Any = None, *, last_only: bool = False) -> EncodedConversation:
         """The token ids of a whole conversation and which of them are targets.
 
         Args:
@@ -85,7 +101,7 @@ class ChatTemplate:
         return self._encode(messages, tools, {}, last_only)
 
     def _render(
-        self, messages: Sequence[Message], tools: Any, mark_answer: Callable[[str], str], options: dict[str, Any]
+        self, messages: Sequence[Turn], tools: Any, mark_answer: Callable[[str], str], options: dict[str, Any]
     ) -> str:
         variables = {"messages": messages, "tools": tools or None, "add_generation_prompt": False}
         variables |= {**self.named_tokens, **options, _MARK: mark_answer}
@@ -95,7 +111,7 @@ class ChatTemplate:
             raise UserError(f"the chat template refuses the conversation: {error}") from None
 
     def _encode(
-        self, messages: Sequence[Message], tools: Any, options: dict[str, Any], last_only: bool = False
+        self, messages: Sequence[Turn], tools: Any, options: dict[str, Any], last_only: bool = False
     ) -> EncodedConversation:
         cover = _Cover(self.tokenizer, json.dumps([messages, tools], ensure_ascii=False, default=str))
         messages, tools = cover.hide(messages), cover.hide(tools)
@@ -132,7 +148,7 @@ class ChatTemplate:
         return EncodedConversation(token_ids, targets)
 
     def _find_answers(
-        self, messages: Sequence[Message], tools: Any, answers: list[int], options: dict[str, Any]
+        self, messages: Sequence[Turn], tools: Any, answers: list[int], options: dict[str, Any]
     ) -> list[str]:
         """The text cut into what is not the assistant's and what is, in turns: found by rendering prefixes."""
         whole = self._render(messages, tools, str, options)
@@ -155,6 +171,7 @@ class ChatTemplate:
         return [*pieces, whole[done:]]
 
 
+@lru_cache(maxsize=8)
 def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
     """The template beside a tokenizer: `chat_template.jinja`, or that of `tokenizer_config.json`; without one, ours.
 

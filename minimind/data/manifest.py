@@ -15,7 +15,8 @@ from pydantic.dataclasses import dataclass
 from minimind.errors import UserError
 from minimind.files import replace_file
 
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
+"""Of conversations, which have targets; corpora of text are written as version 1, and read alike."""
 MANIFEST_NAME = "manifest.json"
 
 
@@ -47,7 +48,8 @@ class TokenizerInfo:
 
 @dataclass(frozen=True, config=_STRICT)
 class ShardInfo:
-    """One shard: its token file, its document file, and what they hold (`bytes` counts the UTF-8 bytes of the text)."""
+    """One shard: its token file, its document file, and what they hold (`bytes` counts the UTF-8 bytes of the text).
+    Conversations have a third file, which says of each token whether it is trained."""
 
     file: FileName
     documents_file: FileName
@@ -56,19 +58,33 @@ class ShardInfo:
     bytes: Count
     sha256: Sha256
     documents_sha256: Sha256
+    targets_file: FileName | None = None
+    targets_sha256: Sha256 | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "ShardInfo":
         if self.documents > self.tokens:
             raise ValueError(f"documents is {self.documents}, more than the {self.tokens} tokens")
+        if (self.targets_file is None) != (self.targets_sha256 is None):
+            raise ValueError("targets_file and targets_sha256 are given together or not at all")
         return self
+
+    @property
+    def files(self) -> list[str]:
+        """The names of its files."""
+        return [name for name in (self.file, self.documents_file, self.targets_file) if name is not None]
+
+    def arrays(self, dtype: str) -> list[tuple[str, str, int]]:
+        """(file, dtype, length) of its files, `dtype` being that of the tokens."""
+        found = [(self.file, dtype, self.tokens), (self.documents_file, "int64", self.documents)]
+        return found if self.targets_file is None else [*found, (self.targets_file, "uint8", self.tokens)]
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Manifest:
     """A complete shard folder, the fields in the order in which the file holds them."""
 
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     dtype: Literal["uint16", "uint32"]
     vocab_size: Positive
     eos_token_id: Count
@@ -77,6 +93,7 @@ class Manifest:
     total_documents: Count
     total_bytes: Count
     shards: tuple[ShardInfo, ...]
+    chat_template_sha256: Sha256 | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "Manifest":
@@ -85,7 +102,10 @@ class Manifest:
             raise ValueError(f"vocab_size is {self.vocab_size}; it must be at most {largest} with dtype {self.dtype}")
         if self.eos_token_id >= self.vocab_size:
             raise ValueError(f"eos_token_id is {self.eos_token_id}; it must be below {self.vocab_size}")
-        files = [name for shard in self.shards for name in (shard.file, shard.documents_file)]
+        is_chat = self.format_version == FORMAT_VERSION
+        if {is_chat} != {self.chat_template_sha256 is not None, *(s.targets_file is not None for s in self.shards)}:
+            raise ValueError("targets and a chat template come with format_version 2, and only with it")
+        files = [name for shard in self.shards for name in shard.files]
         if len(set(files)) < len(files):
             raise ValueError(f"shards name {max(files, key=files.count)} twice; every file must be named once")
         for name in ("tokens", "documents", "bytes"):
@@ -95,13 +115,19 @@ class Manifest:
         return self
 
     @property
+    def is_chat(self) -> bool:
+        """Whether the documents are conversations, of which some tokens are targets."""
+        return self.chat_template_sha256 is not None
+
+    @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes of text for one token, end tokens included: what turns a loss per token into one per byte."""
         return self.total_bytes / max(1, self.total_tokens)
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` in one step: the last file of a folder, and the mark that it is complete."""
-        replace_file(folder / MANIFEST_NAME, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        content = dataclasses.asdict(self, dict_factory=_without_none)
+        replace_file(folder / MANIFEST_NAME, json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
@@ -120,3 +146,7 @@ class Manifest:
         found = "" if isinstance(first["input"], (dict, list)) else f"is {first['input']!r}: "
         reason = known.get(first["type"]) or found + first["msg"].removeprefix("Value error, ")
         raise ShardError(f"{path}: {f'field {field} ' if field else ''}{reason}") from None
+
+
+def _without_none(items: list[tuple[str, object]]) -> dict[str, object]:
+    return {name: value for name, value in items if value is not None}

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from minimind.data.array_file import ArrayFile, check_array_file
+from minimind.data.chat_template import TEMPLATE_NAME
 from minimind.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, ShardError, ShardInfo, TokenizerInfo
 from minimind.files import fsync_folder, hash_file, replace_file
 
@@ -19,7 +20,8 @@ class ShardWriter:
     """Writes documents into `folder`, in shards of about `shard_tokens` tokens (a longer document gets its own shard).
 
     Use it as a context manager: leaving it writes the manifest, leaving it by an exception drops the shard being
-    written. `shards` are those that an earlier writer finished here: the documents given now follow theirs.
+    written. `shards` are those that an earlier writer finished here: the documents given now follow theirs. With a
+    `chat_template` the documents are conversations, each with its targets.
     Raises `ShardError` for a folder that holds other shards, and `OSError` when the disk refuses.
     """
 
@@ -32,6 +34,7 @@ class ShardWriter:
         tokenizer_file: Path,
         shard_tokens: int = DEFAULT_SHARD_TOKENS,
         shards: Sequence[ShardInfo] = (),
+        chat_template: str | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.shards = list(shards)
@@ -41,20 +44,24 @@ class ShardWriter:
         self._vocab_size = vocab_size
         self._dtype = np.dtype("uint16" if vocab_size <= 1 << 16 else "uint32")
         self._eos_token_id = eos_token_id
-        self._files: tuple[ArrayFile, ArrayFile] | None = None
+        self._files: list[ArrayFile] = []
         self._bytes = 0
         self.folder.mkdir(parents=True, exist_ok=True)
         found = {path.name for path in [*self.folder.glob("shard_*.npy"), *self.folder.glob(MANIFEST_NAME)]}
-        if found - {name for shard in shards for name in (shard.file, shard.documents_file)}:
+        if found - {name for shard in shards for name in shard.files}:
             raise ShardError(f"{self.folder} already holds shards: delete it or choose another folder")
         for shard in shards:
-            check_array_file(self.folder / shard.file, self._dtype.name, shard.tokens)
-            check_array_file(self.folder / shard.documents_file, "int64", shard.documents)
+            for name, dtype, length in shard.arrays(self._dtype.name):
+                check_array_file(self.folder / name, dtype, length)
         self._tokenizer = self.folder / tokenizer_file.name
         replace_file(self._tokenizer, tokenizer_file.read_bytes())
+        self._template = self.folder / TEMPLATE_NAME if chat_template is not None else None
+        if self._template is not None:
+            replace_file(self._template, chat_template)
 
-    def add_document(self, tokens: np.ndarray, num_bytes: int) -> None:
-        """Append one document of `num_bytes` UTF-8 bytes of text: `tokens` (1-D, integer) and the end token."""
+    def add_document(self, tokens: np.ndarray, num_bytes: int, targets: np.ndarray | None = None) -> None:
+        """Append one document of `num_bytes` UTF-8 bytes of text: `tokens` (1-D, integer) and the end token. Of a
+        conversation, `targets` (1-D, 0 or 1 for each token) says which are trained; the end token never is."""
         tokens = np.asarray(tokens)
         if tokens.ndim != 1 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
             raise ShardError(f"document {self.num_documents} is not a non-empty 1-D array of token ids")
@@ -63,17 +70,22 @@ class ShardWriter:
                 raise ShardError(
                     f"document {self.num_documents} has token id {token}; the vocabulary has {self._vocab_size}"
                 )
+        if (targets is None) != (self._template is None) or (targets is not None and targets.shape != tokens.shape):
+            raise ShardError(
+                f"document {self.num_documents} needs targets, one for each token, if it is a conversation"
+            )
         if self._files and self._files[0].length + tokens.size + 1 > self._shard_tokens:
             self._finish_shard()
-        if self._files is None:
+        if not self._files:
             path = self.folder / f"shard_{len(self.shards):05d}"
-            self._files = (
-                ArrayFile(path.with_suffix(".npy"), self._dtype.name),
-                ArrayFile(path.with_suffix(".docs.npy"), "int64"),
-            )
-        token_file, starts_file = self._files
+            kinds = {".npy": self._dtype.name, ".docs.npy": "int64"}
+            kinds |= {} if targets is None else {".targets.npy": "uint8"}
+            self._files = [ArrayFile(path.with_suffix(suffix), dtype) for suffix, dtype in kinds.items()]
+        token_file, starts_file, *target_files = self._files
         starts_file.append(np.array([token_file.length]))
         token_file.append(np.append(tokens, self._eos_token_id))
+        for file in target_files:
+            file.append(np.append(targets, 0))
         self._bytes += num_bytes
         self.num_documents += 1
         self.num_tokens += tokens.size + 1
@@ -82,7 +94,7 @@ class ShardWriter:
         """Finish the last shard and write the manifest: from here on the folder is complete."""
         self._finish_shard()
         manifest = Manifest(
-            FORMAT_VERSION,
+            1 if self._template is None else FORMAT_VERSION,
             self._dtype.name,
             self._vocab_size,
             self._eos_token_id,
@@ -91,6 +103,7 @@ class ShardWriter:
             self.num_documents,
             sum(shard.bytes for shard in self.shards),
             tuple(self.shards),
+            None if self._template is None else hash_file(self._template),
         )
         manifest.save(self.folder)
         return manifest
@@ -107,13 +120,13 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Drop the shard being written; the finished ones stay."""
-        for file in self._files or ():
+        for file in self._files:
             file.discard()
 
     def _finish_shard(self) -> None:
-        if self._files is None:
+        if not self._files:
             return
-        token_file, starts_file = self._files
+        token_file, starts_file, *target_files = self._files
         shard = ShardInfo(
             file=token_file.path.name,
             documents_file=starts_file.path.name,
@@ -122,7 +135,9 @@ class ShardWriter:
             bytes=self._bytes,
             sha256=token_file.finish(),
             documents_sha256=starts_file.finish(),
+            targets_file=target_files[0].path.name if target_files else None,
+            targets_sha256=target_files[0].finish() if target_files else None,
         )
         fsync_folder(self.folder)
         self.shards.append(shard)
-        self._files, self._bytes = None, 0
+        self._files, self._bytes = [], 0

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from minimind.data.array_file import check_array_file, map_array_file
+from minimind.data.chat_template import TEMPLATE_NAME
 from minimind.data.manifest import MANIFEST_NAME, Manifest, ShardError, ShardInfo
 from minimind.files import hash_file
 
@@ -35,8 +36,8 @@ class ShardReader:
         self.manifest = Manifest.load(self.folder)
         self.dtype = np.dtype(self.manifest.dtype)
         for shard in self.manifest.shards:
-            check_array_file(self.folder / shard.file, self.manifest.dtype, shard.tokens)
-            check_array_file(self.folder / shard.documents_file, "int64", shard.documents)
+            for name, dtype, length in shard.arrays(self.manifest.dtype):
+                check_array_file(self.folder / name, dtype, length)
         # Stream offset of the first token of each shard, and of the end: (num_shards + 1,)
         self._offsets = np.cumsum([0, *(shard.tokens for shard in self.manifest.shards)], dtype=np.int64)
         # An open map costs a descriptor and address space; lru_cache is safe between threads.
@@ -48,26 +49,31 @@ class ShardReader:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 over everything that decides the token stream: equal fingerprints, equal tokens and documents."""
+        """sha256 over everything that decides the samples: equal fingerprints, equal tokens, documents and targets."""
         parts = [[shard.tokens, shard.sha256, shard.documents_sha256] for shard in self.manifest.shards]
+        parts += [[shard.targets_sha256] for shard in self.manifest.shards if shard.targets_sha256 is not None]
         return hashlib.sha256(json.dumps([self.manifest.dtype, parts]).encode()).hexdigest()
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens [start, start + length) of the stream, copied: (length,) of the shards' dtype."""
-        pieces = self._pieces(start, length)
-        tokens = np.empty(length, dtype=self.dtype)
-        for shard, low, high, offset in pieces:
-            tokens[offset : offset + high - low] = self._map_file(shard)[low:high]
-        return tokens
+        return self._read(start, length, 0)
+
+    def read_targets(self, start: int, length: int) -> np.ndarray:
+        """Whether each of these tokens is trained: (length,) bool. Of conversations only."""
+        return self._read(start, length, 2).astype(bool)
 
     def document_starts(self, start: int, length: int) -> np.ndarray:
         """Offsets inside the span [start, start + length) at which a document begins: int64, increasing."""
         found = [np.empty(0, dtype=np.int64)]
         for shard, low, high, offset in self._pieces(start, length):
-            starts = self._map_file(shard, documents=True)
+            starts = self._map_file(shard, 1)
             first, last = np.searchsorted(starts, (low, high))
             found.append(starts[first:last] - low + offset)
         return np.concatenate(found)
+
+    def _read(self, start: int, length: int, kind: int) -> np.ndarray:
+        pieces = [self._map_file(shard, kind)[low:high] for shard, low, high, _ in self._pieces(start, length)]
+        return np.concatenate(pieces) if pieces else np.empty(0, dtype=self.dtype)
 
     def _pieces(self, start: int, length: int) -> list[tuple[int, int, int, int]]:
         """[(shard, low, high, offset)]: tokens [low, high) of a shard stand at `offset` of the span."""
@@ -83,12 +89,11 @@ class ShardReader:
             start, shard = high, shard + 1
         return pieces
 
-    def open_file(self, shard: int, documents: bool = False) -> np.ndarray:
-        """The tokens of one shard, or the offsets at which its documents begin, mapped read-only."""
-        info = self.manifest.shards[shard]
-        if documents:
-            return map_array_file(self.folder / info.documents_file, "int64", info.documents)
-        return map_array_file(self.folder / info.file, self.manifest.dtype, info.tokens)
+    def open_file(self, shard: int, kind: int = 0) -> np.ndarray:
+        """An array of one shard, mapped read-only: its tokens (kind 0), the offsets at which its documents begin (1),
+        or the targets of conversations (2)."""
+        name, dtype, length = self.manifest.shards[shard].arrays(self.manifest.dtype)[kind]
+        return map_array_file(self.folder / name, dtype, length)
 
 
 def find_split(folder: Path, split: str) -> Path | None:
@@ -130,10 +135,14 @@ def verify(folder: Path, on_shard: Callable[[], object] | None = None) -> Manife
     reader = ShardReader(folder)
     manifest = reader.manifest
     _check_hash(folder / manifest.tokenizer.file, manifest.tokenizer.sha256)
+    if manifest.chat_template_sha256 is not None:
+        _check_hash(folder / TEMPLATE_NAME, manifest.chat_template_sha256)
     for index, shard in enumerate(manifest.shards):
         _check_hash(folder / shard.file, shard.sha256)
         _check_hash(folder / shard.documents_file, shard.documents_sha256)
-        _check_contents(folder, manifest, shard, reader.open_file(index), reader.open_file(index, documents=True))
+        if shard.targets_file is not None and shard.targets_sha256 is not None:
+            _check_hash(folder / shard.targets_file, shard.targets_sha256)
+        _check_contents(folder, manifest, shard, reader.open_file(index), reader.open_file(index, 1))
         if on_shard is not None:
             on_shard()
     return manifest

@@ -1,0 +1,31 @@
+"""Conversations to shards for fine-tuning: python -m data_prep.tokenize_chat.
+
+Prepared like a corpus; beside the tokens a third array says which of them are trained: what the assistant wrote, and
+the token that closes it.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import tyro
+
+from data_prep.tokenize_corpus import PrepareFlags, prepare
+from data_prep.writing.encode_chat import ChatOptions
+from minimind.cli import parse_flags
+from minimind.errors import run_main
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeChatFlags(PrepareFlags, ChatOptions):
+    """Prepare conversations: token shards with targets, of a training and a validation split."""
+
+
+def main() -> None:
+    flags = parse_flags(
+        TokenizeChatFlags, sys.argv[1:], default=tyro.MISSING_NONPROP, prog="python -m data_prep.tokenize_chat"
+    )
+    prepare(flags, ChatOptions)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,67 @@
+"""Conversations as documents: their text is their JSON in one form, their tokens are those of a chat template."""
+
+import functools
+import json
+from array import array
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import tyro
+
+from data_prep.reading.byte_stream import Source
+from data_prep.reading.conversations import ConversationForm, find_conversation
+from data_prep.reading.records import Rejected, TxtDocuments
+from data_prep.writing.encode_chunk import CorpusOptions, Encoded
+from minimind.data.chat_template import ChatTemplate, load_chat_template
+from minimind.data.tokenizer import Tokenizer
+from minimind.errors import UserError
+
+_load_chat_template = functools.lru_cache(maxsize=1)(load_chat_template)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(CorpusOptions):
+    """With the inputs, what decides the contents of prepared conversations."""
+
+    form: ConversationForm | None = None
+    """Form of the records: messages (OpenAI, MiniMind), sharegpt or alpaca (recognised record by record)."""
+    train_on: Literal["all", "last"] = "all"
+    """Answers that are trained: all of a conversation, or its last alone."""
+
+    # Of no meaning here.
+    text_field: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    txt_documents: Annotated[TxtDocuments, tyro.conf.Suppress] = "paragraph"
+    special_text: Annotated[Literal["special", "plain"], tyro.conf.Suppress] = "plain"
+    reads_whole_records: ClassVar[bool] = True
+
+    def find_text(self, record: Any) -> str | Rejected:
+        """The conversation in a record as JSON of one form, so that equal conversations are equal texts."""
+        found = find_conversation(record, self.form)
+        if isinstance(found, Rejected):
+            return found
+        del found["form"]
+        return json.dumps(found, ensure_ascii=False, sort_keys=True)
+
+    def encode(self, tokenizer: Tokenizer, texts: list[str]) -> list[Encoded | Rejected]:
+        """The tokens and targets of each conversation, or why the template refuses it."""
+        return [self._encode(_load_chat_template(tokenizer), **json.loads(text)) for text in texts]
+
+    def template_text(self, tokenizer: Tokenizer) -> str:
+        """The chat template that conversations are written with."""
+        return _load_chat_template(tokenizer).text
+
+    def check_sources(self, sources: list[Source]) -> None:
+        """Raise `UserError` for a text file, which holds no conversations."""
+        for source in sources:
+            if source.format == "txt":
+                raise UserError(f"{source.name} is plain text: conversations are read from records, such as .jsonl")
+
+    def _encode(self, template: ChatTemplate, messages: list[dict[str, Any]], tools: Any) -> Encoded | Rejected:
+        try:
+            token_ids, targets = template.encode(messages, tools, last_only=self.train_on == "last")
+        except UserError as error:
+            return Rejected(str(error))
+        if not any(targets):
+            return Rejected("none of its answers is to be trained")
+        num_bytes = len(template.tokenizer.decode(token_ids).encode())
+        return Encoded(array(template.tokenizer.typecode, token_ids).tobytes(), bytes(targets), num_bytes)
