@@ -20,7 +20,7 @@ import tyro
 from minimind.checkpoints.formats.load_model import load_model
 from minimind.cli import parse_flags, without_local_rank
 from minimind.config.run_config import Precision
-from minimind.data.dataset import TokenDataset
+from minimind.data.dataset import open_dataset
 from minimind.data.shards import ShardReader
 from minimind.data.tokenizer import load_tokenizer
 from minimind.distributed.environment import RankEnvironment, find_device, is_first_rank, read_environment
@@ -132,7 +132,7 @@ def measure(model: MiniMindForCausalLM, reader: ShardReader, flags: EvaluateFlag
     """`evaluate` with the settings of the flags. Every rank calls this."""
     return evaluate(
         model,
-        TokenDataset(reader, flags.seq_len, flags.document_mask, keep_tail=True),
+        open_dataset(reader, flags.seq_len, flags.document_mask, keep_tail=True),
         micro_batch_size=flags.micro_batch_size,
         max_samples=flags.max_samples,
         rank=env.rank,

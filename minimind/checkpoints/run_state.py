@@ -13,7 +13,7 @@ from minimind.model.config import ModelConfig
 
 Change = Literal["fixed", "topology", "free", "silent"]
 
-_SAMPLING = ("seq_len", "document_mask", "seed", "global_batch_size")
+_SAMPLING = ("seq_len", "document_mask", "packing", "seed", "global_batch_size")
 _LAYOUT = (
     "optimizer", "offload_optimizer", "autocast", "grad_accum_dtype", "moe_backend", "sub_group_size",
     "round_robin_gradients", "zero_hpz_partition_size",

@@ -285,7 +285,7 @@ _MARK = "_mark_answer"
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}...{% endgeneration %}`: what the assistant wrote."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 - as the base class has it
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno

@@ -1,14 +1,17 @@
-"""Window i of the token stream as a training sample: inputs and labels.
+"""Window i as a training sample: inputs and labels.
 
-Documents are joined in the stream, each closed by its end token, and windows tile it without padding.
+Of the token stream, in which documents are joined and windows tile them without padding, or of whole documents packed
+into windows.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
 
 from minimind.data.manifest import ShardError
+from minimind.data.packing import pack
 from minimind.data.shards import ShardReader, open_split
 
 IGNORED_LABEL = -100
@@ -69,12 +72,81 @@ class TokenDataset:
         return Sample(input_ids, labels, starts[starts < length])
 
 
+class PackedDataset:
+    """Windows of `seq_len` tokens that hold whole documents (`minimind.data.packing`), each attending to itself alone.
+
+    The first token of a document is no target; of a conversation only what the assistant wrote is one. A document
+    longer than a window is cut at its end. What is left of a window is one more segment, of end tokens without labels.
+    """
+
+    document_mask = True
+
+    def __init__(self, reader: ShardReader, seq_len: int) -> None:
+        self.reader = reader
+        self.seq_len = seq_len
+        self._starts = np.append(reader.document_starts(0, reader.num_tokens), reader.num_tokens)
+        # (num_documents,) positions that predict one of its tokens; an empty document still takes one.
+        lengths = np.maximum(np.diff(self._starts) - 1, 1)
+        if not lengths.size:
+            raise ShardError(f"{reader.folder} holds no document: prepare more text")
+        self.num_cut = int(np.count_nonzero(lengths > seq_len))
+        """Documents whose end does not fit a window."""
+        self._lengths = np.minimum(lengths, seq_len)
+        self._order, self._bounds = pack(lengths, seq_len)
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    @property
+    def padding(self) -> float:
+        """Fraction of the windows that no document fills."""
+        return 1 - int(self._lengths.sum()) / (len(self) * self.seq_len)
+
+    @functools.cached_property
+    def num_targets(self) -> int:
+        """Labels that count, over all windows."""
+        return sum(int(np.count_nonzero(self[index].labels != IGNORED_LABEL)) for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        input_ids = np.full(self.seq_len, self.reader.manifest.eos_token_id, dtype=np.int64)
+        labels = np.full(self.seq_len, IGNORED_LABEL, dtype=np.int64)
+        ends, end = [], 0
+        for document in self._order[self._bounds[index] : self._bounds[index + 1]]:
+            start, length = int(self._starts[document]), int(self._lengths[document])
+            tokens = self.reader.read(start, min(length + 1, int(self._starts[document + 1]) - start))
+            here = slice(end, end + len(tokens) - 1)
+            input_ids[here], labels[here] = tokens[:-1], tokens[1:]
+            if self.reader.manifest.is_chat:
+                labels[here][~self.reader.read_targets(start + 1, len(tokens) - 1)] = IGNORED_LABEL
+            ends.append(end := end + length)
+        return Sample(input_ids, labels, np.array([offset for offset in ends if offset < self.seq_len], dtype=np.int64))
+
+
+Dataset = TokenDataset | PackedDataset
+
+
 def load_shards(
-    folder: str | Path, split: str = "train", *, seq_len: int = 512, document_mask: bool = False
-) -> TokenDataset:
-    """The windows of a corpus folder's `split`, or of a single shard folder (see `TokenDataset`).
+    folder: str | Path, split: str = "train", *, seq_len: int = 512, document_mask: bool = False, packed: bool = False
+) -> Dataset:
+    """The windows of a corpus folder's `split`, or of a single shard folder: of the token stream (`TokenDataset`), or
+    with `packed`, and for conversations always, of whole documents (`PackedDataset`).
 
     Raises:
         ShardError: the folder has no such split, is damaged, or is too small for a single window.
     """
-    return TokenDataset(open_split(Path(folder), split), seq_len, document_mask)
+    return open_dataset(open_split(Path(folder), split), seq_len, document_mask, packed=packed)
+
+
+def open_dataset(
+    reader: ShardReader, seq_len: int, document_mask: bool = False, *, packed: bool = False, keep_tail: bool = False
+) -> Dataset:
+    """The windows of one shard folder; arguments as of `load_shards` and `TokenDataset`.
+
+    Raises:
+        ShardError: it is too small for a single window.
+    """
+    if packed or reader.manifest.is_chat:
+        return PackedDataset(reader, seq_len)
+    return TokenDataset(reader, seq_len, document_mask, keep_tail=keep_tail)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minimind.data.dataset import IGNORED_LABEL, Sample, TokenDataset
+from minimind.data.dataset import IGNORED_LABEL, Dataset, Sample
 from minimind.data.shuffle import ShuffledOrder
 from minimind.errors import UserError
 
@@ -50,7 +50,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset: Dataset,
         seed: int,
         micro_batch_size: int,
         global_batch_size: int,
@@ -105,7 +105,7 @@ class BatchLoader:
 
 
 def eval_batches(
-    dataset: TokenDataset,
+    dataset: Dataset,
     micro_batch_size: int,
     dp_rank: int = 0,
     dp_size: int = 1,
@@ -147,7 +147,7 @@ def collate(samples: Sequence[Sample], positions: Iterable[int]) -> Batch:
     )
 
 
-def _take(dataset: TokenDataset, position: int, last: int) -> Sample:
+def _take(dataset: Dataset, position: int, last: int) -> Sample:
     if position >= 0:
         return dataset[position]
     sample = dataset[last]

@@ -55,8 +55,9 @@ class ShardWriter:
                 check_array_file(self.folder / name, dtype, length)
         self._tokenizer = self.folder / tokenizer_file.name
         replace_file(self._tokenizer, tokenizer_file.read_bytes())
-        self._template = self.folder / TEMPLATE_NAME if chat_template is not None else None
-        if self._template is not None:
+        self._template: Path | None = None
+        if chat_template is not None:
+            self._template = self.folder / TEMPLATE_NAME
             replace_file(self._template, chat_template)
 
     def add_document(self, tokens: np.ndarray, num_bytes: int, targets: np.ndarray | None = None) -> None:
@@ -70,22 +71,20 @@ class ShardWriter:
                 raise ShardError(
                     f"document {self.num_documents} has token id {token}; the vocabulary has {self._vocab_size}"
                 )
-        if (targets is None) != (self._template is None) or (targets is not None and targets.shape != tokens.shape):
-            raise ShardError(
-                f"document {self.num_documents} needs targets, one for each token, if it is a conversation"
-            )
+        if self._template is not None and (targets is None or targets.shape != tokens.shape):
+            raise ShardError(f"conversation {self.num_documents} needs a target, yes or no, for each of its tokens")
         if self._files and self._files[0].length + tokens.size + 1 > self._shard_tokens:
             self._finish_shard()
         if not self._files:
             path = self.folder / f"shard_{len(self.shards):05d}"
             kinds = {".npy": self._dtype.name, ".docs.npy": "int64"}
-            kinds |= {} if targets is None else {".targets.npy": "uint8"}
+            kinds |= {} if self._template is None else {".targets.npy": "uint8"}
             self._files = [ArrayFile(path.with_suffix(suffix), dtype) for suffix, dtype in kinds.items()]
         token_file, starts_file, *target_files = self._files
         starts_file.append(np.array([token_file.length]))
         token_file.append(np.append(tokens, self._eos_token_id))
-        for file in target_files:
-            file.append(np.append(targets, 0))
+        if target_files and targets is not None:
+            target_files[0].append(np.append(targets, 0))
         self._bytes += num_bytes
         self.num_documents += 1
         self.num_tokens += tokens.size + 1

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minimind.data.dataset import TokenDataset
+from minimind.data.dataset import Dataset
 from minimind.data.loader import Batch, eval_batches
 from minimind.data.manifest import MANIFEST_NAME
 from minimind.data.shard_writer import ShardWriter
@@ -56,7 +56,7 @@ def sum_loss(model: Any, batch: Batch) -> CausalLMOutput:
 @torch.no_grad()
 def measure_loss(
     model: Any,
-    dataset: TokenDataset,
+    dataset: Dataset,
     device: torch.device,
     *,
     micro_batch_size: int,
@@ -96,7 +96,7 @@ def measure_loss(
 
 def evaluate(
     model: MiniMindForCausalLM,
-    dataset: TokenDataset,
+    dataset: Dataset,
     *,
     micro_batch_size: int = 8,
     max_samples: int | None = None,

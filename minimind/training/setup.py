@@ -19,7 +19,7 @@ from minimind.config.deepspeed_file import load_ds_config
 from minimind.config.resolve import resolve_run
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import DTYPE_NAMES, RunConfig
-from minimind.data.dataset import TokenDataset
+from minimind.data.dataset import Dataset, PackedDataset, open_dataset
 from minimind.data.loader import BatchLoader
 from minimind.data.shards import find_split, open_split
 from minimind.distributed.collectives import gather_objects, log, on_first_rank
@@ -46,8 +46,8 @@ from minimind.training.trainer import Trainer
 class RunData:
     """The windows of a run."""
 
-    train: TokenDataset
-    val: TokenDataset | None
+    train: Dataset
+    val: Dataset | None
     """None: the corpus has no validation split."""
 
 
@@ -59,6 +59,9 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
     """
     run = settle_aux_loss_scope(command.run)
     data = open_data(run)
+    if isinstance(data.train, PackedDataset):
+        packed = dataclasses.replace(run.data, packing="documents", document_mask=True)
+        run = dataclasses.replace(run, data=packed)
     resolved = resolve_run(
         run,
         load_ds_config(run.train.ds_config),
@@ -96,10 +99,10 @@ def open_data(run: RunConfig) -> RunData:
             f"vocab_size: the shards of {folder} have {vocab} tokens and the model only {run.model.vocab_size}; pass "
             f"--vocab-size {vocab}"
         )
-    seq_len, mask = run.data.seq_len, run.data.document_mask
+    seq_len, mask, packed = run.data.seq_len, run.data.document_mask, run.data.packing == "documents"
     return RunData(
-        TokenDataset(train, seq_len, mask),
-        None if val is None else TokenDataset(val, seq_len, mask, keep_tail=True),
+        open_dataset(train, seq_len, mask, packed=packed),
+        None if val is None else open_dataset(val, seq_len, mask, packed=packed, keep_tail=True),
     )
 
 
@@ -189,7 +192,7 @@ def load_state(
 
 
 def make_loader(
-    resolved: ResolvedRun, dataset: TokenDataset, env: RankEnvironment, state: TrainState, *, pin_memory: bool
+    resolved: ResolvedRun, dataset: Dataset, env: RankEnvironment, state: TrainState, *, pin_memory: bool
 ) -> BatchLoader:
     """This rank's training batches."""
     train = resolved.train

@@ -21,7 +21,7 @@ from minimind.checkpoints.manifest import TrainState
 from minimind.checkpoints.saving import CheckpointSaver
 from minimind.config.expert_parallel import uses_random_routing
 from minimind.config.resolved_run import ResolvedRun
-from minimind.data.dataset import TokenDataset
+from minimind.data.dataset import Dataset
 from minimind.data.loader import Batch, BatchLoader
 from minimind.distributed.collectives import all_reduce_sum, gather_objects
 from minimind.distributed.stop_requests import Requests
@@ -55,7 +55,7 @@ class Trainer:
     engine: "deepspeed.DeepSpeedEngine"
     objective: Objective
     loader: BatchLoader
-    val: TokenDataset | None
+    val: Dataset | None
     """None: the corpus has no validation split, and there are no evaluations."""
     saver: CheckpointSaver
     record: NullRecord
