@@ -7,12 +7,15 @@ import functools
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
+from minimind.checkpoints.formats.source import open_source
 from minimind.cli import without_local_rank
 from minimind.config.command_line import parse_command_line
 from minimind.config.resolved_run import ResolvedRun
+from minimind.data.dataset import Dataset, PackedDataset
 from minimind.distributed.collectives import log
 from minimind.distributed.cpu_tuning import keep_freed_memory
 from minimind.distributed.environment import RankEnvironment, find_device, is_first_rank, read_environment
@@ -32,7 +35,7 @@ def main(args: Sequence[str] | None = None) -> int:
     args = without_local_rank(sys.argv[1:] if args is None else args)
     launcher = LauncherWatch()
     env = read_environment()
-    command = parse_command_line(args)
+    command = parse_command_line(args, lambda place: open_source(Path(place)).config)
     device = find_device(env)
     if device.type == "cpu" and not keep_freed_memory():
         log("malloc is left as it is (another C library, or MALLOC_* is set): freed memory may go back to the system")
@@ -62,6 +65,13 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0 if finished else EXIT_STOPPED
 
 
+def describe_packing(data: Dataset) -> str:
+    """How full windows of whole documents are; nothing for the windows of a stream."""
+    if not isinstance(data, PackedDataset):
+        return ""
+    return f" ({data.padding:.1%} padding, {data.num_cut:,} of {data.reader.manifest.total_documents:,} documents cut)"
+
+
 def describe(resolved: ResolvedRun, env: RankEnvironment, device: torch.device, data: RunData) -> str:
     """A run in a few lines: printed at its start, and by --dry-run."""
     train, config = resolved.train, resolved.model
@@ -73,6 +83,7 @@ def describe(resolved: ResolvedRun, env: RankEnvironment, device: torch.device, 
         f"model     {config.num_params():,} parameters ({config.num_active_params():,} active a token)",
         f"device    {env.world_size} x {device.type}, {train.precision}, ZeRO stage {resolved.zero.stage}",
         f"data      {data.train.reader.num_tokens:,} tokens, {len(data.train):,} samples of {resolved.data.seq_len}"
+        + describe_packing(data.train)
         + (f"; {data.val.reader.num_tokens:,} validation tokens" if data.val else "; no validation split"),
         f"batch     {train.global_batch_size} samples = {train.micro_batch_size} x {train.gradient_accumulation_steps} "
         f"accumulated x {resolved.dp_size} ranks; {tokens_per_step:,} tokens a step",

@@ -1,7 +1,7 @@
 """The command line of a run: flags from the fields of `RunConfig`, over the defaults of `--config FILE`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -63,14 +63,17 @@ class _Flags:
     """Print the resolved run, its size and its memory, and exit."""
 
 
-def parse_command_line(args: Sequence[str]) -> CommandLine:
+def parse_command_line(args: Sequence[str], read_model: Callable[[str], ModelConfig] | None = None) -> CommandLine:
     """Flags and, under them, the file of `--config`, as one run configuration.
+
+    Args:
+        read_model: gives the config of the model that `--init-from` names; None: of this project's own form alone.
 
     Raises:
         UserError: unknown flag, field or preset, a wrong type, or a file that is no JSON.
         SystemExit: code 0 after `--help`.
     """
-    selection, base = read_selection(args, PROGRAM)
+    selection, base = read_selection(args, PROGRAM, read_model)
     default = _Flags(selection=selection, data=base.data, train=base.train, fields=base.model)
     flags = parse_flags(_Flags, args, default=default, prog=PROGRAM)
     run = RunConfig(model=flags.fields, data=flags.data, train=flags.train)
@@ -78,7 +81,9 @@ def parse_command_line(args: Sequence[str]) -> CommandLine:
     return CommandLine(run=run, dry_run=flags.dry_run)
 
 
-def read_selection(args: Sequence[str], program: str) -> tuple[Selection, RunConfig]:
+def read_selection(
+    args: Sequence[str], program: str, read_model: Callable[[str], ModelConfig] | None = None
+) -> tuple[Selection, RunConfig]:
     """The flags `--config` and `--model`, and the run that they name: the defaults of every other flag.
 
     Raises:
@@ -95,7 +100,7 @@ def read_selection(args: Sequence[str], program: str) -> tuple[Selection, RunCon
     if selection.model is not None:
         base = dataclasses.replace(base, model=preset(selection.model))
     elif start is not None:
-        base = dataclasses.replace(base, model=_model_of(start))
+        base = dataclasses.replace(base, model=(read_model or _model_of)(start))
     return selection, base
 
 

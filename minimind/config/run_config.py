@@ -59,8 +59,8 @@ class TrainConfig:
     ds_config: Annotated[str | None, _default("ZeRO stage 1")] = None
     """DeepSpeed JSON file."""
     init_from: Annotated[str | None, _default("fresh weights")] = None
-    """Begin with the weights (and, without --model, the shape) of a folder that minimind.export --format minimind made;
-    a resumed run has its own."""
+    """Begin with the weights (and, without --model, the shape) of a run, a checkpoint, an export, a Hugging Face folder
+    or a .pth; a resumed run has its own."""
     steps: Annotated[int | None, _default("as many as --epochs asks for"), AT_LEAST_1] = None
     """Optimizer steps."""
     epochs: Annotated[float, ABOVE_0] = 1.0

@@ -178,26 +178,32 @@ def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate:
     Raises:
         UserError: a file is damaged, or there is no template and the tokenizer lacks the marks of ours.
     """
+    if (found := find_chat_template(tokenizer)) is None:
+        missing = [mark for mark in SPECIAL_TOKENS[1:] if mark not in tokenizer.special_ids]
+        raise UserError(
+            f"tokenizer {tokenizer.file} has no {missing[0]} and no {TEMPLATE_NAME} beside it: it cannot be used for "
+            "chat"
+        )
+    return found
+
+
+def find_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
+    """As `load_chat_template`, None where there is no template and ours does not fit."""
     folder = tokenizer.file.parent
     config = read_tokenizer_config(folder)
     named = {name: _content(config[name]) for name in _NAMES if config.get(name)}
-    own = config.get("chat_template")
-    if isinstance(own, list):  # several by name
-        own = {one["name"]: one["template"] for one in own}.get("default")
+    text = config.get("chat_template")
+    if isinstance(text, list):  # several by name
+        text = {one["name"]: one["template"] for one in text}.get("default")
     try:
-        own = (folder / TEMPLATE_NAME).read_text(encoding="utf-8")
+        text = (folder / TEMPLATE_NAME).read_text(encoding="utf-8")
     except FileNotFoundError:
         pass
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {folder / TEMPLATE_NAME}: {error}") from None
-    if own is None:
-        if missing := [mark for mark in SPECIAL_TOKENS[1:] if mark not in tokenizer.special_ids]:
-            raise UserError(
-                f"tokenizer {tokenizer.file} has no {missing[0]} and no {TEMPLATE_NAME} beside it: it cannot be used "
-                "for chat"
-            )
-        own = default_template()
-    return ChatTemplate(own, tokenizer, named)
+    if text is None and set(SPECIAL_TOKENS[1:]) <= set(tokenizer.special_ids):
+        text = default_template()
+    return None if text is None else ChatTemplate(text, tokenizer, named)
 
 
 @cache

@@ -35,7 +35,8 @@ class Evaluation:
     perplexity: float
     """exp(loss)."""
     bits_per_byte: float
-    """The loss in bits, times the tokens per byte of UTF-8 text (end tokens included)."""
+    """The loss in bits, times the tokens per byte of UTF-8 text (end tokens included); NaN for conversations, of which
+    not every byte is predicted."""
     num_targets: int
     """Tokens predicted."""
     num_samples: int
@@ -89,7 +90,8 @@ def measure_loss(
     totals = torch.tensor([loss_total.item(), num_targets], dtype=torch.float64)
     loss_sum, num_targets = (all_reduce_sum(totals) if dp_size > 1 else totals).tolist()
     loss = loss_sum / num_targets if num_targets else math.nan
-    bytes_per_token = dataset.reader.manifest.bytes_per_token
+    manifest = dataset.reader.manifest
+    bytes_per_token = 0.0 if manifest.is_chat else manifest.bytes_per_token
     bits_per_byte = loss / math.log(2) / bytes_per_token if bytes_per_token else math.nan
     return Evaluation(loss, math.exp(min(loss, 700.0)), bits_per_byte, int(num_targets), num_samples)
 

@@ -17,6 +17,7 @@ from minimind.checkpoints.retention import clear_partials
 from minimind.checkpoints.run_state import DataFingerprint, compare, describe_run, find_obstacles, settings_of
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import RunConfig
+from minimind.data.chat_template import TEMPLATE_NAME
 from minimind.data.shards import ShardReader
 from minimind.distributed.collectives import log
 from minimind.errors import UserError
@@ -104,6 +105,8 @@ def open_run_folder(resolved: ResolvedRun, reader: ShardReader, notes: list[str]
         write_json(run_dir / DS_CONFIG_NAME, resolved.ds)
         tokenizer_file = reader.folder / reader.manifest.tokenizer.file
         replace_file(run_dir / f"tokenizer{tokenizer_file.suffix}", tokenizer_file.read_bytes())
+        if reader.manifest.is_chat:
+            replace_file(run_dir / TEMPLATE_NAME, (reader.folder / TEMPLATE_NAME).read_bytes())
     except OSError as error:
         where = error.filename2 or error.filename or run_dir
         raise UserError(f"run_dir {where}: {error.strerror}; give a folder that can be written") from None

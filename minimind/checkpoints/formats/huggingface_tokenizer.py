@@ -13,17 +13,11 @@ import tokenizers
 from tokenizers import decoders
 from tokenizers.models import BPE
 
+from minimind.data.chat_template import find_chat_template
 from minimind.data.tokenizer import BLANK, CONFIG_NAME, JSON_NAME, MODEL_NAME, SPECIAL_TOKENS, load_tokenizer
 from minimind.errors import UserError
 
 _END_OF_DOCUMENT, _START, _END = SPECIAL_TOKENS
-# The format of minimind.data.chat_template.
-_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    f"{{{{ '{_START}' + message['role'] + '\\n' + message['content'] + '{_END}\\n' }}}}"
-    "{% endfor %}"
-    f"{{% if add_generation_prompt %}}{{{{ '{_START}assistant\\n' }}}}{{% endif %}}"
-)
 
 
 def tokenizer_files(file: Path, max_length: int) -> dict[str, bytes]:
@@ -50,7 +44,9 @@ def tokenizer_files(file: Path, max_length: int) -> dict[str, bytes]:
         "eos_token": _END_OF_DOCUMENT,
     }
     if {_START, _END} <= set(tokenizer.special_ids):
-        settings |= {"bos_token": _START, "eos_token": _END, "chat_template": _CHAT_TEMPLATE}
+        settings |= {"bos_token": _START, "eos_token": _END}
+    if (template := find_chat_template(tokenizer)) is not None:
+        settings |= {**template.named_tokens, "chat_template": template.text}
     return files | {CONFIG_NAME: _dump(settings)}
 
 

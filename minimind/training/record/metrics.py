@@ -105,9 +105,11 @@ class RunRecord(NullRecord):
 
     def log_evaluation(self, record: EvaluationRecord) -> None:
         """Write the record of an evaluation, and show it."""
+        bits = record["eval_bits_per_byte"]
         self.log(
             f"step {record['step']}  eval loss {record['eval_loss']:.4f}  "
-            f"bits/byte {record['eval_bits_per_byte']:.4f}  perplexity {record['eval_perplexity']:.2f}"
+            + (f"bits/byte {bits:.4f}  " if bits is not None and math.isfinite(bits) else "")
+            + f"perplexity {record['eval_perplexity']:.2f}"
         )
         self._write(record)
 
