@@ -125,7 +125,7 @@ def _check_turns(messages: list[dict[str, Any]]) -> None:
             raise Rejected(f"message {place} ({role}) {after}: a user's turn and an answer must alternate")
         last = role
     if last != "assistant":
-        raise Rejected("it has no answer" if last else "it has no messages" if not messages else "no answer at its end")
+        raise Rejected("it ends without an answer" if messages else "it has no messages")
 
 
 def _text(value: Any, name: str) -> str:

@@ -178,17 +178,20 @@ def test_a_template_runs_in_a_sandbox(folder: Path) -> None:
 
 def test_the_template_beside_the_tokenizer_is_taken(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
-    tokenizer = load_tokenizer(tmp_path)
-    assert load_chat_template(tokenizer).text == default_template()
+
+    def load() -> ChatTemplate:
+        return load_chat_template(load_tokenizer(tmp_path))
+
+    assert load().text == default_template()
     config = tmp_path / "tokenizer_config.json"
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "{{ bos_token }}{{ eos_token }}"}]
     config.write_text(json.dumps({"chat_template": named, "bos_token": "<a>", "eos_token": {"content": "<b>"}}))
-    assert load_chat_template(tokenizer).render([]) == "<a><b>"
+    assert load().render([]) == "<a><b>"
     (tmp_path / "chat_template.jinja").write_text("你", encoding="utf-8")
-    assert load_chat_template(tokenizer).render([]) == "你"
+    assert load().render([]) == "你"
     config.write_text("[]")
     with pytest.raises(UserError, match=r"tokenizer_config\.json is damaged: it is not a JSON object"):
-        load_chat_template(tokenizer)
+        load()
 
 
 def test_a_tokenizer_without_marks_needs_a_template(tmp_path: Path) -> None:
