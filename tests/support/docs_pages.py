@@ -14,6 +14,7 @@ PAGES = (
     "README.md",
     "minimind_architecture.md",
     "training_guide.md",
+    "fine_tuning.md",
     "configuration.md",
     "data_format.md",
     "python.md",
