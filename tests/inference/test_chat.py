@@ -116,9 +116,3 @@ def test_an_error_of_the_model_takes_the_question_back(tokenizer):
 
     chat = Chat(tokenizer, respond, 1000)
     assert "scores are NaN\n" in talk(chat, "first") and chat.turns == []
-
-
-def test_a_tokenizer_without_marks_is_refused(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "special_ids", {"<|endoftext|>": 0})
-    with pytest.raises(UserError, match="cannot be used for chat"):
-        encode_chat(tokenizer, [Message("user", "hi")])

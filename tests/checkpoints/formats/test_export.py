@@ -258,5 +258,5 @@ def test_a_run_begins_with_the_weights_of_another_model(stage, tiny_corpus, tmp_
     elsewhere = ["--run-dir", str(tmp_path / "other"), "--dry-run"]
     with pytest.raises(UserError, match="leave out --model and the flags of its shape"):
         train([*flags, "--init-from", str(tmp_path / "start"), "--num-hidden-layers", "2", *elsewhere])
-    with pytest.raises(UserError, match=r"hf is not in this project's own form; .* --format minimind"):
-        train([*flags, "--init-from", str(tmp_path / "hf"), *elsewhere])
+    train([*flags, "--init-from", str(tmp_path / "hf"), "--lr", "1e-9", "--run-dir", str(tmp_path / "foreign")])
+    assert losses(tmp_path / "foreign")[1] == losses(tmp_path / "run")[1]
