@@ -20,6 +20,7 @@ from minimind.distributed.collectives import log
 from minimind.distributed.cpu_tuning import keep_freed_memory
 from minimind.distributed.environment import RankEnvironment, find_device, is_first_rank, read_environment
 from minimind.distributed.launchers.caches import use_own_caches
+from minimind.distributed.launchers.mpi import find_master
 from minimind.distributed.launchers.watch import LauncherWatch
 from minimind.distributed.out_of_memory import explain_out_of_memory
 from minimind.distributed.process_group import process_group
@@ -39,6 +40,7 @@ def main(args: Sequence[str] | None = None) -> int:
     device = find_device(env)
     if device.type == "cpu" and not keep_freed_memory():
         log("malloc is left as it is (another C library, or MALLOC_* is set): freed memory may go back to the system")
+    env = find_master(env)
     use_own_caches(env)
     try:
         resolved, data = prepare(command, env, device)

@@ -109,7 +109,7 @@ TOPICS = {
     "trouble: overfitting": (GUIDE, "trouble-overfitting", "eval_loss"),
     "trouble: too slow": (GUIDE, "trouble-slow", "tokens_per_second"),
     "trouble: out of memory": (GUIDE, "trouble-memory", "--dry-run"),
-    "trouble: a hang": (GUIDE, "trouble-hang", "lock"),
+    "trouble: a hang": (GUIDE, "trouble-hang", "py-spy"),
     "trouble: a resume that differs": (GUIDE, "trouble-resume", "run_config.json"),
     "trouble: a launch that fails": (GUIDE, "trouble-launch", "MASTER_PORT"),
     "reference: shards": ("data_format.md", "manifest", "documents_sha256"),
@@ -184,6 +184,7 @@ def test_an_excerpt_is_contiguous_source_and_a_changed_one_is_noticed():
 def test_every_configuration_field_is_described_in_chinese_and_only_those():
     words = {
         "none, must be given",
+        "bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU",
         "ZeRO stage 1",
         "fresh weights",
         "as many as --epochs asks for",

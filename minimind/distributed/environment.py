@@ -37,7 +37,7 @@ class RankEnvironment:
     world_size: int = 1
     local_world_size: int = 1
     master_addr: str | None = None
-    """None: not set, as for a single process."""
+    """None: not set (a single process, or MPI before `find_master`)."""
     master_port: int | None = None
     launcher: str = "none"
 

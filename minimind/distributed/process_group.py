@@ -25,7 +25,7 @@ def connect_store(env: RankEnvironment, timeout_minutes: float) -> torch.distrib
         OneRankError: the port is taken, or nothing answers there in time.
     """
     if env.master_addr is None and env.local_world_size < env.world_size:
-        raise OneRankError("MASTER_ADDR: not set; set it to rank 0's host, or start with launch/pretrain_mpi.sh")
+        raise OneRankError("MASTER_ADDR: not set; set it to rank 0's host")
     address, port = env.master_addr or "127.0.0.1", env.master_port or DEFAULT_MASTER_PORT
     # torchrun's agent has opened one itself, and restarts its ranks on it after a failure.
     is_opened = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
