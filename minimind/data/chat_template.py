@@ -8,7 +8,6 @@ one of the special tokens.
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime
 from functools import cache, lru_cache
 from importlib import resources
 from itertools import count
@@ -16,10 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
 
+from minimind.data.chat_jinja import MARK, chat_environment
 from minimind.data.tokenizer import CONFIG_NAME, SPECIAL_TOKENS, Tokenizer
 from minimind.errors import UserError
 
@@ -66,7 +63,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.named_tokens = named_tokens or {}
         try:
-            self._template = _environment().from_string(text)
+            self._template = chat_environment().from_string(text)
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template of {tokenizer.file} is not valid Jinja: {error}") from None
         self.marks_answers = re.search(r"{%-?\s*generation\s*-?%}", text) is not None
@@ -104,7 +101,7 @@ class ChatTemplate:
         self, messages: Sequence[Turn], tools: Any, mark_answer: Callable[[str], str], options: dict[str, Any]
     ) -> str:
         variables = {"messages": messages, "tools": tools or None, "add_generation_prompt": False}
-        variables |= {**self.named_tokens, **options, _MARK: mark_answer}
+        variables |= {**self.named_tokens, **options, MARK: mark_answer}
         try:
             return self._template.render(variables)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
@@ -283,42 +280,3 @@ class _Cover:
 @cache
 def _any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
-
-
-_MARK = "_mark_answer"
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`: what the assistant wrote."""
-
-    tags = {"generation"}  # noqa: RUF012 - as the base class has it
-
-    def parse(self, parser: Any) -> Any:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.FilterBlock(
-            body, jinja2.nodes.Filter(None, _MARK, [jinja2.nodes.Name(_MARK, "load")], [], None, None), lineno=line
-        )
-
-
-@cache
-def _environment() -> jinja2.Environment:
-    """Jinja as transformers sets it up for chat templates."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.filters[_MARK] = lambda answer, mark: mark(answer)
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
