@@ -18,16 +18,15 @@ from harness import Claim, ratios, report, time_rounds, transformers_model
 
 from minimind.checkpoints.formats.load_model import load_model
 from minimind.data.dataset import TokenDataset
-from minimind.inference.decoding import Decoding
-from minimind.inference.evaluation import evaluate, shards_of_texts
-from minimind.inference.sampling import SamplingOptions
+from minimind.inference.decoding import Row, decode
+from minimind.inference.evaluation import measure_loss, shards_of_texts
+from minimind.inference.sampling import GenerationOptions
 from minimind.model import PRESETS, MiniMindForCausalLM
 from minimind.model.kernels.apply import apply_kernels
 from minimind.model.kernels.packed_weights import prepare_decoding, quantize_int8
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-GREEDY = SamplingOptions(temperature=0.0)
 
 
 def main(
@@ -89,9 +88,8 @@ def copy_of(base: MiniMindForCausalLM, dtype: torch.dtype, *, int8: bool = False
 
 def use_ours(model: MiniMindForCausalLM) -> Callable[[int], object]:
     def run(count: int) -> None:
-        decoding = Decoding(model, [PROMPT], [GREEDY], max_new_tokens=count)
-        while not decoding.is_done:
-            decoding.step()
+        for _ in decode(model, [Row(PROMPT, GenerationOptions(temperature=0.0, max_new_tokens=count))]):
+            pass
 
     return run
 
@@ -117,7 +115,9 @@ def measure_quality(checkpoint: Path, files: tuple[Path, ...]) -> dict[str, floa
         if name == "int8":
             quantize_int8(model)
         with shards_of_texts(files, tokenizer_file) as reader:
-            found[name] = evaluate(model, TokenDataset(reader, 256, keep_tail=True)).bits_per_byte
+            found[name] = measure_loss(
+                model, TokenDataset(reader, 256, keep_tail=True), torch.device("cpu")
+            ).bits_per_byte
     return found
 
 

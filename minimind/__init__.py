@@ -18,26 +18,18 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers: the names of _HOMES
-    from minimind.checkpoints.formats.load_model import load
+    from minimind.checkpoints.formats.load_model import load as load
     from minimind.checkpoints.formats.load_model import load_weights as load_weights
-    from minimind.data.dataset import load_shards
-    from minimind.inference.language_model import LanguageModel, generate, score, stream
-    from minimind.model.config import ModelConfig
-    from minimind.model.presets import PRESETS
-    from minimind.model.transformer import MiniMindForCausalLM
+    from minimind.data.dataset import load_shards as load_shards
+    from minimind.inference.language_model import LanguageModel as LanguageModel
+    from minimind.inference.language_model import generate as generate
+    from minimind.inference.language_model import score as score
+    from minimind.inference.language_model import stream as stream
+    from minimind.model.config import ModelConfig as ModelConfig
+    from minimind.model.presets import PRESETS as PRESETS
+    from minimind.model.transformer import MiniMindForCausalLM as MiniMindForCausalLM
 
 __version__ = "0.1.0"
-__all__ = [
-    "PRESETS",
-    "LanguageModel",
-    "MiniMindForCausalLM",
-    "ModelConfig",
-    "generate",
-    "load",
-    "load_shards",
-    "score",
-    "stream",
-]
 
 _HOMES = {
     "LanguageModel": "minimind.inference.language_model",
@@ -51,6 +43,7 @@ _HOMES = {
     "score": "minimind.inference.language_model",
     "stream": "minimind.inference.language_model",
 }
+__all__ = [name for name in _HOMES if name != "load_weights"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ import io
 import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
@@ -21,18 +21,26 @@ from minimind.schema import nearest
 T = TypeVar("T")
 
 
-def parse_flags(cls: type[T], args: Sequence[str], *, default: T | None = None, prog: str | None = None) -> T:
-    """Parse `args` into the dataclass `cls` (or a union of subcommands); `--help` prints and exits with code 0.
+def parse_flags(
+    cls: type[T], args: Sequence[str] | None, *, default: Any = tyro.MISSING_NONPROP, prog: str | None = None
+) -> T:
+    """Parse flags into the dataclass `cls` (or a union of subcommands); `--help` prints and exits with code 0.
 
     Args:
+        args: the command line without the program's name; None: that of this process.
+        default: an instance with the values of flags that are not given; by default the fields' own.
         prog: how the command is called, for the help and the errors.
 
     Raises:
         UserError: an unknown flag, a missing or a wrong value, naming the flag and the nearest one.
     """
-    parsed, unknown = _parse(cls, args, default, prog)
+    parsed, unknown = _parse(cls, sys.argv[1:] if args is None else args, default, prog)
     if unknown:
-        raise _error(_unknown(unknown[0], list(_flags_of(cls))), prog)
+        name = unknown[0].split("=")[0]
+        is_flag = name.startswith("-")
+        known = list(_flags_of(cls))
+        message = f"unknown flag {name}{nearest(name, known)}" if is_flag else f"unexpected argument '{unknown[0]}'"
+        raise _error(message, prog)
     return parsed
 
 
@@ -41,14 +49,15 @@ def parse_known_flags(cls: type[T], args: Sequence[str], *, default: T, prog: st
     return _parse(cls, [arg for arg in args if arg not in ("-h", "--help")], default, prog)[0]
 
 
-def without_local_rank(args: Sequence[str]) -> list[str]:
-    """`args` without the --local_rank=N that the deepspeed launcher adds; the environment has it too."""
-    return [arg for arg in args if not arg.startswith(("--local_rank=", "--local-rank="))]
+def without_local_rank(args: Sequence[str] | None) -> list[str]:
+    """`args` (None: those of this process) without the --local_rank=N that the deepspeed launcher adds; the environment
+    has it too."""
+    given = sys.argv[1:] if args is None else args
+    return [arg for arg in given if not arg.startswith(("--local_rank=", "--local-rank="))]
 
 
-def _parse(cls: type[T], args: Sequence[str], default: T | None, prog: str | None) -> tuple[T, list[str]]:
+def _parse(cls: type[T], args: Sequence[str], default: Any, prog: str | None) -> tuple[T, list[str]]:
     """The parsed flags, and the words that are none of them."""
-    given: Any = tyro.MISSING if default is None else default
     page = io.StringIO()
     capture = contextlib.ExitStack()
     if not any(arg in ("-h", "--help") for arg in args):
@@ -57,25 +66,23 @@ def _parse(cls: type[T], args: Sequence[str], default: T | None, prog: str | Non
         capture.enter_context(_wide_terminal())
     try:
         with capture:
-            return tyro.cli(cls, args=args, prog=prog, default=given, return_unknown_args=True)
+            return tyro.cli(cls, args=args, prog=prog, default=default, return_unknown_args=True)
     except SystemExit as error:
         if not error.code:
             raise
-    raise _error(_explain(cls, args, default, page.getvalue()), prog)
+    raise _error(_explain(cls, args, page.getvalue()), prog)
 
 
 @contextlib.contextmanager
-def _wide_terminal() -> Any:
+def _wide_terminal() -> Iterator[None]:
     """tyro wraps its page to the terminal, in the middle of a flag too."""
-    before = os.environ.get("COLUMNS")
+    before = dict(os.environ)
     os.environ["COLUMNS"] = "10000"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = before
+        os.environ.pop("COLUMNS")
+        os.environ.update(before)
 
 
 def _error(message: str, prog: str | None) -> UserError:
@@ -83,34 +90,24 @@ def _error(message: str, prog: str | None) -> UserError:
     return UserError(f"{message} (flags: {program} --help)")
 
 
-def _unknown(word: str, known: list[str]) -> str:
-    if not word.startswith("-"):
-        return f"unexpected argument '{word}'"
-    name = word.split("=")[0]
-    return f"unknown flag {name}{nearest(name, known)}"
-
-
-def _explain(cls: Any, args: Sequence[str], default: object, page: str) -> str:
+def _explain(cls: Any, args: Sequence[str], page: str) -> str:
     """Why tyro refused `args`: the first flag of them that its page names, or the flags that are missing."""
     known = _flags_of(cls)
     given = [_name(arg) for arg in args]
-    named = [word.strip("'\"`:.,") for word in page.split()]
+    named = [name for word in page.split() if (name := word.strip("'\"`:.,")) in known]
     for name in named:
-        if name in known and name in given:
+        if name in given:
             return _explain_value(name, args, known[name])
-    if dataclasses.is_dataclass(cls) and default in (None, tyro.MISSING_NONPROP):
-        required = [
-            field for field in dataclasses.fields(cls) if field.default is field.default_factory
-        ]  # both missing
-        missing = [name for name in map(_flag, required) if name in named and name not in given]
-        if missing:
-            unknown = [name for name in given if name.startswith("--") and name not in known]
-            return "; ".join([*(f"unknown flag {name}" for name in unknown), f"missing {', '.join(missing)}"])
-    lines = [line.strip(" │|") for line in page.splitlines()[1:]]
-    is_text = [any(char.isalnum() for char in line) for line in lines]
-    begin = is_text.index(True) if True in is_text else len(lines)
-    paragraph = itertools.takewhile(lambda i: is_text[i], range(begin, len(lines)))
-    return " ".join(lines[i] for i in paragraph) or "the command line could not be read"
+    if named:
+        unknown = [f"unknown flag {name}" for name in given if name.startswith("--") and name not in known]
+        return "; ".join([*unknown, f"missing {', '.join(dict.fromkeys(named))}"])
+
+    def is_frame(line: str) -> bool:
+        return not any(map(str.isalnum, line))
+
+    paragraph = itertools.dropwhile(is_frame, [line.strip(" │|") for line in page.splitlines()[1:]])
+    text = itertools.takewhile(lambda line: not is_frame(line), paragraph)
+    return " ".join(text) or "the command line could not be read"
 
 
 def _explain_value(name: str, args: Sequence[str], hint: Any) -> str:
@@ -138,10 +135,6 @@ def _name(word: str) -> str:
     return word.split("=")[0].replace("_", "-")
 
 
-def _flag(field: Any) -> str:
-    return "--" + field.name.replace("_", "-")
-
-
 def _flags_of(cls: Any) -> dict[str, Any]:
     """Each flag and its type; those of nested dataclasses and of subcommands are flat."""
     if not dataclasses.is_dataclass(cls):
@@ -151,5 +144,5 @@ def _flags_of(cls: Any) -> dict[str, Any]:
     hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
-        flags |= _flags_of(hint) if dataclasses.is_dataclass(hint) else {_flag(field): hint}
+        flags |= _flags_of(hint) if dataclasses.is_dataclass(hint) else {"--" + _name(field.name): hint}
     return flags

@@ -3,7 +3,6 @@
 Changes nothing, unless `--build` compiles an op. Exit code 1 when something will not work.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,7 @@ class _Flags:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Print the checks; returns the exit code."""
-    args = sys.argv[1:] if args is None else args
-    flags = parse_flags(_Flags, args, default=_Flags(), prog="python -m minimind.doctor")
+    flags = parse_flags(_Flags, args, prog="python -m minimind.doctor")
     groups: dict[str, Callable[[], list[Check]]] = {
         "software": software.check_versions,
         "accelerator": software.check_accelerator,

@@ -4,10 +4,7 @@ python -m minimind.export --run-dir RUN --output DIR [--step N] [--format hf|min
 python -m minimind.export --checkpoint STEP_OR_EXPORT_OR_HUGGING_FACE_FOLDER_OR_PTH --output DIR
 """
 
-import sys
 from collections.abc import Sequence
-
-import tyro
 
 from minimind.checkpoints.formats.export import ExportFlags, choose_checkpoint, export
 from minimind.checkpoints.formats.source import open_source
@@ -18,8 +15,7 @@ from minimind.errors import UserError, run_main
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command."""
-    args = sys.argv[1:] if args is None else args
-    flags = parse_flags(ExportFlags, args, default=tyro.MISSING_NONPROP, prog="python -m minimind.export")
+    flags = parse_flags(ExportFlags, args, prog="python -m minimind.export")
     if flags.output.exists():
         raise UserError(f"output: {flags.output} exists; give a new folder")
     base = None if flags.model is None else preset(flags.model)

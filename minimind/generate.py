@@ -12,32 +12,26 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import tyro
 
 from minimind.checkpoints.formats.load_model import load_model, stretch_context
 from minimind.cli import parse_flags
-from minimind.config.run_config import Precision
 from minimind.data.tokenizer import Tokenizer, load_tokenizer
 from minimind.distributed.out_of_memory import explain_out_of_memory
 from minimind.errors import UserError, run_main
 from minimind.inference.chat import Chat, converse, encode_question
-from minimind.inference.device import choose_device
-from minimind.inference.generation import Completion, GenerationOptions, Prompt, complete, stream_text
+from minimind.inference.device import ModelFlags, choose_device
+from minimind.inference.generation import Prompt, complete, stream_text
+from minimind.inference.sampling import GenerationOptions
 from minimind.model import MiniMindForCausalLM
 from minimind.model.kernels.packed_weights import prepare_decoding
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateFlags(GenerationOptions):
+class GenerateFlags(ModelFlags, GenerationOptions):
     """Continue a prompt, or chat, with a trained model."""
 
-    checkpoint: Path
-    """A run's folder, one of its checkpoints, an exported folder, or a .pth."""
-    tokenizer: Path | None = None
-    """Tokenizer file or folder, if none is stored beside the weights."""
     prompt: tuple[str, ...] = ()
     """One or more texts to continue; without one, a chat begins."""
     chat: bool = False
@@ -46,12 +40,6 @@ class GenerateFlags(GenerationOptions):
     """The system message of a chat."""
     json: bool = False
     """Print one JSON object for each prompt instead of text as it comes."""
-    precision: Precision | None = None
-    """Arithmetic [default: bf16 on a GPU that has it, otherwise fp32]."""
-    device: str | None = None
-    """cpu, cuda, cuda:1 ... [default: a GPU if there is one]."""
-    int8: bool = False
-    """On a CPU: 8-bit weights with bf16 arithmetic, the fastest; slightly less exact."""
     compile: bool = False
     """Compile the model with torch.compile: a slow start, then faster."""
     rope_scaling_factor: float | None = None
@@ -71,8 +59,7 @@ class GenerateFlags(GenerationOptions):
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command."""
-    args = sys.argv[1:] if args is None else args
-    flags = parse_flags(GenerateFlags, args, default=tyro.MISSING_NONPROP, prog="python -m minimind.generate")
+    flags = parse_flags(GenerateFlags, args, prog="python -m minimind.generate")
     device, dtype = choose_device(flags.device, flags.precision, int8=flags.int8)
     with explain_out_of_memory(device, memory_hints(flags, device, dtype)):
         run(flags, device, dtype)
@@ -93,14 +80,15 @@ def run(flags: GenerateFlags, device: torch.device, dtype: torch.dtype) -> None:
     prompts: list[Prompt] = list(flags.prompt)
     if flags.chat:
         prompts = [encode_question(tokenizer, text, flags.system) for text in flags.prompt]
-    if flags.json:
-        print_completions(flags, complete(model, tokenizer, prompts, flags))
-    elif len(prompts) == 1:
+    if len(prompts) == 1 and not flags.json:
         for piece in stream_text(model, tokenizer, prompts[0], flags):
             print(piece, end="", flush=True)
         print()
-    else:
-        for text, completion in zip(flags.prompt, complete(model, tokenizer, prompts, flags), strict=True):
+        return
+    for text, completion in zip(flags.prompt, complete(model, tokenizer, prompts, flags), strict=True):
+        if flags.json:
+            print(json.dumps({"prompt": text, **dataclasses.asdict(completion)}, ensure_ascii=False))
+        else:
             print(f"--- {text}\n{completion.text}")
 
 
@@ -113,12 +101,6 @@ def memory_hints(flags: GenerateFlags, device: torch.device, dtype: torch.dtype)
         found.append(f"give fewer than {len(flags.prompt)} prompts at once")
     found.append(f"lower --max-new-tokens {flags.max_new_tokens}")
     return found if device.type == "cpu" else [*found, "or pass --device cpu"]
-
-
-def print_completions(flags: GenerateFlags, completions: Sequence[Completion]) -> None:
-    """One JSON object a line."""
-    for text, completion in zip(flags.prompt, completions, strict=True):
-        print(json.dumps({"prompt": text, **dataclasses.asdict(completion)}, ensure_ascii=False))
 
 
 def chat_in_terminal(model: MiniMindForCausalLM, tokenizer: Tokenizer, flags: GenerateFlags) -> None:

@@ -4,7 +4,6 @@ Curves of several runs on the same axes by step, tokens and hours, events, and s
 folders.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +32,7 @@ class _Flags:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Write the report and say where."""
-    flags = parse_flags(
-        _Flags, sys.argv[1:] if args is None else args, default=_Flags(), prog="python -m minimind.report"
-    )
+    flags = parse_flags(_Flags, args, prog="python -m minimind.report")
     if not flags.runs:
         raise UserError("no run given; pass run folders, such as runs/mine")
     if len(flags.runs) > len(STYLES):

@@ -98,8 +98,10 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         if any(type(value) is type(choice) and value == choice for choice in args):
             return value
     elif origin is tuple:
-        if isinstance(value, (list, tuple)) and len(value) == len(args):
-            return tuple(convert(item, option, where) for item, option in zip(value, args, strict=True))
+        if isinstance(value, (list, tuple)):
+            options = [args[0]] * len(value) if args[1:] == (...,) else args
+            if len(value) == len(options):
+                return tuple(convert(item, option, where) for item, option in zip(value, options, strict=True))
     elif hint in (int, float):
         if isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool):
             return hint(value)
@@ -117,6 +119,6 @@ def _describe(hint: Any) -> str:
     if origin is Annotated:
         return next((str(limits) for limits in args if isinstance(limits, Limits)), _describe(args[0]))
     if origin is tuple:
-        return f"a list of {len(args)} values"
+        return "a list" if args[1:] == (...,) else f"a list of {len(args)} values"
     names = {int: "an integer", float: "a number", str: "a string", bool: "true or false", dict: "an object"}
     return "null" if hint is type(None) else names.get(hint, str(hint))

@@ -7,25 +7,21 @@ Needs the packages of requirements-serve.txt.
 
 import os
 import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
-
 from minimind.checkpoints.formats.load_model import load_model
 from minimind.cli import parse_flags
-from minimind.config.run_config import Precision
 from minimind.data.tokenizer import load_tokenizer
 from minimind.distributed.out_of_memory import explain_out_of_memory
 from minimind.errors import UserError, run_main
 from minimind.inference.batching import Batcher
-from minimind.inference.device import choose_device
-from minimind.inference.generation import GenerationOptions
+from minimind.inference.device import ModelFlags, choose_device
+from minimind.inference.sampling import GenerationOptions
 from minimind.model.kernels.packed_weights import prepare_decoding
-from minimind.schema import AT_LEAST_1, Limits, check_fields
+from minimind.schema import AT_LEAST_1, Limits
 
 try:
     import uvicorn
@@ -40,16 +36,12 @@ KEY_VARIABLE = "MINIMIND_API_KEY"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeFlags(GenerationOptions):
+class ServeFlags(ModelFlags, GenerationOptions):
     """Serve a trained model: /v1/models, /v1/completions, /v1/chat/completions, and a chat page at /.
 
     The sampling flags are defaults; requests override them.
     """
 
-    checkpoint: Path
-    """A run's folder, one of its checkpoints, an exported folder, or a .pth."""
-    tokenizer: Path | None = None
-    """Tokenizer file or folder, if none is stored beside the weights."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0: every one of this machine."""
     port: Annotated[int, Limits(at_least=0, at_most=65535)] = 8000
@@ -62,25 +54,16 @@ class ServeFlags(GenerationOptions):
     """Requests decoded together."""
     max_waiting: Annotated[int, AT_LEAST_1] = 64
     """Requests that may wait; more are refused (429)."""
-    precision: Precision | None = None
-    """Arithmetic [default: bf16 on a GPU that has it, otherwise fp32]."""
-    int8: bool = False
-    """On a CPU: 8-bit weights with bf16 arithmetic, the fastest; slightly less exact."""
-    device: str | None = None
-    """cpu, cuda, cuda:1 ... [default: a GPU if there is one]."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        limited = ("port", "max_batch_size", "max_waiting", "max_new_tokens")
-        check_fields(ServeFlags, {name: getattr(self, name) for name in limited})
         if self.stop_token_ids is not None:
             raise UserError("stop_token_ids has no effect on a server: clients send stop texts")
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the server until it is interrupted."""
-    args = sys.argv[1:] if args is None else args
-    flags = parse_flags(ServeFlags, args, default=tyro.MISSING_NONPROP, prog="python -m minimind.serve")
+    flags = parse_flags(ServeFlags, args, prog="python -m minimind.serve")
     if _missing is not None:
         raise UserError(f"the package {_missing} is missing: pip install -r requirements-serve.txt")
     api_key = read_key(flags.api_key_file)

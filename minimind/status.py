@@ -3,7 +3,6 @@
 Reads only the run folders, also while they are written to; no process and no device is asked.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,7 @@ class _Flags:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Print a line for each run; exit code 1 where one failed or crashed."""
-    flags = parse_flags(
-        _Flags, sys.argv[1:] if args is None else args, default=_Flags(), prog="python -m minimind.status"
-    )
+    flags = parse_flags(_Flags, args, prog="python -m minimind.status")
     if not flags.runs:
         raise UserError("no run given; pass run folders, such as runs/mine")
     found = [read_status(folder) for run in flags.runs for folder in find_runs(run)]

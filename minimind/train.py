@@ -5,7 +5,6 @@ Mistakes in flags, files and shards are reported before the process group is mad
 
 import functools
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from minimind.training.setup import RunData, memory_remedies, prepare, run_rank
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one rank from its command line (without the program's name); gives the exit code."""
-    args = without_local_rank(sys.argv[1:] if args is None else args)
+    args = without_local_rank(args)
     launcher = LauncherWatch()
     env = read_environment()
     command = parse_command_line(args, lambda place: open_source(Path(place)).config)

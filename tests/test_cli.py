@@ -103,7 +103,7 @@ class Drop:
         (["add", "x", "--cuont", "2"], r"unknown flag --cuont; did you mean '--count'\?"),
         (["add", "x", "--count", "two"], "--count: 'two' is not INT"),
         (["add"], "Missing .*PATH"),
-        (["drop"], "Missing .*--output PATH"),
+        (["drop"], "missing --output"),
         (["dorp"], ".*drop"),
         ([], ".*add.*drop"),
     ],

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from random import Random
 from typing import get_type_hints
 
 import pytest
@@ -37,7 +38,7 @@ from minimind.data.dataset import TokenDataset
 from minimind.data.loader import BatchLoader
 from minimind.data.manifest import Manifest, ShardInfo, TokenizerInfo
 from minimind.data.shards import open_split
-from minimind.inference.sampling import Sampler, SamplingOptions
+from minimind.inference.sampling import GenerationOptions, draw
 from minimind.model import PRESETS, ModelConfig
 from minimind.model.attention_mask import causal_mask
 from minimind.model.layers import FeedForward, RMSNorm
@@ -497,9 +498,8 @@ def test_correction_every_step_is_full_also_where_an_epoch_ends(tiny_corpus):
 
 def draw_tokens(**options) -> set[int]:
     """The tokens that some hundred draws from the worked example's scores give."""
-    rows = [SamplingOptions(seed=seed, **options) for seed in range(600)]
-    sampler = Sampler(rows, [[0]] * len(rows), 4)
-    return set(sampler.draw(torch.tensor(tables.SCORES).expand(len(rows), 4)).tolist())
+    rows, randoms = [GenerationOptions(**options)] * 600, [Random(seed) for seed in range(600)]
+    return set(draw(torch.tensor(tables.SCORES).expand(600, 4), rows, randoms, [[0]] * 600, 4).tolist())
 
 
 def test_correction_top_p_keeps_the_token_that_crosses_and_comes_after_the_temperature():

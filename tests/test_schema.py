@@ -17,6 +17,7 @@ class Sample:
     on: bool = False
     kind: Literal["a", "b"] = "a"
     pair: tuple[float, float] = (0.0, 1.0)
+    words: tuple[str, ...] = ()
     maybe: int | None = None
     described: Annotated[float | None, "text for --help"] = None
     size: Annotated[int, AT_LEAST_1] = 1
@@ -29,8 +30,9 @@ def test_good_values_are_taken_and_the_rest_keeps_its_defaults():
     values = {"size": 1, "speed": None, "shares": [0, 1], "momentum": 0.0}
     assert check_fields(Sample, values) == {**values, "shares": (0.0, 1.0)}
     values = {"count": 3, "rate": 2, "pair": [1, 2], "maybe": None, "described": 1, "kind": "b", "on": True}
+    values |= {"words": ["x", "y", "z"]}
     sample = Sample(**check_fields(Sample, values, "file"))
-    assert sample == Sample(count=3, rate=2.0, pair=(1.0, 2.0), kind="b", on=True, described=1.0)
+    assert sample == Sample(count=3, rate=2.0, pair=(1.0, 2.0), words=("x", "y", "z"), kind="b", on=True, described=1.0)
     assert type(sample.rate) is float and type(sample.described) is float
     assert check_fields(Sample, {}, "file") == {}
 
@@ -53,6 +55,8 @@ def test_good_values_are_taken_and_the_rest_keeps_its_defaults():
         ({"pair": [1]}, "file: pair: [1] is not a list of 2 values"),
         ({"pair": [1, "x"]}, "file: pair: 'x' is not a number"),
         ({"pair": "12"}, "file: pair: '12' is not a list of 2 values"),
+        ({"words": "x"}, "file: words: 'x' is not a list"),
+        ({"words": ["x", 1]}, "file: words: 1 is not a string"),
         ({"maybe": "y"}, "file: maybe: 'y' is not an integer or null"),
         ({"described": "y"}, "file: described: 'y' is not a number or null"),
         ({"size": 0}, "file: size: 0 is not a finite number of 1 or more"),

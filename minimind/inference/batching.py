@@ -1,20 +1,20 @@
-"""Serve many clients with one model: a bounded queue, and a thread that decodes waiting requests as one batch.
+"""Serve many clients with one model: a bounded queue, and a thread that decodes what is asked for together.
 
-Each request keeps its own sampling, length and stop texts, and gets the same answer as alone. A cancelled request
-leaves the queue or its batch at once.
+A request joins the running batch between two tokens, as soon as there is a place, and leaves it when it is done or its
+client has gone. Each gets the same answer as alone.
 """
 
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from minimind.data.tokenizer import Tokenizer
 from minimind.errors import UserError
-from minimind.inference.decoding import Decoding, check_prompts
-from minimind.inference.generation import GenerationOptions, end_tokens
-from minimind.inference.text_stream import TextStream
+from minimind.inference.decoding import Decoding, TokenLogprobs
+from minimind.inference.generation import Continuation, Prompt
+from minimind.inference.sampling import GenerationOptions
 from minimind.model import MiniMindForCausalLM
 
 
@@ -28,17 +28,44 @@ class Update:
     num_tokens: int = 0
     """Tokens generated so far."""
     error: str = ""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of the tokens since the last update, where they were asked for."""
+
+    def __add__(self, later: "Update") -> "Update":
+        """Both as one."""
+        logprobs = self.logprobs + later.logprobs
+        return Update(self.text + later.text, later.reason, later.num_tokens, later.error, logprobs)
 
 
-@dataclass(eq=False)
-class Request:
+class Request(Continuation):
     """One prompt to continue. The batching thread calls `deliver` in order until an update has a reason."""
 
-    prompt: list[int]
-    options: GenerationOptions
-    deliver: Callable[[Update], object]
-    is_cancelled: bool = False
-    _tokens: int = field(default=0, repr=False)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Prompt,
+        options: GenerationOptions,
+        deliver: Callable[[Update], object],
+        num_logprobs: int | None = None,
+    ) -> None:
+        super().__init__(tokenizer, prompt, options, num_logprobs)
+        self._deliver = deliver
+        self._num_delivered = 0
+
+    def take(self, token: int) -> None:
+        """As in `Continuation`; delivers what is new."""
+        super().take(token)
+        if self.piece or self.reason:
+            count = len(self.new_tokens)
+            logprobs = tuple(self.logprobs[self._num_delivered : count])
+            self._num_delivered = count
+            self._deliver(Update(self.piece, self.reason, count, logprobs=logprobs))
+
+    def fail(self, message: str) -> None:
+        """End with an error, unless it has ended."""
+        if self.reason is None:
+            self.reason = "error"
+            self._deliver(Update(reason="error", num_tokens=len(self.new_tokens), error=message))
 
 
 class QueueFull(Exception):
@@ -56,10 +83,11 @@ class Batcher:
     def __init__(
         self, model: MiniMindForCausalLM, tokenizer: Tokenizer, *, max_batch_size: int, max_waiting: int
     ) -> None:
+        self.config = model.config
+        self.max_waiting = max_waiting
         self._model = model.eval()
-        self._tokenizer = tokenizer
+        self._vocab_size = tokenizer.vocab_size
         self._max_batch_size = max_batch_size
-        self._max_waiting = max_waiting
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
@@ -67,33 +95,28 @@ class Batcher:
         self._thread.start()
 
     @property
-    def max_positions(self) -> int:
-        """Limit of prompt and answer together, in tokens."""
-        return self._model.config.max_position_embeddings
-
-    @property
     def num_waiting(self) -> int:
         """Requests in the queue."""
         return len(self._waiting)
 
-    def submit(self, request: Request) -> None:
-        """Queue a request.
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests, all of them or none.
 
         Raises:
-            UserError: the prompt cannot be continued.
-            QueueFull: the queue is at its limit.
+            UserError: a prompt cannot be continued.
+            QueueFull: the queue has not room for them.
         """
-        vocab_size = self._model.config.vocab_size
-        check_prompts([request.prompt], vocab_size, self.max_positions, request.options.max_new_tokens)
+        for request in requests:
+            request.check(self.config)
         with self._changed:
-            if self._is_closed or len(self._waiting) >= self._max_waiting:
+            if self._is_closed or len(self._waiting) + len(requests) > self.max_waiting:
                 raise QueueFull
-            self._waiting.append(request)
+            self._waiting += requests
             self._changed.notify()
 
     def cancel(self, request: Request) -> None:
         """The client has gone: free the place of its request."""
-        request.is_cancelled = True
+        request.reason = request.reason or "cancelled"
         with self._changed, contextlib.suppress(ValueError):
             self._waiting.remove(request)
 
@@ -103,73 +126,28 @@ class Batcher:
             self._is_closed = True
             self._changed.notify()
         self._thread.join()
-        for request in self._waiting:
-            request.deliver(Update(reason="error", error="the server is shutting down"))
 
     def _serve(self) -> None:
-        while batch := self._next_batch():
+        running: list[Request] = []
+        while not self._is_closed:
+            running = [request for request in running if request.reason is None]
+            if not running:
+                decoding = Decoding(self._model, self._vocab_size)  # the cache of the last one is freed
+            joining = self._admit(running)
+            running += joining
             try:
-                self._run(batch)
-            except UserError as error:
-                self._fail(batch, str(error))
+                decoding.join(joining)
+                decoding.step()
             except Exception as error:  # one bad batch must not end the server
-                self._fail(batch, f"{type(error).__name__}: {error}")
+                message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                for request in running:
+                    request.fail(message)
+        for request in [*running, *self._waiting]:
+            request.fail("the server is shutting down")
 
-    def _next_batch(self) -> list[Request]:
-        """The oldest requests that fit together; waits for one. Empty after `close`."""
+    def _admit(self, running: list[Request]) -> list[Request]:
+        """The oldest requests for which there is a place; waits for one where nothing is running."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._is_closed)
-            batch: list[Request] = []
-            longest = most = 0
-            while self._waiting and len(batch) < self._max_batch_size and not self._is_closed:
-                longest = max(longest, len(self._waiting[0].prompt))
-                most = max(most, self._waiting[0].options.max_new_tokens)
-                if longest + most > self.max_positions:
-                    break
-                batch.append(self._waiting.popleft())
-            return batch
-
-    def _run(self, batch: list[Request]) -> None:
-        options = [request.options for request in batch]
-        decoding = Decoding(
-            self._model,
-            [request.prompt for request in batch],
-            options,
-            max_new_tokens=max(option.max_new_tokens for option in options),
-            stop_token_ids=end_tokens(self._tokenizer),
-            vocab_size=self._tokenizer.vocab_size,
-        )
-        streams = [TextStream(self._tokenizer, request.prompt, request.options.stop) for request in batch]
-        running = set(range(len(batch)))
-        while running and not self._is_closed:
-            tokens = decoding.step()
-            for row in sorted(running):
-                if self._advance(batch[row], streams[row], tokens[row]):
-                    decoding.end(row)
-                    running.discard(row)
-        self._fail([batch[row] for row in running], "the server is shutting down")
-
-    @staticmethod
-    def _advance(request: Request, stream: TextStream, token: int | None) -> bool:
-        """Take one row's token; returns whether the row has ended."""
-        if request.is_cancelled:
-            return True
-        text = ""
-        if token is not None:
-            request._tokens += 1
-            text = stream.push(token)
-        reason = None
-        if token is None or stream.is_stopped:
-            reason = "stop"
-        elif request._tokens == request.options.max_new_tokens:
-            reason = "length"
-        if reason is not None:
-            text += stream.finish()
-        if text or reason:
-            request.deliver(Update(text, reason, request._tokens))
-        return reason is not None
-
-    @staticmethod
-    def _fail(batch: list[Request], message: str) -> None:
-        for request in batch:
-            request.deliver(Update(reason="error", num_tokens=request._tokens, error=message))
+            self._changed.wait_for(lambda: self._waiting or running or self._is_closed)
+            free = self._max_batch_size - len(running)
+            return [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]

@@ -1,109 +1,208 @@
-"""Decode a batch of prompts: read once into a KV cache, then one forward pass a token.
+"""Continue texts together: each prompt is read once into a KV cache, then one forward pass a token of all.
 
-Prompts of different lengths are padded on the left and masked, so each row gets the same tokens as alone.
+Rows join and leave between two tokens (continuous batching, the iteration-level scheduling of Orca, OSDI 2022). Rows
+of different lengths end in the same column of the cache, padded on the left and masked, so each row gets the same
+tokens as alone.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from random import Random
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from minimind.errors import UserError
-from minimind.inference.sampling import Sampler, SamplingOptions
+from minimind.inference.sampling import GenerationOptions, draw
 from minimind.model import CausalLMOutput, KVCache, MiniMindForCausalLM
+from minimind.model.config import ModelConfig
+
+
+class TokenLogprobs(NamedTuple):
+    """A drawn token with its log-probability in nats, before temperature and filters, and the likeliest tokens with
+    theirs."""
+
+    token: int
+    logprob: float
+    likeliest: list[tuple[int, float]]
+
+
+class Row:
+    """One text in progress.
+
+    Args:
+        prompt: token ids, at least one.
+        stop_token_ids: the row ends before any of these; instead of the option of this name.
+        num_logprobs: keep log-probabilities of each token and of so many likeliest ones; None: keep none.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        options: GenerationOptions,
+        stop_token_ids: Iterable[int] = (),
+        num_logprobs: int | None = None,
+    ) -> None:
+        self.options = options
+        self.num_logprobs = num_logprobs
+        self.tokens = list(prompt)
+        """The prompt and what was drawn after it."""
+        self.logprobs: list[TokenLogprobs] = []
+        """One for each token drawn, where they are kept."""
+        self.reason: str | None = None
+        """Why the row has ended: "stop" or "length". Set it to end the row."""
+        self.random = Random(options.seed)
+        self._stop_token_ids = frozenset(stop_token_ids)
+        self._prompt_length = len(self.tokens)
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """What was drawn."""
+        return self.tokens[self._prompt_length :]
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of prompt and continuation, if nothing stops it earlier."""
+        return self._prompt_length + self.options.max_new_tokens
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise `UserError` when a model of this config cannot continue the prompt."""
+        if not self.tokens:
+            raise UserError("an empty prompt cannot be continued: give at least one token")
+        for token in (max(self.tokens), min(self.tokens)):
+            if not 0 <= token < config.vocab_size:
+                raise UserError(f"the prompt has token id {token}, the model's vocabulary has {config.vocab_size}")
+        if self.max_length > config.max_position_embeddings:
+            raise UserError(
+                f"a prompt of {self._prompt_length} tokens and max_new_tokens {self.options.max_new_tokens} are beyond "
+                f"the model's {config.max_position_embeddings} positions: shorten one, or stretch the context with "
+                "--rope-scaling-factor"
+            )
+
+    def take(self, token: int) -> None:
+        """Add a drawn token, or end before it."""
+        if token in self._stop_token_ids:
+            self.reason = "stop"
+            return
+        self.tokens.append(token)
+        if len(self.tokens) == self.max_length:
+            self.reason = "length"
+
+
+class _Group:
+    """Rows with one KV cache. All end in its newest column; shorter ones have padding before them."""
+
+    def __init__(self, model: MiniMindForCausalLM, rows: list[Row]) -> None:
+        self.rows = rows
+        weight = model.lm_head.weight
+        # The last token is never read, so one position stays empty: a step that saw the full tensors would make
+        # torch.compile compile once more.
+        capacity = max(row.max_length for row in rows)
+        self.cache = KVCache(model.config, len(rows), capacity, weight.device, weight.dtype)
+
+    def read(self, forward: Callable[..., CausalLMOutput], padding_id: int) -> Tensor:
+        """Read what is not in the cache yet; returns the logits (B, V) after each row's newest token."""
+        device, length = self.cache.keys.device, max(len(row.tokens) for row in self.rows)
+        num_new = length - self.cache.length
+        unread = [row.tokens[-num_new:] for row in self.rows]
+        input_ids = torch.tensor([[padding_id] * (num_new - len(ids)) + ids for ids in unread], device=device)
+        padding = [length - len(row.tokens) for row in self.rows]
+        mask = None
+        if any(padding):
+            mask = (torch.arange(length, device=device) >= torch.tensor(padding, device=device)[:, None]).long()
+        logits = forward(input_ids, attention_mask=mask, cache=self.cache, logits_to_keep=1).logits
+        assert logits is not None  # there always are, without labels
+        return logits[:, -1]
 
 
 class Decoding:
-    """The continuation of a batch of prompts. The model must be in evaluation mode.
+    """The rows that a model, in evaluation mode, continues together.
 
     Args:
-        prompts: token ids, each row at least one.
-        sampling: options for each row.
-        max_new_tokens: a row ends after this many.
-        stop_token_ids: a row ends before any of these.
         vocab_size: larger ids are never drawn; None: the model's.
-
-    Raises:
-        UserError: an empty prompt, a token id outside the vocabulary, or more tokens than the model has positions.
     """
 
-    @torch.inference_mode()
-    def __init__(
-        self,
-        model: MiniMindForCausalLM,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sequence[SamplingOptions],
-        *,
-        max_new_tokens: int,
-        stop_token_ids: Iterable[int] = (),
-        vocab_size: int | None = None,
-    ) -> None:
-        config = model.config
-        longest = check_prompts(prompts, config.vocab_size, config.max_position_embeddings, max_new_tokens)
-        weight = model.lm_head.weight
+    def __init__(self, model: MiniMindForCausalLM, vocab_size: int | None = None) -> None:
         self._model = model
-        self._stop_token_ids = frozenset(stop_token_ids)
-        self._left = [max_new_tokens] * len(prompts)  # tokens that each row may still get; 0: ended
-        self._sampler = Sampler(
-            sampling, prompts, min(vocab_size or config.vocab_size, config.vocab_size), weight.device
-        )
-        # The last token is never read, so one position stays empty: a step that saw the full tensors would make
-        # torch.compile compile once more.
-        capacity = longest + max_new_tokens
-        self._cache = KVCache(config, len(prompts), capacity, weight.device, weight.dtype)
-        padded = [[config.pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        self._unread = torch.tensor(padded, device=weight.device)  # (B, T): what the next forward reads
-        self._mask: Tensor | None = None  # (B, capacity), only where something is padded
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
-        if min(map(len, prompts)) < longest:
-            self._mask = (torch.arange(capacity, device=weight.device) >= longest - lengths[:, None]).long()
+        self._vocab_size = vocab_size or model.config.vocab_size
+        self._joining: list[Row] = []
+        self._groups: list[_Group] = []  # one, and for a step another with the rows that have joined
 
     @property
-    def is_done(self) -> bool:
-        """Whether every row has ended."""
-        return not any(self._left)
+    def rows(self) -> list[Row]:
+        """The rows that have not ended."""
+        rows = [*(row for group in self._groups for row in group.rows), *self._joining]
+        return [row for row in rows if row.reason is None]
 
-    def end(self, row: int) -> None:
-        """End a row early."""
-        self._left[row] = 0
+    def join(self, rows: Sequence[Row]) -> None:
+        """Add rows; the next step reads their prompts. Raises `UserError` when one cannot be continued."""
+        for row in rows:
+            row.check(self._model.config)
+        self._joining += rows
 
     @torch.inference_mode()
-    def step(self) -> list[int | None]:
-        """One more token for each row; None for a row that ends without one, or has already ended."""
-        first = self._cache.length == 0
-        seen = self._cache.length + self._unread.shape[1]
-        mask = None if self._mask is None else self._mask[:, :seen]
-        # The prompts bypass a compiled model (nn.Module.compile): only the later steps all have one shape.
-        forward: Callable[..., CausalLMOutput] = self._model.forward if first else self._model
-        scores = forward(self._unread, attention_mask=mask, cache=self._cache, logits_to_keep=1).logits
-        assert scores is not None  # there always are logits without labels
-        logits = scores[:, -1]  # (B, vocab_size)
-        if first and not bool(logits.isfinite().all()):
-            raise UserError("the model's scores are NaN or infinite: its weights are damaged or its training diverged")
-        drawn = self._sampler.draw(logits)
-        self._unread = drawn[:, None]
-        tokens: list[int | None] = []
-        for row, token in enumerate(drawn.tolist()):
-            if token in self._stop_token_ids:
-                self._left[row] = 0
-            tokens.append(token if self._left[row] else None)
-            self._left[row] = max(0, self._left[row] - 1)
-        return tokens
+    def step(self) -> None:
+        """Give each row one more token."""
+        self._settle()
+        padding_id = self._model.config.pad_token_id
+        logits = [group.read(self._model, padding_id) for group in self._groups]
+        if joining := [row for row in self._joining if row.reason is None]:
+            self._groups.append(_Group(self._model, joining))
+            # The prompts bypass a compiled model (nn.Module.compile): only the other steps all have one shape.
+            logits.append(self._groups[-1].read(self._model.forward, padding_id))
+            if not bool(logits[-1].isfinite().all()):
+                raise UserError(
+                    "the model's scores are NaN or infinite: its weights are damaged or its training diverged"
+                )
+        self._joining = []
+        if logits:
+            self._draw(torch.cat(logits), [row for group in self._groups for row in group.rows])
 
-
-def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, max_positions: int, max_new_tokens: int) -> int:
-    """The length of the longest prompt. Raises `UserError` when the prompts cannot be continued."""
-    if not prompts or not all(prompts):
-        raise UserError("an empty prompt cannot be continued: give at least one token")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    for token_id in (max(map(max, prompts)), min(map(min, prompts))):
-        if not 0 <= token_id < vocab_size:
-            raise UserError(f"the prompt has token id {token_id}, the model's vocabulary has {vocab_size}")
-    longest = max(map(len, prompts))
-    if longest + max_new_tokens > max_positions:
-        raise UserError(
-            f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} are beyond the model's {max_positions} "
-            "positions: shorten one, or stretch the context with --rope-scaling-factor"
+    def _draw(self, logits: Tensor, rows: list[Row]) -> None:
+        drawn = draw(
+            logits,
+            [row.options for row in rows],
+            [row.random for row in rows],
+            [row.tokens for row in rows],
+            self._vocab_size,
         )
-    return longest
+        for i, (row, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
+            if row.num_logprobs is not None:
+                logprobs = logits[i, : self._vocab_size].float().log_softmax(dim=-1)
+                values, ids = logprobs.topk(row.num_logprobs)
+                likeliest = list(zip(ids.tolist(), values.tolist(), strict=True))
+                row.logprobs.append(TokenLogprobs(token, float(logprobs[token]), likeliest))
+            row.take(token)
+
+    def _settle(self) -> None:
+        """Bring the rows that have not ended into one cache as long as the longest of them."""
+        # Once: another thread may end a row at any moment.
+        places = [(group, i) for group in self._groups for i, row in enumerate(group.rows) if row.reason is None]
+        self._groups = list(dict.fromkeys(group for group, _ in places))
+        if len(self._groups) > 1 or sum(len(group.rows) for group in self._groups) > len(places):
+            merged = _Group(self._model, [group.rows[i] for group, i in places])
+            merged.cache.length = end = max(len(row.tokens) for row in merged.rows) - 1
+            for new, (group, old) in enumerate(places):
+                last, count = group.cache.length, len(group.rows[old].tokens) - 1  # the newest token is not read yet
+                ours, theirs = merged.cache, group.cache
+                for target, source in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+                    target[:, new, :, end - count : end] = source[:, old, :, last - count : last]
+            self._groups = [merged]
+
+
+def decode(model: MiniMindForCausalLM, rows: Sequence[Row], vocab_size: int | None = None) -> Iterator[None]:
+    """Continue rows until all have ended; yields after each token of all. A model in training is so again afterwards.
+
+    Raises:
+        UserError: a row cannot be continued.
+    """
+    decoding = Decoding(model, vocab_size)
+    decoding.join(rows)
+    was_training = model.training
+    model.eval()
+    try:
+        while decoding.rows:
+            decoding.step()
+            yield
+    finally:
+        model.train(was_training)

@@ -1,9 +1,28 @@
-"""Device and precision for generation and evaluation."""
+"""Which model generates or is evaluated, on which device and in which precision."""
+
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from minimind.config.run_config import DTYPE_NAMES, Precision
 from minimind.errors import UserError, first_line
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """What every command that uses a trained model asks for."""
+
+    checkpoint: Path
+    """A run's folder, one of its checkpoints, an exported folder, or a .pth."""
+    tokenizer: Path | None = None
+    """Tokenizer file or folder, if none is stored beside the weights."""
+    precision: Precision | None = None
+    """Arithmetic [default: bf16 on a GPU that has it, otherwise fp32]."""
+    int8: bool = False
+    """On a CPU: 8-bit weights with bf16 arithmetic, the fastest; slightly less exact."""
+    device: str | None = None
+    """cpu, cuda, cuda:1 ... [default: a GPU if there is one]."""
 
 
 def choose_device(

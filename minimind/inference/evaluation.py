@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from minimind.data.dataset import Dataset
 from minimind.data.loader import Batch, eval_batches
@@ -60,7 +58,7 @@ def measure_loss(
     dataset: Dataset,
     device: torch.device,
     *,
-    micro_batch_size: int,
+    micro_batch_size: int = 8,
     max_samples: int | None = None,
     dp_rank: int = 0,
     dp_size: int = 1,
@@ -94,41 +92,6 @@ def measure_loss(
     bytes_per_token = 0.0 if manifest.is_chat else manifest.bytes_per_token
     bits_per_byte = loss / math.log(2) / bytes_per_token if bytes_per_token else math.nan
     return Evaluation(loss, math.exp(min(loss, 700.0)), bits_per_byte, int(num_targets), num_samples)
-
-
-def evaluate(
-    model: MiniMindForCausalLM,
-    dataset: Dataset,
-    *,
-    micro_batch_size: int = 8,
-    max_samples: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Evaluation:
-    """`measure_loss` of a loaded model, with a progress bar. Every rank calls this.
-
-    Raises:
-        UserError: the loss is NaN or infinite, or there is no target.
-    """
-    num_samples = min(max_samples or len(dataset), len(dataset))
-    num_batches = -(-num_samples // (micro_batch_size * world_size))
-    quiet = rank != 0 or not sys.stderr.isatty()
-    with tqdm(total=num_batches, desc="evaluating", unit="batch", disable=quiet) as bar:
-        found = measure_loss(
-            model,
-            dataset,
-            model.lm_head.weight.device,
-            micro_batch_size=micro_batch_size,
-            max_samples=num_samples,
-            dp_rank=rank,
-            dp_size=world_size,
-            before_batch=bar.update,
-        )
-    if not math.isfinite(found.loss):
-        raise UserError(
-            f"the loss over {found.num_targets} tokens is {found.loss}: the model's weights or the data are bad"
-        )
-    return found
 
 
 @contextlib.contextmanager

@@ -1,30 +1,17 @@
-"""Continue prompts with a trained model: `complete` for a batch, `stream_text` for one text as it grows."""
+"""Continue texts with a trained model: `complete` for a batch, `stream_text` for one text as it grows."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 from minimind.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from minimind.inference.decoding import Decoding
-from minimind.inference.sampling import SamplingOptions
+from minimind.inference.decoding import Row, decode
+from minimind.inference.sampling import GenerationOptions
 from minimind.inference.text_stream import TextStream
 from minimind.model import MiniMindForCausalLM
-from minimind.schema import AT_LEAST_1
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class GenerationOptions(SamplingOptions):
-    """How a continuation is sampled, and where it ends."""
-
-    max_new_tokens: Annotated[int, AT_LEAST_1] = 256
-    """Limit of a continuation, in tokens."""
-    stop: tuple[str, ...] = ()
-    """A continuation ends before any of these texts."""
-    stop_token_ids: tuple[int, ...] | None = None
-    """A continuation ends before any of these ids; None: end of document and end of turn."""
+"""A text (an empty one is the beginning of a document), or token ids."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +20,34 @@ class Completion:
 
     text: str
     token_ids: tuple[int, ...]
-    reason: Literal["stop", "length"]
+    reason: str | None
+
+
+class Continuation(Row):
+    """A row with its text, which stop texts end too."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Prompt, options: GenerationOptions, num_logprobs: int | None = None
+    ) -> None:
+        ids = encode_prompt(tokenizer, prompt)
+        ends = end_tokens(tokenizer) if options.stop_token_ids is None else options.stop_token_ids
+        super().__init__(ids, options, ends, num_logprobs)
+        self.piece = ""
+        """The text that the newest token has made certain."""
+        self._stream = TextStream(tokenizer, ids, options.stop)
+
+    def take(self, token: int) -> None:
+        """As in `Row`; sets `piece`."""
+        super().take(token)
+        self.piece = "" if self.reason == "stop" else self._stream.push(token)
+        if self.reason is not None:
+            self.piece += self._stream.finish()
+        if self._stream.is_stopped:
+            self.reason = "stop"
+
+    def completion(self) -> Completion:
+        """What there is by now."""
+        return Completion(self._stream.text, tuple(self.new_tokens), self.reason)
 
 
 def complete(
@@ -42,77 +56,30 @@ def complete(
     prompts: Sequence[Prompt],
     options: GenerationOptions | None = None,
 ) -> list[Completion]:
-    """Continue prompts (texts or token ids) in one batch; each gets the same completion as alone.
+    """Continue prompts in one batch; each gets the same completion as alone, row i with seed + i.
 
-    An empty text is the beginning of a document. Raises `UserError` for an invalid prompt.
+    Raises:
+        UserError: a prompt cannot be continued.
     """
-    batch = _Batch(model, tokenizer, prompts, options or GenerationOptions())
-    for _ in batch.pieces():
+    options = options or GenerationOptions()
+    seeds = [None if options.seed is None else options.seed + row for row in range(len(prompts))]
+    rows = [
+        Continuation(tokenizer, prompt, dataclasses.replace(options, seed=seed))
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    for _ in decode(model, rows, tokenizer.vocab_size):
         pass
-    return batch.completions()
+    return [row.completion() for row in rows]
 
 
 def stream_text(
     model: MiniMindForCausalLM, tokenizer: Tokenizer, prompt: Prompt, options: GenerationOptions | None = None
 ) -> Iterator[str]:
     """Continue one prompt; yields text as soon as it is certain, complete characters only."""
-    for _, piece in _Batch(model, tokenizer, [prompt], options or GenerationOptions()).pieces():
-        yield piece
-
-
-class _Batch:
-    """Prompts in progress: decoding, and one text stream a row."""
-
-    def __init__(
-        self, model: MiniMindForCausalLM, tokenizer: Tokenizer, prompts: Sequence[Prompt], options: GenerationOptions
-    ) -> None:
-        rows = [_encode_prompt(tokenizer, prompt) for prompt in prompts]
-        stop_token_ids = options.stop_token_ids
-        if stop_token_ids is None:
-            stop_token_ids = end_tokens(tokenizer)
-        seeds = [None if options.seed is None else options.seed + row for row in range(len(rows))]
-        self._model = model
-        self._decoding = Decoding(
-            model,
-            rows,
-            [dataclasses.replace(options, seed=seed) for seed in seeds],
-            max_new_tokens=options.max_new_tokens,
-            stop_token_ids=stop_token_ids,
-            vocab_size=tokenizer.vocab_size,
-        )
-        self._streams = [TextStream(tokenizer, row, options.stop) for row in rows]
-        self._token_ids: list[list[int]] = [[] for _ in rows]
-        self._max_new_tokens = options.max_new_tokens
-
-    def pieces(self) -> Iterator[tuple[int, str]]:
-        """(row, text) until every row has ended."""
-        was_training = self._model.training
-        self._model.eval()
-        try:
-            while not self._decoding.is_done:
-                for row, token in enumerate(self._decoding.step()):
-                    if token is None:
-                        continue
-                    self._token_ids[row].append(token)
-                    if piece := self._streams[row].push(token):
-                        yield row, piece
-                    if self._streams[row].is_stopped:
-                        self._decoding.end(row)
-            for row, text in enumerate(self._streams):
-                if piece := text.finish():
-                    yield row, piece
-        finally:
-            self._model.train(was_training)
-
-    def completions(self) -> list[Completion]:
-        return [
-            Completion(
-                text.text,
-                tuple(token_ids),
-                "length" if len(token_ids) == self._max_new_tokens and not text.is_stopped else "stop",
-            )
-            for text, token_ids in zip(self._streams, self._token_ids, strict=True)
-        ]
+    row = Continuation(tokenizer, prompt, options or GenerationOptions())
+    for _ in decode(model, [row], tokenizer.vocab_size):
+        if row.piece:
+            yield row.piece
 
 
 def end_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -121,7 +88,6 @@ def end_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys((tokenizer.eos_token_id, end_of_turn)))
 
 
-def _encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    if isinstance(prompt, str):
-        return tokenizer.encode(prompt) or [tokenizer.eos_token_id]
-    return list(prompt)
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """Its token ids."""
+    return tokenizer.encode(prompt) or [tokenizer.eos_token_id] if isinstance(prompt, str) else list(prompt)

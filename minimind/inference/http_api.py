@@ -4,92 +4,35 @@ A client's mistake is a 4xx with the reason; an unsupported field is refused, ne
 """
 
 import asyncio
-import contextlib
+import functools
 import hmac
+import itertools
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import FastAPI, HTTPException
 from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from minimind.data.chat_template import Message, encode_chat
+from minimind.data.chat_template import encode_chat
 from minimind.data.tokenizer import Tokenizer
 from minimind.errors import UserError
 from minimind.inference.batching import Batcher, QueueFull, Request, Update
-from minimind.inference.generation import GenerationOptions
+from minimind.inference.decoding import TokenLogprobs
+from minimind.inference.generation import encode_prompt
+from minimind.inference.request_bodies import ChatBody, CompletionBody, SamplingBody
+from minimind.inference.sampling import GenerationOptions
 
-PAGE = Path(__file__).with_name("chat_page.html")
+PAGE = Path(__file__).with_name("chat_page")
 MAX_BODY_BYTES = 1 << 20
-_DISCONNECT_CHECK_SECONDS = 0.05
-# Accepted: fields that do not affect the answer.
-_HARMLESS = frozenset(("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"))
-# Values that leave an unsupported field without effect.
-_NEUTRAL: tuple[Any, ...] = (None, False, 0, {}, [])
-
-StopTexts = Annotated[list[str], Field(max_length=16)]
-
-
-class SamplingBody(BaseModel):
-    """Fields of both kinds of completion."""
-
-    model_config = ConfigDict(extra="allow")
-
-    model: str = ""
-    stream: bool = False
-    stream_options: dict[str, bool] | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: str | StopTexts | None = None
-    n: int | None = 1
-
-
-class CompletionBody(SamplingBody):
-    """POST /v1/completions: one prompt, as text or token ids."""
-
-    prompt: str | list[int] | Annotated[list[str], Field(max_length=1)]
-
-
-class ContentPart(BaseModel):
-    """A part of a message; only text is supported."""
-
-    type: str
-    text: str = ""
-
-
-class ChatMessage(BaseModel):
-    """One turn of a conversation."""
-
-    role: str
-    content: str | list[ContentPart]
-
-
-class ChatBody(SamplingBody):
-    """POST /v1/chat/completions."""
-
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: int | None = None
-
-
-class RequestError(Exception):
-    """A client's mistake: an HTTP status and the reason."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 def build_app(
@@ -97,16 +40,24 @@ def build_app(
 ) -> FastAPI:
     """The application. `defaults` fill in what a request leaves out, with `max_new_tokens` cut to what fits."""
     app = FastAPI(title="MiniMind", docs_url=None, redoc_url=None, openapi_url=None)
-    answers = Answers(batcher, tokenizer, model_name, defaults)
     app.add_middleware(RequestGuard, api_key=api_key)
-    app.exception_handler(RequestError)(lambda _, error: error_response(error.status, str(error)))
     app.exception_handler(UserError)(lambda _, error: error_response(400, str(error)))
     app.exception_handler(RequestValidationError)(lambda _, error: error_response(400, describe(error)))
     app.exception_handler(StarletteHTTPException)(lambda _, error: error_response(error.status_code, str(error.detail)))
+    model = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "minimind"}
 
-    @app.get("/", response_class=HTMLResponse)
-    async def show_page() -> str:
-        return PAGE.read_text(encoding="utf-8")
+    def check_name(name: str) -> None:
+        if name != model_name:
+            raise HTTPException(404, f"there is no model {name!r}, only {model_name!r}")
+
+    async def answer(
+        body: SamplingBody, prompts: list[list[int]], num_logprobs: int | None, http: HTTPRequest
+    ) -> Response:
+        check_name(body.model or model_name)
+        answers = Answers(batcher, tokenizer, model_name, defaults, body, prompts, num_logprobs)
+        if not body.stream:
+            return await answers.whole(http)
+        return StreamingResponse(answers.stream(), media_type="text/event-stream")
 
     @app.get("/health")
     async def check_health() -> dict[str, Any]:
@@ -114,35 +65,31 @@ def build_app(
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [answers.describe_model()]}
+        return {"object": "list", "data": [model]}
 
     @app.get("/v1/models/{name:path}")
     async def show_model(name: str) -> dict[str, Any]:
-        if name != model_name:
-            raise HTTPException(404, f"there is no model {name!r}, only {model_name!r}")
-        return answers.describe_model()
+        check_name(name)
+        return model
 
     @app.post("/v1/completions")
     async def complete(body: CompletionBody, http: HTTPRequest) -> Response:
-        prompt: Any = body.prompt
-        if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
-            (prompt,) = prompt
-        ids = tokenizer.encode(prompt) or [tokenizer.eos_token_id] if isinstance(prompt, str) else prompt
-        return await answers.answer(body, ids, body.max_tokens, http, chat=False)
+        return await answer(body, [encode_prompt(tokenizer, prompt) for prompt in body.prompt], body.logprobs, http)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody, http: HTTPRequest) -> Response:
-        ids = encode_chat(tokenizer, [read_message(message) for message in body.messages])
-        limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        return await answers.answer(body, ids, limit, http, chat=True)
+        body.max_tokens = body.max_completion_tokens or body.max_tokens  # the older name
+        num_logprobs = body.top_logprobs or 0 if body.logprobs else None
+        return await answer(body, [encode_chat(tokenizer, body.turns())], num_logprobs, http)
 
+    app.mount("/", StaticFiles(directory=PAGE, html=True))
     return app
 
 
 class RequestGuard:
     """Checks of every request to /v1: the API key and the size of the body.
 
-    Plain ASGI: under Starlette's `BaseHTTPMiddleware`, `is_disconnected` never becomes true.
+    Plain ASGI, before a body is read; under Starlette's `BaseHTTPMiddleware` nobody learns that a client has gone.
     """
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
@@ -178,159 +125,150 @@ def error_response(status: int, message: str) -> JSONResponse:
 def describe(error: RequestValidationError) -> str:
     """The first mistake in a body, in one line."""
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return f"the body is not JSON: {first['ctx']['error']} (character {first['loc'][-1]})"
     place = ".".join(str(part) for part in first["loc"] if part != "body")
-    return f"{place}: {first['msg']}" if place else str(first["msg"])
-
-
-def read_message(message: ChatMessage) -> Message:
-    """A turn of MiniMind's chat format."""
-    role = "system" if message.role == "developer" else message.role
-    if role not in ("system", "user", "assistant"):
-        raise RequestError(400, f"role {message.role!r} is not one of system, user, assistant")
-    if isinstance(message.content, str):
-        return Message(role, message.content)
-    for part in message.content:
-        if part.type != "text":
-            raise RequestError(400, f"content of type {part.type!r} cannot be read, only text")
-    return Message(role, "".join(part.text for part in message.content))
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if isinstance(first["input"], str | int | float):
+        message += f", not {first['input']!r:.80}"
+    return f"{place}: {message}" if place else message
 
 
 class Answers:
-    """Passes checked bodies to the batcher and turns its updates into responses."""
+    """The answers to one HTTP request: rows in the batcher, and OpenAI's JSON around what they deliver.
 
-    def __init__(self, batcher: Batcher, tokenizer: Tokenizer, model_name: str, defaults: GenerationOptions) -> None:
+    Raises:
+        UserError: a prompt cannot be continued, or an option is out of range.
+        HTTPException: there is no room for so many answers.
+    """
+
+    def __init__(
+        self,
+        batcher: Batcher,
+        tokenizer: Tokenizer,
+        model_name: str,
+        defaults: GenerationOptions,
+        body: SamplingBody,
+        prompts: list[list[int]],
+        num_logprobs: int | None,
+    ) -> None:
         self._batcher = batcher
         self._tokenizer = tokenizer
-        self._model_name = model_name
-        self._defaults = defaults
-        self._started = int(time.time())
-
-    def describe_model(self) -> dict[str, Any]:
-        """An entry of the list of models."""
-        return {"id": self._model_name, "object": "model", "created": self._started, "owned_by": "minimind"}
-
-    async def answer(
-        self, body: SamplingBody, prompt: list[int], limit: int | None, http: HTTPRequest, *, chat: bool
-    ) -> Response:
-        """Queue a prompt and answer with its continuation, in one piece or as events."""
-        if body.model and body.model != self._model_name:
-            raise RequestError(404, f"there is no model {body.model!r}, only {self._model_name!r}")
-        options = self._read_options(body, len(prompt), limit)
-        updates: asyncio.Queue[Update] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        request = Request(prompt, options, lambda update: loop.call_soon_threadsafe(updates.put_nowait, update))
-        try:
-            self._batcher.submit(request)
-        except QueueFull:
-            raise RequestError(429, f"{self._batcher.num_waiting} requests wait already: try again later") from None
-        frame = Frame(self._model_name, len(prompt), chat)
-        if body.stream:
-            usage = bool((body.stream_options or {}).get("include_usage"))
-            return StreamingResponse(self._stream(request, updates, frame, usage), media_type="text/event-stream")
-        text, last = "", Update()
-        try:
-            async for last in self._until_end(updates, http):
-                text += last.text
-        finally:
-            self._batcher.cancel(request)
-        if last.reason == "error":
-            return error_response(500, last.error)
-        return JSONResponse(frame.whole(text, last))
-
-    @staticmethod
-    async def _until_end(updates: "asyncio.Queue[Update]", http: HTTPRequest) -> AsyncIterator[Update]:
-        """Every update, until the client disconnects."""
-        looked, update = time.monotonic(), Update()
-        while update.reason is None:
-            with contextlib.suppress(asyncio.TimeoutError):
-                update = await asyncio.wait_for(updates.get(), _DISCONNECT_CHECK_SECONDS)
-                yield update
-            if time.monotonic() - looked >= _DISCONNECT_CHECK_SECONDS:
-                looked = time.monotonic()
-                if await http.is_disconnected():
-                    raise RequestError(499, "the client has gone")
-
-    async def _stream(
-        self, request: Request, updates: "asyncio.Queue[Update]", frame: "Frame", usage: bool
-    ) -> AsyncIterator[str]:
-        try:
-            if frame.chat:
-                yield event(frame.piece({"role": "assistant", "content": ""}))
-            update = Update()
-            while update.reason is None:
-                update = await updates.get()
-                if update.reason == "error":
-                    yield event({"error": {"message": update.error, "type": "server_error"}})
-                    return
-                if update.text:
-                    yield event(frame.piece({"content": update.text}))
-            yield event(frame.piece({}, update.reason))
-            if usage:
-                yield event(frame.usage_piece(update))
-            yield "data: [DONE]\n\n"
-        finally:  # if the client disconnects, the server closes this generator
-            self._batcher.cancel(request)
-
-    def _read_options(self, body: SamplingBody, prompt_length: int, limit: int | None) -> GenerationOptions:
-        for name, value in (body.model_extra or {}).items():
-            if name not in _HARMLESS and value not in _NEUTRAL:
-                raise RequestError(400, f"{name} is not supported by this server")
-        if body.n not in (None, 1):
-            raise RequestError(400, f"n is {body.n}; one answer a request is given")
-        room = self._batcher.max_positions - prompt_length
-        if room < 1:
-            raise RequestError(400, f"a prompt of {prompt_length} tokens is beyond the model's {room + prompt_length}")
-        stop = [body.stop] if isinstance(body.stop, str) else body.stop
-        defaults = self._defaults
-        given: dict[str, Any] = {
-            "temperature": body.temperature,
-            "top_p": body.top_p,
-            "top_k": body.top_k,
-            "min_p": body.min_p,
-            "repetition_penalty": body.repetition_penalty,
-            "seed": body.seed,
-            "stop": None if stop is None else tuple(stop),
-            "max_new_tokens": min(defaults.max_new_tokens, room) if limit is None else limit,
-        }
-        chosen = {name: getattr(defaults, name) if value is None else value for name, value in given.items()}
-        return GenerationOptions(**chosen)
-
-
-class Frame:
-    """The JSON around the text of one answer."""
-
-    def __init__(self, model_name: str, prompt_tokens: int, chat: bool) -> None:
-        self.chat = chat
-        self._prompt_tokens = prompt_tokens
+        self._is_chat = isinstance(body, ChatBody)
+        self._with_usage = bool((body.stream_options or {}).get("include_usage"))
         self._head = {
-            "id": ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
+            "id": ("chatcmpl-" if self._is_chat else "cmpl-") + uuid.uuid4().hex,
             "created": int(time.time()),
             "model": model_name,
         }
+        self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
+        self._requests: list[Request] = []
+        self._with_logprobs = num_logprobs is not None
+        samples = body.n or 1
+        if len(prompts) * samples > batcher.max_waiting:
+            asked = f"{len(prompts)} prompts with n {samples}"
+            raise HTTPException(400, f"{asked} ask for more than the {batcher.max_waiting} answers that may wait")
+        self._offsets = [0] * len(prompts) * samples  # characters of each answer's tokens so far
+        self._prompt_tokens = sum(map(len, prompts))
+        loop = asyncio.get_running_loop()
+        for prompt in prompts:
+            room = batcher.config.max_position_embeddings - len(prompt)
+            for sample in range(samples):
+                deliver = functools.partial(self._deliver, loop, len(self._requests))
+                options = body.options(defaults, max(room, 1), sample)
+                self._requests.append(Request(tokenizer, prompt, options, deliver, num_logprobs))
+        try:
+            batcher.submit(self._requests)
+        except QueueFull:
+            raise HTTPException(429, f"{batcher.num_waiting} requests wait already: try again later") from None
 
-    def whole(self, text: str, last: Update) -> dict[str, Any]:
-        """An answer that is not streamed."""
-        choice: dict[str, Any] = {"index": 0, "finish_reason": last.reason, "logprobs": None}
-        choice |= {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        kind = "chat.completion" if self.chat else "text_completion"
-        return {**self._head, "object": kind, "choices": [choice], "usage": self._usage(last)}
+    def _deliver(self, loop: asyncio.AbstractEventLoop, index: int, update: Update) -> None:
+        """The batching thread calls this."""
+        loop.call_soon_threadsafe(self._updates.put_nowait, (index, update))
 
-    def piece(self, delta: dict[str, str], reason: str | None = None) -> dict[str, Any]:
-        """An event with a piece of the answer, or with its end."""
-        choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": None}
-        choice |= {"delta": delta} if self.chat else {"text": delta.get("content", "")}
-        return {**self._head, "object": self._event_kind(), "choices": [choice]}
+    async def whole(self, http: HTTPRequest) -> Response:
+        """All answers in one piece."""
+        collecting = asyncio.create_task(self._collect())
+        leaving = asyncio.ensure_future(http.receive())  # after a body the only news is that the client has gone
+        try:
+            await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
+            return collecting.result() if collecting.done() else error_response(499, "the client has gone")
+        finally:
+            collecting.cancel()
+            leaving.cancel()
+            self._free_places()
 
-    def usage_piece(self, last: Update) -> dict[str, Any]:
-        """The event with token counts."""
-        return {**self._head, "object": self._event_kind(), "choices": [], "usage": self._usage(last)}
+    async def stream(self) -> AsyncIterator[str]:
+        """Server-sent events: pieces of the answers in the order in which they come."""
+        try:
+            for index in range(len(self._requests) if self._is_chat else 0):
+                yield self._event([self._choice(index, Update(), {"delta": {"role": "assistant", "content": ""}})])
+            ends: list[Update] = []
+            while len(ends) < len(self._requests):
+                index, update = await self._updates.get()
+                if update.error:
+                    yield event({"error": {"message": update.error, "type": "server_error"}})
+                    return
+                form = {"delta": {"content": update.text}} if self._is_chat else {"text": update.text}
+                yield self._event([self._choice(index, update, form)])
+                ends += [update] if update.reason else []
+            if self._with_usage:
+                yield self._event([], usage=self._usage(ends))
+            yield "data: [DONE]\n\n"
+        finally:  # if the client disconnects, the server closes this generator
+            self._free_places()
 
-    def _event_kind(self) -> str:
-        return "chat.completion.chunk" if self.chat else "text_completion"
+    async def _collect(self) -> Response:
+        found = [Update() for _ in self._requests]
+        while not all(update.reason for update in found):
+            index, update = await self._updates.get()
+            found[index] += update
+            if update.error:
+                return error_response(500, update.error)
+        choices = []
+        for index, update in enumerate(found):
+            text = (
+                {"message": {"role": "assistant", "content": update.text}} if self._is_chat else {"text": update.text}
+            )
+            choices.append(self._choice(index, update, text))
+        kind = "chat.completion" if self._is_chat else "text_completion"
+        return JSONResponse({**self._head, "object": kind, "choices": choices, "usage": self._usage(found)})
 
-    def _usage(self, last: Update) -> dict[str, int]:
-        prompt, answer = self._prompt_tokens, last.num_tokens
+    def _free_places(self) -> None:
+        for request in self._requests:
+            self._batcher.cancel(request)
+
+    def _choice(self, index: int, update: Update, text: dict[str, Any]) -> dict[str, Any]:
+        logprobs = self._describe_logprobs(index, update.logprobs) if self._with_logprobs else None
+        return {"index": index, "finish_reason": update.reason, "logprobs": logprobs, **text}
+
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
+        kind = "chat.completion.chunk" if self._is_chat else "text_completion"
+        return event({**self._head, "object": kind, "choices": choices, **more})
+
+    def _usage(self, ends: Sequence[Update]) -> dict[str, int]:
+        prompt, answer = self._prompt_tokens, sum(update.num_tokens for update in ends)
         return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+    def _describe_logprobs(self, index: int, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """The model's own probabilities, before temperature and filters. Bytes that are no text alone become U+FFFD."""
+
+        def describe(token: int, logprob: float) -> dict[str, Any]:
+            content = self._tokenizer.token_bytes(token)
+            return {"token": content.decode(errors="replace"), "logprob": logprob, "bytes": list(content)}
+
+        chosen = [describe(entry.token, entry.logprob) for entry in entries]
+        likeliest = [[describe(*pair) for pair in entry.likeliest] for entry in entries]
+        if self._is_chat:
+            return {"content": [{**one, "top_logprobs": top} for one, top in zip(chosen, likeliest, strict=True)]}
+        offsets = list(itertools.accumulate((len(one["token"]) for one in chosen), initial=self._offsets[index]))
+        self._offsets[index] = offsets.pop()
+        return {
+            "tokens": [one["token"] for one in chosen],
+            "token_logprobs": [one["logprob"] for one in chosen],
+            "top_logprobs": [{one["token"]: one["logprob"] for one in top} for top in likeliest],
+            "text_offset": offsets,
+        }
 
 
 def event(content: dict[str, Any]) -> str:

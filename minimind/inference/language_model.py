@@ -1,20 +1,17 @@
 """Text in, text out: a model with its tokenizer, and what Python does with it. The commands have their own flags."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict, overload
+from typing import Any, overload
 
 from minimind.data.tokenizer import Tokenizer
 from minimind.errors import UserError
 from minimind.inference.chat import encode_question
-from minimind.inference.generation import GenerationOptions, Prompt, complete, stream_text
+from minimind.inference.generation import Prompt, complete, stream_text
 from minimind.inference.likelihood import encode_pair, log_likelihood
+from minimind.inference.sampling import GenerationOptions
 from minimind.model import MiniMindForCausalLM
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack  # part of typing from Python 3.11 on
-
 
 Texts = list[str] | tuple[str, ...]  # not Sequence[str], which a single string is too
 
@@ -30,20 +27,6 @@ class LanguageModel:
         weight = self.model.lm_head.weight
         count = self.model.config.num_params()
         return f"LanguageModel({count:,} parameters, {weight.dtype}, {weight.device}, {self.tokenizer.file})"
-
-
-class Options(TypedDict, total=False):
-    """`GenerationOptions` as keywords; their meaning and defaults are documented there."""
-
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float
-    seed: int | None
-    max_new_tokens: int
-    stop: str | Sequence[str]
-    stop_token_ids: Sequence[int] | None
 
 
 @dataclass(frozen=True)
@@ -73,28 +56,21 @@ class Score:
 
 
 @overload
-def generate(
-    model: LanguageModel, prompts: str, *, chat: bool = ..., system: str = ..., **options: "Unpack[Options]"
-) -> str: ...
+def generate(model: LanguageModel, prompts: str, *, chat: bool = ..., system: str = ..., **options: Any) -> str: ...
 @overload
 def generate(
-    model: LanguageModel, prompts: Texts, *, chat: bool = ..., system: str = ..., **options: "Unpack[Options]"
+    model: LanguageModel, prompts: Texts, *, chat: bool = ..., system: str = ..., **options: Any
 ) -> list[str]: ...
 def generate(
-    model: LanguageModel,
-    prompts: str | Texts,
-    *,
-    chat: bool = False,
-    system: str = "",
-    **options: "Unpack[Options]",
+    model: LanguageModel, prompts: str | Texts, *, chat: bool = False, system: str = "", **options: Any
 ) -> str | list[str]:
     """Continue one text, or several in one batch; the prompts themselves are not part of the result.
 
     Args:
         chat: each prompt is a question, put into the chat format.
         system: the system message of the chat.
-        options: `max_new_tokens`, `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `seed`, `stop`,
-            `stop_token_ids`; meaning and defaults as of the flags of `python -m minimind.generate`.
+        options: fields of `GenerationOptions`, with its defaults: `max_new_tokens`, `temperature`, `top_k`, `top_p`,
+            `min_p`, `repetition_penalty`, `seed`, `stop`, `stop_token_ids`.
 
     Raises:
         UserError: an option is out of range, or a prompt is too long for the model.
@@ -105,9 +81,7 @@ def generate(
     return found[0] if isinstance(prompts, str) else found
 
 
-def stream(
-    model: LanguageModel, prompt: str, *, chat: bool = False, system: str = "", **options: "Unpack[Options]"
-) -> Iterator[str]:
+def stream(model: LanguageModel, prompt: str, *, chat: bool = False, system: str = "", **options: Any) -> Iterator[str]:
     """Continue one text; yields pieces as they come. Arguments and errors are those of `generate`."""
     row = _encode(model, prompt, chat, system)
     return stream_text(model.model, model.tokenizer, row, _read_options(options))
@@ -152,8 +126,8 @@ def _encode(model: LanguageModel, prompt: str, chat: bool, system: str) -> Promp
     return encode_question(model.tokenizer, prompt, system) if chat else prompt
 
 
-def _read_options(given: Options) -> GenerationOptions:
-    values = dict(given)
-    if isinstance(stop := given.get("stop", ()), str):
-        stop = (stop,)  # a tuple of the string's characters would stop at each of them
-    return GenerationOptions(**{**values, "stop": tuple(stop)})  # type: ignore[arg-type]
+def _read_options(given: dict[str, Any]) -> GenerationOptions:
+    tuples = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    if isinstance(stop := given.get("stop"), str):
+        tuples["stop"] = (stop,)  # a tuple of the string's characters would stop at each of them
+    return GenerationOptions(**{**given, **tuples})

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from minimind.data.shards import ShardReader
 from minimind.data.tokenizer import load_tokenizer
 from minimind.errors import UserError
 from minimind.evaluate import main, output_folder
-from minimind.inference.evaluation import evaluate, shards_of_texts
+from minimind.inference.evaluation import Evaluation, measure_loss, shards_of_texts
 from minimind.model import PRESETS, MiniMindForCausalLM
 
 SEQ_LEN = 32
@@ -55,6 +56,10 @@ def corpus(exported, tmp_path_factory) -> Path:
             for text in texts:
                 writer.add_document(np.array(tokenizer.encode(text)), len(text.encode()))
     return folder
+
+
+def evaluate(model: MiniMindForCausalLM, dataset: TokenDataset, **options) -> Evaluation:
+    return measure_loss(model, dataset, torch.device("cpu"), **options)
 
 
 def val_dataset(corpus: Path, document_mask: bool = False) -> TokenDataset:
@@ -113,12 +118,14 @@ def test_a_part_of_the_data_is_its_first_windows(model, corpus):
     assert evaluate(model, val_dataset(corpus), max_samples=10**6) == evaluate(model, val_dataset(corpus))
 
 
-def test_a_diverged_model_is_named(exported, corpus):
+def test_a_diverged_model_is_named(exported, corpus, tmp_path):
     model = MiniMindForCausalLM.from_pretrained(exported)
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path)
+    shutil.copy(exported / "tokenizer.model", tmp_path)
     with pytest.raises(UserError, match=r"the loss over .* tokens is nan"):
-        evaluate(model, val_dataset(corpus))
+        main(["--checkpoint", str(tmp_path), "--shards", str(corpus), "--device", "cpu"])
 
 
 def test_texts_are_documents(exported, tmp_path):
@@ -208,7 +215,7 @@ def test_two_ranks_give_the_answer_of_one(exported, model, corpus, tmp_path):
     [
         ([], "either --shards DIR or --text FILES or --multiple-choice FILE"),
         (["--shards", "a", "--text", "b"], "either --shards DIR or --text FILES or --multiple-choice FILE"),
-        (["--shards", "a", "--seq-len", "0"], "seq_len is 0"),
+        (["--shards", "a", "--seq-len", "0"], "seq_len: 0 is not"),
         (["--shards", "/nowhere"], "/nowhere does not exist"),
         (["--split", "test"], "split"),
     ],

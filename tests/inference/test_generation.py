@@ -18,7 +18,8 @@ from minimind.data.tokenizer import Tokenizer, load_tokenizer
 from minimind.errors import UserError
 from minimind.generate import main
 from minimind.inference.device import choose_device
-from minimind.inference.generation import Completion, GenerationOptions, complete, stream_text
+from minimind.inference.generation import Completion, complete, stream_text
+from minimind.inference.sampling import GenerationOptions
 from minimind.model import PRESETS, MiniMindForCausalLM
 
 GREEDY = GenerationOptions(temperature=0.0, max_new_tokens=24, stop_token_ids=())
@@ -93,7 +94,7 @@ def test_stop_tokens_and_stop_texts_end_a_row(model, tokenizer):
 
 def test_by_default_the_end_of_a_document_or_turn_ends_it(model, tokenizer, monkeypatch):
     draws = iter([5, 6, 2, 7])
-    monkeypatch.setattr("minimind.inference.sampling.Sampler.draw", lambda *_: torch.tensor([next(draws)]))
+    monkeypatch.setattr("minimind.inference.decoding.draw", lambda *_: torch.tensor([next(draws)]))
     (completion,) = complete(model, tokenizer, ["the fox"])
     assert completion == Completion(completion.text, (5, 6), "stop")
 

@@ -2,18 +2,34 @@
 
 import dataclasses
 import math
+from random import Random
 
 import pytest
 import torch
 
 from minimind.errors import UserError
-from minimind.inference.sampling import Sampler, SamplingOptions
+from minimind.inference.sampling import GenerationOptions, draw
 
-PLAIN = SamplingOptions(temperature=1.0, top_p=None, seed=0)
-GREEDY = SamplingOptions(temperature=0.0)
+PLAIN = GenerationOptions(temperature=1.0, top_p=None, seed=0)
+GREEDY = GenerationOptions(temperature=0.0)
 
 
-def draw_counts(options: SamplingOptions, logits: list[float]) -> torch.Tensor:
+class Sampler:
+    """Rows that draw again and again from scores of `vocab_size` tokens."""
+
+    def __init__(self, options: list[GenerationOptions], prompts: list[list[int]], vocab_size: int) -> None:
+        self.options, self.vocab_size = options, vocab_size
+        self.randoms = [Random(row.seed) for row in options]
+        self.tokens = [list(prompt) for prompt in prompts]
+
+    def draw(self, scores: torch.Tensor) -> torch.Tensor:
+        drawn = draw(scores, self.options, self.randoms, self.tokens, self.vocab_size)
+        for tokens, token in zip(self.tokens, drawn.tolist(), strict=True):
+            tokens.append(token)
+        return drawn
+
+
+def draw_counts(options: GenerationOptions, logits: list[float]) -> torch.Tensor:
     """How often each token is drawn in 20,000 draws, as probabilities."""
     rows, draws = 2000, 10
     sampler = Sampler([dataclasses.replace(options, seed=row) for row in range(rows)], [[]] * rows, len(logits))
@@ -140,4 +156,4 @@ def test_half_precision_scores_are_enough():
 )
 def test_an_impossible_value_is_named(name, value):
     with pytest.raises(UserError, match=f"{name}: {value} is not"):
-        SamplingOptions(**{name: value})
+        GenerationOptions(**{name: value})

@@ -30,7 +30,8 @@ from minimind.data.tokenizer import load_tokenizer
 from minimind.errors import UserError
 from minimind.inference.batching import Batcher, QueueFull, Request, Update
 from minimind.inference.decoding import Decoding
-from minimind.inference.generation import GenerationOptions, complete
+from minimind.inference.generation import complete
+from minimind.inference.sampling import GenerationOptions
 from minimind.model import PRESETS, MiniMindForCausalLM
 from minimind.serve import listen, main
 
@@ -179,7 +180,7 @@ class RecordingBatcher(Batcher):
 
     def cancel(self, request: Request) -> None:
         super().cancel(request)
-        self.given_up.put(request._tokens)
+        self.given_up.put(len(request.new_tokens))
 
 
 @pytest.fixture
@@ -232,23 +233,34 @@ def test_a_client_that_goes_frees_its_place(gated, gate, model, stream):
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        (b"{", "JSON"),
+        (b"{", "the body is not JSON: Expecting property name enclosed in double quotes (character 1)"),
+        (b"\xff", "parsing the body"),
         (b"[]", "valid dictionary"),
         (b'{"messages": []}', "messages: List should have at least 1 item"),
-        (b'{"messages": [{"role": "tool", "content": "x"}]}', "role 'tool'"),
+        (b'{"messages": [{"role": "tool", "content": "x"}]}', "role: Input should be 'system', 'developer'"),
         (b'{"messages": [{"role": "user", "content": 3}]}', "messages.0.content"),
-        (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "content of type 'image_url'"),
+        (b'{"messages": [{"role": "user", "content": null}]}', "messages.0: a message of the user needs content"),
+        (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "type: Input should be 'text', not"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "lone surrogate"),
+        (b'{"messages": [{"role": "assistant", "tool_calls": [{}]}]}', "tool_calls is not supported"),
         ({"model": "gpt-4"}, "there is no model 'gpt-4', only 'tiny-model'"),
-        ({"n": 2}, "n is 2"),
+        ({"n": 0}, "n: Input should be greater than or equal to 1, not 0"),
+        ({"n": 61}, "1 prompts with n 61 ask for more than the 60 answers that may wait"),
+        ({"best_of": 2}, "best_of: Input should be 1, not 2"),
         ({"tools": [{}]}, "tools is not supported"),
-        ({"logprobs": True}, "logprobs is not supported"),
+        ({"tool_choice": "required"}, "tool_choice: Input should be 'none' or 'auto', not 'required'"),
+        (
+            {"response_format": {"type": "json_object"}},
+            "response_format.type: Input should be 'text', not 'json",
+        ),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: Input should be less than or equal to 20, not 21"),
+        ({"logit_bias": {"5": 1}}, "logit_bias is not supported"),
         ({"temperature": -1}, "temperature: -1.0 is not"),
         ({"top_p": 2}, "top_p: 2.0 is not"),
-        ({"max_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1, not 0"),
         ({"max_tokens": 100000}, "beyond the model's 512"),
         ({"content": "x " * 600}, "beyond the model's 512"),
-        ({"stop": ["x"] * 17}, "stop"),
+        ({"stop": ["x"] * 65}, "stop: List should have at most 64 items"),
     ],
 )
 def test_a_wrong_request_is_a_4xx_with_the_reason(server, body, said):
@@ -258,6 +270,79 @@ def test_a_wrong_request_is_a_4xx_with_the_reason(server, body, said):
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     answer = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=headers)
     assert 400 <= answer.status_code < 500 and said in answer.json()["error"]["message"], answer.text
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"n": 1, "response_format": {"type": "text"}, "tool_choice": "none", "tools": [], "logprobs": False},
+        {"stop": [f"no such text {number}" for number in range(64)], "presence_penalty": 0, "user": "somebody"},
+    ],
+)
+def test_fields_that_change_nothing_change_nothing(server, model, extra):
+    answer = ask(server.client(), "the fox", **extra)
+    assert answer.choices[0].message.content == expected_answer(model, "the fox")
+
+
+def test_a_turn_of_the_assistant_may_be_empty(server, model):
+    messages = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": None}]
+    messages.append({"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "dog"}]})
+    answer = server.client().chat.completions.create(model="tiny-model", messages=messages, temperature=0)
+    turns = [Message("user", "the fox"), Message("assistant", ""), Message("user", "the dog")]
+    options = GenerationOptions(temperature=0.0, max_new_tokens=24)
+    (expected,) = complete(*model, [encode_chat(model[1], turns)], options)
+    assert answer.choices[0].message.content == expected.text
+
+
+def test_several_answers_to_several_prompts(server, model):
+    """Each as alone: the answers to one prompt draw with seed, seed + 1 and so on."""
+    client, prompts = server.client(), ["the fox", "a lazy dog"]
+    shared = {"model": "tiny-model", "max_tokens": 9, "temperature": 0.9, "seed": 5, "n": 2}
+    expected = [
+        complete(*model, [prompt], GenerationOptions(temperature=0.9, max_new_tokens=9, seed=seed))[0].text
+        for prompt in prompts
+        for seed in (5, 6)
+    ]
+    for given in (prompts, [model[1].encode(prompt) for prompt in prompts]):
+        found = client.completions.create(prompt=given, **shared)
+        assert [choice.text for choice in found.choices] == expected and len(set(expected)) == 4
+        assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
+        lengths = [len(model[1].encode(prompt)) for prompt in prompts]
+        assert found.usage.prompt_tokens == sum(lengths) and found.usage.completion_tokens == 36
+    texts = [""] * 4
+    for piece in client.completions.create(prompt=prompts, stream=True, **shared):
+        texts[piece.choices[0].index] += piece.choices[0].text
+    assert texts == expected
+    messages = [{"role": "user", "content": "the fox"}]
+    whole = client.chat.completions.create(messages=messages, **shared)
+    contents = [""] * 2
+    for chunk in client.chat.completions.create(messages=messages, stream=True, **shared):
+        contents[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert contents == [choice.message.content for choice in whole.choices] and contents[0] != contents[1]
+
+
+def test_log_probabilities_of_an_answer(server, model):
+    client, options = server.client(), GenerationOptions(temperature=0.0, max_new_tokens=24)
+    shared = {"logprobs": True, "top_logprobs": 3}
+    answer = ask(client, "the fox", **shared).choices[0]
+    prompt = encode_chat(model[1], [Message("user", "the fox")])
+    (expected,) = complete(*model, [prompt], options)
+    with torch.no_grad():
+        scores = (
+            model[0](torch.tensor([[*prompt, *expected.token_ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        )
+    entries = answer.logprobs.content
+    assert b"".join(bytes(entry.bytes) for entry in entries).decode(errors="replace") == expected.text
+    for entry, token, row in zip(entries, expected.token_ids, scores, strict=True):
+        assert entry.logprob == pytest.approx(float(row[token]), abs=1e-3)
+        assert [top.logprob for top in entry.top_logprobs] == pytest.approx(row.topk(3).values.tolist(), abs=1e-3)
+        assert entry.top_logprobs[0].token == entry.token
+    pieces = [piece.choices[0] for piece in ask(client, "the fox", stream=True, **shared) if piece.choices]
+    assert [entry for piece in pieces if piece.logprobs for entry in piece.logprobs.content] == entries
+    text = client.completions.create(model="tiny-model", prompt="the fox", max_tokens=9, temperature=0, logprobs=2)
+    found = text.choices[0].logprobs
+    assert len(found.tokens) == len(found.token_logprobs) == len(found.text_offset) == 9
+    assert found.text_offset[3] == len("".join(found.tokens[:3])) and len(found.top_logprobs[0]) == 2
 
 
 def test_keys_sizes_and_unknown_places(server):
@@ -277,7 +362,8 @@ def test_keys_sizes_and_unknown_places(server):
     assert httpx.get(f"{server.url}/v1/nothing", headers=headers).status_code == 404
     assert httpx.get(f"{server.url}/v1/models/other", headers=headers).json()["error"]["message"].startswith("there is")
     page = httpx.get(server.url)
-    assert page.status_code == 200 and "v1/chat/completions" in page.text
+    assert page.status_code == 200 and "<title>MiniMind</title>" in page.text
+    assert httpx.get(f"{server.url}/../http_api.py").status_code == 404
 
 
 # --- the queue --------------------------------------------------------------------------------------------------------
@@ -295,8 +381,8 @@ def test_the_queue_is_bounded_and_a_place_given_up_is_free(batcher, model):
     options = GenerationOptions(temperature=0.0, max_new_tokens=400)
 
     def submit(number: int) -> Request:
-        request = Request(model[1].encode(f"{number} fox"), options, updates[number].append)
-        batcher.submit(request)
+        request = Request(model[1], f"{number} fox", options, updates[number].append)
+        batcher.submit([request])
         return request
 
     first = submit(0)
@@ -317,19 +403,47 @@ def test_the_queue_is_bounded_and_a_place_given_up_is_free(batcher, model):
     assert not updates[1] and not any(update.reason for update in updates[0])
 
 
-def test_what_does_not_fit_together_is_decoded_apart(batcher, model):
-    """A long prompt and a long answer, each right alone, are beyond the model's positions side by side."""
+def test_a_long_prompt_and_a_long_answer_fit_side_by_side(batcher, model):
+    """Together they are beyond the model's 512 positions, each alone is not."""
     done: list[Update] = []
-    long_prompt = Request([5] * 500, GenerationOptions(max_new_tokens=5), done.append)
-    long_answer = Request([5] * 5, GenerationOptions(max_new_tokens=300), done.append)
-    for request in (long_prompt, long_answer):
-        batcher.submit(request)
+    long_prompt = Request(model[1], [5] * 500, GenerationOptions(max_new_tokens=5), done.append)
+    long_answer = Request(model[1], [5] * 5, GenerationOptions(max_new_tokens=300), done.append)
+    batcher.submit([long_prompt, long_answer])
     deadline = time.monotonic() + 60
     while sum(update.reason is not None for update in done) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert all(update.reason in (None, "length", "stop") for update in done)
     with pytest.raises(UserError, match="beyond the model's 512"):
-        batcher.submit(Request([5] * 510, GenerationOptions(max_new_tokens=5), done.append))
+        batcher.submit([Request(model[1], [5] * 510, GenerationOptions(max_new_tokens=5), done.append)])
+
+
+def test_a_short_request_does_not_wait_for_a_long_one(batcher, model, gate):
+    """It joins between two tokens, and the tokens of both are those they get alone."""
+    options = GenerationOptions(temperature=0.0, max_new_tokens=200, stop_token_ids=())
+    taken: list[tuple[str, Update]] = []
+    requests = {
+        name: Request(model[1], f"{name} fox", dataclasses.replace(options, max_new_tokens=count), deliver)
+        for name, count, deliver in (
+            ("long", 200, lambda update: taken.append(("long", update))),
+            ("short", 1, lambda update: taken.append(("short", update))),
+        )
+    }
+    gate.set()
+    batcher.submit([requests["long"]])
+    while len(requests["long"].new_tokens) < 3:
+        time.sleep(0.001)
+    before = len(requests["long"].new_tokens)
+    batcher.submit([requests["short"]])
+    while requests["short"].reason is None:
+        time.sleep(0.001)
+    after = len(requests["long"].new_tokens)
+    while requests["long"].reason is None:
+        time.sleep(0.001)
+    assert after - before < 50 and taken[-1][0] == "long" and taken[-1][1].reason == "length"
+    for name, request in requests.items():
+        (alone,) = complete(*model, [f"{name} fox"], request.options)
+        assert tuple(request.new_tokens) == alone.token_ids
+        assert "".join(update.text for who, update in taken if who == name) == alone.text
 
 
 def test_an_error_of_the_model_reaches_the_client_and_the_server_goes_on(exported, model):
@@ -340,7 +454,8 @@ def test_an_error_of_the_model_reaches_the_client_and_the_server_goes_on(exporte
     batcher = Batcher(broken, tokenizer, max_batch_size=2, max_waiting=3)
     for reason in ("error", "length"):
         done: list[Update] = []
-        batcher.submit(Request([5, 6], GenerationOptions(max_new_tokens=3, temperature=0.0), done.append))
+        options = GenerationOptions(max_new_tokens=3, temperature=0.0)
+        batcher.submit([Request(tokenizer, [5, 6], options, done.append)])
         while not done or done[-1].reason is None:
             time.sleep(0.005)
         assert done[-1].reason == reason
@@ -348,7 +463,7 @@ def test_an_error_of_the_model_reaches_the_client_and_the_server_goes_on(exporte
             broken.model.norm.weight.copy_(norm)
     batcher.close()
     with pytest.raises(QueueFull):
-        batcher.submit(Request([5], GenerationOptions(), done.append))
+        batcher.submit([Request(tokenizer, [5], GenerationOptions(), done.append)])
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -394,7 +509,7 @@ from pathlib import Path
 from minimind import serve
 from minimind.inference import http_api
 
-http_api.PAGE = Path(__file__).with_name("page.html")
+http_api.PAGE = Path(__file__).with_name("page")
 build_app = http_api.build_app
 
 def build_with_wait(*args, **options):
@@ -415,10 +530,11 @@ serve.main()
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium in PATH (Debian: apt-get install chromium)")
 def test_the_page_holds_a_conversation_in_a_browser(exported, model, tmp_path):
     """The page's own script, with a line that asks; an image keeps the page loading until the answer is there."""
-    page = (ROOT / "minimind/inference/chat_page.html").read_text(encoding="utf-8")
+    page = (ROOT / "minimind/inference/chat_page/index.html").read_text(encoding="utf-8")
     asked = 'at("temperature").value = "0"; at("limit").value = "12"; ask("the fox").then(() => fetch("done"));'
     page = page.replace("\nloadName();\n</script>", f"\nloadName();\n{asked}</script><img src=wait>")
-    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page/index.html").write_text(page, encoding="utf-8")
     (tmp_path / "server.py").write_text(SERVER_OF_THE_PAGE, encoding="utf-8")
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import server"
     command = [sys.executable, "-c", code, "--checkpoint", str(exported), "--port", "0"]

@@ -30,7 +30,8 @@ from minimind.config.run_config import DTYPE_NAMES, Precision
 from minimind.data.tokenizer import CONFIG_NAME, load_tokenizer
 from minimind.errors import UserError
 from minimind.files import new_file, new_folder, replace_file, write_json
-from minimind.inference.generation import GenerationOptions, end_tokens
+from minimind.inference.generation import end_tokens
+from minimind.inference.sampling import GenerationOptions
 from minimind.model.config import ModelConfig
 from minimind.model.pretrained import CONFIG_FILE, MODEL_TYPE, TIED_NAME, write_config
 from minimind.model.router import BIAS_NAME

@@ -17,8 +17,8 @@ from minimind.data.loader import BatchLoader
 from minimind.data.shards import open_split
 from minimind.errors import UserError
 from minimind.export import main
-from minimind.inference.decoding import Decoding
-from minimind.inference.sampling import SamplingOptions
+from minimind.inference.decoding import Row, decode
+from minimind.inference.sampling import GenerationOptions
 from minimind.model import PRESETS, MiniMindForCausalLM, ModelConfig
 
 MOE = PRESETS["tiny-moe"]
@@ -90,8 +90,10 @@ def check_against_transformers(model: MiniMindForCausalLM, folder: Path) -> None
         torch.testing.assert_close(model(input_ids).logits, theirs(input_ids).logits, atol=1e-4, rtol=0)
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "eos_token_id": None}
     found = theirs.generate(input_ids, max_new_tokens=64, **greedy)[0, 16:].tolist()
-    decoding = Decoding(model, input_ids.tolist(), [SamplingOptions(temperature=0.0)], max_new_tokens=64)
-    assert [decoding.step()[0] for _ in range(64)] == found and len(set(found)) > 3
+    row = Row(input_ids[0].tolist(), GenerationOptions(temperature=0.0, max_new_tokens=64))
+    for _ in decode(model, [row]):
+        pass
+    assert row.new_tokens == found and len(set(found)) > 3
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from minimind.errors import UserError
-from minimind.inference.decoding import Decoding
+from minimind.inference.decoding import Row, decode
 from minimind.inference.device import choose_device
-from minimind.inference.sampling import SamplingOptions
+from minimind.inference.sampling import GenerationOptions
 from minimind.model import PRESETS, MiniMindForCausalLM
 from minimind.model.kernels.packed_weights import (
     Int8Linear,
@@ -30,6 +30,13 @@ SHAPES = {
     "biases": dataclasses.replace(PRESETS["tiny"], qk_norm=False, attention_bias=True),
     "residual experts": dataclasses.replace(PRESETS["tiny-moe"], moe_residual=True),
 }
+
+
+def decode_greedily(model: MiniMindForCausalLM, prompts: list[list[int]], count: int) -> list[list[int]]:
+    rows = [Row(prompt, GenerationOptions(temperature=0.0, max_new_tokens=count)) for prompt in prompts]
+    for _ in decode(model, rows):
+        pass
+    return [row.new_tokens for row in rows]
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> MiniMindForCausalLM:
@@ -55,8 +62,7 @@ def test_by_columns_nothing_changes_but_the_layout(name):
         torch.testing.assert_close(fast(input_ids).logits, model(input_ids).logits, atol=1e-5, rtol=0)
     rows = []
     for one in (model, fast):
-        decoding = Decoding(one, input_ids.tolist(), [SamplingOptions(temperature=0.0)] * 2, max_new_tokens=20)
-        rows.append([decoding.step() for _ in range(20)])
+        rows.append(decode_greedily(one, input_ids.tolist(), 20))
     assert rows[0] == rows[1]
 
 
@@ -84,8 +90,7 @@ def test_packed_nothing_changes_but_the_layout(name, dtype):
     if dtype == torch.float32:
         rows = []
         for one in (model, fast):
-            decoding = Decoding(one, input_ids.tolist(), [SamplingOptions(temperature=0.0)] * 2, max_new_tokens=20)
-            rows.append([decoding.step() for _ in range(20)])
+            rows.append(decode_greedily(one, input_ids.tolist(), 20))
         assert rows[0] == rows[1]
 
 
@@ -119,8 +124,7 @@ def test_an_8_bit_model_says_nearly_the_same(name):
             plain = F.cross_entropy(found.flatten(0, 1), labels.flatten(), reduction=reduction)
             torch.testing.assert_close(loss, plain)
     assert not any(key.endswith("q_proj") for key, _ in int8.named_modules())
-    decoding = Decoding(int8, [[1, 2, 3]], [SamplingOptions(temperature=0.0)], max_new_tokens=5)
-    assert all(isinstance(decoding.step()[0], int) for _ in range(5))
+    assert len(decode_greedily(int8, [[1, 2, 3]], 5)[0]) == 5
 
 
 def test_where_8_bit_has_no_kernel_it_is_refused():
