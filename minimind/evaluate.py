@@ -33,7 +33,6 @@ from minimind.inference.multiple_choice import read_questions, score_choices
 from minimind.model import MiniMindForCausalLM
 from minimind.model.kernels.packed_weights import quantize_int8
 from minimind.schema import AT_LEAST_1, check_fields
-from minimind.units import format_table
 
 OUTPUT_NAME = "evaluation.json"
 
@@ -113,7 +112,8 @@ def run(flags: EvaluateFlags, env: RankEnvironment, device: torch.device, dtype:
             ]
             values = {**asdict(found), "data_fingerprint": reader.fingerprint}
     if env.is_first:
-        print(format_table([*rows, ("written to", str(write_result(flags, values)))]))
+        for name, value in [*rows, ("written to", write_result(flags, values))]:
+            print(f"{name:<16}{value}")
 
 
 def measure(

@@ -54,6 +54,8 @@ class Request(Continuation):
 
     def take(self, token: int) -> None:
         """As in `Continuation`; delivers what is new."""
+        if self.reason is not None:
+            return  # its client went during the step
         super().take(token)
         if self.piece or self.reason:
             count = len(self.new_tokens)

@@ -22,10 +22,6 @@ HELP = """\
 /exit           leave (as does Ctrl-D); Ctrl-C stops an answer"""
 
 
-Respond = Callable[[list[int]], Iterable[str]]
-"""Token ids of a conversation -> pieces of the answer."""
-
-
 def encode_question(tokenizer: Tokenizer, question: str, system: str = "") -> list[int]:
     """The token ids of a conversation's first question, up to where its answer begins."""
     opening = [Message("system", system)] if system else []
@@ -37,7 +33,8 @@ class Chat:
     """A growing conversation. The oldest exchanges are dropped when it no longer fits `max_prompt_tokens`."""
 
     tokenizer: Tokenizer
-    respond: Respond
+    respond: Callable[[list[int]], Iterable[str]]
+    """Token ids of a conversation -> pieces of the answer."""
     max_prompt_tokens: int
     system: str = ""
     turns: list[Message] = field(default_factory=list)
@@ -50,19 +47,17 @@ class Chat:
             UserError: the question alone is too long, or the model cannot answer; the question is then forgotten.
         """
         self.turns.append(Message("user", question))
-        prompt = self._fit()
         answer = ""
         try:
-            for piece in self.respond(prompt):
+            for piece in self.respond(self._fit()):
                 answer += piece
                 yield piece
         except UserError:
             self.turns.pop()
             raise
-        except BaseException:  # interrupted: keep what was shown
-            self.turns.append(Message("assistant", answer))
-            raise
-        self.turns.append(Message("assistant", answer))
+        finally:  # also when interrupted: what was shown is kept
+            if self.turns and self.turns[-1].role == "user":
+                self.turns.append(Message("assistant", answer))
 
     def undo(self) -> str | None:
         """Remove the last exchange; returns its question."""
@@ -81,7 +76,6 @@ class Chat:
         opening = [Message("system", self.system)] if self.system else []
         while len(prompt := encode_chat(self.tokenizer, opening + self.turns)) > self.max_prompt_tokens:
             if len(self.turns) == 1:
-                self.turns.clear()
                 raise UserError(
                     f"a question of {len(prompt)} tokens does not fit the {self.max_prompt_tokens} that the model can "
                     "read beside its answer: shorten it, or lower --max-new-tokens"
