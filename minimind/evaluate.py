@@ -116,9 +116,7 @@ def run(flags: EvaluateFlags, env: RankEnvironment, device: torch.device, dtype:
             print(f"{name:<16}{value}")
 
 
-def measure(
-    model: MiniMindForCausalLM, dataset: Dataset, flags: EvaluateFlags, env: RankEnvironment
-) -> Evaluation:
+def measure(model: MiniMindForCausalLM, dataset: Dataset, flags: EvaluateFlags, env: RankEnvironment) -> Evaluation:
     """The loss over a data set, with a progress bar. Every rank calls this.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minimind.errors import UserError
-from minimind.inference.sampling import GenerationOptions, draw
+from minimind.inference.sampling import GenerationOptions, draw, to_device
 from minimind.model import CausalLMOutput, KVCache, MiniMindForCausalLM
 from minimind.model.config import ModelConfig
 
@@ -105,11 +105,13 @@ class _Group:
         device, length = self.cache.keys.device, max(len(row.tokens) for row in self.rows)
         num_new = length - self.cache.length
         unread = [row.tokens[-num_new:] for row in self.rows]
-        input_ids = torch.tensor([[padding_id] * (num_new - len(ids)) + ids for ids in unread], device=device)
+        padded = [[padding_id] * (num_new - len(ids)) + ids for ids in unread]
+        input_ids = to_device(padded, device, torch.long)
         padding = [length - len(row.tokens) for row in self.rows]
         mask = None
         if any(padding):
-            mask = (torch.arange(length, device=device) >= torch.tensor(padding, device=device)[:, None]).long()
+            starts = to_device(padding, device, torch.long)
+            mask = (torch.arange(length, device=device) >= starts[:, None]).long()
         logits = forward(input_ids, attention_mask=mask, cache=self.cache, logits_to_keep=1).logits
         assert logits is not None  # there always are, without labels
         return logits[:, -1]

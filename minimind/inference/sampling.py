@@ -6,7 +6,7 @@ Vectorised over a batch; each row has its own options and random numbers.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -41,6 +41,11 @@ class GenerationOptions:
         check_fields(type(self), vars(self))
 
 
+def to_device(values: Sequence[Any], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A tensor of numbers, copied to a GPU without waiting for it."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
 def draw(
     logits: Tensor,
     options: Sequence[GenerationOptions],
@@ -59,7 +64,7 @@ def draw(
     if any(row.repetition_penalty != 1 for row in options):
         scores = scores.clone()
         for row, option in enumerate(options):
-            seen = torch.tensor(tokens[row], dtype=torch.long, device=scores.device)
+            seen = to_device(tokens[row], scores.device, torch.long)
             found, penalty = scores[row, seen], option.repetition_penalty
             scores[row, seen] = torch.where(found > 0, found / penalty, found * penalty)
     scores = scores[:, :vocab_size]
@@ -70,8 +75,7 @@ def draw(
 
 def _draw_random(scores: Tensor, options: Sequence[GenerationOptions], randoms: Sequence[Random]) -> Tensor:
     def column(values: list[float]) -> Tensor:
-        pinned = torch.tensor(values, dtype=torch.float64, pin_memory=scores.is_cuda)
-        return pinned.to(scores.device, non_blocking=True)[:, None]  # (B, 1)
+        return to_device([values], scores.device, torch.float64).T  # (B, 1)
 
     vocab_size = scores.shape[1]
     temperature = column([row.temperature or 1.0 for row in options]).float()

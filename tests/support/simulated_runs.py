@@ -151,14 +151,14 @@ def generate_waits(run_dir: str, num_tokens: int) -> dict[str, int]:
     from simulated_cuda.trace import trace
 
     from minimind.checkpoints.formats.load_model import load_model
-    from minimind.inference.decoding import Decoding
-    from minimind.inference.sampling import SamplingOptions
+    from minimind.inference.decoding import Row, decode
+    from minimind.inference.sampling import GenerationOptions
 
     model = load_model(Path(run_dir), device="cuda")[0]
-    decoding = Decoding(model, [[5, 6, 7]], [SamplingOptions(temperature=1.0, seed=0)], max_new_tokens=num_tokens)
-    with trace() as counted, torch.inference_mode():
-        while not decoding.is_done:
-            decoding.step()
+    row = Row([5, 6, 7], GenerationOptions(temperature=1.0, seed=0, max_new_tokens=num_tokens))
+    with trace() as counted:
+        for _ in decode(model, [row]):
+            pass
     return counted.of("minimind")
 
 

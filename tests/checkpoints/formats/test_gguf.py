@@ -16,8 +16,8 @@ from minimind.checkpoints.formats.load_model import load_model
 from minimind.data.tokenizer import load_tokenizer
 from minimind.errors import UserError
 from minimind.export import main
-from minimind.inference.decoding import Decoding
-from minimind.inference.sampling import SamplingOptions
+from minimind.inference.decoding import Row, decode
+from minimind.inference.sampling import GenerationOptions
 from minimind.model import PRESETS, MiniMindForCausalLM, ModelConfig
 
 TINY = dataclasses.replace(PRESETS["tiny"], vocab_size=400)
@@ -167,6 +167,8 @@ def test_llama_cpp_reads_the_same_tokens_and_writes_the_same_text(name, save_tok
     for text in TEXTS:
         ids = tokenizer.encode(text)
         assert ask("/tokenize", content=text, add_special=True, parse_special=True) == ids, text
-        decoding = Decoding(model, [ids], [SamplingOptions(temperature=0.0)], max_new_tokens=16)
+        row = Row(ids, GenerationOptions(temperature=0.0, max_new_tokens=16))
+        for _ in decode(model, [row]):
+            pass
         found = ask("/completion", prompt=text, n_predict=16, temperature=0, return_tokens=True, cache_prompt=False)
-        assert found == [decoding.step()[0] for _ in range(16)][: len(found)] and found, text
+        assert found == row.new_tokens[: len(found)] and found, text
