@@ -27,9 +27,9 @@ from minimind.distributed.collectives import all_reduce_sum, gather_objects
 from minimind.distributed.stop_requests import Requests
 from minimind.errors import UserError
 from minimind.inference.evaluation import measure_loss
-from minimind.model.router import balance_over
 from minimind.parallel.loss_scale import loss_scale
 from minimind.parallel.optimizer import optimizer_step, set_learning_rate
+from minimind.training import expert_balance
 from minimind.training.control import RunControl
 from minimind.training.lr_schedule import learning_rate
 from minimind.training.objectives.objective import Objective
@@ -110,7 +110,8 @@ class Trainer:
 
     def train_step(self, batches: list[Batch]) -> None:
         """One optimizer step from this rank's micro-batches, without waiting for the device. Every rank calls this."""
-        train, step, device = self.resolved.train, self.state.step, self.engine.device
+        train, model = self.resolved.train, self.resolved.model
+        step, device = self.state.step, self.engine.device
         self._seed_dropout(step)
         lr = self._set_learning_rate(step)
         num_targets = self._count_targets(batches)  # () of the whole step, on every rank
@@ -119,7 +120,8 @@ class Trainer:
         scale = len(batches) * self.loader.dp_size / num_targets
         loss, aux_loss = torch.zeros((), device=device), torch.zeros((), device=device)
         counts: torch.Tensor | None = None
-        share = self._read_expert_share(batches)
+        balances_step = expert_balance.balances_step(model)
+        share = self._read_expert_share(batches) if balances_step and len(batches) > 1 else None
         for batch in batches:
             self.control.report(step + 1, "forward and backward")
             moved = batch.to(device, non_blocking=True)
@@ -129,10 +131,8 @@ class Trainer:
             total = parts.loss * scale
             if parts.aux_loss is not None:  # a mean over this micro-batch: DeepSpeed's own averaging is right for it
                 own = parts.aux_loss
-                if self._balances_step:
-                    assert parts.expert_share is not None and parts.expert_score is not None
-                    share = self._mean_over_ranks(parts.expert_share) if share is None else share
-                    own = balance_over(share, own, parts.expert_share, parts.expert_score, self.resolved.model)
+                if balances_step:
+                    own = expert_balance.step_aux_loss(parts, share, model, self.loader.dp_size)
                 total = total + own
                 aux_loss = aux_loss + own.detach() / (len(batches) * self.loader.dp_size)
             if parts.expert_counts is not None:
@@ -144,7 +144,8 @@ class Trainer:
         self.control.report(step + 1, "optimizer step")
         with self.timer.part("optimizer"):
             grad_norm = optimizer_step(self.engine, self.resolved)
-        self._step_router_biases(counts, grad_norm)
+        if counts is not None and model.router_bias_update_rate:
+            expert_balance.step_router_biases(self.engine, counts, grad_norm)
         self.state = replace(
             self.state,
             step=step + 1,
@@ -156,34 +157,12 @@ class Trainer:
         if table := self.profiler.step():
             self.record.log(table)
 
-    @property
-    def _balances_step(self) -> bool:
-        """Whether the experts' load is balanced over the whole optimizer step."""
-        model = self.resolved.model
-        is_batchwise = model.use_moe and not model.seq_aux and model.router_aux_loss_coef > 0
-        return is_batchwise and model.aux_loss_scope != "micro"
-
-    @torch.no_grad()
-    def _read_expert_share(self, batches: list[Batch]) -> torch.Tensor | None:
-        """Each expert's share of the whole step's choices, (num_moe_layers, num_experts). Every rank calls this.
-
-        It has to be known before the first backward, so every micro-batch is read once more before, without a gradient.
-        None where the only forward gives it, or where nothing is balanced over the step.
-        """
-        if not self._balances_step or len(batches) == 1:
-            return None
+    def _read_expert_share(self, batches: list[Batch]) -> torch.Tensor:
         self.control.report(self.state.step + 1, "reading the experts' load")
-        shares = []
-        for batch in batches:
-            with self.timer.part("forward"):
-                parts = self.objective.loss(self.engine, batch.to(self.engine.device, non_blocking=True))
-            assert parts.expert_share is not None
-            shares.append(parts.expert_share)
+        with self.timer.part("forward"):
+            share = expert_balance.read_expert_share(self.objective, self.engine, batches, self.loader.dp_size)
         self._seed_dropout(self.state.step)  # the same draws again
-        return self._mean_over_ranks(torch.stack(shares).mean(dim=0))
-
-    def _mean_over_ranks(self, share: torch.Tensor) -> torch.Tensor:
-        return all_reduce_sum(share.clone()) / self.loader.dp_size
+        return share
 
     def _batches(self) -> Generator[list[Batch], None, None]:
         step = self.state.step
@@ -220,15 +199,6 @@ class Trainer:
             # Distinct for every (step, rank) of a run below 2**20 ranks; torch mixes the bits.
             seed = (self.resolved.train.seed << 52 ^ step << 20 ^ self.loader.dp_rank) % 2**63
             torch.manual_seed(seed)
-
-    def _step_router_biases(self, counts: torch.Tensor | None, grad_norm: torch.Tensor | float | None) -> None:
-        """Move the routers' selection biases, if the model has them, by the load of the whole step; a step whose
-        gradient was not finite moves nothing. Every rank calls this."""
-        if counts is None or not self.resolved.model.router_bias_update_rate:
-            return
-        load = all_reduce_sum(counts[:, :-1].clone())
-        finite = grad_norm.isfinite() if isinstance(grad_norm, torch.Tensor) else math.isfinite(grad_norm or 0.0)
-        self.engine.module.step_router_biases(load * finite)
 
     def _send_figures(self) -> None:
         """Send the figures of the pending steps to the host. Every rank calls this: it holds collectives."""
