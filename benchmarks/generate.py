@@ -9,6 +9,7 @@ measures what each precision costs in bits per byte.
 import functools
 import shutil
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from harness import Claim, ratios, report, time_rounds, transformers_model
 
 from minimind.checkpoints.formats.load_model import load_model
 from minimind.data.dataset import TokenDataset
-from minimind.inference.decoding import Row, decode
+from minimind.inference.decoding import Decoding, Row, decode
 from minimind.inference.evaluation import measure_loss, shards_of_texts
 from minimind.inference.sampling import GenerationOptions
 from minimind.model import PRESETS, MiniMindForCausalLM
@@ -31,7 +32,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def main(
     model: str = "minimind3", new_tokens: int = 256, repeats: int = 3, threads: int = 1,
-    checkpoint: Path | None = None, text: tuple[Path, ...] = (),
+    checkpoint: Path | None = None, text: tuple[Path, ...] = (), waiting: int = 3000,
 ) -> None:  # fmt: skip
     """Measure.
 
@@ -39,6 +40,7 @@ def main(
         model: preset, with random weights, whose speed is measured.
         checkpoint: a trained model, for the quality.
         text: files that the quality is measured on.
+        waiting: tokens of an answer that a request of one token comes upon.
     """
     torch.set_num_threads(threads)
     rows = build_rows(model)
@@ -55,6 +57,9 @@ def main(
             shares = ratios(speeds[way.format(name)], speeds[f"transformers {name}"])
             claims.append(Claim(f"{title}: {way.format(name)} over transformers {name}", shares, target, unit="x"))
     claims += [Claim(f"{title}: {name}", values, unit="tokens/s") for name, values in speeds.items()]
+    joined, waited = measure_waiting("quickstart", waiting)
+    name = f"quickstart, one token beside an answer of {waiting}: waiting for its end over joining it ({joined:.3f} s)"
+    claims.append(Claim(name, (waited / joined,), 20.0, unit="x"))
     quality = measure_quality(checkpoint, text) if checkpoint is not None else {}
     claims += [Claim(f"quality of {checkpoint}: {name}", (bits,), unit="bits a byte") for name, bits in quality.items()]
     report(__file__, claims, {"tokens_per_second": speeds, "bits_per_byte": quality})
@@ -92,6 +97,23 @@ def use_ours(model: MiniMindForCausalLM) -> Callable[[int], object]:
             pass
 
     return run
+
+
+def measure_waiting(model: str, count: int) -> tuple[float, float]:
+    """Seconds to a one-token answer beside a running one of `count` tokens: joined at once, and after its end."""
+    ours = copy_of(MiniMindForCausalLM(PRESETS[model]), torch.float32)
+    decoding = Decoding(ours)
+    long, short = (Row(PROMPT, GenerationOptions(temperature=0.0, max_new_tokens=tokens)) for tokens in (count, 1))
+    decoding.join([long])
+    for _ in range(10):
+        decoding.step()
+    start = time.perf_counter()
+    decoding.join([short])
+    decoding.step()
+    joined = time.perf_counter() - start
+    while decoding.rows:
+        decoding.step()
+    return joined, time.perf_counter() - start
 
 
 def use_transformers(base: MiniMindForCausalLM, dtype: torch.dtype) -> Callable[[int], object]:

@@ -127,11 +127,11 @@ def describe(error: RequestValidationError) -> str:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return f"the body is not JSON: {first['ctx']['error']} (character {first['loc'][-1]})"
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    place = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
     message = str(first["msg"]).removeprefix("Value error, ")
     if isinstance(first["input"], str | int | float):
         message += f", not {first['input']!r:.80}"
-    return f"{place}: {message}" if place else message
+    return f"{place}: {message}"
 
 
 class Answers:

@@ -236,7 +236,8 @@ def test_a_client_that_goes_frees_its_place(gated, gate, model, stream):
     [
         (b"{", "the body is not JSON: Expecting property name enclosed in double quotes (character 1)"),
         (b"\xff", "parsing the body"),
-        (b"[]", "valid dictionary"),
+        (b"[]", "the body: Input should be a valid dictionary"),
+        (b"", "the body: Field required"),
         (b'{"messages": []}', "messages: List should have at least 1 item"),
         (b'{"messages": [{"role": "tool", "content": "x"}]}', "role: Input should be 'system', 'developer'"),
         (b'{"messages": [{"role": "user", "content": 3}]}', "messages.0.content"),
