@@ -1,6 +1,6 @@
 """Prints how many steps of the quickstart's training fit into a time here: python launch/quickstart_steps.py SECONDS.
 
-Forward and backward are timed on the machine itself, for about a second.
+Forward and backward are timed on the machine itself, for a few seconds.
 """
 
 import sys
@@ -33,7 +33,7 @@ def measure_step(device: torch.device) -> float:
     apply_kernels(model, device)
     input_ids = torch.randint(model.config.vocab_size, (WINDOWS, SEQ_LEN), device=device)
     times: list[float] = []
-    while len(times) < 2 or sum(times) < 1:
+    while len(times) < 4 or sum(times) < 3:  # the shortest of several: other work on the machine comes and goes
         begin = time.perf_counter()
         loss = model(input_ids, input_ids).loss
         loss.backward()
