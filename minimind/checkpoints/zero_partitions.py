@@ -3,6 +3,7 @@
 ZeRO cuts parameters and optimizer state into flat pieces; they are joined one tensor at a time from mapped files.
 """
 
+import abc
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ SCHEDULED = ("lr", "betas", "momentum")
 Shapes = Mapping[str, Sequence[int]]
 
 
-class EngineTensors:
+class EngineTensors(abc.ABC):
     """What the ranks that share every one of these tensors hold together.
 
     Args:
@@ -49,18 +50,18 @@ class EngineTensors:
             values = vars(scaler["loss_scaler"])
             self.loss_scaler = {name: value for name, value in values.items() if isinstance(value, (bool, int, float))}
 
+    @abc.abstractmethod
     def number_of(self, name: str) -> int:
         """The optimizer's number of what a parameter is (a part of)."""
-        raise NotImplementedError
 
     def state_keys(self, name: str) -> tuple[str, ...]:
         """What the optimizer keeps of a parameter beside its weight, as large as it (a step count is not)."""
         state = self._states[0].get(self.number_of(name), {})
         return tuple(key for key, value in state.items() if _is_tensor(value))
 
+    @abc.abstractmethod
     def read(self, name: str, key: str) -> torch.Tensor:
         """A parameter's weight or a tensor of its optimizer state: float32, of the parameter's shape."""
-        raise NotImplementedError
 
 
 class WholeTensors(EngineTensors):

@@ -9,7 +9,7 @@ from torch import Tensor
 from simulated_cuda.collectives import as_host
 from simulated_cuda.torch_cuda import device, state
 
-_library = torch.library.Library("aten", "IMPL")
+_registrations = torch.library.Library("aten", "IMPL")
 
 
 def _fill(template: Tensor, value: Tensor, name: str, reads: list[Tensor]) -> Tensor:
@@ -159,10 +159,10 @@ def _grouped_mm(
 
 def install() -> None:
     """Register them for the device."""
-    _library.impl("_flash_attention_forward", _flash_forward, "CUDA")
-    _library.impl("_flash_attention_backward", _flash_backward, "CUDA")
+    _registrations.impl("_flash_attention_forward", _flash_forward, "CUDA")
+    _registrations.impl("_flash_attention_backward", _flash_backward, "CUDA")
     if hasattr(torch.ops.aten, "_flash_attention_forward_no_dropout_inplace"):
-        _library.impl("_flash_attention_forward_no_dropout_inplace", _flash_in_place, "CUDA")
-    _library.impl("_softmax", _softmax(torch.ops.aten._softmax), "CUDA")
-    _library.impl("_log_softmax", _softmax(torch.ops.aten._log_softmax), "CUDA")
-    _library.impl("_grouped_mm", _grouped_mm, "CUDA")
+        _registrations.impl("_flash_attention_forward_no_dropout_inplace", _flash_in_place, "CUDA")
+    _registrations.impl("_softmax", _softmax(torch.ops.aten._softmax), "CUDA")
+    _registrations.impl("_log_softmax", _softmax(torch.ops.aten._log_softmax), "CUDA")
+    _registrations.impl("_grouped_mm", _grouped_mm, "CUDA")
