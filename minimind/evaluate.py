@@ -107,7 +107,7 @@ def run(flags: EvaluateFlags, env: RankEnvironment, device: torch.device, dtype:
             rows = [
                 ("loss", f"{found.loss:.4f}"),
                 ("perplexity", f"{found.perplexity:.3f}"),
-                ("bits per byte", f"{found.bits_per_byte:.4f}"),
+                ("bits per byte", "-" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}"),
                 ("tokens", f"{found.num_targets:,} in {found.num_samples:,} windows of {flags.seq_len}"),
             ]
             values = {**asdict(found), "data_fingerprint": reader.fingerprint}

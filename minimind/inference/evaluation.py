@@ -32,8 +32,8 @@ class Evaluation:
     """Mean negative log-likelihood of a token, in nats."""
     perplexity: float
     """exp(loss)."""
-    bits_per_byte: float
-    """The loss in bits, times the tokens per byte of UTF-8 text (end tokens included); NaN for conversations, of which
+    bits_per_byte: float | None
+    """The loss in bits, times the tokens per byte of UTF-8 text (end tokens included); None for conversations, of which
     not every byte is predicted."""
     num_targets: int
     """Tokens predicted."""
@@ -90,7 +90,7 @@ def measure_loss(
     loss = loss_sum / num_targets if num_targets else math.nan
     manifest = dataset.reader.manifest
     bytes_per_token = 0.0 if manifest.is_chat else manifest.bytes_per_token
-    bits_per_byte = loss / math.log(2) / bytes_per_token if bytes_per_token else math.nan
+    bits_per_byte = loss / math.log(2) / bytes_per_token if bytes_per_token else None
     return Evaluation(loss, math.exp(min(loss, 700.0)), bits_per_byte, int(num_targets), num_samples)
 
 

@@ -21,6 +21,7 @@ from minimind.data.chat_template import TEMPLATE_NAME, load_chat_template
 from minimind.data.dataset import load_shards
 from minimind.data.tokenizer import load_tokenizer
 from minimind.errors import UserError
+from minimind.evaluate import main as evaluate_main
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -111,6 +112,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(plain: Path, shards: Path, tmp_p
     assert losses(tmp_path / "run") == losses(plain)
     there, here = weights(plain), weights(tmp_path / "run")
     assert all(torch.equal(here[name], there[name]) for name in there)
+
+
+def test_conversations_have_no_bits_per_byte(plain: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate_main(["--checkpoint", str(plain), "--shards", str(shards), "--split", "train", "--seq-len", "64"])
+    assert "bits per byte   -\n" in capsys.readouterr().out
+    assert json.loads((plain / "evaluation.json").read_text())["bits_per_byte"] is None
 
 
 def test_fine_tuning_begins_with_the_weights_of_a_run(plain: Path, shards: Path, tmp_path: Path) -> None:
