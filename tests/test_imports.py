@@ -15,7 +15,9 @@ ROOMS = [
     "inference", "checkpoints", "checkpoints/formats", "training/record", "training/objectives", "training",
     "reports/plan", "reports/doctor", "reports/run", "reports", "commands",
 ]  # fmt: skip
-COMMANDS = {"train", "generate", "evaluate", "export", "serve", "plan", "doctor", "status", "report", "checkpoint"}
+COMMANDS = {
+    "train", "generate", "answer", "evaluate", "export", "serve", "plan", "doctor", "status", "report", "checkpoint",
+}  # fmt: skip
 GROUND = {"__init__", "errors", "schema", "files", "units", "cli"}
 # `config` asks the model for nothing but its shape.
 CONFIG_MAY_IMPORT = {"minimind.model.config", "minimind.model.presets"}

@@ -9,10 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 from data_prep.reading.byte_stream import Source
-from data_prep.reading.conversations import ConversationForm, find_conversation
 from data_prep.reading.records import Rejected, TxtDocuments
 from data_prep.writing.encode_chunk import CorpusOptions, Encoded
 from minimind.data.chat_template import ChatTemplate, load_chat_template
+from minimind.data.conversations import ConversationForm, find_conversation
 from minimind.data.tokenizer import Tokenizer
 from minimind.errors import UserError
 
@@ -36,9 +36,10 @@ class ChatOptions(CorpusOptions):
 
     def find_text(self, record: Any) -> str | Rejected:
         """The conversation in a record as JSON of one form, so that equal conversations are equal texts."""
-        found = find_conversation(record, self.form)
-        if isinstance(found, Rejected):
-            return found
+        try:
+            found = find_conversation(record, self.form)
+        except UserError as error:
+            return Rejected(str(error))
         del found["form"]
         return json.dumps(found, ensure_ascii=False, sort_keys=True)
 

@@ -8,13 +8,14 @@ one of the special tokens.
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from importlib import resources
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+import jinja2.meta
 
 from minimind.data.chat_jinja import MARK, chat_environment
 from minimind.data.tokenizer import CONFIG_NAME, SPECIAL_TOKENS, Tokenizer
@@ -22,6 +23,8 @@ from minimind.errors import UserError
 
 TEMPLATE_NAME = "chat_template.jinja"
 _NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+_THINKING = ("enable_thinking", "thinking", "open_thinking")
+"""Variables that turn thinking on or off: of Qwen3 and our template, of DeepSeek, of MiniMind."""
 
 Turn = dict[str, Any]
 """A message: `role` ("system", "user", "assistant" or "tool") and `content`; of an assistant also `reasoning_content`
@@ -64,26 +67,62 @@ class ChatTemplate:
         self.named_tokens = named_tokens or {}
         try:
             self._template = chat_environment().from_string(text)
+            variables = jinja2.meta.find_undeclared_variables(chat_environment().parse(text))
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template of {tokenizer.file} is not valid Jinja: {error}") from None
         self.marks_answers = re.search(r"{%-?\s*generation\s*-?%}", text) is not None
         """Whether the template says itself what the assistant wrote."""
+        self.thinking_variable = next((name for name in _THINKING if name in variables), None)
+        """What turns thinking on or off in a prompt, if anything does."""
 
     def render(self, messages: Sequence[Turn], tools: Any = None, **options: Any) -> str:
         """The text of a conversation, byte for byte that of transformers' `apply_chat_template`.
 
         Args:
             tools: JSON schemas of the functions that may be called.
-            options: variables of the template, such as `add_generation_prompt` and `thinking`.
+            options: variables of the template, such as `add_generation_prompt`.
 
         Raises:
             UserError: the template refuses the conversation.
         """
         return self._render(messages, tools, lambda answer: answer, options)
 
-    def encode_prompt(self, messages: Sequence[Turn], tools: Any = None, **options: Any) -> list[int]:
-        """The token ids of a conversation and of the opening of the assistant's next message."""
-        return self._encode(messages, tools, {"add_generation_prompt": True, **options}).token_ids
+    def encode_prompt(self, messages: Sequence[Turn], tools: Any = None, *, thinking: bool | None = None) -> list[int]:
+        """The token ids of a conversation and of the opening of the assistant's next message.
+
+        Args:
+            thinking: whether the assistant thinks before it answers; None: as the template has it.
+
+        Raises:
+            UserError: the template refuses the conversation, or cannot turn thinking on or off.
+        """
+        options: dict[str, Any] = {"add_generation_prompt": True}
+        if thinking is not None:
+            if self.thinking_variable is None:
+                raise UserError("the model's chat template cannot turn thinking on or off")
+            options[self.thinking_variable] = thinking
+        if not self._keeps_arguments:
+            messages = [_with_parsed_arguments(message) for message in messages]
+        return self._encode(messages, tools, options).token_ids
+
+    @cached_property
+    def closing_id(self) -> int | None:
+        """The token that closes an answer; None where the template cannot be trained."""
+        try:
+            token_ids, targets = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        except UserError:
+            return None
+        return [token for token, is_target in zip(token_ids, targets, strict=True) if is_target][-1]
+
+    @cached_property
+    def _keeps_arguments(self) -> bool:
+        """Whether arguments of a call that are a text, as the model wrote them, are written as they are."""
+        function = {"name": "f", "arguments": '{"x":  1}'}
+        called = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+        try:
+            return function["arguments"] in self.render([{"role": "user", "content": "a"}, called])
+        except UserError:
+            return False
 
     def encode(self, messages: Sequence[Turn], tools: Any = None, *, last_only: bool = False) -> EncodedConversation:
         """The token ids of a whole conversation and which of them are targets.
@@ -225,6 +264,15 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{file} is damaged: it is not a JSON object")
     return config
+
+
+def _with_parsed_arguments(message: Turn) -> Turn:
+    """A message whose calls have objects as arguments."""
+    calls = [{**call, "function": dict(call["function"])} for call in message.get("tool_calls") or []]
+    for call in calls:
+        if isinstance(arguments := call["function"].get("arguments"), str):
+            call["function"]["arguments"] = json.loads(arguments)
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _content(token: Any) -> str:

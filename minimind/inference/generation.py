@@ -1,11 +1,17 @@
 """Continue texts with a trained model: `complete` for a batch, `stream_text` for one text as it grows."""
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+from minimind.data.chat_template import find_chat_template
 from minimind.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from minimind.inference.decoding import Row, decode
+from minimind.errors import UserError
+from minimind.inference.decoding import Decoding, Row, decode
 from minimind.inference.sampling import GenerationOptions
 from minimind.inference.text_stream import TextStream
 from minimind.model import MiniMindForCausalLM
@@ -50,6 +56,9 @@ class Continuation(Row):
         return Completion(self._stream.text, tuple(self.new_tokens), self.reason)
 
 
+R = TypeVar("R", bound=Continuation)
+
+
 def complete(
     model: MiniMindForCausalLM,
     tokenizer: Tokenizer,
@@ -72,6 +81,29 @@ def complete(
     return [row.completion() for row in rows]
 
 
+def complete_in_turn(
+    model: MiniMindForCausalLM, tokenizer: Tokenizer, rows: Iterable[R], max_batch_size: int
+) -> Iterator[R]:
+    """Continue rows, so many at a time: where one has ended, the next joins. Yields each when it has ended.
+
+    The model must be in evaluation mode.
+
+    Raises:
+        UserError: a row cannot be continued.
+    """
+    decoding = Decoding(model, tokenizer.vocab_size)
+    left, running = iter(rows), list[R]()
+    while True:
+        joining = list(itertools.islice(left, max_batch_size - len(running)))
+        running += joining
+        if not running:
+            return
+        decoding.join(joining)
+        decoding.step()
+        yield from (row for row in running if row.reason is not None)
+        running = [row for row in running if row.reason is None]
+
+
 def stream_text(
     model: MiniMindForCausalLM, tokenizer: Tokenizer, prompt: Prompt, options: GenerationOptions | None = None
 ) -> Iterator[str]:
@@ -82,10 +114,15 @@ def stream_text(
             yield row.piece
 
 
+@functools.lru_cache(maxsize=8)
 def end_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end a document and, if the tokenizer has it, a turn."""
-    end_of_turn = tokenizer.special_ids.get(SPECIAL_TOKENS[2], tokenizer.eos_token_id)
-    return tuple(dict.fromkeys((tokenizer.eos_token_id, end_of_turn)))
+    """The ids that end a document and, if the tokenizer has it, a turn: its own and its chat template's."""
+    end_of_turn = tokenizer.special_ids.get(SPECIAL_TOKENS[2])
+    template = None
+    with contextlib.suppress(UserError):  # a damaged template is an error where it is used
+        template = find_chat_template(tokenizer)
+    found = (tokenizer.eos_token_id, end_of_turn, template.closing_id if template else None)
+    return tuple(dict.fromkeys(token for token in found if token is not None))
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:

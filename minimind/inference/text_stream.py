@@ -65,14 +65,14 @@ class TextStream:
             self.is_stopped = True
             keep = min(found)[0]
         else:
-            keep = len(self._held) - max((_overlap(self._held, string) for string in self._stop), default=0)
+            keep = len(self._held) - max((overlap(self._held, string) for string in self._stop), default=0)
         shown = self._held[:keep]
         self._held = "" if self.is_stopped else self._held[keep:]
         self.text += shown
         return shown
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest suffix of `text` that is a prefix of `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if stop.startswith(text[-length:]):

@@ -6,18 +6,13 @@ from typing import Any
 
 import pytest
 
-from data_prep.reading.conversations import find_conversation
-from data_prep.reading.records import Rejected
+from minimind.data.conversations import find_conversation as read
+from minimind.data.conversations import find_question
+from minimind.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
-
-
-def read(record: Any, form: Any = None) -> dict[str, Any]:
-    found = find_conversation(record, form)
-    assert not isinstance(found, Rejected), found
-    return found
 
 
 @pytest.mark.parametrize(
@@ -74,7 +69,13 @@ def test_sharegpt_with_system_tools_and_calls() -> None:
 
 def test_alpaca_with_input_system_and_history() -> None:
     record = {"instruction": "add", "input": "1 2", "output": "3", "system": "be brief", "history": [["hi", "hello"]]}
-    assert [message["content"] for message in read(record)["messages"]] == ["be brief", "hi", "hello", "add\n1 2", "3"]
+    assert [message["content"] for message in read(record)["messages"]] == [
+        "be brief",
+        "hi",
+        "hello",
+        "add\n1 2",
+        "3",
+    ]
 
 
 @pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}])
@@ -103,11 +104,54 @@ def test_answers_that_are_not_trained(mark: dict[str, Any]) -> None:
     ],
 )
 def test_what_is_no_conversation_says_why(record: Any, problem: str) -> None:
-    found = find_conversation(record)
-    assert isinstance(found, Rejected)
-    assert all(re.search(re.escape(part), str(found)) for part in problem.split(" .* "))
+    with pytest.raises(UserError, match=" .* ".join(map(re.escape, problem.split(" .* ")))):
+        read(record)
 
 
 def test_another_form_than_the_one_named_is_rejected() -> None:
-    found = find_conversation({"messages": [USER, ANSWER]}, "alpaca")
-    assert isinstance(found, Rejected) and str(found) == "is in the form messages, not alpaca"
+    with pytest.raises(UserError, match="is in the form messages, not alpaca"):
+        read({"messages": [USER, ANSWER]}, "alpaca")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "hi"},
+        {"prompt": [USER]},
+        {"messages": [USER]},
+        {"messages": [USER, ANSWER]},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": ""}]},
+        {"instruction": "hi"},
+        {"instruction": "hi", "output": "hello"},
+    ],
+)
+def test_a_question_is_what_stands_before_the_answer(record: dict[str, Any]) -> None:
+    assert find_question(record) == {"messages": [USER], "tools": None}
+
+
+def test_a_question_has_what_stands_before_it() -> None:
+    system, called = (
+        {"role": "system", "content": "be brief"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    )
+    turns = [system, USER, called, {"role": "tool", "content": "1"}]
+    assert find_question({"messages": turns, "tools": json.dumps(TOOLS)}) == {"messages": turns, "tools": TOOLS}
+    assert find_question({"prompt": "hi", "system": "be brief"})["messages"] == [system, USER]
+
+
+@pytest.mark.parametrize(
+    ("record", "problem"),
+    [
+        ({"text": "hi"}, "no conversation"),
+        ({"prompt": 5}, "no conversation"),
+        ({"messages": []}, "it has no question"),
+        ({"messages": [ANSWER]}, "it has no question"),
+        ({"messages": [USER, ANSWER, ANSWER]}, "it has no question"),
+        ({"messages": [{"role": [], "content": "x"}]}, "message 1 has the role []"),
+        ({"messages": [{"role": "system", "content": "be brief"}]}, "it has no question"),
+        ({"messages": [USER, USER]}, "message 2 (user) follows another"),
+    ],
+)
+def test_what_is_no_question_says_why(record: Any, problem: str) -> None:
+    with pytest.raises(UserError, match=re.escape(problem)):
+        find_question(record)

@@ -1,13 +1,13 @@
 """Conversations of a record in the forms that people publish, brought to one: messages and tools.
 
 Known are `messages` (OpenAI) and `conversations` (MiniMind) of role and content, `conversations` of from and value
-(ShareGPT), and instruction, input and output (Alpaca).
+(ShareGPT), and instruction, input and output (Alpaca). A question alone may be a `prompt`.
 """
 
 import json
 from typing import Any, Literal
 
-from data_prep.reading.records import Rejected
+from minimind.errors import UserError
 
 ConversationForm = Literal["messages", "sharegpt", "alpaca"]
 
@@ -18,6 +18,7 @@ _ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": 
     "observation": "tool",
     "function_call": "assistant",
 }
+_ANSWERS = ("assistant", "gpt", "function_call")
 _MAY_FOLLOW = {
     "": {"system", "user"},
     "system": {"user"},
@@ -28,28 +29,56 @@ _MAY_FOLLOW = {
 _THINK, _END_THINK = "<think>", "</think>"
 
 
-def find_conversation(record: Any, form: ConversationForm | None = None) -> dict[str, Any] | Rejected:
+def find_conversation(record: Any, form: ConversationForm | None = None) -> dict[str, Any]:
     """The conversation of a parsed record: `messages` (see `minimind.data.chat_template`), `tools` and its `form`.
 
     Args:
         form: the only one that is read; None: whichever the record has.
+
+    Raises:
+        UserError: why there is none.
     """
-    try:
-        found = recognise(record)
-        if form not in (None, found):
-            raise Rejected(f"is in the form {found}, not {form}")
-        raw, tools = _read_alpaca(record) if found == "alpaca" else _read_messages(record)
-        messages = [_read_message(raw_message, place) for place, raw_message in enumerate(raw, 1)]
-        if found == "sharegpt" and record.get("system"):
-            messages.insert(0, {"role": "system", "content": _text(record["system"], "system")})
-        _check_turns(messages)
-        return {"messages": messages, "tools": _parse(tools, "tools") or None, "form": found}
-    except Rejected as rejected:
-        return rejected.with_traceback(None)
+    found = recognise(record)
+    if form not in (None, found):
+        raise UserError(f"is in the form {found}, not {form}")
+    raw, tools = _read_alpaca(record) if found == "alpaca" else _read_messages(record)
+    conversation = _read_conversation(raw, tools)
+    if (messages := conversation["messages"])[-1:] and messages[-1]["role"] == "assistant":
+        return {**conversation, "form": found}
+    raise UserError("it ends without an answer" if messages else "it has no messages")
+
+
+def find_question(record: Any) -> dict[str, Any]:
+    """The `messages` of a parsed record up to where the assistant answers, and its `tools`; an answer that ends the
+    conversation is left out.
+
+    Args:
+        record: of any form of `find_conversation`, with or without that answer; or with a `prompt`, the text of a
+            question or its messages, and with it a `system` message.
+
+    Raises:
+        UserError: why there is none.
+    """
+    if isinstance(record, dict) and isinstance(prompt := record.get("prompt"), str | list):
+        raw, tools = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, record.get("tools")
+        if record.get("system"):
+            raw = [{"role": "system", "content": record["system"]}, *raw]
+    elif isinstance(record, dict) and "instruction" in record:
+        raw, tools = _read_alpaca({"output": "", **record})
+    else:
+        recognise(record)
+        raw, tools = _read_messages(record)
+    last = raw[-1] if raw else None
+    if isinstance(last, dict) and last.get("role", last.get("from")) in _ANSWERS:
+        raw = raw[:-1]
+    question = _read_conversation(raw, tools)
+    if question["messages"] and question["messages"][-1]["role"] in ("user", "tool"):
+        return question
+    raise UserError("it has no question")
 
 
 def recognise(record: Any) -> ConversationForm:
-    """The form of a record. Raises `Rejected` with the fields it has."""
+    """The form of a record. Raises `UserError` with the fields it has."""
     if isinstance(record, dict):
         for field in _FIELDS:
             if isinstance(messages := record.get(field), list):
@@ -58,7 +87,7 @@ def recognise(record: Any) -> ConversationForm:
         if "instruction" in record and "output" in record:
             return "alpaca"
     names = ", ".join(map(repr, list(record)[:8])) if isinstance(record, dict) else type(record).__name__
-    raise Rejected(f"no conversation: neither messages nor conversations nor instruction and output (it has {names})")
+    raise UserError(f"no conversation: neither messages nor conversations nor instruction and output (it has {names})")
 
 
 def _read_messages(record: dict[str, Any]) -> tuple[list[Any], Any]:
@@ -66,6 +95,8 @@ def _read_messages(record: dict[str, Any]) -> tuple[list[Any], Any]:
     tools = record.get("tools")
     if raw and isinstance(raw[0], dict) and raw[0].get("tools"):  # MiniMind keeps them in the system message
         tools = raw[0]["tools"]
+    if record.get("system") and raw and isinstance(raw[0], dict) and "from" in raw[0]:  # ShareGPT has it beside them
+        raw = [{"role": "system", "content": record["system"]}, *raw]
     return raw, tools
 
 
@@ -74,7 +105,7 @@ def _read_alpaca(record: dict[str, Any]) -> tuple[list[Any], Any]:
     raw = [{"role": "system", "content": record["system"]}] if record.get("system") else []
     for pair in record.get("history") or []:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise Rejected("history must be a list of pairs [question, answer]")
+            raise UserError("history must be a list of pairs [question, answer]")
         raw += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     raw += [{"role": "user", "content": f"{question}\n{more}" if more else question}]
     return [*raw, {"role": "assistant", "content": record["output"]}], record.get("tools")
@@ -82,11 +113,11 @@ def _read_alpaca(record: dict[str, Any]) -> tuple[list[Any], Any]:
 
 def _read_message(raw: Any, place: int) -> dict[str, Any]:
     if not isinstance(raw, dict):
-        raise Rejected(f"message {place} is {type(raw).__name__}, not an object with a role and content")
+        raise UserError(f"message {place} is {type(raw).__name__}, not an object with a role and content")
     given = raw.get("role", raw.get("from"))
     role = _ROLES.get(given) if isinstance(given, str) else None
     if role is None:
-        raise Rejected(f"message {place} has the role {given!r}: known are {', '.join(_ROLES)}")
+        raise UserError(f"message {place} has the role {given!r}: known are {', '.join(_ROLES)}")
     content = _text(raw.get("content", raw.get("value")), f"message {place}: content")
     calls = raw.get("tool_calls")
     if given == "function_call":
@@ -103,7 +134,7 @@ def _read_message(raw: Any, place: int) -> dict[str, Any]:
     if calls := _parse(calls, f"message {place}: tool_calls"):
         message["tool_calls"] = [_read_call(call, place) for call in (calls if isinstance(calls, list) else [calls])]
     if not (message["content"].strip() or message.get("tool_calls")):
-        raise Rejected(f"message {place} is an empty answer")
+        raise UserError(f"message {place} is an empty answer")
     if raw.get("train", raw.get("weight", 1)) in (False, 0):
         message["train"] = False
     return message
@@ -112,20 +143,20 @@ def _read_message(raw: Any, place: int) -> dict[str, Any]:
 def _read_call(call: Any, place: int) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise Rejected(f"message {place}: a tool call has no function name")
+        raise UserError(f"message {place}: a tool call has no function name")
     return {"type": "function", "function": {key: function.get(key, {}) for key in ("name", "arguments")}}
 
 
-def _check_turns(messages: list[dict[str, Any]]) -> None:
+def _read_conversation(raw: list[Any], tools: Any) -> dict[str, Any]:
+    messages = [_read_message(raw_message, place) for place, raw_message in enumerate(raw, 1)]
     last = ""
     for place, message in enumerate(messages, 1):
         role = message["role"]
         if role not in _MAY_FOLLOW[last]:
             after = f"follows {'another' if role == last else last}" if last else "comes first"
-            raise Rejected(f"message {place} ({role}) {after}: a user's turn and an answer must alternate")
+            raise UserError(f"message {place} ({role}) {after}: a user's turn and an answer must alternate")
         last = role
-    if last != "assistant":
-        raise Rejected("it ends without an answer" if messages else "it has no messages")
+    return {"messages": messages, "tools": _parse(tools, "tools") or None}
 
 
 def _text(value: Any, name: str) -> str:
@@ -135,7 +166,7 @@ def _text(value: Any, name: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise Rejected(f"{name} is {type(value).__name__}, not a string")
+        raise UserError(f"{name} is {type(value).__name__}, not a string")
     return value
 
 
@@ -146,4 +177,4 @@ def _parse(value: Any, name: str) -> Any:
     try:
         return json.loads(value) if value.strip() else None
     except (ValueError, RecursionError) as error:
-        raise Rejected(f"{name} is broken JSON: {error}") from None
+        raise UserError(f"{name} is broken JSON: {error}") from None
