@@ -191,12 +191,16 @@ class CorpusFolder:
 
     def _find_changed_input(self, before: list[dict[str, Any]], first: int = 0) -> str:
         """What is different about inputs that were the ones from number `first` on, in words; "" if nothing is."""
+        now = [(source.name, source.is_val) for source in self._sources]
+        then = [(old["name"], old["is_val"]) for old in before]
         for index, old in enumerate(before, first):
-            if index >= len(self._sources):
+            if index >= len(now) or (now[index] in then and then[index - first] not in now):
                 return f"inputs ({old['name']} is no longer given)"
             source = self._sources[index]
-            if (old["name"], old["is_val"]) != (source.name, source.is_val):
-                return f"inputs ({source.name} in place of {old['name']})"
+            if now[index] != then[index - first]:
+                is_new = now[index] not in then and then[index - first] in now
+                what = "is new" if is_new else f"in place of {old['name']}"
+                return f"inputs ({source.name} {what})"
             # The size first: hashing takes a while.
             if old["bytes"] != source.size or old["sha256"] != self._identify(source)["sha256"]:
                 return f"contents of {source.name}"

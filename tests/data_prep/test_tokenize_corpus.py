@@ -408,7 +408,8 @@ def test_other_flags_or_inputs_do_not_continue_a_preparation(
     for message, inputs, flags in [
         (r"settings \(val_fraction 0.1\)", [source], {"val_fraction": 0.2}),
         (r"settings \(dedup False\)", [source], {"dedup": True}),
-        (rf"inputs \({other} in place of {source}\)", [other, source], {}),
+        (rf"inputs \({other} is new\)", [other, source], {}),
+        (rf"inputs \({other} in place of {source}\)", [other], {}),
     ]:
         with pytest.raises(UserError, match=f"begun with other {message}.*--overwrite"):
             prepare(tmp_path / "out", *inputs, **flags)
@@ -567,7 +568,7 @@ def test_every_input_of_a_folder_counts(tmp_path: Path, prepare: Prepare, capsys
     prepare(tmp_path / "out", folder, val_fraction=0)
     assert "already prepared" in capsys.readouterr().out
     (folder / "a.jsonl").write_text('{"text": "new"}')
-    with pytest.raises(UserError, match=f"other inputs .*{folder}/a.jsonl in place of {folder}/b.txt"):
+    with pytest.raises(UserError, match=f"other inputs .*{folder}/a.jsonl is new"):
         prepare(tmp_path / "out", folder, val_fraction=0)
     (folder / "a.jsonl").rename(folder / "z.jsonl")
     with pytest.raises(UserError, match=f"other inputs .*{folder}/z.jsonl is new"):
