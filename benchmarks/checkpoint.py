@@ -1,23 +1,19 @@
 """How long the step loop stands still for a checkpoint: written at once, and beside training.
 
-    python benchmarks/checkpoint.py --model minimind3 --output DIR
-
-Starts under any launcher; rank 0 prints the table and writes the JSON.
+python benchmarks/checkpoint.py --model minimind3 --output DIR        # under any launcher
 """
 
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import tyro
-from harness import Claim, build_engine, joined, report, time_rounds, workspace
+from harness import Claim, build_engine, engine_step, joined, report, time_rounds, workspace
 
 from minimind.checkpoints.manifest import TrainState
 from minimind.checkpoints.saving import CheckpointSaver, DataFingerprint
 from minimind.config.run_config import preset
-from minimind.parallel.optimizer import optimizer_step
 
 
 def main(
@@ -35,19 +31,13 @@ def main(
         run = {"run_dir": str(folder), "seq_len": seq_len, "micro_batch_size": 1, "keep_last": 1, "seed": 0}
         engine, resolved = build_engine(preset(model), env, device, ds_config=ds_config, **run)
         tokens = torch.ones(1, seq_len, dtype=torch.int64, device=device)
-
-        def step() -> None:
-            engine.backward(engine(tokens, tokens).loss)
-            optimizer_step(engine, resolved)
-
-        alone = statistics.median(time_rounds({"step": step}, 3)["step"])
+        step = engine_step([tokens], engine, resolved)
         setting = f"{model}, {env.world_size} ranks, ZeRO {resolved.zero.stage}"
-        claims = [Claim(f"step alone, {setting}", (alone,), unit="s")]
-        for kind in ("at once", "beside training"):
-            beside = kind == "beside training"
-            saver = CheckpointSaver(engine, resolved, DataFingerprint("", ""), asynchronous=beside)
-            for figure, value in time_saves(saver, step, repeats, wait=not beside).items():
-                claims.append(Claim(f"checkpoint {kind}: {figure}", (value,), unit="s"))
+        claims = [Claim(f"step alone, {setting}", time_rounds({"step": step}, 3)["step"], unit="s")]
+        for beside, kind in enumerate(("at once", "beside training")):
+            saver = CheckpointSaver(engine, resolved, DataFingerprint("", ""), asynchronous=bool(beside))
+            found = time_saves(saver, step, repeats, wait=not beside)
+            claims += [Claim(f"checkpoint {kind}: {figure}", values, unit="s") for figure, values in found.items()]
             saver.close()
         (saved, *_) = (folder / "checkpoints").glob("step_*")
         size = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
@@ -57,8 +47,8 @@ def main(
         engine.destroy()
 
 
-def time_saves(saver: CheckpointSaver, step: Callable[[], None], repeats: int, *, wait: bool) -> dict[str, float]:
-    """Seconds of the loop's pause, until the checkpoint has its name, and of the steps meanwhile (medians)."""
+def time_saves(saver: CheckpointSaver, step: Callable[[], None], repeats: int, *, wait: bool) -> dict[str, list[float]]:
+    """Seconds of the loop's pause, until the checkpoint has its name, and of the steps meanwhile."""
     pauses, totals, steps = [], [], []
     for repeat in range(repeats + 1):  # the first only warms up: it also allocates the host copies
         began = time.perf_counter()
@@ -76,7 +66,7 @@ def time_saves(saver: CheckpointSaver, step: Callable[[], None], repeats: int, *
             totals.append(time.perf_counter() - began)
             steps += beside
     found = {"pause seconds": pauses, "until named seconds": totals, "step seconds meanwhile": steps}
-    return {name: statistics.median(values) for name, values in found.items() if values}
+    return {name: values for name, values in found.items() if values}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """What the data path costs: a batch beside a step, opening many shards, and memory while reading.
 
-    python benchmarks/data.py [--shards 10000]
-
-The shards are small and made here; the step is minimind3's, forward and backward, on the same batch.
+python benchmarks/data.py [--shards 10000]
 """
 
 from pathlib import Path
@@ -19,6 +17,7 @@ from minimind.data.loader import BatchLoader
 from minimind.data.manifest import Manifest
 from minimind.data.shard_writer import ShardWriter
 from minimind.data.shards import ShardReader
+from minimind.inference.evaluation import sum_loss
 from minimind.model import MiniMindForCausalLM
 from minimind.model.kernels.apply import apply_kernels
 
@@ -65,10 +64,9 @@ def make_shards(folder: Path, count: int, tokens: int) -> None:
     (shard,) = manifest.shards
     copies = []
     for number in range(count):
-        names = {}
-        for field in ("file", "documents_file"):
-            names[field] = getattr(shard, field).replace("00000", f"{number:05d}")
-            (folder / names[field]).hardlink_to(folder / "one" / getattr(shard, field))
+        names = {field: getattr(shard, field).replace("00000", f"{number:05d}") for field in ("file", "documents_file")}
+        for field, name in names.items():
+            (folder / name).hardlink_to(folder / "one" / getattr(shard, field))
         copies.append(shard.__class__(**{**vars(shard), **names}))
     totals = {name: count * getattr(manifest, name) for name in ("total_tokens", "total_documents", "total_bytes")}
     Manifest(**{**vars(manifest), **totals, "shards": tuple(copies)}).save(folder)
@@ -93,9 +91,7 @@ def make_step(loader: BatchLoader):
 
     def step() -> None:
         model.zero_grad()
-        model(
-            batch.input_ids, batch.labels, position_ids=batch.position_ids, cu_seqlens=batch.cu_seqlens
-        ).loss.backward()
+        sum_loss(model, batch).loss.backward()
 
     return step
 

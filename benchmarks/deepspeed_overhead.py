@@ -1,30 +1,25 @@
 """What DeepSpeed costs: the same model and batches in a bare loop and under ZeRO 0 to 3, one rank, taking turns.
 
-    python benchmarks/deepspeed_overhead.py [--precision fp32] [--micro-batches 8]
-
-The bare loop is torch alone: forward, backward, clipping, fused AdamW; in bf16 with float32 master weights and
-gradients, as ZeRO keeps them. All of them have what `minimind.train` gives a process on a CPU. A ratio is the bare
-loop's turn over the stage's in the same round.
+python benchmarks/deepspeed_overhead.py [--precision fp32] [--micro-batches 8]
 """
 
 import itertools
 import math
 import os
 import sys
-import time
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 import tyro
-from harness import OUT, Claim, build_engine, core_threads, joined, ratios, report, synchronize, workspace
+from harness import OUT, Claim, build_engine, core_threads, engine_step, joined, ratios, report, synchronize, workspace
 from turns import Contestant, started, take_turns
 
 from minimind import openmp_environment
 from minimind.config.run_config import preset
 from minimind.model import MiniMindForCausalLM
 from minimind.model.kernels.apply import apply_kernels
-from minimind.parallel.optimizer import optimizer_step, parameter_groups
+from minimind.parallel.optimizer import parameter_groups
 
 TARGETS = {0: None, 1: 0.95, 2: 0.95, 3: 0.85}
 
@@ -43,7 +38,6 @@ def main(
     """
     if only is not None:
         train(only, precision, model, (micro_batches, batch, seq_len))
-    deadline = time.perf_counter() + 60 * minutes
     shape = [f"--precision={precision}", f"--model={model}", f"--micro-batches={micro_batches}"]
     shape += [f"--batch={batch}", f"--seq-len={seq_len}"]
     env = {**core_threads(), **openmp_environment(os.environ)}
@@ -51,8 +45,8 @@ def main(
         Contestant(name, [sys.executable, __file__, *shape, f"--only={kind}"], r"^step (?P<step>\d+)", steps, env=env)
         for name, kind in (("bare", "bare"), *((f"ZeRO {stage}", str(stage)) for stage in stages))
     ]
-    with started(contestants):
-        take_turns(contestants, rounds, deadline)
+    with started(contestants) as began:
+        take_turns(contestants, rounds, began + 60 * minutes)
     bare = contestants[0].seconds
     claims = [Claim(f"{precision}, {micro_batches} micro-batches: bare loop", bare, unit="s a step")]
     for stage, contestant in zip(stages, contestants[1:], strict=True):
@@ -71,9 +65,8 @@ def train(kind: str, precision: str, model: str, shape: tuple[int, int, int]) ->
         else:
             run = {"run_dir": str(folder), "micro_batch_size": shape[1], "gradient_accumulation_steps": shape[0]}
             run |= {"seq_len": shape[2], "precision": precision}
-            make_step = engine_step(
-                batches.to(device), *build_engine(preset(model), env, device, stage=int(kind), **run)
-            )
+            engine = build_engine(preset(model), env, device, stage=int(kind), **run)
+            make_step = engine_step(batches.to(device), *engine)
         for step in itertools.count(1):
             make_step()
             synchronize()
@@ -107,19 +100,6 @@ def bare_step(batches: torch.Tensor, precision: str, model: str) -> Callable[[],
         if precision == "bf16":
             with torch.no_grad():
                 torch._foreach_copy_([parameter for parameter, _ in twins], masters)
-
-    return step
-
-
-def engine_step(batches: torch.Tensor, engine, resolved) -> Callable[[], None]:
-    """The engine that `minimind.train` builds, with our ds_configs."""
-
-    def step() -> None:
-        for number, tokens in enumerate(batches):
-            engine.backward(engine(tokens, tokens).loss)
-            if number + 1 < len(batches):
-                engine.step()
-        optimizer_step(engine, resolved)
 
     return step
 

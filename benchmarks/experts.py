@@ -1,10 +1,6 @@
 """Forward and backward of a mixture-of-experts block beside a dense feed-forward of equal active operations.
 
-    python benchmarks/experts.py [--tokens 4096] [--precision fp32 bf16]
-
-All ways to run the same experts take turns in one process: ours (sorted tokens, grouped products), a plain loop over
-experts, transformers' grouped path, and DeepSpeed's two backends as `minimind.parallel.experts` builds them. The
-router is random and nearly balanced. A ratio is the dense block's seconds over the experts' in the same round.
+python benchmarks/experts.py [--tokens 4096] [--precision fp32 bf16]
 """
 
 import functools
@@ -14,17 +10,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 import tyro
-from harness import (
-    Claim,
-    build_engine,
-    has_fast_bf16,
-    joined,
-    ratios,
-    report,
-    time_rounds,
-    transformers_model,
-    workspace,
-)
+from harness import Claim, build_engine, has_fast_bf16, joined, ratios, report, time_rounds, workspace
+from harness import transformers_model as build_theirs
 from torch import Tensor, nn
 
 from minimind.errors import UserError
@@ -72,7 +59,7 @@ def measure_shape(config: ModelConfig, dtype: torch.dtype, tokens: int, rounds: 
         with device:
             torch.manual_seed(SEED)
             model = MiniMindForCausalLM(config)
-            theirs = transformers_model(config, experts_implementation="grouped_mm")
+            theirs = build_theirs(config, experts_implementation="grouped_mm")
         theirs.load_state_dict(model.state_dict())
         apply_kernels(model, device)
         block = model.model.layers[0].mlp

@@ -1,12 +1,10 @@
 """Decoding speed beside transformers' `generate`, in one run, on the same weights.
 
-    python benchmarks/generate.py [--model minimind3] [--new-tokens 256] [--repeats 3] [--threads 1]
-
-Every row decodes greedily from the same prompt, alone, without an end. With `--checkpoint` and `--text` it also
-measures what each precision costs in bits per byte.
+python benchmarks/generate.py [--model minimind3] [--new-tokens 256] [--repeats 3] [--threads 1]
 """
 
 import functools
+import json
 import shutil
 import statistics
 import time
@@ -15,16 +13,13 @@ from pathlib import Path
 
 import torch
 import tyro
-from harness import Claim, ratios, report, time_rounds, transformers_model
+from harness import Claim, ratios, report, run_module, time_rounds, transformers_model, workspace
 
-from minimind.checkpoints.formats.load_model import load_model
-from minimind.data.dataset import TokenDataset
 from minimind.inference.decoding import Decoding, Row, decode
-from minimind.inference.evaluation import measure_loss, shards_of_texts
 from minimind.inference.sampling import GenerationOptions
 from minimind.model import PRESETS, MiniMindForCausalLM
 from minimind.model.kernels.apply import apply_kernels
-from minimind.model.kernels.packed_weights import prepare_decoding, quantize_int8
+from minimind.model.kernels.packed_weights import prepare_decoding
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -132,14 +127,11 @@ def use_transformers(base: MiniMindForCausalLM, dtype: torch.dtype) -> Callable[
 def measure_quality(checkpoint: Path, files: tuple[Path, ...]) -> dict[str, float]:
     """Bits per byte of a trained model in each precision."""
     found = {}
-    for name, dtype in {**PRECISIONS, "int8": torch.bfloat16}.items():
-        model, tokenizer_file = load_model(checkpoint, dtype=dtype)
-        if name == "int8":
-            quantize_int8(model)
-        with shards_of_texts(files, tokenizer_file) as reader:
-            found[name] = measure_loss(
-                model, TokenDataset(reader, 256, keep_tail=True), torch.device("cpu")
-            ).bits_per_byte
+    with workspace() as folder:
+        for name, flags in (*((name, ("--precision", name)) for name in PRECISIONS), ("int8", ("--int8",))):
+            what = ("--checkpoint", checkpoint, "--text", *files, "--seq-len", 256, "--device", "cpu")
+            run_module("minimind.evaluate", *what, *flags, "--output", folder / name)
+            found[name] = json.loads((folder / name).read_text())["bits_per_byte"]
     return found
 
 

@@ -218,6 +218,20 @@ def build_engine(model: Any, env: Any, device: Any, *, ds_config: str | None = N
     return engine.build_engine(resolved, engine.build_model(resolved, device)), resolved
 
 
+def engine_step(batches: Sequence[Any], engine: Any, resolved: Any) -> Callable[[], None]:
+    """A function that takes an optimizer step on micro-batches of tokens (B, T), as `minimind.train` does."""
+    from minimind.parallel.optimizer import optimizer_step
+
+    def step() -> None:
+        for number, tokens in enumerate(batches):
+            engine.backward(engine(tokens, tokens).loss)
+            if number + 1 < len(batches):
+                engine.step()
+        optimizer_step(engine, resolved)
+
+    return step
+
+
 def transformers_model(config: Any, **options: Any) -> Any:
     """transformers' own model of the shape of one of our configs, its weights random."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -1,10 +1,6 @@
 """The kernels of a CPU beside the plain model, in training: seconds, and bytes kept for the backward pass.
 
-    python benchmarks/kernels.py [--tokens 2720]
-
-Forward and backward of one norm and one feed-forward of minimind3, and of whole models of two layers, with
-`apply_kernels` and without in turns in one process. A ratio is plain over kernels in the same round: above 1 the
-kernels are faster, or keep less.
+python benchmarks/kernels.py [--tokens 2720]
 """
 
 import copy

@@ -1,15 +1,8 @@
 """What was learnt for the tokens seen: the reference trainer and ours on the same text, evaluated in the same way.
 
-    python benchmarks/learning.py --peer DIR [--text FILE.jsonl] [--tokens 250000]
-
-Both train on the same texts at the same peak learning rate, for the same number of real tokens and about as many
-optimizer steps; the model is a smaller minimind3. Steps are small, because there must be many: at first models only
-learn which tokens are frequent, for a time that chance decides (after 121 steps of 2,720 tokens three seeds of ours
-differed by 5%). Then our code scores both on the same held-out texts in float32: the mean loss of each token after the
-first (the reference's after its own start token). On a CPU one-thread repeats run side by side.
+python benchmarks/learning.py --peer DIR [--text FILE.jsonl] [--tokens 250000]
 """
 
-import dataclasses
 import math
 import os
 import sys
@@ -22,10 +15,9 @@ from typing import NamedTuple
 import torch
 import tyro
 from harness import ROOT, Claim, find_text, make_shards, ratios, read_texts, report, run, workspace, write_texts
-from turns import Peer
+from turns import Peer, rounds_before, train_command
 
 from minimind.checkpoints.formats.load_model import load_weights
-from minimind.config.run_config import preset
 from minimind.model import MiniMindForCausalLM
 
 HELD_OUT = 400  # texts
@@ -54,7 +46,7 @@ def main(
         batch: texts in the reference's optimizer step; ours takes about as many real tokens.
         repeats: each with other texts; one alone says little.
     """
-    deadline, longest, recipe = time.perf_counter() + 60 * minutes, 0.0, Recipe(peer, length, batch, lr)
+    recipe = Recipe(peer, length, batch, lr)
     at_once = 1 if torch.cuda.is_available() else min(len(os.sched_getaffinity(0)), repeats)
     losses: list[tuple[float, float]] = []
     with workspace() as folder, ThreadPoolExecutor(at_once) as pool:
@@ -62,11 +54,7 @@ def main(
         texts = read_texts(find_text(text, folder))
         held_out, rest = texts[:HELD_OUT], texts[HELD_OUT:]
         scored = [row[1:-1] for row in reference.read_tokens(held_out, length)]
-        while len(losses) < repeats:
-            began = time.perf_counter()
-            if losses and began + longest > deadline:
-                print(f"  the time is up after {len(losses)} of {repeats} repeats", file=sys.stderr)
-                break
+        for _ in rounds_before(time.perf_counter() + 60 * minutes, -(-repeats // at_once)):
             numbers = range(len(losses), min(repeats, len(losses) + at_once))
             found = [take_texts(reference, rest, tokens, length, folder / f"repeat {n + 1}") for n in numbers]
             losses += pool.map(lambda part: train_both(part, recipe, scored), filter(None, found))
@@ -75,7 +63,6 @@ def main(
             if None in found:
                 print(f"  the text is used up after {len(losses)} of {repeats} repeats", file=sys.stderr)
                 break
-            longest = max(longest, time.perf_counter() - began)
     theirs, ours = zip(*losses, strict=True)
     title = f"evaluation loss after {tokens:,} tokens"
     claims = [Claim(f"{title}: {name}", found, unit="nats") for name, found in (("minimind", theirs), ("ours", ours))]
@@ -121,14 +108,7 @@ def train_reference(reference: Peer, file: Path, recipe: Recipe, env: dict[str, 
     """Its own trainer for an epoch; its weights in our model."""
     more = ["--hidden_size", HIDDEN_SIZE, "--num_hidden_layers", LAYERS, "--learning_rate", recipe.lr]
     run(reference.command(file, recipe.length, recipe.batch, 1, *more), reference.folder / "trainer", **env)
-    state = torch.load(reference.folder / "out" / f"pretrain_{HIDDEN_SIZE}.pth", weights_only=True)
-    model = MiniMindForCausalLM(
-        dataclasses.replace(preset("minimind3"), hidden_size=HIDDEN_SIZE, num_hidden_layers=LAYERS)
-    )
-    missing, unexpected = model.load_state_dict({name: value.float() for name, value in state.items()}, strict=False)
-    if missing or any("freqs" not in name for name in unexpected):
-        raise SystemExit(f"the reference's weights do not fit: missing {missing}, unexpected {unexpected}")
-    return model.eval()
+    return load_weights(reference.folder / "out" / f"pretrain_{HIDDEN_SIZE}.pth", dtype=torch.float32)
 
 
 def train_ours(part: Part, tokenizer: Path, recipe: Recipe, env: dict[str, str]) -> MiniMindForCausalLM:
@@ -137,11 +117,10 @@ def train_ours(part: Part, tokenizer: Path, recipe: Recipe, env: dict[str, str])
     windows = max(1, round(recipe.batch * part.tokens / part.texts / recipe.length))
     steps = max(1, round(part.tokens / (windows * recipe.length)))
     shards = make_shards(part.file, tokenizer, folder / "shards", val_fraction=0)
-    command: list[object] = [sys.executable, "-m", "minimind.train", "--model", "minimind3", "--shards", shards]
-    command += ["--hidden-size", HIDDEN_SIZE, "--num-hidden-layers", LAYERS, "--seq-len", recipe.length]
-    command += ["--initializer-range", INITIALIZER_RANGE, "--document-mask", "--micro-batch-size", windows]
-    command += ["--steps", steps, "--lr", recipe.lr, "--precision", "bf16", "--run-dir", folder / "run"]
-    run([*command, "--no-tensorboard", "--ds-config", ROOT / "ds_configs" / "zero1.json"], ROOT, **env)
+    flags: list[object] = ["--model", "minimind3", "--hidden-size", HIDDEN_SIZE, "--num-hidden-layers", LAYERS]
+    flags += ["--initializer-range", INITIALIZER_RANGE, "--shards", shards, "--seq-len", recipe.length]
+    flags += ["--micro-batch-size", windows, "--steps", steps, "--lr", recipe.lr, "--precision", "bf16"]
+    run(train_command(folder / "run", "--no-tensorboard", *flags), ROOT, **env)
     return load_weights(folder / "run", dtype=torch.float32)
 
 

@@ -1,29 +1,24 @@
 """Peak memory of a training step beside the reference's: same batch, vocabulary 32000, AdamW.
 
-    python benchmarks/memory.py --peer DIR [--batch 32] [--length 340] [--vocab-size 32000]
-
-Each step runs in a process of its own, which imports everything and then counts what it needs on top: the growth of
-its peak resident memory on a CPU, the allocator's peak on a GPU. The reference computes in float32, as its loop does on
-a CPU (on a GPU under bf16 autocast); ours is the engine that `minimind.train` builds under ZeRO-1. Its loss is compared
-with the plain cross-entropy in float64.
+python benchmarks/memory.py --peer DIR [--batch 32] [--length 340] [--vocab-size 32000]
 """
 
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import tyro
-from harness import Claim, build_engine, core_threads, joined, ratios, report, run, workspace
+from harness import Claim, build_engine, core_threads, engine_step, joined, ratios, report, run, workspace
 from turns import Peer
 
 MARK = "measured: "
-KINDS = ("minimind", "ours fp32", "ours bf16", "ours bf16 compiled")
+Kind = Literal["minimind", "ours fp32", "ours bf16", "ours bf16 compiled"]
 
 
 def main(
     peer: Path, batch: int = 32, length: int = 340, vocab_size: int = 32000, repeats: int = 1,
-    kinds: tuple[str, ...] = KINDS, only: str | None = None,
+    kinds: tuple[Kind, ...] = get_args(Kind), only: str | None = None,
 ) -> None:  # fmt: skip
     """Measure, or with `only` be one of the measured.
 
@@ -35,13 +30,11 @@ def main(
     if only is not None:
         print(f"{MARK}{measure(only, peer, batch, length, vocab_size)}")
         return
-    if unknown := set(kinds) - set(KINDS):
-        raise SystemExit(f"kinds: {', '.join(sorted(unknown))}: not one of {', '.join(KINDS)}")
-    kinds = tuple(kind for kind in KINDS if kind in (*kinds, "minimind"))
     with workspace() as folder:
         shape = [f"--batch={batch}", f"--length={length}", f"--vocab-size={vocab_size}"]
         shape.append(f"--peer={Peer.copied(peer, folder / 'peer').folder}")
-        found = {kind: [run_alone(kind, shape) / 2**20 for _ in range(repeats)] for kind in kinds}
+        chosen = [kind for kind in get_args(Kind) if kind in ("minimind", *kinds)]
+        found = {kind: [run_alone(kind, shape) / 2**20 for _ in range(repeats)] for kind in chosen}
         error = run_alone("loss", shape)
     title = f"step memory, {batch} x {length}, vocabulary {vocab_size}"
     claims = [Claim(f"{title}: {kind}", values, unit="MiB") for kind, values in found.items()]
@@ -98,17 +91,16 @@ def measure(kind: str, peer: Path, batch: int, length: int, vocab_size: int) -> 
 def measure_ours(kind: str, tokens: Any, vocab_size: int) -> int:
     """The same of ours."""
     import minimind.parallel.engine  # noqa: F401 - imports do not count
-    from minimind.parallel.optimizer import optimizer_step
     from minimind.training.step_record import peak_memory_bytes
 
     run = {"seq_len": tokens.shape[1] - 1, "micro_batch_size": tokens.shape[0], "compile": "compiled" in kind}
     run["precision"] = "fp32" if "fp32" in kind else "bf16"
     with workspace() as folder, joined() as (env, device):
         before = peak_memory_bytes(device)
-        engine, resolved = build_engine(config_of(vocab_size), env, device, run_dir=str(folder), **run)
-        for _ in range(2):
-            engine.backward(engine(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).loss)
-            optimizer_step(engine, resolved)
+        engine = build_engine(config_of(vocab_size), env, device, run_dir=str(folder), **run)
+        step = engine_step([tokens[:, :-1].contiguous()], *engine)
+        step()
+        step()
         return peak_memory_bytes(device) - before
 
 

@@ -1,8 +1,6 @@
 """Speed and memory of data_prep.tokenize_corpus beside the bare tokenizer library, in one run, on the same text.
 
-    python benchmarks/tokenize_corpus.py [--megabytes 50] [--repeats 5] [--memory-megabytes 50 500]
-
-The library encodes texts that are in memory already; the tool is timed as a command that reads JSONL and writes shards.
+python benchmarks/tokenize_corpus.py [--megabytes 50] [--repeats 5] [--memory-megabytes 50 500]
 """
 
 import contextlib
@@ -18,6 +16,7 @@ import psutil
 import sentencepiece
 import tyro
 from harness import ROOT, Claim, make_tokenizer, ratios, read_texts, report, run_module, workspace
+from turns import family
 
 BATCH = 1000
 
@@ -95,11 +94,9 @@ def run_tool(source: Path, tokenizer: Path, output: Path, measure_memory: bool =
 def read_memory(pid: int) -> float:
     """MB of a process and all its descendants, shared pages counted once (pss)."""
     total = 0.0
-    with contextlib.suppress(psutil.NoSuchProcess):
-        root = psutil.Process(pid)
-        for process in (root, *root.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                total += process.memory_full_info().pss / 1e6
+    for process in family(pid):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            total += process.memory_full_info().pss / 1e6
     return total
 
 

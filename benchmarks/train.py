@@ -1,17 +1,10 @@
 """Training speed beside the reference trainer: real tokens a second on the same text.
 
-    python benchmarks/train.py --peer DIR [--text FILE.jsonl] [--lengths 340 512]
-
-DIR is a checkout of jingyaogong/minimind. All programs are started, warmed up, and take turns on the whole machine; a
-ratio is one turn of ours over the turn of the other in the same round. Real tokens are those of the texts with their
-end marks; padding counts for nothing. A padded step takes as long whatever its texts are, so its real tokens are those
-of a mean step: texts of a few steps happen to be long or short. Ours is the command itself, `python -m minimind.train`,
-under ZeRO-1.
+python benchmarks/train.py --peer DIR [--text FILE.jsonl] [--lengths 340 512]
 """
 
 import math
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -52,7 +45,6 @@ def main(
     if not set(chosen) <= set(names) or not set(chosen) & set(ours):
         raise SystemExit(f"--programs {' '.join(chosen)}: choose of {', '.join(names)}, one of ours among them")
     for length in lengths:
-        deadline = time.perf_counter() + 60 * minutes / len(lengths)
         with workspace() as folder:
             reference = Peer.copied(peer, folder / "peer")
             source = find_text(text, folder)
@@ -70,8 +62,8 @@ def main(
                 contestants.append(our_trainer(name, folder / name.replace(" ", "-"), [*flags, *more], steps, threads))
             contestants = [contestant for contestant in contestants if contestant.name in chosen]
             print(f"length {length}", file=sys.stderr)
-            with started(contestants):
-                take_turns(contestants, rounds, deadline)
+            with started(contestants) as began:
+                take_turns(contestants, rounds, began + 60 * minutes / len(lengths))
         kept = sum(map(len, rows))
         tokens = {"minimind": batch * kept / len(rows), **dict.fromkeys(ours, accumulated * batch * length)}
         speeds = {one.name: [tokens[one.name] / seconds for seconds in one.seconds] for one in contestants}

@@ -1,8 +1,6 @@
 """Programs that train side by side and take turns: all are started, all but one stand still, each is timed in its turn.
 
-So every one is measured on the whole machine, warm, within the same minutes, and unchanged: a program is only stopped
-and continued from outside (SIGSTOP, SIGCONT), and its steps are read from what it prints or logs. One of them is the
-reference trainer, jingyaogong/minimind, copied from a checkout because it writes beside its sources.
+A program is only stopped and continued from outside (SIGSTOP, SIGCONT), and its steps are read from what it logs.
 """
 
 import contextlib
@@ -123,11 +121,7 @@ class Contestant:
             self._output.close()
 
     def _family(self) -> list[psutil.Process]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if self._process is not None:
-                root = psutil.Process(self._process.pid)
-                return [root, *root.children(recursive=True)]
-        return []
+        return [] if self._process is None else family(self._process.pid)
 
     def _read_steps(self) -> list[int]:
         """The numbers of the steps in the lines that have come since the last call."""
@@ -150,51 +144,68 @@ class Contestant:
         return total
 
 
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all its descendants; none if it is gone."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [(root := psutil.Process(pid)), *root.children(recursive=True)]
+    return []
+
+
 @contextlib.contextmanager
-def started(contestants: Sequence[Contestant], warm_steps: int = 2) -> Iterator[None]:
-    """All of them warm and standing still: each is started alone, makes `warm_steps` steps and is stopped."""
+def started(contestants: Sequence[Contestant], warm_steps: int = 2) -> Iterator[float]:
+    """All of them warm and standing still: each is started alone, makes `warm_steps` steps and is stopped.
+
+    Yields the time (perf_counter) of the first start.
+    """
     # Ended from outside, this program must not leave them behind, stopped for ever.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    began = time.perf_counter()
     try:
         for contestant in contestants:
             contestant.start()
             contestant.wait_steps(warm_steps)
             contestant.send(signal.SIGSTOP)
             print(f"  {contestant.name}: started and warm", file=sys.stderr, flush=True)
-        yield
+        yield began
     finally:
         for contestant in contestants:
             contestant.end()
 
 
 def take_turns(contestants: Sequence[Contestant], rounds: int, deadline: float = math.inf) -> None:
-    """Give each one turn in each of `rounds` rounds, in the same order; the results are their `turns`.
+    """Give each one turn in each round, in the same order; the results are their `turns`."""
+    for number in rounds_before(deadline, rounds):
+        for contestant in contestants:
+            contestant.take_turn()
+            found = f"{contestant.seconds[-1]:.3f} s a step ({contestant.cpu_seconds[-1]:.3f} s of CPU)"
+            print(f"  round {number + 1}: {contestant.name}: {found}", file=sys.stderr, flush=True)
 
-    Args:
-        deadline: time (perf_counter) by which to be done: a round that would take longer is not begun, but for the
-            first.
-    """
+
+def rounds_before(deadline: float, rounds: int) -> Iterator[int]:
+    """Numbers of rounds; none begins that, as long as the longest, would end after `deadline`, but for the first."""
     longest = 0.0
     for number in range(rounds):
         began = time.perf_counter()
         if number and began + longest > deadline:
             print(f"  the time is up after {number} of {rounds} rounds", file=sys.stderr, flush=True)
             return
-        for contestant in contestants:
-            contestant.take_turn()
-            found = f"{contestant.seconds[-1]:.3f} s a step ({contestant.cpu_seconds[-1]:.3f} s of CPU)"
-            print(f"  round {number + 1}: {contestant.name}: {found}", file=sys.stderr, flush=True)
+        yield number
         longest = max(longest, time.perf_counter() - began)
 
 
 def our_trainer(
     name: str, run_dir: Path, flags: Sequence[object], steps: int, env: Mapping[str, str], launcher: Sequence[str] = ()
 ) -> Contestant:
-    """`python -m minimind.train` under ZeRO-1 with document masks, without an end."""
-    command = [*(launcher or [sys.executable]), "-m", "minimind.train", "--run-dir", run_dir, "--document-mask"]
-    command += ["--steps", 100000, "--ds-config", ROOT / "ds_configs" / "zero1.json", *flags]
+    """`train_command` without an end."""
+    command = train_command(run_dir, "--steps", 100000, *flags, launcher=launcher)
     pattern = r'"step": (?P<step>\d+), "loss"'
-    return Contestant(name, list(map(str, command)), pattern, steps, ROOT, env, run_dir / "metrics.jsonl")
+    return Contestant(name, command, pattern, steps, ROOT, env, run_dir / "metrics.jsonl")
+
+
+def train_command(run_dir: Path, *flags: object, launcher: Sequence[str] = ()) -> list[str]:
+    """`python -m minimind.train` under ZeRO-1 with document masks."""
+    command = [*(launcher or [sys.executable]), "-m", "minimind.train", "--run-dir", run_dir, "--document-mask"]
+    return list(map(str, [*command, "--ds-config", ROOT / "ds_configs" / "zero1.json", *flags]))
 
 
 @dataclass(frozen=True)

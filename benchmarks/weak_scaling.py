@@ -1,13 +1,10 @@
 """Weak scaling on one machine: two ranks with one core each beside one rank with one core, under ZeRO-1.
 
-    python benchmarks/weak_scaling.py [--precision bf16]
-
-Every rank has the same batch in both. The ratio is the tokens a second of two ranks over twice those of one.
+python benchmarks/weak_scaling.py [--precision bf16]
 """
 
 import math
 import sys
-import time
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +23,6 @@ def main(
     Args:
         accumulation: micro-batches a rank in an optimizer step.
     """
-    deadline = time.perf_counter() + 60 * minutes
     with workspace() as folder:
         source = write_texts(folder / "part.jsonl", read_texts(find_text(text, folder), 20_000))
         shards = make_shards(source, make_tokenizer(source, folder / "tokenizer"), folder / "shards")
@@ -35,12 +31,10 @@ def main(
         contestants = []
         for world in (1, ranks):
             launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}")
-            one = our_trainer(
-                f"{world} ranks", folder / f"run{world}", flags, steps, {"OMP_NUM_THREADS": "1"}, launcher
-            )
-            contestants.append(one)
-        with started(contestants):
-            take_turns(contestants, rounds, deadline)
+            run_dir, env = folder / f"run{world}", {"OMP_NUM_THREADS": "1"}
+            contestants.append(our_trainer(f"{world} ranks", run_dir, flags, steps, env, launcher))
+        with started(contestants) as began:
+            take_turns(contestants, rounds, began + 60 * minutes)
     alone, together = (contestant.seconds for contestant in contestants)
     title = f"weak scaling, {precision}, ZeRO-1: {ranks} ranks over {ranks} times one"
     # Twice the work in the same time would be a ratio of 1.
