@@ -1,38 +1,19 @@
-"""Token shards: round trips, damage, interruption, size."""
+"""Token shards read back: round trips, fingerprint, splits, size."""
 
 import json
 import os
 import resource
-import subprocess
-import sys
 import time
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
-from repository import ROOT
-from shard_folders import EOS, make_documents, open_writer, stream_of, write
+from shard_folders import EOS, folder_bytes, make_documents, stream_of, write, write_by_hand
 
-from minimind.data.array_file import npy_header
 from minimind.data.manifest import Manifest, ShardError, ShardInfo, TokenizerInfo
 from minimind.data.shards import ShardReader, find_split, open_split, verify
-from minimind.errors import UserError
-from minimind.files import disk_errors, hash_file
-
-# Processes of their own find the helpers of the tests too.
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "support")}
-
-
-@pytest.fixture
-def tokenizer_file(tmp_path: Path) -> Path:
-    path = tmp_path / "tokenizer.model"
-    path.write_bytes(b"a tokenizer")
-    return path
-
-
-def folder_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+from minimind.files import hash_file
 
 
 def test_round_trip_across_shards(tmp_path, tokenizer_file):
@@ -113,268 +94,6 @@ def test_the_fingerprint_sees_each_token_and_each_border(tmp_path):
     assert ShardReader(tmp_path / "a").fingerprint == before
 
 
-def test_nothing_but_the_finished_files_remains(tmp_path, tokenizer_file):
-    manifest = write(tmp_path / "train", tokenizer_file, make_documents())
-    shard_files = {name for shard in manifest.shards for name in (shard.file, shard.documents_file)}
-    assert set(os.listdir(tmp_path / "train")) == {"manifest.json", "tokenizer.model", *shard_files}
-    assert (tmp_path / "train" / "tokenizer.model").read_bytes() == b"a tokenizer"
-
-
-def test_an_empty_split_is_a_finished_folder(tmp_path, tokenizer_file):
-    manifest = write(tmp_path / "val", tokenizer_file, [])
-    assert verify(tmp_path / "val") == manifest
-    assert ShardReader(tmp_path / "val").num_tokens == 0
-
-
-@pytest.mark.parametrize(
-    ("tokens", "said"),
-    [([], "non-empty"), ([[1, 2]], "1-D"), ([1.5], "token ids"), ([1, 6400], "token id 6400"), ([-1], "token id -1")],
-)
-def test_impossible_documents_are_refused(tmp_path, tokenizer_file, tokens, said):
-    with pytest.raises(ShardError, match=said), open_writer(tmp_path / "train", tokenizer_file) as writer:
-        writer.add_document(np.array(tokens), 1)
-
-
-# --- interruption -----------------------------------------------------------------------------------------------------
-
-
-def test_an_error_in_the_middle_leaves_no_manifest_and_no_temporary_file(tmp_path, tokenizer_file):
-    with pytest.raises(RuntimeError), open_writer(tmp_path / "train", tokenizer_file) as writer:
-        for document in make_documents():
-            writer.add_document(document, 1)
-        raise RuntimeError("interrupted")
-    names = os.listdir(tmp_path / "train")
-    assert "shard_00000.npy" in names
-    assert "manifest.json" not in names and not [name for name in names if name.endswith(".tmp")]
-    with pytest.raises(ShardError, match=r"no manifest\.json"):
-        ShardReader(tmp_path / "train")
-    with pytest.raises(ShardError, match="already holds shards"):
-        open_writer(tmp_path / "train", tokenizer_file)
-
-
-@pytest.mark.parametrize("stop_after", [0, 1, 6, 23, 49, 50])
-def test_a_continued_preparation_ends_with_the_same_bytes(tmp_path, tokenizer_file, stop_after):
-    documents = make_documents()
-    write(tmp_path / "whole", tokenizer_file, documents)
-    writer = open_writer(tmp_path / "train", tokenizer_file)
-    for document in documents[:stop_after]:
-        writer.add_document(document, 3 * len(document))
-    writer.discard()
-    with open_writer(tmp_path / "train", tokenizer_file, shards=writer.shards) as writer:
-        assert stop_after - 20 < writer.num_documents <= stop_after
-        for document in documents[writer.num_documents :]:
-            writer.add_document(document, 3 * len(document))
-    assert folder_bytes(tmp_path / "whole") == folder_bytes(tmp_path / "train")
-
-
-def test_a_lost_shard_stops_the_continuation(tmp_path, tokenizer_file):
-    writer = open_writer(tmp_path / "train", tokenizer_file)
-    for document in make_documents():
-        writer.add_document(document, 1)
-    writer.discard()
-    (tmp_path / "train" / "shard_00001.npy").unlink()
-    before = folder_bytes(tmp_path / "train")
-    with pytest.raises(ShardError, match=r"shard_00001\.npy is missing"):
-        open_writer(tmp_path / "train", tokenizer_file, shards=writer.shards)
-    assert folder_bytes(tmp_path / "train") == before
-
-
-def test_a_finished_folder_is_never_written_again(tmp_path, tokenizer_file):
-    write(tmp_path / "train", tokenizer_file, make_documents())
-    before = folder_bytes(tmp_path / "train")
-    with pytest.raises(ShardError, match="already holds shards"):
-        open_writer(tmp_path / "train", tokenizer_file)
-    assert folder_bytes(tmp_path / "train") == before
-
-
-def test_foreign_shards_are_never_overwritten(tmp_path, tokenizer_file):
-    (tmp_path / "train").mkdir()
-    np.save(tmp_path / "train" / "shard_00000.npy", np.arange(3))
-    with pytest.raises(ShardError, match="already holds shards"):
-        open_writer(tmp_path / "train", tokenizer_file)
-    assert os.listdir(tmp_path / "train") == ["shard_00000.npy"]
-
-
-def test_a_full_disk_is_one_line_and_the_finished_shards_stay(tmp_path, tokenizer_file):
-    program = """
-import resource, sys
-from pathlib import Path
-from minimind.errors import UserError
-from minimind.files import disk_errors
-from shard_folders import make_documents, open_writer
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-try:
-    with disk_errors("train"), open_writer(Path(sys.argv[1]), Path(sys.argv[2]), shard_tokens=400_000) as writer:
-        writer.add_document(make_documents(1, longest=2)[0], 1)
-        for _ in range(3):
-            writer.add_document([1] * 300_000, 1)
-        writer.add_document([1] * 10**6, 1)
-        writer.add_document([1], 1)
-except UserError as error:
-    print(error)
-"""
-    arguments = [sys.executable, "-c", program, str(tmp_path / "train"), str(tokenizer_file)]
-    done = subprocess.run(arguments, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True)
-    assert "cannot write" in done.stdout and done.stdout.count("\n") == 1 and not done.stderr
-    left = sorted(os.listdir(tmp_path / "train"))
-    shards = [f"shard_0000{i}{kind}.npy" for i in range(3) for kind in (".docs", "")]
-    assert left == [*shards, "tokenizer.model"]
-
-
-def test_a_folder_that_cannot_be_made_is_one_line(tokenizer_file):
-    with pytest.raises(UserError, match="cannot write /proc/minimind"), disk_errors(Path("/proc/minimind/train")):
-        open_writer(Path("/proc/minimind/train"), tokenizer_file)
-
-
-# --- damage -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["shard_00002.npy", "shard_00002.docs.npy"])
-@pytest.mark.parametrize("damage", ["missing", "truncated", "longer", "no header", "empty"])
-def test_a_file_of_the_wrong_size_is_refused_at_once(tmp_path, tokenizer_file, name, damage):
-    write(tmp_path / "train", tokenizer_file, make_documents())
-    path = tmp_path / "train" / name
-    content = path.read_bytes()
-    damaged = {"truncated": content[:-1], "longer": content + b"\0", "no header": bytes(len(content)), "empty": b""}
-    path.unlink() if damage == "missing" else path.write_bytes(damaged[damage])
-    with pytest.raises(ShardError, match=name.replace(".", r"\.")) as caught:
-        ShardReader(tmp_path / "train")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_file_cut_after_opening_raises_instead_of_killing(tmp_path, tokenizer_file):
-    manifest = write(tmp_path / "train", tokenizer_file, make_documents())
-    reader = ShardReader(tmp_path / "train")
-    os.truncate(tmp_path / "train" / manifest.shards[0].file, 100)
-    with pytest.raises(ShardError, match="damaged"):
-        reader.read(0, 50)
-
-
-@pytest.mark.parametrize("name", ["shard_00002.npy", "shard_00002.docs.npy", "tokenizer.model"])
-def test_one_flipped_bit_is_found_by_verify(tmp_path, tokenizer_file, name):
-    write(tmp_path / "train", tokenizer_file, make_documents())
-    path = tmp_path / "train" / name
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(ShardError, match=rf"{name} is damaged: its sha256"):
-        verify(tmp_path / "train")
-
-
-def write_by_hand(folder: Path, tokens: list[int], starts: list[int]) -> None:
-    """A shard folder whose hashes are right, whatever the values."""
-    folder.mkdir()
-    np.save(folder / "shard_00000.npy", np.array(tokens, dtype="<u2"))
-    np.save(folder / "shard_00000.docs.npy", np.array(starts, dtype="<i8"))
-    (folder / "tokenizer.model").write_bytes(b"t")
-    hashes = [hash_file(folder / name) for name in ("shard_00000.npy", "shard_00000.docs.npy", "tokenizer.model")]
-    shard = ShardInfo("shard_00000.npy", "shard_00000.docs.npy", len(tokens), len(starts), 9, *hashes[:2])
-    tokenizer = TokenizerInfo("tokenizer.model", hashes[2])
-    Manifest(1, "uint16", 10, EOS, tokenizer, len(tokens), len(starts), 9, (shard,)).save(folder)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "starts", "said"),
-    [
-        ([5, 0, 10, 0], [0, 2], "token id 10; the vocabulary ends at 10"),
-        ([5, 0, 6, 0], [1, 2], "begins at 1"),
-        ([5, 0, 6, 0], [0, 0], "do not increase"),
-        ([5, 0, 6, 0], [0, 3], "document 0 does not end with token 0"),
-        ([5, 0, 6, 6], [0, 2], "document 1 does not end with token 0"),
-        ([5, 0, 6, 0], [0, 9], "do not increase"),
-        ([5, 0, 6, 0], [0, -2], "do not increase"),
-    ],
-)
-@pytest.mark.parametrize("chunk", [1, 2, 3, 1000])
-def test_contents_that_cannot_be_are_found_by_verify(tmp_path, monkeypatch, tokens, starts, said, chunk):
-    monkeypatch.setattr("minimind.data.shards._VERIFY_CHUNK", chunk)
-    write_by_hand(tmp_path / "train", tokens, starts)
-    with pytest.raises(ShardError, match=said):
-        verify(tmp_path / "train")
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 3, 1000])
-def test_verify_accepts_what_is_right_and_counts_shards(tmp_path, tokenizer_file, monkeypatch, chunk):
-    monkeypatch.setattr("minimind.data.shards._VERIFY_CHUNK", chunk)
-    write_by_hand(tmp_path / "train", [5, 0, 6, 0], [0, 2])
-    assert verify(tmp_path / "train").total_documents == 2
-    manifest = write(tmp_path / "val", tokenizer_file, make_documents())
-    calls = []
-    verify(tmp_path / "val", on_shard=lambda: calls.append(1))
-    assert len(calls) == len(manifest.shards)
-
-
-# --- the manifest -----------------------------------------------------------------------------------------------------
-
-WRONG_FIELDS = [
-    ("format_version", 3, "format_version is 3"),
-    ("dtype", "int64", "dtype is 'int64'"),
-    ("dtype", ["uint16"], "dtype"),
-    ("vocab_size", 0, "vocab_size is 0"),
-    ("vocab_size", 70_000, "at most 65536"),
-    ("vocab_size", True, "vocab_size is True"),
-    ("vocab_size", "6400", "vocab_size is '6400'"),
-    ("eos_token_id", 6400, "eos_token_id is 6400"),
-    ("eos_token_id", None, "eos_token_id is None"),
-    ("tokenizer", None, "tokenizer is None"),
-    ("tokenizer.file", "../../etc/passwd", "plain name of a file"),
-    ("tokenizer.file", "..", "plain name of a file"),
-    ("tokenizer.sha256", "abc", "tokenizer.sha256 is 'abc'"),
-    ("total_tokens", 1, "total_tokens is 1"),
-    ("total_documents", 1.0, "total_documents is 1.0"),
-    ("total_bytes", -1, "total_bytes is -1"),
-    ("shards", {}, "shards Input should be a valid array"),
-    ("shards.0", 5, r"shards\[0\] is 5"),
-    ("shards.0.file", "a/b.npy", r"shards\[0\].file"),
-    ("shards.1.file", "shard_00000.npy", "shard_00000.npy twice; every file must be named once"),
-    ("shards.0.documents_file", 3, r"shards\[0\].documents_file is 3"),
-    ("shards.0.tokens", 0, r"shards\[0\].tokens is 0"),
-    ("shards.0.documents", 10**6, r"shards\[0\] documents is 1000000"),
-    ("shards.0.bytes", "1", r"shards\[0\].bytes"),
-    ("shards.0.sha256", "X" * 64, r"shards\[0\].sha256"),
-    ("shards.0.documents_sha256", None, r"shards\[0\].documents_sha256"),
-    ("extra", 1, "extra is unknown"),
-    ("shards.0.extra", 1, r"shards\[0\].extra is unknown"),
-]
-
-
-@pytest.mark.parametrize(("field", "value", "said"), WRONG_FIELDS)
-def test_a_wrong_manifest_field_is_named(tmp_path, tokenizer_file, field, value, said):
-    manifest = write(tmp_path / "train", tokenizer_file, make_documents())
-    fields = json.loads((tmp_path / "train" / "manifest.json").read_text())
-    owner, *path = fields, *field.split(".")
-    for key in path[:-1]:
-        owner = owner[int(key) if isinstance(owner, list) else key]
-    owner[int(path[-1]) if isinstance(owner, list) else path[-1]] = value
-    (tmp_path / "train" / "manifest.json").write_text(json.dumps(fields))
-    with pytest.raises(ShardError, match=said) as caught:
-        Manifest.load(tmp_path / "train")
-    assert str(caught.value).startswith(str(tmp_path / "train" / "manifest.json")) and "\n" not in str(caught.value)
-    assert manifest  # the writer's own was right
-
-
-@pytest.mark.parametrize("field", [name for name in Manifest.__dataclass_fields__ if not hasattr(Manifest, name)])
-def test_a_missing_manifest_field_is_named(tmp_path, tokenizer_file, field):
-    write(tmp_path / "train", tokenizer_file, make_documents(3))
-    fields = json.loads((tmp_path / "train" / "manifest.json").read_text())
-    del fields[field]
-    (tmp_path / "train" / "manifest.json").write_text(json.dumps(fields))
-    with pytest.raises(ShardError, match=f"{field} is missing"):
-        ShardReader(tmp_path / "train")
-
-
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"", b"[]", b"null"])
-def test_a_broken_manifest_is_one_line(tmp_path, tokenizer_file, content):
-    write(tmp_path / "train", tokenizer_file, make_documents(3))
-    (tmp_path / "train" / "manifest.json").write_bytes(content)
-    with pytest.raises(ShardError, match=r"manifest\.json") as caught:
-        ShardReader(tmp_path / "train")
-    assert "\n" not in str(caught.value)
-
-
-# --- splits -----------------------------------------------------------------------------------------------------------
-
-
 def test_splits_are_found_by_corpus_and_by_folder(tmp_path, tokenizer_file):
     train = write(tmp_path / "corpus" / "train", tokenizer_file, make_documents())
     with pytest.raises(ShardError, match="no val split"):
@@ -410,9 +129,6 @@ def test_no_shards_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ShardError, match="is a file: give the folder of a corpus"):
         open_split(tmp_path / "file", "train")
-
-
-# --- size -------------------------------------------------------------------------------------------------------------
 
 
 def make_many_shards(folder: Path, count: int) -> None:
@@ -451,20 +167,3 @@ def test_ten_thousand_shards_open_and_read_in_constant_memory(tmp_path):
     if maps.exists():
         assert maps.read_text().count(str(tmp_path)) <= 128
     assert len(os.listdir("/proc/self/fd")) < 500 or resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 10**5
-
-
-def test_the_writer_holds_no_shard_in_memory(tmp_path, tokenizer_file):
-    document = np.ones(1000, dtype=np.uint16)
-    with open_writer(tmp_path / "train", tokenizer_file, shard_tokens=10**8) as writer:
-        tracemalloc.start()
-        for _ in range(5000):  # 10 MB of tokens in one shard
-            writer.add_document(document, 1)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    assert peak < 1_500_000
-
-
-def test_our_header_is_that_of_numpy(tmp_path):
-    for dtype, length in (("uint16", 3), ("uint32", 12345), ("int64", 10**6)):
-        np.save(tmp_path / "a.npy", np.zeros(length, dtype=dtype))
-        assert (tmp_path / "a.npy").read_bytes()[:128] == npy_header(dtype, length)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from minimind.data.manifest import Manifest
+from minimind.data.manifest import Manifest, ShardInfo, TokenizerInfo
 from minimind.data.shard_writer import ShardWriter
+from minimind.files import hash_file
 
 EOS = 0
 
@@ -29,3 +30,19 @@ def write(folder: Path, tokenizer_file: Path, documents: list[np.ndarray], **opt
         for document in documents:
             writer.add_document(document, num_bytes=3 * len(document))
         return writer.close()
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def write_by_hand(folder: Path, tokens: list[int], starts: list[int]) -> None:
+    """A shard folder whose hashes are right, whatever the values."""
+    folder.mkdir()
+    np.save(folder / "shard_00000.npy", np.array(tokens, dtype="<u2"))
+    np.save(folder / "shard_00000.docs.npy", np.array(starts, dtype="<i8"))
+    (folder / "tokenizer.model").write_bytes(b"t")
+    hashes = [hash_file(folder / name) for name in ("shard_00000.npy", "shard_00000.docs.npy", "tokenizer.model")]
+    shard = ShardInfo("shard_00000.npy", "shard_00000.docs.npy", len(tokens), len(starts), 9, *hashes[:2])
+    tokenizer = TokenizerInfo("tokenizer.model", hashes[2])
+    Manifest(1, "uint16", 10, EOS, tokenizer, len(tokens), len(starts), 9, (shard,)).save(folder)
