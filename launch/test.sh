@@ -18,7 +18,7 @@ setup_venv requirements-dev.txt
 echo "[2/2] run the tests"
 if [ "${1:-}" = --quick ]; then
   shift
-  set -- tests/model tests/data tests/config tests/test_{cli,files,imports,schema,units}.py -m "not slow" "$@"
+  set -- tests/model tests/data tests/data_prep/reading tests/config tests/test_{cli,files,imports,schema,units}.py -m "not slow" "$@"
 fi
 # One thread a process: the tests are small, and threads waiting for each other cost more than they give.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

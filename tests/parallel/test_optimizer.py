@@ -10,6 +10,8 @@ from torch import nn
 from minimind.parallel.engine import build_model
 from minimind.parallel.optimizer import clip_gradients, parameter_groups, set_learning_rate
 
+pytestmark = pytest.mark.usefixtures("group")
+
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_matrices_decay_and_norms_do_not(stage):
