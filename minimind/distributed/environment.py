@@ -15,7 +15,9 @@ from minimind.errors import OneRankError, UserError
 
 # On CPU, DeepSpeed compiles a shared-memory all-reduce at start. It serves inference alone, needs a compiler, and
 # leaves 66 MiB a rank in /dev/shm when a process is killed. Declared incompatible, it is neither built nor used.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# It asks for nothing else there; asked for the whole table, DeepSpeed would try every op of its own, compilers and all,
+# and on a GPU without the CUDA toolkit print a yellow line for each of seven that no run has asked for.
+deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
 
 # DeepSpeed 0.19 calls collectives by names that torch 2.13 has announced to retire; nothing a user could act on.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")

@@ -58,7 +58,7 @@ class MoEFeedForward(nn.Module):
         self.experts = Experts(config)
         shared_size = config.n_shared_experts * config.expert_feed_forward_size
         self.shared_experts = FeedForward(config, shared_size) if shared_size else None
-        bias = torch.zeros(config.num_experts) if config.router_bias_update_rate else None
+        bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.router_bias_update_rate else None
         self.register_buffer(BIAS_NAME, bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -16,12 +16,19 @@ from deepspeed.utils import set_z3_leaf_module
 
 from minimind.config.deepspeed_keys import offload_device, zero_stage
 from minimind.config.resolved_run import ResolvedRun
+from minimind.config.run_config import DTYPE_NAMES, Precision
 from minimind.distributed.collectives import log
 from minimind.errors import UserError, first_line
 from minimind.model import MiniMindForCausalLM
 from minimind.model.kernels.apply import apply_kernels, chosen_kernels
 from minimind.model.layers import FeedForward
-from minimind.parallel.experts import AUTOEP_EXPERTS, attach_router_hooks, leave_out_of_compilation, replace_experts
+from minimind.parallel.experts import (
+    AUTOEP_EXPERTS,
+    attach_router_hooks,
+    leave_out_of_compilation,
+    only_own_experts,
+    replace_experts,
+)
 from minimind.parallel.op_builds import build_ops, leave_muon_uncompiled
 from minimind.parallel.optimizer import clips_here, parameter_groups
 
@@ -45,17 +52,28 @@ def build_model(resolved: ResolvedRun, device: torch.device) -> MiniMindForCausa
     """The model with its initial weights, partitioned over the ranks as it is built where the stage is 3.
 
     Every rank draws the same weights from the seed, in the same order and in float32, so every stage and every world
-    size starts alike. Every rank calls this.
+    size starts alike. Below stage 3 they are rounded to what the engine stores as they are drawn, and a rank keeps its
+    own experts alone: the start needs no more memory than a step. Every rank calls this.
     """
-    if resolved.zero.stage == 3:
-        place: contextlib.AbstractContextManager = deepspeed.zero.Init(config_dict_or_path=resolved.ds)
-    else:
-        place = device
     torch.manual_seed(resolved.train.seed)
-    with place:
-        model = MiniMindForCausalLM(resolved.model)
+    if resolved.zero.stage == 3:
+        with deepspeed.zero.Init(config_dict_or_path=resolved.ds):
+            model = MiniMindForCausalLM(resolved.model)
+    else:
+        with device, _default_dtype(resolved.zero.weights), only_own_experts(resolved.train.ep_size):
+            model = MiniMindForCausalLM(resolved.model)
     model.set_activation_checkpointing(resolved.train.activation_checkpointing)
     return model
+
+
+@contextlib.contextmanager
+def _default_dtype(precision: Precision) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, DTYPE_NAMES[precision]))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def build_engine(resolved: ResolvedRun, model: MiniMindForCausalLM) -> deepspeed.DeepSpeedEngine:

@@ -6,12 +6,15 @@ the routers of the auxiliary loss, the parameters of the optimizer. A group of `
 set of experts; ranks that hold the same experts average their gradients.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from deepspeed.module_inject import auto_ep_layer
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.ep_experts import GroupedExperts
+from deepspeed.moe.ep_repack import repack_expert_weights
 from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import groups
 from torch import nn
@@ -19,12 +22,50 @@ from torch import nn
 from minimind.config.expert_parallel import uses_random_routing
 from minimind.config.resolved_run import ResolvedRun
 from minimind.model import MiniMindForCausalLM
+from minimind.model.config import ModelConfig
 from minimind.model.kernels.apply import Kernel, on_cpu
 from minimind.model.kernels.experts import cpu_experts
-from minimind.model.moe import MoEFeedForward
+from minimind.model.moe import Experts, MoEFeedForward
 from minimind.model.router import BIAS_NAME, Router
 from minimind.parallel.deepspeed_moe import GateRecord, NativeExperts
 from minimind.parallel.expert_names import find_part
+
+
+def own_experts(whole: torch.Tensor, num_local: int) -> torch.Tensor:
+    """The `num_local` experts of this rank, of the first dimension of `whole`; what is no longer stays whole."""
+    num_parts = len(whole) // num_local
+    place = torch.distributed.get_rank() % num_parts if num_parts > 1 else 0
+    return whole[place * num_local : (place + 1) * num_local]
+
+
+@contextlib.contextmanager
+def only_own_experts(ep_size: int) -> Iterator[None]:
+    """Models built in the block keep this rank's experts alone, each layer's as soon as all of them are drawn: the way
+    `deepspeed.zero.Init` works, from outside of the model."""
+    draw_all = Experts.__init__
+
+    def keep_own(experts: Experts, config: ModelConfig) -> None:
+        draw_all(experts, config)
+        for name, weight in list(experts.named_parameters()):
+            own = own_experts(weight.detach(), config.num_experts // ep_size)
+            setattr(experts, name, nn.Parameter(own.clone()))
+
+    if ep_size > 1:
+        Experts.__init__ = keep_own  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Experts.__init__ = draw_all  # type: ignore[method-assign]
+
+
+def _repack(experts_source: Any, spec: Any, ep_rank: int, ep_size: int) -> Any:
+    """AutoEP's cut of this rank's experts, from a layer that has all of them or those alone."""
+    weight = experts_source.down_proj
+    is_whole = getattr(weight, "ds_shape", weight.shape)[0] == spec.num_experts
+    return repack_expert_weights(experts_source, spec, *((ep_rank, ep_size) if is_whole else (0, 1)))
+
+
+auto_ep_layer.repack_expert_weights = _repack
 
 
 def replace_experts(resolved: ResolvedRun, model: MiniMindForCausalLM) -> None:
@@ -39,14 +80,13 @@ def replace_experts(resolved: ResolvedRun, model: MiniMindForCausalLM) -> None:
     name = f"ep_size_{ep_size}"
     if name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(ep_size)
-    ep_rank = groups._get_expert_parallel_rank(name)
     for number, layer in enumerate(model.model.layers):
         if not isinstance(layer.mlp, MoEFeedForward):
             continue
         source, native = layer.mlp, NativeExperts(layer.mlp, train)
         with torch.no_grad():
             for own_name, parameter in native.named_parameters():
-                part = find_part(f"model.layers.{number}.mlp.{own_name}", config, ep_size, ep_rank)
+                part = find_part(f"model.layers.{number}.mlp.{own_name}", config, ep_size)  # `source` has no others
                 whole = source.get_parameter(part.name.removeprefix(f"model.layers.{number}.mlp."))
                 if whole is not parameter:  # the shared experts have moved
                     parameter.copy_(whole[part.index])

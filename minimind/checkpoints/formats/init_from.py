@@ -12,6 +12,7 @@ from minimind.checkpoints.formats.layout import own_shapes
 from minimind.checkpoints.formats.source import ModelSource, open_source
 from minimind.errors import UserError
 from minimind.model import MiniMindForCausalLM, ModelConfig
+from minimind.parallel.experts import own_experts
 
 
 def check_init_checkpoint(config: ModelConfig, folder: Path) -> ModelSource:
@@ -44,4 +45,5 @@ def load_init_checkpoint(model: MiniMindForCausalLM, folder: Path) -> None:
             with deepspeed.zero.GatheredParameters([target], modifier_rank=0):
                 target.copy_(source.read(name))
         else:
-            target.copy_(source.read(name))
+            # Beside other ranks of its group, a rank has its own experts alone.
+            target.copy_(own_experts(source.read(name), len(target)))

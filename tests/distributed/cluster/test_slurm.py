@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from services import Slurm, are_gone, ranks_of, wait_for_steps, wait_until
+from repository import ROOT
+from services import BIN, Slurm, are_gone, ranks_of, wait_for_steps, wait_until
 from training_runs import flags_for, losses, read_metrics
 
 pytestmark = pytest.mark.cluster
@@ -93,9 +94,17 @@ def test_a_killed_rank_is_named_and_ends_the_job_within_a_minute(slurm, tiny_cor
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(slurm, tiny_corpus, tmp_path):
-    run_dir, output = tmp_path / "run", tmp_path / "job.log"
-    job = slurm.submit([], flags(tiny_corpus, run_dir, steps=100_000, save_every=0), output)
+    """Its ranks run in a container, whose command only takes away its own flags here."""
+    run_dir, output, stub = tmp_path / "run", tmp_path / "job.log", tmp_path / "apptainer"
+    stub.write_text(
+        f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\nwhile [[ "$1" != *.sif ]]; do shift; done\nexec "${{@:2}}"'
+    )
+    stub.chmod(0o755)
+    inside = {"CONTAINER": "minimind.sif", "PATH": f"{tmp_path}:{BIN}:{slurm.environment['PATH']}"}
+    job = slurm.submit([], flags(tiny_corpus, run_dir, steps=100_000, save_every=0), output, **inside)
     wait_for_steps(run_dir, 3, output)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert len(asked) == 2 and all(f"--bind {ROOT}:{ROOT} " in line and " python3 " in line for line in asked)
     slurm.run("scancel", job)
     found = slurm.wait_for(job, ["CANCELLED", "PENDING", "FAILED", "COMPLETED"])
     assert (found["JobState"], found["Restarts"]) == ("CANCELLED", "0"), output.read_text()

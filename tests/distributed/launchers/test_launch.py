@@ -5,6 +5,7 @@ two ranks that have imported everything once.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -166,6 +167,39 @@ def test_dry_runs_of_the_script_show_the_command(tmp_path, environment, expected
     code, out, err = run(command, DRY_RUN="1", **environment)
     assert (code, err) == (0, "")
     assert out.count("\n") == 1 and expected in out and "--run-dir a\\ b" in out
+
+
+@pytest.mark.parametrize(
+    ("container", "expected"),
+    [
+        ("", f"--wait=60 {ROOT}/"),
+        (
+            "a/minimind.sif",
+            f"apptainer exec --nv --bind {ROOT}:{ROOT}\\,/data:/data --pwd {ROOT} a/minimind.sif python3 ",
+        ),
+        (
+            "org/minimind:1",
+            f"--container-image=org/minimind:1 --container-mounts={ROOT}:{ROOT}\\,/data:/data "
+            f"--container-workdir={ROOT} python3 ",
+        ),
+    ],
+    ids=["no image", "apptainer", "pyxis"],
+)
+def test_one_variable_runs_a_job_in_a_container(container, expected):
+    command = ["bash", str(ROOT / "launch" / "pretrain.sbatch"), "--steps", "3"]
+    code, out, err = run(command, DRY_RUN="1", CONTAINER=container, CONTAINER_MOUNTS="/data")
+    assert (code, err) == (0, "")
+    assert out.startswith("srun ") and expected in out and out.strip().endswith("launch/pretrain.sh --steps 3")
+
+
+def test_both_images_are_made_alike():
+    """Neither is built by a test: that needs root, a network and gigabytes."""
+    docker, apptainer = ((ROOT / name).read_text() for name in ("Dockerfile", "launch/apptainer.def"))
+    assert re.findall(r"^FROM (\S+)", docker, re.M) == re.findall(r"^From: (\S+)", apptainer, re.M) != []
+    for text in (docker, apptainer):
+        assert "bash /opt/minimind/container.sh" in text
+        for name in ("requirements.txt", "requirements-serve.txt", "launch/container.sh"):
+            assert name in text and (ROOT / name).is_file()
 
 
 def test_the_script_is_python_too():
