@@ -23,7 +23,7 @@ from minimind.distributed.out_of_memory import explain_out_of_memory
 from minimind.errors import UserError, run_main
 from minimind.files import hash_file
 from minimind.inference.answer_file import RESPONSE, AnswerFile, Question, count_exact_matches, read_questions
-from minimind.inference.answer_reader import AnswerReader
+from minimind.inference.answer_reader import reader_after
 from minimind.inference.device import ModelFlags, choose_device
 from minimind.inference.generation import Continuation, complete_in_turn
 from minimind.inference.sampling import GenerationOptions
@@ -119,8 +119,7 @@ class QuestionRow(Continuation):
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], options: GenerationOptions, question: Question) -> None:
         super().__init__(tokenizer, prompt, options)
         self.question = question
-        # The end of the prompt may have opened the thinking.
-        self._reader = AnswerReader(tokenizer.decode(prompt[-16:]), reads_calls=bool(question.tools))
+        self._reader = reader_after(tokenizer, prompt, question.tools)
 
     def response(self) -> dict[str, Any]:
         """The fields that the answer adds to its question's."""

@@ -7,7 +7,7 @@ one of the special tokens.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, cached_property, lru_cache
 from importlib import resources
 from itertools import count
@@ -31,20 +31,11 @@ Turn = dict[str, Any]
 and `tool_calls`. `train: False` leaves an assistant's message out of the targets."""
 
 
-class Message(NamedTuple):
-    """A message of text alone."""
-
-    role: str
-    content: str
-
-
-def encode_chat(tokenizer: Tokenizer, messages: Iterable[Message]) -> list[int]:
-    """The token ids of a conversation and of the opening of the assistant's next message.
-
-    Raises:
-        UserError: the tokenizer lacks the marks of a turn, or its template refuses the conversation.
-    """
-    return load_chat_template(tokenizer).encode_prompt([message._asdict() for message in messages])
+def encode_chat(
+    tokenizer: Tokenizer, messages: Sequence[Turn], tools: Any = None, *, thinking: bool | None = None
+) -> list[int]:
+    """`ChatTemplate.encode_prompt` of the tokenizer's template."""
+    return load_chat_template(tokenizer).encode_prompt(messages, tools, thinking=thinking)
 
 
 class EncodedConversation(NamedTuple):
@@ -72,6 +63,7 @@ class ChatTemplate:
             raise UserError(f"the chat template of {tokenizer.file} is not valid Jinja: {error}") from None
         self.marks_answers = re.search(r"{%-?\s*generation\s*-?%}", text) is not None
         """Whether the template says itself what the assistant wrote."""
+        self.reads_tools = "tools" in variables
         self.thinking_variable = next((name for name in _THINKING if name in variables), None)
         """What turns thinking on or off in a prompt, if anything does."""
 
@@ -94,13 +86,16 @@ class ChatTemplate:
             thinking: whether the assistant thinks before it answers; None: as the template has it.
 
         Raises:
-            UserError: the template refuses the conversation, or cannot turn thinking on or off.
+            UserError: the template refuses the conversation, has no place for tools, or cannot turn thinking on or
+                off.
         """
         options: dict[str, Any] = {"add_generation_prompt": True}
         if thinking is not None:
             if self.thinking_variable is None:
                 raise UserError("the model's chat template cannot turn thinking on or off")
             options[self.thinking_variable] = thinking
+        if tools and not self.reads_tools:
+            raise UserError("the model's chat template has no place for tools")
         if not self._keeps_arguments:
             messages = [_with_parsed_arguments(message) for message in messages]
         return self._encode(messages, tools, options).token_ids
@@ -113,6 +108,18 @@ class ChatTemplate:
         except UserError:
             return None
         return [token for token, is_target in zip(token_ids, targets, strict=True) if is_target][-1]
+
+    @cached_property
+    def _opening(self) -> str:
+        """What a prompt that turns thinking on writes of the answer: `<think>` and a line break."""
+        if self.thinking_variable is None or not self.marks_answers:
+            return ""
+        question = [{"role": "user", "content": "a"}]
+        off, on = (
+            self.render(question, add_generation_prompt=True, **{self.thinking_variable: value})
+            for value in (False, True)
+        )
+        return on.removeprefix(off) if on.startswith(off) else ""
 
     @cached_property
     def _keeps_arguments(self) -> bool:
@@ -172,8 +179,9 @@ class ChatTemplate:
         token_ids: list[int] = []
         targets: list[bool] = []
         for place, piece in enumerate(pieces):
-            ids = cover.encode(piece)
             is_answer = place % 2 == 1
+            opening = self._opening if is_answer and piece.startswith(self._opening) else ""
+            ids = cover.encode(opening) + cover.encode(piece.removeprefix(opening))
             if is_answer and not is_prompt and (not ids or ids[-1] not in self.tokenizer.special_ids.values()):
                 raise UserError(
                     "the chat template leaves the token that closes an answer out of its {% generation %} block: a "

@@ -4,8 +4,10 @@ The marks are those that MiniMind, Qwen3 and others write: `<think>` at the begi
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from minimind.data.tokenizer import Tokenizer
 from minimind.inference.text_stream import overlap
 
 THINK, END_THINK = "<think>", "</think>"
@@ -173,6 +175,20 @@ class AnswerReader:
     def _certain(self, mark: str, is_last: bool) -> int:
         """How many characters of `_held` are no beginning of `mark`, or of a line break before it."""
         return len(self._held) - (0 if is_last else max(overlap(self._held, mark), overlap(self._held, "\n" + mark)))
+
+
+def reader_after(tokenizer: Tokenizer, prompt: Sequence[int], tools: Any) -> AnswerReader:
+    """The reader of the answer to a prompt that offers `tools`, if any."""
+    longest_opening = 16  # tokens: `assistant`, `<think>` and line breaks, in whatever pieces
+    return AnswerReader(tokenizer.decode(prompt[-longest_opening:]), reads_calls=bool(tools))
+
+
+def read_message(tokenizer: Tokenizer, prompt: Sequence[int], tools: Any, text: str) -> dict[str, Any]:
+    """The message in the whole text of the answer to a prompt."""
+    reader = reader_after(tokenizer, prompt, tools)
+    reader.push(text)
+    reader.finish()
+    return reader.message()
 
 
 def parse_call(body: str) -> ToolCall | None:

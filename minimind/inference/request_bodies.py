@@ -1,16 +1,18 @@
 """The bodies that OpenAI's clients send, as types: what cannot be served is refused in words, never ignored."""
 
+import json
 from dataclasses import fields
+from itertools import groupby
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from minimind.data.chat_template import Message
+from minimind.data.chat_template import Turn
 from minimind.inference.generation import Prompt
 from minimind.inference.sampling import GenerationOptions
 
 # Accepted: fields that do not affect the answer.
-_HARMLESS = ("user", "name", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+_HARMLESS = ("user", "name", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "index")
 # Values that leave an unsupported field without effect.
 _NEUTRAL: tuple[Any, ...] = (None, False, 0, "", {}, [])
 
@@ -30,6 +32,35 @@ def _read_prompts(value: Any) -> list[Prompt]:
 def _read_content(value: Any) -> Any:
     """A text becomes a list of one part."""
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+def _check_arguments(text: str) -> str:
+    """Arguments as the model wrote them; none may be an empty text."""
+    try:
+        if isinstance(json.loads(text or "{}"), dict):
+            return text or "{}"
+    except (ValueError, RecursionError):
+        pass
+    raise ValueError("not a JSON object, as text")
+
+
+def _check_tools(tools: list[Any]) -> list[Any]:
+    """Functions, which stay as they are: the template writes them as it did in training."""
+    for place, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(f"number {place} is not a function with a name")
+        if function.get("strict"):
+            raise ValueError(
+                f"strict is not supported: arguments of {function['name']} cannot be forced into its schema"
+            )
+    return tools
+
+
+def _check_tool_choice(choice: Any) -> Any:
+    if choice not in (None, "none", "auto"):
+        raise ValueError("a call cannot be forced: give 'none' or 'auto'")
+    return choice
 
 
 class Body(BaseModel):
@@ -92,23 +123,60 @@ class ContentPart(Body):
     text: str
 
 
+class Function(Body):
+    """What an assistant's call names."""
+
+    name: str
+    arguments: Annotated[str, AfterValidator(_check_arguments)]
+
+
+class Call(Body):
+    """A call in an assistant's message."""
+
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: Function
+
+
 class ChatMessage(Body):
     """One turn of a conversation. An assistant's may be without content."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[list[ContentPart] | None, BeforeValidator(_read_content)] = None
+    reasoning_content: str | None = None
+    tool_calls: list[Call] | None = None
+    tool_call_id: str | None = None
 
     @model_validator(mode="after")
-    def _ask_for_content(self) -> "ChatMessage":
-        if self.content is None and self.role != "assistant":
-            raise ValueError(f"a message of the {self.role} needs content")
+    def _check_role(self) -> "ChatMessage":
+        if self.role != "assistant":
+            if self.content is None:
+                raise ValueError(f"a message of the {self.role} needs content")
+            if self.reasoning_content or self.tool_calls:
+                raise ValueError(f"reasoning_content and tool_calls are the assistant's, not the {self.role}'s")
+        if self.tool_call_id and self.role != "tool":
+            raise ValueError(f"tool_call_id is a tool's, not the {self.role}'s")
         return self
+
+    def turn(self) -> Turn:
+        """The message as chat templates take it."""
+        text = "".join(part.text for part in self.content or ())
+        found: Turn = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        calls = [call.model_dump() for call in self.tool_calls or ()]
+        more = {"reasoning_content": self.reasoning_content, "tool_calls": calls, "tool_call_id": self.tool_call_id}
+        return found | {name: value for name, value in more.items() if value}
 
 
 class ResponseFormat(Body):
     """The form of an answer; only free text can be given."""
 
     type: Literal["text"]
+
+
+class TemplateOptions(Body):
+    """Variables of the chat template."""
+
+    enable_thinking: bool | None = None
 
 
 class ChatBody(SamplingBody):
@@ -119,11 +187,43 @@ class ChatBody(SamplingBody):
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
     response_format: ResponseFormat | None = None
-    tool_choice: Literal["none", "auto"] | None = None  # without tools, which are refused, they mean the same
+    tools: Annotated[list[Any] | None, AfterValidator(_check_tools)] = None
+    tool_choice: Annotated[Literal["none", "auto"] | None, BeforeValidator(_check_tool_choice)] = None
     parallel_tool_calls: bool | None = None
+    chat_template_kwargs: TemplateOptions | None = None
 
-    def turns(self) -> list[Message]:
-        """The conversation in MiniMind's roles."""
-        texts = ["".join(part.text for part in message.content or ()) for message in self.messages]
-        roles = ["system" if message.role == "developer" else message.role for message in self.messages]
-        return [Message(*turn) for turn in zip(roles, texts, strict=True)]
+    @model_validator(mode="after")
+    def _check_calls(self) -> "ChatBody":
+        if self.tools and self.parallel_tool_calls is False:
+            raise ValueError("parallel_tool_calls: the model cannot be kept to one call")
+        called: list[str] | None = None
+        for place, message in enumerate(self.messages):
+            if message.role != "tool":
+                called = [call.id for call in message.tool_calls or ()] or None
+            elif called is None:
+                raise ValueError(f"messages.{place}: a tool's message must follow the call that it answers")
+            elif message.tool_call_id and message.tool_call_id not in called:
+                raise ValueError(f"messages.{place}: no call before it has the id {message.tool_call_id!r}")
+        return self
+
+    @property
+    def offered(self) -> list[Any] | None:
+        """The tools that may be called."""
+        return None if self.tool_choice == "none" else self.tools
+
+    @property
+    def thinking(self) -> bool | None:
+        """Whether the model is to think first; None: as its template has it."""
+        return self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None
+
+    def turns(self) -> list[Turn]:
+        """The conversation; results of tools in the order of their calls, by which alone most templates tell them
+        apart."""
+        turns: list[Turn] = []
+        for role, group in groupby(self.messages, lambda message: message.role):
+            messages = list(group)
+            if role == "tool":
+                ids = [call["id"] for call in turns[-1]["tool_calls"]]
+                messages.sort(key=lambda message: ids.index(message.tool_call_id) if message.tool_call_id else 0)
+            turns += [message.turn() for message in messages]
+        return turns

@@ -96,8 +96,52 @@ def test_answers_have_the_same_ids_in_a_history_as_generated(template: ChatTempl
         whole = template.encode(messages, tools).token_ids
         for index, message in enumerate(messages):
             if message["role"] == "assistant" and not message.get("reasoning_content"):
-                prompt = template.encode_prompt(messages[:index], tools)
+                prompt = template.encode_prompt(messages[:index], tools if template.reads_tools else None)
                 assert whole[: len(prompt)] == prompt
+
+
+def test_thinking_that_a_prompt_opens_has_the_ids_of_a_history(folder: Path) -> None:
+    template = ChatTemplate(default_template(), load_tokenizer(folder))
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "- one"}]
+    prompt = template.encode_prompt(messages[:1], thinking=True)
+    assert template.tokenizer.decode(prompt).endswith("assistant\n<think>\n")
+    assert template.encode(messages).token_ids[: len(prompt)] == prompt
+    assert template.encode_prompt(messages[:1], thinking=False) == template.encode_prompt(messages[:1]) != prompt
+
+
+@pytest.mark.parametrize("name", ["enable_thinking", "thinking", "open_thinking"])
+def test_thinking_has_several_names(folder: Path, name: str) -> None:
+    text = SHOUTING + f"{{% if not {name} is defined %}}{{% set {name} = false %}}{{% endif %}}{{{{ {name} }}}}"
+    template = ChatTemplate(text, load_tokenizer(folder))
+    for thinking in (False, True):
+        assert template.tokenizer.decode(template.encode_prompt([], thinking=thinking)).endswith(str(thinking))
+
+
+def test_what_a_template_cannot_do_is_refused(folder: Path) -> None:
+    template = ChatTemplate(SHOUTING, load_tokenizer(folder))
+    with pytest.raises(UserError, match="cannot turn thinking on or off"):
+        template.encode_prompt([], thinking=False)
+    with pytest.raises(UserError, match="has no place for tools"):
+        template.encode_prompt([], [{}])
+
+
+def test_arguments_that_are_a_text_are_not_quoted_again(folder: Path) -> None:
+    """Clients send them as a text; some templates take that for a string of JSON."""
+    function = {"name": "f", "arguments": '{"x":  1}'}
+    called = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+    messages = [{"role": "user", "content": "a"}, called]
+    quoting = "{% for m in messages if m.tool_calls %}{{ m.tool_calls[0].function.arguments | tojson }}{% endfor %}"
+    for text, expected in ((default_template(), '{"x":  1}'), (quoting, '{"x": 1}')):
+        template = ChatTemplate(text, load_tokenizer(folder))
+        assert expected in template.tokenizer.decode(template.encode_prompt(messages))
+    assert function["arguments"] == '{"x":  1}'
+
+
+def test_the_token_that_closes_an_answer(template: ChatTemplate, folder: Path) -> None:
+    assert template.closing_id == template.tokenizer.special_ids["<|im_end|>"]
+    ending = ChatTemplate(SHOUTING.replace("<|im_end|>", "<|endoftext|>"), load_tokenizer(folder))
+    assert ending.closing_id == ending.tokenizer.special_ids["<|endoftext|>"]
+    assert ChatTemplate("no", load_tokenizer(folder)).closing_id is None
 
 
 def test_targets_are_the_answers_and_their_end(template: ChatTemplate) -> None:

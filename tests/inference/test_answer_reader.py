@@ -3,10 +3,14 @@
 import itertools
 import json
 import random
+from typing import Any
 
 import pytest
+from tokenizers_for_tests import save_byte_level, save_sentencepiece
 
-from minimind.inference.answer_reader import AnswerReader, ToolCall
+from minimind.data.chat_template import ChatTemplate, default_template
+from minimind.data.tokenizer import load_tokenizer
+from minimind.inference.answer_reader import AnswerReader, ToolCall, read_message
 
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1,  "b": [2, "加"]}}\n</tool_call>'
 ADD = ToolCall("add", '{"a": 1,  "b": [2, "加"]}')
@@ -112,3 +116,52 @@ def test_the_answer_as_a_message():
     }
     assert json.loads(function["arguments"]) == {"a": 1, "b": [2, "加"]}
     assert (reader.name_end("stop"), reader.name_end("length"), reader.name_end(None)) == ("tool_calls", "length", None)
+
+
+# In the manner of Qwen and MiniMind: a prompt opens the thinking or leaves it out, and there are no generation blocks.
+QWEN = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ '\n' if m.content or not loop.first else '' }}"
+    '<tool_call>\n{"name": "{{ c.function.name }}", "arguments": '
+    "{{ c.function.arguments if c.function.arguments is string else c.function.arguments | tojson }}}\n</tool_call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if tools and add_generation_prompt is not defined %}tools{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n"
+    "{% if not open_thinking %}{{ '\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+def random_answer(draw: random.Random) -> dict[str, Any]:
+    words = ["- one", "(x", "fox", "你好", "\n", " ", "<b>", '"', "\\", "</", "\n\n"]
+
+    def some_text() -> str:
+        return "".join(draw.choices(words, k=draw.randint(0, 5)))
+
+    answer: dict[str, Any] = {"role": "assistant", "content": some_text()}
+    if draw.random() < 0.5:
+        answer["reasoning_content"] = "so" + some_text()
+    if draw.random() < 0.5:
+        calls = [{"name": "f", "arguments": {some_text(): [some_text(), 1.5]}} for _ in range(draw.randint(1, 3))]
+        answer["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+    return answer
+
+
+@pytest.mark.parametrize("text", [default_template(), QWEN], ids=["default", "qwen"])
+@pytest.mark.parametrize("save", [save_sentencepiece, save_byte_level])
+def test_a_history_has_the_ids_that_were_generated(save, text, tmp_path):
+    """Ids to text, to its parts, to the template's ids again: nothing is lost or added, a line break least of all."""
+    template = ChatTemplate(text, load_tokenizer(save(tmp_path)))
+    decode, draw = template.tokenizer.decode, random.Random(0)
+    turns: list[dict[str, Any]] = []
+    for number in range(100):
+        turns = [*turns, {"role": "user", "content": "- so"}] if number % 3 else [{"role": "user", "content": "first"}]
+        answer = random_answer(draw)
+        thinks = "reasoning_content" in answer and (text == QWEN or draw.random() < 0.5)
+        prompt = template.encode_prompt(turns, TOOLS, thinking=thinks)
+        trained = template.encode([*turns, answer], TOOLS).token_ids
+        assert trained[: len(prompt)] == prompt
+        generated = trained[len(prompt) : trained.index(template.closing_id, len(prompt))]
+        turns.append(read_message(template.tokenizer, prompt, TOOLS, decode(prompt + generated)[len(decode(prompt)) :]))
+        history = template.encode_prompt(turns, TOOLS)
+        assert history[: len(prompt) + len(generated) + 1] == [*prompt, *generated, template.closing_id]

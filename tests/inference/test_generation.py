@@ -13,7 +13,7 @@ from tokenizers_for_tests import save_byte_level, save_sentencepiece
 
 from minimind import errors
 from minimind.checkpoints.formats.load_model import load_model
-from minimind.data.chat_template import Message, encode_chat
+from minimind.data.chat_template import encode_chat
 from minimind.data.tokenizer import Tokenizer, load_tokenizer
 from minimind.errors import UserError
 from minimind.generate import main
@@ -166,11 +166,22 @@ def test_the_command_prints_json(capsys, exported, model, tokenizer):
 
 
 def test_a_prompt_can_be_a_question(capsys, exported, model, tokenizer):
-    messages = [Message("system", "be brief"), Message("user", "the fox")]
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the fox"}]
     options = GenerationOptions(temperature=0.0, max_new_tokens=16)
     (expected,) = complete(model, tokenizer, [encode_chat(tokenizer, messages)], options)
     shown = run_main(capsys, exported, "--chat", "--system", "be brief", "--prompt", "the fox")
     assert shown == expected.text + "\n"
+
+
+def test_a_question_may_offer_tools(capsys, exported, model, tokenizer, tmp_path):
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    (tmp_path / "tools.json").write_text(json.dumps(tools))
+    prompt = encode_chat(tokenizer, [{"role": "user", "content": "the fox"}], tools, thinking=True)
+    (expected,) = complete(model, tokenizer, [prompt], GenerationOptions(temperature=0.0, max_new_tokens=16))
+    flags = ("--tools", str(tmp_path / "tools.json"), "--thinking", "True", "--prompt", "the fox")
+    values = json.loads(run_main(capsys, exported, "--chat", "--json", *flags))
+    assert values["text"] == expected.text
+    assert values["message"] == {"role": "assistant", "content": "", "reasoning_content": expected.text}
 
 
 def test_yarn_by_a_flag_reads_a_longer_prompt(capsys, exported):
@@ -188,6 +199,9 @@ def test_yarn_by_a_flag_reads_a_longer_prompt(capsys, exported):
         (["--top-p", "2"], "top_p: 2.0 is not"),
         (["--no-such-flag"], "no-such-flag"),
         (["--system", "x", "--prompt", "y"], "add --chat"),
+        (["--thinking", "True", "--prompt", "y"], "thinking has no effect on plain prompts: add --chat"),
+        (["--tools", "/nowhere"], "tools /nowhere: No such file"),
+        (["--tools", str(ROOT / "ds_configs/zero1.json")], "zero1.json: not a list of objects"),
         (["--json"], "json needs --prompt"),
         (["--rope-original-max-position-embeddings", "5", "--prompt", "x"], "without --rope-scaling-factor"),
         (["--checkpoint", "/nowhere", "--prompt", "x"], "/nowhere does not exist"),

@@ -26,7 +26,7 @@ from tokenizers_for_tests import save_byte_level
 
 from minimind import errors
 from minimind.checkpoints.formats.load_model import load_model
-from minimind.data.chat_template import Message, encode_chat
+from minimind.data.chat_template import encode_chat
 from minimind.data.tokenizer import load_tokenizer
 from minimind.errors import UserError
 from minimind.inference.batching import Batcher, QueueFull, Request, Update
@@ -42,6 +42,7 @@ http_api = pytest.importorskip("minimind.inference.http_api")
 httpx = pytest.importorskip("httpx2" if openai.__version__.startswith("3") else "httpx")
 
 KEY = "a secret"
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -102,7 +103,7 @@ def model(exported):
 
 def expected_answer(model, question: str, max_new_tokens: int = 24) -> str:
     options = GenerationOptions(temperature=0.0, max_new_tokens=max_new_tokens)
-    prompt = encode_chat(model[1], [Message("user", question)])
+    prompt = encode_chat(model[1], [{"role": "user", "content": question}])
     return complete(model[0], model[1], [prompt], options)[0].text
 
 
@@ -239,18 +240,32 @@ def test_a_client_that_goes_frees_its_place(gated, gate, model, stream):
         (b"[]", "the body: Input should be a valid dictionary"),
         (b"", "the body: Field required"),
         (b'{"messages": []}', "messages: List should have at least 1 item"),
-        (b'{"messages": [{"role": "tool", "content": "x"}]}', "role: Input should be 'system', 'developer'"),
+        (b'{"messages": [{"role": "function", "content": "x"}]}', "role: Input should be 'system', 'developer'"),
+        (b'{"messages": [{"role": "tool", "content": "x"}]}', "messages.0: a tool's message must follow the call"),
         (b'{"messages": [{"role": "user", "content": 3}]}', "messages.0.content"),
         (b'{"messages": [{"role": "user", "content": null}]}', "messages.0: a message of the user needs content"),
         (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "type: Input should be 'text', not"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "lone surrogate"),
-        (b'{"messages": [{"role": "assistant", "tool_calls": [{}]}]}', "tool_calls is not supported"),
+        (
+            b'{"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}',
+            "tool_calls.0.function: Field required",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": "x", "reasoning_content": "y"}]}',
+            "messages.0: reasoning_content and tool_calls are the assistant's, not the user's",
+        ),
         ({"model": "gpt-4"}, "there is no model 'gpt-4', only 'tiny-model'"),
         ({"n": 0}, "n: Input should be greater than or equal to 1, not 0"),
         ({"n": 61}, "1 prompts with n 61 ask for more than the 60 answers that may wait"),
         ({"best_of": 2}, "best_of: Input should be 1, not 2"),
-        ({"tools": [{}]}, "tools is not supported"),
-        ({"tool_choice": "required"}, "tool_choice: Input should be 'none' or 'auto', not 'required'"),
+        ({"tools": [{}]}, "tools: number 0 is not a function with a name"),
+        ({"tools": [TOOL | {"function": {"name": "f", "strict": True}}]}, "tools: strict is not supported"),
+        ({"tools": [TOOL], "parallel_tool_calls": False}, "parallel_tool_calls: the model cannot be kept to one call"),
+        ({"functions": [{"name": "f"}]}, "functions is not supported"),
+        ({"tool_choice": "required"}, "tool_choice: a call cannot be forced: give 'none' or 'auto', not 'required'"),
+        ({"tool_choice": TOOL}, "tool_choice: a call cannot be forced: give 'none' or 'auto'"),
+        ({"chat_template_kwargs": {"enable_thinking": "maybe"}}, "chat_template_kwargs.enable_thinking: Input should"),
+        ({"chat_template_kwargs": {"depth": 3}}, "depth is not supported"),
         (
             {"response_format": {"type": "json_object"}},
             "response_format.type: Input should be 'text', not 'json",
@@ -290,7 +305,11 @@ def test_a_turn_of_the_assistant_may_be_empty(server, model):
     messages = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": None}]
     messages.append({"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "dog"}]})
     answer = server.client().chat.completions.create(model="tiny-model", messages=messages, temperature=0)
-    turns = [Message("user", "the fox"), Message("assistant", ""), Message("user", "the dog")]
+    turns = [
+        {"role": "user", "content": "the fox"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "the dog"},
+    ]
     options = GenerationOptions(temperature=0.0, max_new_tokens=24)
     (expected,) = complete(*model, [encode_chat(model[1], turns)], options)
     assert answer.choices[0].message.content == expected.text
@@ -327,7 +346,7 @@ def test_log_probabilities_of_an_answer(server, model):
     client, options = server.client(), GenerationOptions(temperature=0.0, max_new_tokens=24)
     shared = {"logprobs": True, "top_logprobs": 3}
     answer = ask(client, "the fox", **shared).choices[0]
-    prompt = encode_chat(model[1], [Message("user", "the fox")])
+    prompt = encode_chat(model[1], [{"role": "user", "content": "the fox"}])
     (expected,) = complete(*model, [prompt], options)
     with torch.no_grad():
         scores = (
@@ -578,9 +597,13 @@ class Page(HTMLParser):
 def test_the_page_holds_a_conversation_in_a_browser(exported, model, tmp_path):
     """The page and lines that show and ask; an image keeps it loading until the answer is there."""
     shutil.copytree(ROOT / "minimind/inference/chat_page", tmp_path / "page")
-    shown = "".join(f"update(addTurn('assistant'), {json.dumps(text)}, true);\n" for text in (MARKDOWN, HOSTILE))
+    calls = [{"function": {"name": HOSTILE, "arguments": text}} for text in ('{"x": "<b>"}', "<script>run()</script>")]
+    answers = [{"content": MARKDOWN}, {"content": HOSTILE}, {"reasoning": "so *it* is\n" + HOSTILE, "calls": calls}]
+    shown = "".join(f"update(addTurn('assistant'), {json.dumps(answer)}, true);\n" for answer in answers)
     asked = 'at("temperature").value = "0"; at("limit").value = "12"; ask("<b>fox</b>").then(() => {'
-    asked += 'document.body.dataset.said = messages.at(-1).content; fetch("done"); });'
+    asked += "document.body.dataset.said = messages.at(-1).content;"
+    asked += 'messages.at(-1).tool_calls = ["add", "<sub>"].map(name => ({id: name, function: {name}}));'
+    asked += 'ask("<b>1</b>"); document.body.dataset.results = JSON.stringify(results); fetch("done"); });'
     hacked = 'function run() { document.title = "hacked"; }\n'
     with open(tmp_path / "page/chat.js", "a", encoding="utf-8") as script:
         script.write(hacked + shown + asked)
@@ -598,8 +621,9 @@ def test_the_page_holds_a_conversation_in_a_browser(exported, model, tmp_path):
         process.terminate()
         process.wait(20)
     turns = re.findall(r'<div class="turn (\w+)">(.*?)(?=<div class="turn|</main>)', done.stdout, re.S)
-    assert [role for role, _ in turns] == ["assistant", "assistant", "user", "assistant"], done.stdout + done.stderr
-    markdown, hostile, question, answer = (text for _, text in turns)
+    roles = ["assistant", "assistant", "assistant", "user", "assistant", "tool"]
+    assert [role for role, _ in turns] == roles, done.stdout + done.stderr
+    markdown, hostile, thought, question, answer, result = (text for _, text in turns)
     page = Page(markdown)
     tags = ("h1", "strong", "code", "pre", "table")
     assert [page.count(tag=tag) for tag in tags] == [1, 1, 2, 1, 1] and page.count(name="copy") == 2
@@ -615,5 +639,13 @@ def test_the_page_holds_a_conversation_in_a_browser(exported, model, tmp_path):
     for place in ("title", 'h1 id="name"'):
         assert f"<{place}>&lt;img src=x&gt;</" in done.stdout
     assert "&lt;b&gt;fox&lt;/b&gt;" in question
+    assert "<details><summary>Thought</summary>" in thought and "so <em>it</em> is" in thought  # folded
+    page = Page(thought)
+    assert page.count(name="call") == 2 and page.count(tag="img") == page.count(tag="script") == 0
+    assert '"x": "&lt;b&gt;"' in thought and "&lt;script&gt;run()&lt;/script&gt;</pre>" in thought
+    assert "&lt;b&gt;1&lt;/b&gt;" in result and 'placeholder="Result of <sub>"' in done.stdout.replace(
+        "&lt;", "<"
+    ).replace("&gt;", ">")
     (body,) = [attributes for tag, attributes in Page(done.stdout).elements if tag == "body"]
+    assert json.loads(body["data-results"]) == [{"role": "tool", "tool_call_id": "add", "content": "<b>1</b>"}]
     assert body["data-said"] == expected_answer(model, "<b>fox</b>", 12) and "…" not in answer

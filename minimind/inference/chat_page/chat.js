@@ -1,6 +1,6 @@
 "use strict";
 const at = id => document.getElementById(id);
-let messages = [], running = null;
+let messages = [], results = [], running = null;  // results: of the last message's tool calls, while some are missing
 
 // --- Markdown, code and formulas -----------------------------------------------------------------------------------
 
@@ -93,11 +93,38 @@ function addTurn(role) {
   return text;
 }
 /** Show more of an answer; who has scrolled up to read is left there. */
-function update(place, text, isDone) {
+function update(place, {content = "", reasoning = "", calls = []}, isDone) {
   const turns = at("turns"), follows = turns.scrollHeight - turns.scrollTop - turns.clientHeight < 80;
-  render(text || (isDone ? "(no text)" : "…"), place);
-  if (isDone) place.after(copyButton(() => text));
+  if (reasoning) showThinking(place, reasoning, isDone || content || calls.length);
+  render(content || (reasoning || calls.length ? "" : isDone ? "(no text)" : "…"), place);
+  for (const call of calls.slice(place.parentNode.querySelectorAll(".call").length)) place.parentNode.append(callBlock(call));
+  if (isDone && content) place.after(copyButton(() => content));
   if (follows) turns.scrollTop = turns.scrollHeight;
+}
+function showThinking(place, reasoning, isOver) {
+  let fold = place.parentNode.querySelector("details");
+  if (!fold) {
+    fold = document.createElement("details");
+    fold.append(document.createElement("summary"), document.createElement("div"));
+    fold.lastChild.className = "text";
+    place.before(fold);
+  }
+  fold.firstChild.textContent = isOver ? "Thought" : "Thinking…";
+  render(reasoning, fold.lastChild);
+}
+function callBlock({function: {name, arguments: text}}) {
+  const block = document.createElement("div"), bar = document.createElement("div"), pre = document.createElement("pre");
+  block.className = "code call";
+  bar.className = "bar";
+  bar.textContent = "calls " + name;
+  try { pre.textContent = JSON.stringify(JSON.parse(text), null, 2); } catch { pre.textContent = text; }
+  block.append(bar, pre);
+  return block;
+}
+/** The call whose result is asked for next, if any. */
+const openCall = () => messages.at(-1)?.tool_calls?.[results.length];
+function nameInput() {
+  at("text").placeholder = at("text").ariaLabel = openCall() ? "Result of " + openCall().function.name : "Message";
 }
 function setRunning(controller) {
   running = controller;
@@ -114,26 +141,40 @@ async function* readEvents(body) {
     for (const event of events) if (event !== "data: [DONE]") yield JSON.parse(event.slice("data: ".length));
   }
 }
-async function ask(question) {
-  const asked = addTurn("user");
-  asked.textContent = question;
-  const system = at("system").value.trim(), place = addTurn("assistant");
-  const sent = [...(system ? [{role: "system", content: system}] : []), ...messages, {role: "user", content: question}];
-  const body = {messages: sent, stream: true};
+function makeBody(given) {
+  const system = at("system").value.trim(), tools = at("tools").value.trim(), thinking = at("thinking").value;
+  const body = {messages: [...(system ? [{role: "system", content: system}] : []), ...messages, ...given], stream: true};
   if (at("temperature").value) body.temperature = Number(at("temperature").value);
   if (at("limit").value) body.max_tokens = Number(at("limit").value);
-  const conversation = messages;  // "New chat" begins another
-  let answer = "", shown = 0;
+  if (thinking) body.chat_template_kwargs = {enable_thinking: thinking === "on"};
+  try { if (tools) body.tools = JSON.parse(tools); } catch (error) { throw new Error("Tools in the settings: " + error.message); }
+  return JSON.stringify(body);
+}
+/** Ask, or give the result of a call; with the last result the model goes on. */
+async function ask(text) {
+  const call = openCall(), given = [...results, call ? {role: "tool", tool_call_id: call.id, content: text} : {role: "user", content: text}];
+  addTurn(call ? "tool" : "user").textContent = text;
+  if (call && given.length < messages.at(-1).tool_calls.length) {
+    results = given;
+    nameInput();
+    return;
+  }
+  const place = addTurn("assistant"), conversation = messages;  // "New chat" begins another
+  const answer = {content: "", reasoning: "", calls: []};
+  let shown = 0;
   setRunning(new AbortController());
-  update(place, "", false);
+  update(place, answer, false);
   at("turns").scrollTop = at("turns").scrollHeight;
   try {
     const response = await fetch("v1/chat/completions",
-      {method: "POST", headers: headers(), body: JSON.stringify(body), signal: running.signal});
+      {method: "POST", headers: headers(), body: makeBody(given), signal: running.signal});
     if (!response.ok) throw new Error((await response.json()).error.message);
     for await (const event of readEvents(response.body)) {
       if (event.error) throw new Error(event.error.message);
-      answer += event.choices[0]?.delta.content ?? "";
+      const delta = event.choices[0]?.delta ?? {};
+      answer.content += delta.content ?? "";
+      answer.reasoning += delta.reasoning_content ?? "";
+      for (const {index, ...call} of delta.tool_calls ?? []) answer.calls.push(call);
       if (performance.now() - shown < 60) continue;  // a long text is not rendered for every token
       update(place, answer, false);
       shown = performance.now();
@@ -148,7 +189,10 @@ async function ask(question) {
     setRunning(null);
   }
   update(place, answer, true);
-  conversation.push({role: "user", content: question}, {role: "assistant", content: answer});
+  conversation.push(...given, {role: "assistant", content: answer.content,
+    ...(answer.reasoning && {reasoning_content: answer.reasoning}), ...(answer.calls.length && {tool_calls: answer.calls})});
+  if (conversation === messages) results = [];
+  nameInput();
 }
 
 at("form").addEventListener("submit", event => {
@@ -174,6 +218,8 @@ at("text").addEventListener("keydown", event => {
 at("reset").addEventListener("click", () => {
   running?.abort();
   messages = [];
+  results = [];
+  nameInput();
   at("turns").replaceChildren();
   at("text").focus();
 });

@@ -8,7 +8,7 @@ import pytest
 from tokenizers_for_tests import NASTY, TEXT, TEXTS, save_byte_level, save_sentencepiece
 
 from minimind.checkpoints.formats.huggingface_tokenizer import tokenizer_files
-from minimind.data.chat_template import Message, encode_chat
+from minimind.data.chat_template import encode_chat
 from minimind.data.tokenizer import BLANK, Tokenizer, load_tokenizer
 
 MIXED = "新的一天，Hello world! 😀👍🏽 def f(x):\n\treturn x ** 2  # 平方\n\n  “引号” café ﬁ 1234567 <|im_end|>\n"
@@ -79,13 +79,12 @@ def test_llama_cpp_s_converter_is_told_to_put_nothing_before_a_text(tmp_path):
 def test_a_conversation_is_written_alike(both):
     ours, theirs = both
     turns = [
-        Message("system", "简短"),
-        Message("user", "the fox?"),
-        Message("assistant", "yes"),
-        Message("user", "why"),
+        {"role": "system", "content": "简短"},
+        {"role": "user", "content": "the fox?"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "why"},
     ]
-    values = [{"role": turn.role, "content": turn.content} for turn in turns]
-    found = theirs.apply_chat_template(values, add_generation_prompt=True, tokenize=True, return_dict=False)
+    found = theirs.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
     assert found == encode_chat(ours, turns)
     assert theirs.eos_token == "<|im_end|>" and theirs.pad_token == "<|endoftext|>"
 
