@@ -174,12 +174,13 @@ class AnswerFile:
             raise UserError(f"output {self.file} is being written by another process")
 
     def _read_journal(self) -> None:
-        """Find the answers that are kept; what was cut off by the end of a process goes."""
+        """Find the answers that are kept; what the end of a process cut off, or that of a machine lost, goes."""
         start = 0
         with open(self._journal_file, "rb") as lines:
             for line in lines:
-                if not line.endswith(b"\n"):
+                number = line.split(b"\t", 1)[0]
+                if not (line.endswith(b"\n") and number.isdigit()):
                     break
-                self._places[int(line.split(b"\t", 1)[0])] = (start, len(line))
+                self._places[int(number)] = (start, len(line))
                 start += len(line)
         self._journal.truncate(start)
