@@ -93,7 +93,11 @@ def measure_ours(kind: str, tokens: Any, vocab_size: int) -> int:
     import minimind.parallel.engine  # noqa: F401 - imports do not count
     from minimind.training.step_record import peak_memory_bytes
 
-    run = {"seq_len": tokens.shape[1] - 1, "micro_batch_size": tokens.shape[0], "compile": "compiled" in kind}
+    run = {
+        "seq_len": tokens.shape[1] - 1,
+        "micro_batch_size": tokens.shape[0],
+        "compile": "on" if "compiled" in kind else "off",
+    }
     run["precision"] = "fp32" if "fp32" in kind else "bf16"
     with workspace() as folder, joined() as (env, device):
         before = peak_memory_bytes(device)

@@ -25,6 +25,7 @@ from minimind.distributed.out_of_memory import explain_out_of_memory
 from minimind.distributed.process_group import process_group
 from minimind.distributed.startup import join_ranks, report_startup_error
 from minimind.errors import EXIT_STOPPED, UserError, run_main
+from minimind.parallel.compilation import settle_compilation
 from minimind.parallel.op_builds import build_ops
 from minimind.reports.plan.memory import estimate_memory
 from minimind.training.setup import RunData, memory_remedies, prepare, run_rank
@@ -90,6 +91,7 @@ def describe(resolved: ResolvedRun, env: RankEnvironment, device: torch.device, 
         f"accumulated x {resolved.dp_size} ranks; {tokens_per_step:,} tokens a step",
         f"length    {train.steps:,} steps, {train.steps / per_epoch:.2f} epochs ({per_epoch:.1f} steps an epoch), "
         f"{train.steps * tokens_per_step:,} tokens",
+        "compile   " + settle_compilation(train.compile, device.type)[1],
         "memory    " + memory.summary(),
     ]
     lines += [f"note      {note}" for note in resolved.notes]

@@ -22,6 +22,7 @@ DTYPE_NAMES: dict[Precision, str] = {"fp32": "float32", "bf16": "bfloat16", "fp1
 Schedule = Literal["cosine", "linear", "constant", "wsd", "step", "exponential", "deepspeed"]
 OptimizerName = Literal["adamw", "muon", "deepspeed"]
 MoeBackend = Literal["autoep", "deepspeed"]
+CompileMode = Literal["auto", "on", "off"]
 GateNoise = Literal["none", "jitter", "rsample"]
 
 SHARD_FINGERPRINT = "shard_fingerprint"
@@ -103,8 +104,9 @@ class TrainConfig:
     """Arithmetic of forward and backward."""
     activation_checkpointing: bool = False
     """Keep only each block's input for the backward and recompute the rest: less memory, about a third more time."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
+    compile: CompileMode = "auto"
+    """Compile each block with torch.compile: fewer and larger kernels, after a minute at the first start. auto: on a
+    GPU, where Triton and a C compiler are installed."""
     moe_backend: Annotated[MoeBackend | None, _default("autoep, for a model with experts")] = None
     """What runs the experts: autoep (DeepSpeed's AutoEP) drops no token and knows every ZeRO stage; deepspeed
     (deepspeed.moe) can limit what an expert takes, and knows ZeRO 0 to 2."""
@@ -195,10 +197,13 @@ class RunConfig:
         if isinstance(model, Mapping) and "preset" in model:
             model = {**preset(model["preset"]).to_dict(), **model}
             del model["preset"]
+        train = mapping.get("train", {})
+        if isinstance(train, Mapping) and isinstance(train.get("compile"), bool):  # as runs of before have it
+            train = {**train, "compile": "on" if train["compile"] else "off"}
         return cls(
             model=ModelConfig(**check_fields(ModelConfig, model, f"{where}: model")),
             data=DataConfig(**check_fields(DataConfig, mapping.get("data", {}), f"{where}: data")),
-            train=TrainConfig(**check_fields(TrainConfig, mapping.get("train", {}), f"{where}: train")),
+            train=TrainConfig(**check_fields(TrainConfig, train, f"{where}: train")),
         )
 
 

@@ -63,6 +63,29 @@ class LMHead(Linear):
         else:
             total += left @ right
 
+    @staticmethod
+    def chunk_loss(
+        logits: Tensor, targets: Tensor, z_loss_coef: float, need_grad: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The summed loss of a chunk's (n, vocab_size) logits, and its gradient by them in their dtype."""
+        counted = (targets != IGNORE_INDEX).unsqueeze(1)  # (n, 1)
+        indices = targets.unsqueeze(1).clamp(min=0)
+        target_logits = logits.gather(1, indices).float()
+        log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+        target_log_probs = log_probs.gather(1, indices)
+        losses = -target_log_probs
+        log_partition = target_logits - target_log_probs  # (n, 1)
+        if z_loss_coef:
+            losses = losses + z_loss_coef * log_partition.square()
+        loss = (losses * counted).sum()
+        if not need_grad:
+            return loss, None
+        grad = log_probs.exp_()
+        if z_loss_coef:
+            grad *= 1 + 2 * z_loss_coef * log_partition
+        grad.scatter_add_(1, indices, grad.new_full((1, 1), -1.0).expand_as(indices))
+        return loss, grad.mul_(counted).to(logits.dtype)
+
 
 @torch.no_grad()
 def _compute_dtype(states: Tensor, weight: Tensor) -> torch.dtype:
@@ -90,7 +113,7 @@ class _TokenLoss(torch.autograd.Function):
         states_grads = []
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         for rows, targets in zip(states.split(chunk), labels.split(chunk), strict=True):
-            loss, logits_grad = _chunk_loss(head.matmul(rows, weight.t()), targets, z_loss_coef, is_trained)
+            loss, logits_grad = head.chunk_loss(head.matmul(rows, weight.t()), targets, z_loss_coef, is_trained)
             total = total + loss
             if logits_grad is not None and need_states:
                 states_grads.append(head.matmul(logits_grad, weight))
@@ -111,24 +134,3 @@ class _TokenLoss(torch.autograd.Function):
             None if weight_grad is None else (weight_grad * scale).to(ctx.weight_dtype),
             *[None] * 4,
         )
-
-
-def _chunk_loss(logits: Tensor, targets: Tensor, z_loss_coef: float, need_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """The summed loss of a chunk's (n, vocab_size) logits, and its gradient by them in their dtype."""
-    counted = (targets != IGNORE_INDEX).unsqueeze(1)  # (n, 1)
-    indices = targets.unsqueeze(1).clamp(min=0)
-    target_logits = logits.gather(1, indices).float()
-    log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
-    target_log_probs = log_probs.gather(1, indices)
-    losses = -target_log_probs
-    log_partition = target_logits - target_log_probs  # (n, 1)
-    if z_loss_coef:
-        losses = losses + z_loss_coef * log_partition.square()
-    loss = (losses * counted).sum()
-    if not need_grad:
-        return loss, None
-    grad = log_probs.exp_()
-    if z_loss_coef:
-        grad *= 1 + 2 * z_loss_coef * log_partition
-    grad.scatter_add_(1, indices, grad.new_full((1, 1), -1.0).expand_as(indices))
-    return loss, grad.mul_(counted).to(logits.dtype)

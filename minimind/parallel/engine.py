@@ -6,7 +6,7 @@ Adam under offload, or the one that the JSON names.
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -18,34 +18,15 @@ from minimind.config.deepspeed_keys import offload_device, zero_stage
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import DTYPE_NAMES, Precision
 from minimind.distributed.collectives import log
-from minimind.errors import UserError, first_line
 from minimind.model import MiniMindForCausalLM
+from minimind.model.attention import Attention
 from minimind.model.kernels.apply import apply_kernels, chosen_kernels
+from minimind.model.kernels.compiled import Compiler
 from minimind.model.layers import FeedForward
-from minimind.parallel.experts import (
-    AUTOEP_EXPERTS,
-    attach_router_hooks,
-    leave_out_of_compilation,
-    only_own_experts,
-    replace_experts,
-)
+from minimind.parallel.compilation import compile_model, settle_compilation
+from minimind.parallel.experts import AUTOEP_EXPERTS, attach_router_hooks, only_own_experts, replace_experts
 from minimind.parallel.op_builds import build_ops, leave_muon_uncompiled
 from minimind.parallel.optimizer import clips_here, parameter_groups
-
-
-@contextlib.contextmanager
-def explain_compile_errors() -> Iterator[None]:
-    """Turn what torch.compile misses at the first forward of the block (Triton, a C compiler) into one line.
-
-    Raises:
-        UserError: it could not compile.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-            raise
-        raise UserError(f"--compile: {first_line(error)}; install what is missing, or leave --compile out") from error
 
 
 def build_model(resolved: ResolvedRun, device: torch.device) -> MiniMindForCausalLM:
@@ -84,8 +65,7 @@ def build_engine(resolved: ResolvedRun, model: MiniMindForCausalLM) -> deepspeed
     """
     train, ds = resolved.train, copy.deepcopy(resolved.ds)
     build_ops(resolved, log)
-    if not train.compile:
-        leave_muon_uncompiled()
+    leave_muon_uncompiled()
     build_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None
     if train.optimizer == "adamw" and resolved.zero.offload_optimizer is None:
         # With a client optimizer DeepSpeed would only keep the section for its own bookkeeping.
@@ -114,9 +94,8 @@ def build_engine(resolved: ResolvedRun, model: MiniMindForCausalLM) -> deepspeed
         engine.enable_backward_allreduce = False
     attach_router_hooks(resolved, model)
     apply_kernels(model, engine.device, [AUTOEP_EXPERTS])
-    if train.compile:
-        leave_out_of_compilation(model)
-        engine.compile()
+    if settle_compilation(train.compile, engine.device.type)[0]:
+        compile_model(model, Compiler(log, required=train.compile == "on"))
     return engine
 
 
@@ -143,7 +122,10 @@ def gathers_by_block(ds: dict[str, Any]) -> bool:
 
 
 def _gather_by_block(model: MiniMindForCausalLM) -> None:
-    """Blocks with experts stay as they are: DeepSpeed has its own layers in them."""
+    """In a block with experts DeepSpeed has its own layers: there, the attention and the feed-forwards that every token
+    visits."""
     for block in model.model.layers:
-        if isinstance(block.mlp, FeedForward):
-            set_z3_leaf_module(block, True)
+        is_dense = isinstance(block.mlp, FeedForward)
+        for module in [block] if is_dense else block.modules():
+            if is_dense or isinstance(module, Attention | FeedForward):
+                set_z3_leaf_module(module, True)

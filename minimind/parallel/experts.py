@@ -134,14 +134,6 @@ class FastGroupedExperts(GroupedExperts):
 AUTOEP_EXPERTS = Kernel("experts", GroupedExperts, FastGroupedExperts, on_cpu)
 
 
-def leave_out_of_compilation(model: MiniMindForCausalLM) -> None:
-    """Let `torch.compile` step around the layers of experts: how many rows an expert gets is known on the host alone,
-    and a trace of torch's grouped product knows bfloat16 only."""
-    for layer in model.model.layers:
-        if isinstance(layer.mlp, AutoEPMoELayer | NativeExperts):
-            layer.mlp.forward = torch.compiler.disable(layer.mlp.forward)  # type: ignore[method-assign]
-
-
 def split_groups(parameter_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The optimizer's groups, each with a `name`, with the experts that not every rank holds apart: DeepSpeed knows
     them by that. A dense model's groups stay as they are."""

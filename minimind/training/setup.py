@@ -30,8 +30,9 @@ from minimind.distributed.watchdog import Watchdog
 from minimind.errors import UserError
 from minimind.model.kernels.attention import has_varlen_attention
 from minimind.model.kernels.matmul import has_fast_matmul
+from minimind.parallel.compilation import settle_compilation
 from minimind.parallel.deepspeed_check import check_ds_config, check_ops
-from minimind.parallel.engine import build_engine, build_model, explain_compile_errors
+from minimind.parallel.engine import build_engine, build_model
 from minimind.training.control import hold_run
 from minimind.training.objectives.pretrain import Pretrain
 from minimind.training.peak_flops import peak_flops
@@ -73,6 +74,7 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
     )
     check_ds_config(resolved.ds)
     check_ops(resolved.ds)
+    settle_compilation(run.train.compile, device.type)
     check_wandb(run.train.wandb_project)
     check_run_folder(resolved, identify(data.train.reader))
     if run.train.init_from is not None:
@@ -152,10 +154,7 @@ def run_rank(
         try:
             # Inside the one of train.main, so that the run's events get the line too.
             remedies = memory_remedies(resolved)
-            with (
-                explain_out_of_memory(device, remedies, env.rank_label, lambda: watchdog.position),
-                explain_compile_errors(),
-            ):
+            with explain_out_of_memory(device, remedies, env.rank_label, lambda: watchdog.position):
                 return trainer.fit()
         except UserError as error:
             record.log_event("fail", trainer.state.step, str(error))

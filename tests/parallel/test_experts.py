@@ -87,7 +87,7 @@ def test_residual_experts_train_as_in_the_plain_loop(pool: RankPool, backend):
 def test_compiled_around_the_experts_nothing_changes(pool: RankPool, backend):
     model = {**EXPERTS, "num_hidden_layers": 2}
     expected = train_plainly(model, 4)
-    cells = [(stage, model, {"moe_backend": backend, "ep_size": 2, "compile": True}) for stage in (0, 2)]
+    cells = [(stage, model, {"moe_backend": backend, "ep_size": 2, "compile": "on"}) for stage in (0, 2)]
     for curve in pool.run(walk, cells, 4)[0]:
         assert_curve(curve, expected, 1e-4, 1e-3)
 
