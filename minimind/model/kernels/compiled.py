@@ -39,9 +39,10 @@ class Compiler:
                 # From the compiler, and not from what is compiled, such as a device that is full.
                 if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
                     raise
+                reason = first_line(getattr(error, "inner_exception", error))
                 if self.required:
-                    raise UserError(f"--compile on: {name}: {first_line(error)}; install what is missing") from error
-                self.say(f"not compiled: {name}: {first_line(error)}")
+                    raise UserError(f"--compile on: {name}: {reason}; install what is missing") from error
+                self.say(f"not compiled: {name}: {reason}")
                 run = plain
                 return plain(*inputs)
             run = traced
