@@ -6,7 +6,7 @@ Adam under offload, or the one that the JSON names.
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed

@@ -1,4 +1,4 @@
-"""Engines of other kinds train as the plain one does: compiled, offloaded, Muon, and all that the table lets run."""
+"""Engines of other kinds train as the plain one does: offloaded, Muon, and all that the table lets run."""
 
 import math
 
@@ -17,7 +17,6 @@ from minimind.config.deepspeed_table import TABLE, Row
 from minimind.config.resolve import resolve_run
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
 from minimind.errors import UserError
-from minimind.model import ModelConfig
 from minimind.parallel import deepspeed_check
 
 pytestmark = pytest.mark.usefixtures("group")
@@ -58,7 +57,6 @@ def test_what_the_table_lets_run_takes_steps(row, stage):
     run = RunConfig(model=MODEL, data=DataConfig(seq_len=16), train=TrainConfig(steps=2, micro_batch_size=4))
     losses, _, _ = train(resolve_run(run, row.example_json(stage), dp_size=1), make_steps(2))
     assert all(map(math.isfinite, losses))
-
 
 
 @pytest.mark.slow
