@@ -89,7 +89,7 @@ def main() -> None:
 def collect_documents(workers: int) -> Iterator[Document]:
     """Every document, best prose first; the same order on every run on one machine."""
     for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]):
-        yield from _split_sections(_read(path), f"{ROOT.name}/{path.relative_to(ROOT)}")
+        yield from _split_sections(read_source(path), f"{ROOT.name}/{path.relative_to(ROOT)}")
     for name, topic in sorted(topics.topics.items()):
         yield Document(topic, f"python:{name}")
     packages: dict[str, importlib.metadata.Distribution] = {}
@@ -120,14 +120,9 @@ def drop_repeated(documents: Iterable[Document]) -> Iterator[Document]:
 
 def find_docstrings(source: str) -> list[str]:
     """Docstrings under the name and arguments that they document, in order; none if the source does not parse."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return []
+    tree = parse_source(source)
     found = []
-    nodes = [node for node in ast.walk(tree) if isinstance(node, _Documented)]
+    nodes = [node for node in ast.walk(tree) if isinstance(node, _Documented)] if tree else []
     for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
         paragraphs = (ast.get_docstring(node) or "").split("\n\n")
         text = "\n\n".join(paragraph for paragraph in paragraphs if not _LICENCE.search(paragraph)).strip()
@@ -139,6 +134,24 @@ def find_docstrings(source: str) -> list[str]:
             text = f"{node.name}({ast.unparse(node.args)})\n\n{text}"
         found.append(text)
     return found
+
+
+def parse_source(source: str) -> ast.Module | None:
+    """The syntax tree of Python source; None if it does not parse."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def read_source(path: Path) -> str:
+    """The text of a file, or nothing if it is no text, too large, or gone."""
+    try:
+        return path.read_text(encoding="utf-8") if path.stat().st_size <= _LARGEST_FILE else ""
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def is_prose(text: str) -> bool:
@@ -175,15 +188,7 @@ def _pack(pieces: Iterable[str], source: str) -> Iterator[Document]:
 
 
 def _parse_module(path: Path) -> list[str]:
-    return find_docstrings(_read(path))
-
-
-def _read(path: Path) -> str:
-    """The text of a file, or nothing if it is no text, too large, or gone."""
-    try:
-        return path.read_text(encoding="utf-8") if path.stat().st_size <= _LARGEST_FILE else ""
-    except (OSError, UnicodeDecodeError):
-        return ""
+    return find_docstrings(read_source(path))
 
 
 if __name__ == "__main__":

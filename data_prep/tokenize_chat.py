@@ -12,6 +12,8 @@ import tyro
 from data_prep.tokenize_corpus import PrepareFlags, prepare
 from data_prep.writing.encode_chat import ChatOptions
 from minimind.cli import parse_flags
+from minimind.data.dataset import PackedDataset
+from minimind.data.shards import open_split
 from minimind.errors import run_main
 
 
@@ -25,6 +27,12 @@ def main() -> None:
         TokenizeChatFlags, sys.argv[1:], default=tyro.MISSING_NONPROP, prog="python -m data_prep.tokenize_chat"
     )
     prepare(flags, ChatOptions)
+    if flags.seq_len is not None:
+        windows = PackedDataset(open_split(flags.output, "train"), flags.seq_len)
+        print(
+            f"{len(windows):,} windows of {flags.seq_len} tokens: {windows.padding:.1%} padding, "
+            f"{windows.num_cut:,} conversations cut at their end"
+        )
 
 
 if __name__ == "__main__":

@@ -135,6 +135,7 @@ def prepare_corpus(
     interval = 0.2 if sys.stderr.isatty() else 30.0
     splits = SPLITS if options.val_fraction or flags.val_input else SPLITS[:1]
     documents: Counter[str] = Counter()
+    forms: Counter[str] = Counter()
     num_empty = 0
     with contextlib.ExitStack() as stack:
         path = folder.partial / BAD_DOCUMENTS_NAME
@@ -155,6 +156,7 @@ def prepare_corpus(
             bad.add(len(chunk.documents) + len(chunk.problems), chunk.problems)
             documents[chunk.source.name] += writer.add_chunk(index, chunk)
             num_empty += chunk.num_empty
+            forms += chunk.forms
             progress.update(chunk.progress)
             progress.set_postfix_str(f"{writer.num_documents:,} documents", refresh=False)
             if writer.limit_reached:
@@ -164,6 +166,10 @@ def prepare_corpus(
     left_out = {"bad_documents": bad.count, "empty_documents": num_empty, "repeated_documents": writer.num_repeated}
     folder.publish({**left_out, "limit_reached": writer.limit_reached, "splits": totals}, documents)
     print_counts(sources, documents, left_out)
+    if forms:
+        print(
+            "read from records in the form " + ", ".join(f"{form} ({count:,})" for form, count in forms.most_common())
+        )
 
 
 def print_counts(sources: list[Source], documents: Counter[str], left_out: dict[str, int]) -> None:

@@ -1,7 +1,8 @@
 """Trains a SentencePiece BPE tokenizer on any input of the corpus reader: python -m data_prep.train_tokenizer.
 
-Byte fallback and no normalisation: every valid text comes back exactly. The same input gives the same model file on any
-machine.
+Byte fallback and no normalisation: every valid text comes back exactly. No token goes on behind a line break, so a text
+that is cut there, such as a conversation at its answers, has the ids of the whole. The same input gives the same model
+file on any machine.
 """
 
 import hashlib
@@ -11,43 +12,56 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import sentencepiece
+import tokenizers
 import tyro
+from sentencepiece import sentencepiece_model_pb2 as model_format
 from tqdm import tqdm
 
 from data_prep.reading.documents import BadDocuments, read_documents
 from data_prep.reading.records import FRACTION, ReadOptions
 from data_prep.reading.sources import resolve_sources
 from minimind.cli import parse_flags
-from minimind.data.tokenizer import BLANK, CONFIG_NAME, MODEL_NAME, SPECIAL_TOKENS, load_tokenizer
+from minimind.data.chat_template import TEMPLATE_NAME
+from minimind.data.tokenizer import (
+    BLANK,
+    CONFIG_NAME,
+    CONTENT_MARKS,
+    MODEL_NAME,
+    SPECIAL_TOKENS,
+    Tokenizer,
+    load_tokenizer,
+)
 from minimind.errors import UserError, run_main
 from minimind.files import disk_errors, replace_file
 from minimind.schema import AT_LEAST_1, Limits
 
 UNKNOWN_TOKEN = "<unk>"
-_RESERVED_PIECES = len(SPECIAL_TOKENS) + 1 + 256
-"""Special tokens, the unknown token that the format demands (byte fallback never uses it), and the bytes."""
+_RESERVED_PIECES = len(SPECIAL_TOKENS) + 1 + len(CONTENT_MARKS) + 256
+"""Special tokens, the unknown token that the format demands (byte fallback never uses it), marks, and the bytes."""
 SMALLEST_VOCABULARY = _RESERVED_PIECES + 4
 
 _SENTENCE_CHARACTERS = 4000
-# Up to a line break, which then begins the next sentence: the library takes line breaks off the end of sentences.
-_SENTENCE = re.compile(rf"(?s).{{1,{_SENTENCE_CHARACTERS}}}(?=\n|\Z)|.{{1,{_SENTENCE_CHARACTERS}}}")
-_SPECIALS = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+_SENTENCE = re.compile(rf"(?s).{{1,{_SENTENCE_CHARACTERS}}}(?:(?<=\n)|\Z)|.{{1,{_SENTENCE_CHARACTERS}}}")
+"""Up to the end of a line, if there is one."""
+_SPECIALS = re.compile("|".join(map(re.escape, SPECIAL_TOKENS + CONTENT_MARKS)))
+_LINE_BREAK = "\u240a"
+"""Stands for a line break in what the library learns from, as it takes line breaks off the end of sentences."""
 # The library would read these as its own space, unknown and boundary marks, or drop the sentence.
-_UNTRAINABLE = f"\0\t{BLANK}\u2585"
+_UNTRAINABLE = f"\0\t{BLANK}\u2585{_LINE_BREAK}"
 _CHARACTER_COVERAGE = 0.9995
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTokenizerFlags(ReadOptions):
-    """Train a tokenizer on text files or data sets."""
+    """Train a tokenizer on text files or data sets, or add tokens to one."""
 
-    input: tuple[str, ...]
+    input: tuple[str, ...] = ()
     """Files (.jsonl .ndjson .json .txt .parquet .csv .tsv, also .gz .zst .bz2 .xz), folders, globs, - or hf:NAME."""
     output: Path
     """Folder for tokenizer.model and tokenizer_config.json."""
@@ -57,25 +71,39 @@ class TrainTokenizerFlags(ReadOptions):
     """Learn from at most so much text: a sample spread evenly over a larger input, always the same one."""
     max_bad_fraction: Annotated[float, FRACTION] = 0.01
     """Stop if more than this fraction of the documents is bad."""
+    add_special_token: tuple[str, ...] = ()
+    """Tokens to add behind all others, such as <|fim|>: to the one that is trained, or to that of --tokenizer."""
+    tokenizer: Path | None = None
+    """In place of --input: the tokenizer, of whatever kind, that --add-special-token grows."""
     overwrite: bool = False
     """Replace a tokenizer that is already in the output folder."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.tokenizer is None) != bool(self.input):
+            raise UserError("give either --input to train a tokenizer, or --tokenizer with --add-special-token")
+        if self.tokenizer is not None and not self.add_special_token:
+            raise UserError("--tokenizer: name the tokens that it is to get with --add-special-token")
 
 
 def main() -> None:
     flags = parse_flags(
         TrainTokenizerFlags, sys.argv[1:], default=tyro.MISSING_NONPROP, prog="python -m data_prep.train_tokenizer"
     )
+    if flags.tokenizer is not None:
+        grow_tokenizer(load_tokenizer(flags.tokenizer), flags.add_special_token, flags.output, flags.overwrite)
+        return
     model_file = flags.output / MODEL_NAME
-    if model_file.exists() and not flags.overwrite:
-        raise UserError(f"{model_file} already exists: choose another --output or give --overwrite")
+    _check_free(model_file, flags.overwrite)
     sources = resolve_sources(flags.input, default_format=flags.format)
     documents = read_documents(sources, flags, BadDocuments(flags.max_bad_fraction))
     with tqdm(documents, desc="reading", unit=" documents", disable=None) as progress:
         sentences = sample_sentences(cut_sentences(progress), flags.max_train_bytes)
     num_bytes = sum(len(sentence.encode()) for sentence in sentences)
     print(f"training on {num_bytes:,} bytes of text ...", flush=True)
-    model = train_tokenizer(sentences, flags.vocab_size)
-    save_tokenizer(model, flags.output, flags.vocab_size)
+    added = len(flags.add_special_token)
+    model = add_pieces(train_tokenizer(sentences, flags.vocab_size - added), flags.add_special_token)
+    save_tokenizer(model, flags.output)
     tokens = load_tokenizer(model_file).encode_batch(sentences[:1000])
     ratio = sum(len(s.encode()) for s in sentences[:1000]) / max(sum(map(len, tokens)), 1)
     print(f"{model_file}: {flags.vocab_size} tokens, {ratio:.2f} bytes a token")
@@ -122,11 +150,12 @@ def train_tokenizer(sentences: list[str], vocab_size: int) -> bytes:
         characters.update(sentence)
     alphabet = _choose_alphabet(characters, (vocab_size - _RESERVED_PIECES) // 2)
     breaks = {ord(c): "\t" for c in [*characters, *_UNTRAINABLE] if c not in alphabet}
+    breaks[ord("\n")] = f"{_LINE_BREAK}\t"
     parts = (part for sentence in sentences for part in sentence.translate(breaks).split("\t"))
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(part for part in parts if part.strip("\r\n")),
+            sentence_iterator=(part for part in parts if part.strip(f"\r{_LINE_BREAK}")),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -148,21 +177,75 @@ def train_tokenizer(sentences: list[str], vocab_size: int) -> bytes:
             bos_piece=SPECIAL_TOKENS[1],
             eos_piece=SPECIAL_TOKENS[2],
             unk_piece=UNKNOWN_TOKEN,
+            control_symbols=list(CONTENT_MARKS),
             num_threads=4,  # stands in the model file, so it must not follow the machine
             minloglevel=5,
         )
     except RuntimeError as error:
         raise UserError(_explain(str(error), vocab_size)) from None
-    return model.getvalue()
+    trained = model_format.ModelProto.FromString(model.getvalue())
+    for piece in trained.pieces:
+        piece.piece = piece.piece.replace(_LINE_BREAK, "\n")
+    return trained.SerializeToString(deterministic=True)
 
 
-def save_tokenizer(model: bytes, folder: Path, vocab_size: int) -> None:
+def add_pieces(model: bytes, tokens: Sequence[str]) -> bytes:
+    """A SentencePiece model with more special tokens behind its own."""
+    grown = model_format.ModelProto.FromString(model)
+    _check_new(tokens, [piece.piece for piece in grown.pieces])
+    for token in tokens:
+        grown.pieces.add(piece=token, score=0.0, type=model_format.ModelProto.SentencePiece.CONTROL)
+    return grown.SerializeToString(deterministic=True)
+
+
+def grow_tokenizer(tokenizer: Tokenizer, tokens: Sequence[str], folder: Path, overwrite: bool) -> None:
+    """Write a tokenizer with more special tokens, their ids behind all others, and what lies beside it.
+
+    Raises:
+        UserError: it has one of the tokens already, or `folder` has a tokenizer.
+    """
+    file = folder / tokenizer.file.name
+    _check_free(file, overwrite)
+    _check_new(tokens, [*tokenizer.special_ids, *tokenizer.mark_ids])
+    data, beside = tokenizer.file.read_bytes(), (CONFIG_NAME, TEMPLATE_NAME)
+    if file.suffix == ".model":
+        save_tokenizer(add_pieces(data, tokens), folder)
+        beside = (TEMPLATE_NAME,)
+    else:
+        grown = tokenizers.Tokenizer.from_str(data.decode())
+        grown.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in tokens])
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_file(file, grown.to_str(pretty=True))
+    for name in beside:
+        if (tokenizer.file.parent / name).is_file():
+            replace_file(folder / name, (tokenizer.file.parent / name).read_bytes())
+    ids = load_tokenizer(file).special_ids
+    print(f"{file}: " + ", ".join(f"{token} is id {ids[token]}" for token in tokens))
+
+
+def _check_new(tokens: Sequence[str], known: Sequence[str]) -> None:
+    for place, token in enumerate(tokens):
+        if not token.strip():
+            raise UserError("--add-special-token: a token has no text")
+        if token in known or token in tokens[:place]:
+            raise UserError(f"--add-special-token {token}: the tokenizer has this token already")
+
+
+def _check_free(file: Path, overwrite: bool) -> None:
+    if file.exists() and not overwrite:
+        raise UserError(f"{file} already exists: choose another --output or give --overwrite")
+
+
+def save_tokenizer(model: bytes, folder: Path) -> None:
     """Write `tokenizer.model`, and beside it `tokenizer_config.json` with its size, special tokens and sha256."""
+    pieces = model_format.ModelProto.FromString(model).pieces
+    control = model_format.ModelProto.SentencePiece.CONTROL
     config = {
         "format_version": 1,
         "type": "sentencepiece",
-        "vocab_size": vocab_size,
-        "special_tokens": {token: token_id for token_id, token in enumerate(SPECIAL_TOKENS)},
+        "vocab_size": len(pieces),
+        "special_tokens": {piece.piece: token_id for token_id, piece in enumerate(pieces) if piece.type == control},
         "sha256": hashlib.sha256(model).hexdigest(),
     }
     with disk_errors(folder):

@@ -18,6 +18,20 @@ class Rejected(Exception):
     """In place of a text: why there is none."""
 
 
+class FormedText(str):
+    """The text of a document, with the form of record it was found in."""
+
+    __slots__ = ("form",)
+
+    def __new__(cls, text: str, form: str) -> "FormedText":
+        made = super().__new__(cls, text)
+        made.form = form
+        return made
+
+    def __getnewargs__(self) -> tuple[str, str]:
+        return str(self), self.form
+
+
 Text = str | bytes | Rejected
 Record = tuple[int, Text]
 """(line or row number, text)"""

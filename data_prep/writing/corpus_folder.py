@@ -150,7 +150,7 @@ class CorpusFolder:
         kept: list[str] = []
         for entry in [] if difference else entries:
             shard, folder = ShardInfo(**entry["shard"]), self.partial / entry["split"]
-            lost = [name for name in (shard.file, shard.documents_file) if not (folder / name).exists()]
+            lost = [name for name in shard.files if not (folder / name).exists()]
             difference = f"contents of {folder / lost[0]}, which is gone" if lost else ""
             if difference := difference or self._find_changed_input(entry["inputs"], self._num_noted):
                 break

@@ -9,13 +9,15 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 from data_prep.reading.byte_stream import Source
-from data_prep.reading.records import Rejected, TxtDocuments
+from data_prep.reading.records import FormedText, Rejected, TxtDocuments
 from data_prep.writing.encode_chunk import CorpusOptions, Encoded
-from minimind.data.chat_template import ChatTemplate, load_chat_template
+from minimind.data.chat_template import ChatTemplate, UntrainableTemplate, load_chat_template
 from minimind.data.conversations import ConversationForm, find_conversation
 from minimind.data.tokenizer import Tokenizer
 from minimind.errors import UserError
+from minimind.schema import AT_LEAST_1
 
+_PROBE = [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]
 _load_chat_template = functools.lru_cache(maxsize=1)(load_chat_template)
 
 
@@ -27,6 +29,8 @@ class ChatOptions(CorpusOptions):
     """Form of the records: messages (OpenAI, MiniMind), sharegpt or alpaca (recognised record by record)."""
     train_on: Literal["all", "last"] = "all"
     """Answers that are trained: all of a conversation, or its last alone."""
+    seq_len: Annotated[int | None, AT_LEAST_1] = None
+    """Tokens of a window in training: a message that does not fit is bad, and the share of padding is said."""
 
     # Of no meaning here.
     text_field: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
@@ -40,16 +44,23 @@ class ChatOptions(CorpusOptions):
             found = find_conversation(record, self.form)
         except UserError as error:
             return Rejected(str(error))
-        del found["form"]
-        return json.dumps(found, ensure_ascii=False, sort_keys=True)
+        form = found.pop("form")
+        return FormedText(json.dumps(found, ensure_ascii=False), form)  # tools keep the order of their keys
 
     def encode(self, tokenizer: Tokenizer, texts: list[str]) -> list[Encoded | Rejected]:
         """The tokens and targets of each conversation, or why the template refuses it."""
         return [self._encode(_load_chat_template(tokenizer), **json.loads(text)) for text in texts]
 
     def template_text(self, tokenizer: Tokenizer) -> str:
-        """The chat template that conversations are written with."""
-        return _load_chat_template(tokenizer).text
+        """The chat template that conversations are written with. Raises `UserError` if it can train no conversation."""
+        template = _load_chat_template(tokenizer)
+        try:
+            template.encode(_PROBE)
+        except UntrainableTemplate as error:
+            raise UserError(f"{tokenizer.file.parent}: {error}") from None
+        except UserError:
+            pass  # it may want other conversations than this one
+        return template.text
 
     def check_sources(self, sources: list[Source]) -> None:
         """Raise `UserError` for a text file, which holds no conversations."""
@@ -64,5 +75,16 @@ class ChatOptions(CorpusOptions):
             return Rejected(str(error))
         if not any(targets):
             return Rejected("none of its answers is to be trained")
+        if self.seq_len is not None and len(token_ids) > self.seq_len:
+            lengths = [len(template.tokenizer.encode(_written(message))) for message in messages]
+            for place, length in enumerate(lengths, 1):
+                if length > self.seq_len:
+                    return Rejected(f"message {place} has {length:,} tokens, above --seq-len {self.seq_len:,}")
         num_bytes = len(template.tokenizer.decode(token_ids).encode())
         return Encoded(array(template.tokenizer.typecode, token_ids).tobytes(), bytes(targets), num_bytes)
+
+
+def _written(message: dict[str, Any]) -> str:
+    """The text of a message, tool calls included."""
+    calls = json.dumps(message["tool_calls"], ensure_ascii=False) if "tool_calls" in message else ""
+    return message.get("reasoning_content", "") + message["content"] + calls

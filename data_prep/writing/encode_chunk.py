@@ -6,6 +6,7 @@ What comes out depends on the chunk alone.
 import functools
 import hashlib
 import itertools
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -13,7 +14,7 @@ from typing import Annotated, Literal, NamedTuple
 from data_prep.reading.byte_stream import Source
 from data_prep.reading.chunks import Chunk
 from data_prep.reading.documents import parse_chunk
-from data_prep.reading.records import ReadOptions, Rejected
+from data_prep.reading.records import FormedText, ReadOptions, Rejected
 from data_prep.writing.digests import DIGEST_BYTES
 from minimind.data.shard_writer import DEFAULT_SHARD_TOKENS
 from minimind.data.tokenizer import Tokenizer, load_tokenizer
@@ -92,6 +93,7 @@ class EncodedChunk(NamedTuple):
     documents: list[EncodedDocument]
     problems: list[str]
     num_empty: int
+    forms: Counter[str]  # of records, where the text says it
     progress: int
 
 
@@ -116,4 +118,5 @@ def encode_chunk(options: CorpusOptions, task: Task) -> EncodedChunk:
             continue
         num_bytes = document.num_bytes if document and document.num_bytes is not None else len(text)
         documents.append(EncodedDocument(val, num_bytes, digest, document))
-    return EncodedChunk(source, documents, problems, num_empty, task.chunk.progress)
+    forms = Counter(text.form for text in texts if isinstance(text, FormedText))
+    return EncodedChunk(source, documents, problems, num_empty, forms, task.chunk.progress)

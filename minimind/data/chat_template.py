@@ -2,7 +2,7 @@
 
 A text is cut at the template's special tokens and at the borders of what the assistant wrote before it is encoded, so
 an answer has the same ids in a history, in training and as it was generated. Text that a message holds never becomes
-one of the special tokens.
+one of the special tokens; what a tool's call or a thought is written with (`<think>`) is a token in answers alone.
 """
 
 import json
@@ -36,6 +36,10 @@ def encode_chat(
 ) -> list[int]:
     """`ChatTemplate.encode_prompt` of the tokenizer's template."""
     return load_chat_template(tokenizer).encode_prompt(messages, tools, thinking=thinking)
+
+
+class UntrainableTemplate(UserError):
+    """A template that gives answers in which it cannot be told what is to be trained."""
 
 
 class EncodedConversation(NamedTuple):
@@ -157,7 +161,7 @@ class ChatTemplate:
         self, messages: Sequence[Turn], tools: Any, options: dict[str, Any], last_only: bool = False
     ) -> EncodedConversation:
         cover = _Cover(self.tokenizer, json.dumps([messages, tools], ensure_ascii=False, default=str))
-        messages, tools = cover.hide(messages), cover.hide(tools)
+        messages, tools = [cover.hide_message(message) for message in messages], cover.hide(tools)
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         trained = {index for index in answers[-1:] if last_only} or set(answers)
         trained = {index for index in trained if messages[index].get("train", True) is not False}
@@ -172,7 +176,7 @@ class ChatTemplate:
                     raise
                 pieces, answers = [self._render(messages, tools, str, options)], []
         if len(pieces) != 2 * len(answers) + 1:
-            raise UserError(
+            raise UntrainableTemplate(
                 f"the chat template marks {len(pieces) // 2} answers in a conversation of {len(answers)}: its "
                 "{% generation %} blocks must hold each of the assistant's messages"
             )
@@ -181,9 +185,10 @@ class ChatTemplate:
         for place, piece in enumerate(pieces):
             is_answer = place % 2 == 1
             opening = self._opening if is_answer and piece.startswith(self._opening) else ""
-            ids = cover.encode(opening) + cover.encode(piece.removeprefix(opening))
+            goes_on = not is_answer and (is_prompt or place < len(pieces) - 1)
+            ids = cover.encode(opening, goes_on=True) + cover.encode(piece.removeprefix(opening), goes_on)
             if is_answer and not is_prompt and (not ids or ids[-1] not in self.tokenizer.special_ids.values()):
-                raise UserError(
+                raise UntrainableTemplate(
                     "the chat template leaves the token that closes an answer out of its {% generation %} block: a "
                     "model trained with it would never stop"
                 )
@@ -203,13 +208,15 @@ class ChatTemplate:
             closed = self._render(messages[: index + 1], tools, str, {})
             start = _shared_length(prompt, whole)  # a template may open an answer in several ways (`<think>`)
             if start <= len(before) or not whole.startswith(closed):
-                raise UserError(
+                raise UntrainableTemplate(
                     f"the chat template writes message {index + 1} differently when others follow: an answer would "
                     "not be trained as it is generated; use a template with {% generation %} blocks"
                 )
             ends = [match.end() for match in _any_of(tuple(self.tokenizer.special_ids)).finditer(closed, start)]
             if not ends:
-                raise UserError("the chat template closes an answer with no special token: a model would never stop")
+                raise UntrainableTemplate(
+                    "the chat template closes an answer with no special token: a model would never stop"
+                )
             pieces += [whole[done:start], whole[start : ends[-1]]]
             done = ends[-1]
         return [*pieces, whole[done:]]
@@ -293,25 +300,30 @@ def _shared_length(left: str, right: str) -> int:
 
 
 class _Cover:
-    """Stands in for special tokens that a message's text holds while a template is rendered."""
+    """Stands in for tokens of the template that a message's text holds while a template is rendered."""
 
     def __init__(self, tokenizer: Tokenizer, text: str) -> None:
         self._tokenizer = tokenizer
-        self._tokens = list(tokenizer.special_ids)
-        self._specials = _any_of(tuple(self._tokens))
+        self._ids = tokenizer.special_ids | tokenizer.mark_ids
+        self._tokens = _any_of(tuple(self._ids))
+        self._specials = _any_of(tuple(tokenizer.special_ids))
         key = next(key for key in (f"\ue000{number}:" for number in count()) if key not in text)
         self._border = f"{key}\ue001"
-        self._hidden = {token: f"{key}{place}\ue001" for place, token in enumerate(self._tokens)}
+        self._hidden = {token: f"{key}{place}\ue001" for place, token in enumerate(self._ids)}
         self._shown = {hidden: token for token, hidden in self._hidden.items()}
         self._covers = re.compile(f"{key}[0-9]+\ue001")
 
-    def hide(self, value: Any) -> Any:
-        """`value` with every string in it free of special tokens."""
+    def hide_message(self, message: Turn) -> Turn:
+        """An answer free of special tokens; a message of anybody else free of the marks of answers too."""
+        return self.hide(message, self._specials if message["role"] == "assistant" else self._tokens)
+
+    def hide(self, value: Any, hidden: re.Pattern[str] | None = None) -> Any:
+        """`value` with every string in it free of these tokens (all of them without `hidden`)."""
         if isinstance(value, str):
-            return self._specials.sub(lambda match: self._hidden[match[0]], value)
+            return (hidden or self._tokens).sub(lambda match: self._hidden[match[0]], value)
         if isinstance(value, dict):
-            return {key: self.hide(inner) for key, inner in value.items()}
-        return [self.hide(inner) for inner in value] if isinstance(value, list | tuple) else value
+            return {key: self.hide(inner, hidden) for key, inner in value.items()}
+        return [self.hide(inner, hidden) for inner in value] if isinstance(value, list | tuple) else value
 
     def mark_answer(self, answer: str) -> str:
         return self._border + answer + self._border
@@ -319,18 +331,30 @@ class _Cover:
     def split_answers(self, text: str) -> list[str]:
         return text.split(self._border)
 
-    def encode(self, piece: str) -> list[int]:
-        """Ids of a piece of rendered text: the template's special tokens are single ids, hidden ones are text."""
+    def encode(self, piece: str, goes_on: bool = False) -> list[int]:
+        """Ids of a piece of rendered text: the template's tokens are single ids, hidden ones are text.
+
+        Args:
+            goes_on: an answer follows. Its first letter may decide how the white space before it is cut.
+        """
         token_ids: list[int] = []
         done = 0
-        for match in [*self._specials.finditer(piece), None]:
+        for match in [*self._tokens.finditer(piece), None]:
             text = piece[done : match.start() if match else len(piece)]
             shown = self._covers.sub(lambda cover: self._shown[cover[0]], text)
-            token_ids += self._tokenizer.encode(shown, allow_special=False) if shown else []
+            token_ids += self._encode_text(shown, goes_on and match is None)
             if match:
-                token_ids.append(self._tokenizer.special_ids[match[0]])
+                token_ids.append(self._ids[match[0]])
                 done = match.end()
         return token_ids
+
+    def _encode_text(self, text: str, goes_on: bool) -> list[int]:
+        if goes_on and text:
+            ids, letter = (self._tokenizer.encode(shown, allow_special=False) for shown in (text + "x", "x"))
+            before = ids[: -len(letter)]
+            if before + letter == ids and self._tokenizer.decode(before) == text:
+                return before
+        return self._tokenizer.encode(text, allow_special=False) if text else []
 
 
 @cache

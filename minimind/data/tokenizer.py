@@ -7,6 +7,7 @@ rules, and its ids are those of its library for the whole text.
 import abc
 import functools
 import hashlib
+import json
 import re
 from array import array
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,11 @@ from minimind.files import read_json
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 """The tokens that every tokenizer of this project has, with ids 0, 1 and 2."""
+CONTENT_MARKS = (
+    *("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
+    *(f"<|buffer{number}|>" for number in range(1, 10)),
+)
+"""Tokens that MiniMind has beside them, for tools and thinking, and spare ones for what a later stage needs."""
 _END_TOKENS = re.compile(r"(?i)</s>|<\|endoftext\|>|<[|｜]?end[_▁]of[_▁](text|sentence)[|｜]?>|[<\[]\|?eos\|?[>\]]")
 """Names of the token that ends a document in other people's tokenizers."""
 MODEL_NAME = "tokenizer.model"
@@ -39,17 +45,26 @@ _LONGEST_WORD = 200
 class Tokenizer(abc.ABC):
     """One interface to both libraries.
 
-    `special_ids` maps the text of each special token to its id. With `allow_special` (the default) such a text inside
-    what is encoded becomes that one id, as in MiniMind's own data; without it, it is encoded like any other text.
+    `special_ids` maps the text of each special token to its id: they separate turns and documents. `mark_ids` are those
+    of what an answer itself may hold, such as `<think>`. With `allow_special` (the default) such a text inside what is
+    encoded becomes that one id, as in MiniMind's own data; without it, it is encoded like any other text.
     `is_lossless` says whether every text comes back from its ids.
     """
 
     is_lossless = True
 
-    def __init__(self, file: Path, vocab_size: int, special_ids: dict[str, int], eos_token: str | None) -> None:
+    def __init__(
+        self,
+        file: Path,
+        vocab_size: int,
+        special_ids: dict[str, int],
+        mark_ids: dict[str, int],
+        eos_token: str | None,
+    ) -> None:
         self.file = file
         self.vocab_size = vocab_size
         self.special_ids = special_ids
+        self.mark_ids = mark_ids
         self.eos_token_id = self._find_end(eos_token)
         self.typecode = "H" if vocab_size <= 1 << 16 else "I"
 
@@ -110,13 +125,16 @@ class SentencePieceTokenizer(Tokenizer):
                 f"{file} does not begin with {', '.join(SPECIAL_TOKENS)}: train one with data_prep.train_tokenizer, or "
                 f"use the model's {JSON_NAME}"
             )
-        super().__init__(file, len(pieces), {token: i for i, token in enumerate(SPECIAL_TOKENS)}, eos_token)
+        controls = {piece: i for i, piece in enumerate(pieces) if self._model.is_control(i)}
+        marks = {piece: controls.pop(piece) for piece in CONTENT_MARKS if piece in controls}
+        super().__init__(file, len(pieces), controls, marks, eos_token)
         self._bytes = [self._find_bytes(i, piece) for i, piece in enumerate(pieces)]
         self._find_parts = _words_pattern().findall
         # What the library cannot be given. It takes the mark for a space: its bytes cannot be mistaken.
         blank_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in BLANK.encode()]
         self._given = {BLANK: array(self.typecode, blank_ids).tobytes()}
-        self._given |= {token: array(self.typecode, [i]).tobytes() for token, i in self.special_ids.items()}
+        self._given |= {token: array(self.typecode, [i]).tobytes() for token, i in (controls | marks).items()}
+        self._given_pattern = re.compile("(" + "|".join(map(re.escape, sorted(self._given, key=len)[::-1])) + ")")
         # The library spends most of its time on words that it has seen before.
         self._encode_word = functools.lru_cache(maxsize=_KNOWN_WORDS)(self._encode_part)
         is_complete = BLANK in pieces and sum(map(self._model.is_byte, range(len(pieces)))) == 256
@@ -144,8 +162,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _cut(self, text: str, allow_special: bool) -> list[str | bytes]:
         """The text in order: parts for the library, and packed ids of what it cannot be given."""
-        if allow_special and "<|" in text:
-            pattern = _SPECIALS_OR_BLANK
+        if allow_special:
+            pattern = self._given_pattern
         elif BLANK in text:
             pattern = _ONLY_BLANK
         else:
@@ -165,16 +183,20 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, file: Path, eos_token: str | None = None) -> None:
         data = _read_file(file)
         try:
-            self._model = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+            fields = json.loads(data)
+            added = [(token["content"], token["id"], token["special"]) for token in fields.get("added_tokens", ())]
+            for token in fields.get("added_tokens", ()):
+                token["special"] = True  # so that all of them can be encoded as text
+            self._model = tokenizers.Tokenizer.from_str(json.dumps(fields))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{file} is not a Hugging Face tokenizer, or it is damaged: {first_line(error)}") from None
         self._model.no_truncation()
         self._model.no_padding()
         vocabulary = self._model.get_vocab(with_added_tokens=True)
-        added = self._model.get_added_tokens_decoder()
-        special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
-        super().__init__(file, max(vocabulary.values(), default=-1) + 1, special_ids, eos_token)
-        self._added = {token_id: token.content for token_id, token in added.items()}
+        special_ids = {text: token_id for text, token_id, is_special in added if is_special}
+        mark_ids = {text: token_id for text, token_id, is_special in added if not is_special}
+        super().__init__(file, max(vocabulary.values(), default=-1) + 1, special_ids, mark_ids, eos_token)
+        self._added = {token_id: text for text, token_id, _ in added}
         self._pieces = {token_id: piece for piece, token_id in vocabulary.items()}
         self._is_byte_level = isinstance(self._model.decoder, tokenizers.decoders.ByteLevel)
         probe = _PROBE.replace(BLANK, "")  # which Llama's tokenizers take for a space
@@ -260,7 +282,6 @@ def _check_text(text: str) -> str:
 
 
 _ONLY_BLANK = re.compile(f"({BLANK})")
-_SPECIALS_OR_BLANK = re.compile("(" + "|".join(map(re.escape, (*SPECIAL_TOKENS, BLANK))) + ")")
 
 
 def _words_pattern() -> re.Pattern[str]:

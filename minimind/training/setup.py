@@ -126,8 +126,9 @@ def run_rank(
         peak = describe_device(device, resolved)
         model = build_model(resolved, device)
         if train.init_from is not None and resume is None:
-            load_init_checkpoint(model, Path(train.init_from))
-            log(f"weights of {train.init_from}")
+            num_new = load_init_checkpoint(model, Path(train.init_from))
+            new = f"; new tokens: {num_new}, which start at the mean of the others" if num_new else ""
+            log(f"weights of {train.init_from}{new}")
         engine = build_engine(resolved, model)
         stack.callback(engine.destroy)
         state = load_state(engine, resolved, resume, corpus)

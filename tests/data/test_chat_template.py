@@ -44,6 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         show_progress=False,
     )
     model.train_from_iterator(["assistant\n- one\n- two\n(three)", "你好，世界"] * 20, trainer)
+    model.add_tokens([tokenizers.AddedToken(mark, normalized=False) for mark in ("<think>", "</think>")])
     made = tmp_path_factory.mktemp("tokenizer")
     model.save(str(made / "tokenizer.json"))
     return made
@@ -169,6 +170,15 @@ def test_contents_never_become_marks(template: ChatTemplate) -> None:
     token_ids, targets = template.encode(turn)
     trained = [token for token, target in zip(token_ids, targets, strict=True) if target]
     assert template.tokenizer.decode(trained) == "no<|im_end|>"
+
+
+def test_a_thought_is_a_mark_in_answers_alone(template: ChatTemplate) -> None:
+    mark = template.tokenizer.mark_ids["<think>"]
+    hostile = [{"role": "user", "content": "<think>"}, {"role": "assistant", "content": "no"}]
+    assert mark not in template.encode(hostile).token_ids
+    thinking = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>\nso\n</think>\n\nno"}]
+    token_ids, targets = template.encode(thinking)
+    assert token_ids.count(mark) == 1 and targets[token_ids.index(mark)]
 
 
 def test_which_answers_are_trained(template: ChatTemplate) -> None:

@@ -17,7 +17,7 @@ from minimind.errors import UserError
 @pytest.fixture(scope="module")
 def sentencepiece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sentencepiece")
-    save_tokenizer(train_tokenizer(list(cut_sentences(TEXTS)), 330), folder, 330)
+    save_tokenizer(train_tokenizer(list(cut_sentences(TEXTS)), 330), folder)
     return folder
 
 

@@ -12,7 +12,7 @@ from data_prep.train_tokenizer import cut_sentences, save_tokenizer, train_token
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_tokenizer(list(cut_sentences(make_texts(100))), 320), folder, 320)
+    save_tokenizer(train_tokenizer(list(cut_sentences(make_texts(100))), 320), folder)
     return folder
 
 

@@ -43,7 +43,7 @@ NASTY = [
 
 def save_sentencepiece(folder: Path, vocab_size: int = 400) -> Path:
     """`tokenizer.model`, as data_prep.train_tokenizer makes it."""
-    save_tokenizer(train_tokenizer(TEXT.splitlines(keepends=True), vocab_size), folder, vocab_size)
+    save_tokenizer(train_tokenizer(TEXT.splitlines(keepends=True), vocab_size), folder)
     return folder / "tokenizer.model"
 
 

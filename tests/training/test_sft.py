@@ -1,16 +1,30 @@
 """Fine-tuning on conversations: the loss of an independent rule, whatever the ranks, the stage and a stop."""
 
 import json
+import multiprocessing
 import shutil
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from pytest import approx
 from tokenizers_for_tests import save_byte_level
-from training_runs import RankPool, flags_for, losses, rank_pool, read_metrics, train, weights
+from training_runs import (
+    PRELOAD,
+    RankPool,
+    flags_for,
+    losses,
+    rank_pool,
+    read_metrics,
+    train,
+    train_rank,
+    weights,
+)
 
 from data_prep.tokenize_chat import TokenizeChatFlags
 from data_prep.tokenize_corpus import prepare
@@ -20,6 +34,7 @@ from minimind.checkpoints.formats.load_model import load_model
 from minimind.data.chat_template import TEMPLATE_NAME, load_chat_template
 from minimind.data.dataset import load_shards
 from minimind.data.tokenizer import load_tokenizer
+from minimind.distributed.launchers.local import find_free_port
 from minimind.errors import UserError
 from minimind.evaluate import main as evaluate_main
 
@@ -96,12 +111,44 @@ def test_the_loss_is_that_of_an_independent_rule(shards: Path, tmp_path: Path) -
     assert losses(tmp_path / "run")[1] == approx(total / count, rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_of_any_stage_give_the_same_losses(
     pool: RankPool, plain: Path, shards: Path, tmp_path: Path, stage: int
 ) -> None:
     pool.run(train, flags(shards, tmp_path, stage=stage))
     assert list(losses(tmp_path).values()) == approx(list(losses(plain).values()), rel=1e-5)
+
+
+def test_steps_over_the_same_conversations_have_the_same_losses_packed_or_not(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step takes all of them, in full windows or each in a window of its own."""
+    long = {"seq_len": 128, "max_position_embeddings": 128, "steps": 3}
+    windows = len(load_shards(shards, seq_len=128))
+    assert windows < 32
+    train(flags(shards, tmp_path / "packed", global_batch_size=windows, **long))
+    monkeypatch.setattr(
+        "minimind.data.dataset.pack", lambda lengths, _: (np.arange(len(lengths)), np.arange(len(lengths) + 1))
+    )
+    train(flags(shards, tmp_path / "apart", global_batch_size=64, micro_batch_size=16, **long))
+    assert list(losses(tmp_path / "apart").values()) == approx(list(losses(tmp_path / "packed").values()), rel=1e-5)
+
+
+def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(plain: Path, shards: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    line = flags(shards, tmp_path / "run")
+    process = context.Process(target=train_rank, args=(line, 0, 1, find_free_port(), tmp_path / "log"))
+    process.start()
+    metrics = tmp_path / "run/metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        assert process.is_alive(), (tmp_path / "log").read_text()
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    train(line)
+    assert losses(tmp_path / "run") == losses(plain)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(plain: Path, shards: Path, tmp_path: Path) -> None:
@@ -123,6 +170,18 @@ def test_conversations_have_no_bits_per_byte(plain: Path, shards: Path, capsys: 
 def test_fine_tuning_begins_with_the_weights_of_a_run(plain: Path, shards: Path, tmp_path: Path) -> None:
     train([*flags(shards, tmp_path, lr=1e-9), "--init-from", str(plain)])
     assert losses(tmp_path)[1] < losses(plain)[1]
+
+
+def test_new_tokens_start_at_the_mean(plain: Path, shards: Path, tmp_path: Path) -> None:
+    line = flags(shards, tmp_path, stage=3, lr=1e-9, steps=1, warmup_steps=0, vocab_size=402)
+    _, printed = train([*line, "--init-from", str(plain)])
+    assert "new tokens: 2, which start at the mean of the others" in printed
+    there, here = weights(plain), weights(tmp_path)
+    name = "model.embed_tokens.weight"
+    mean = there[name].mean(0, keepdim=True).expand(2, -1)
+    torch.testing.assert_close(here[name], torch.cat([there[name], mean]), atol=1e-6, rtol=0)
+    with pytest.raises(UserError, match=r"model.embed_tokens.weight \(400, 16\), the model of this run \(402, 32\)"):
+        train([*flags(shards, tmp_path / "wide", vocab_size=402, hidden_size=32), "--init-from", str(plain)])
 
 
 def test_another_packing_is_another_run(plain: Path, tiny_corpus: Path, shards: Path, tmp_path: Path) -> None:

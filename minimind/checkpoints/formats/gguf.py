@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from minimind.checkpoints.formats.huggingface_config import choose_architecture
+from minimind.data.tokenizer import CONTENT_MARKS
 from minimind.errors import UserError
 from minimind.model.config import ModelConfig
 from minimind.model.rope import attention_factor, inverse_frequencies
 
 _TENSOR_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
-_NORMAL, _UNKNOWN, _CONTROL, _UNUSED, _BYTE = 1, 2, 3, 5, 6  # kinds of tokens
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # kinds of tokens
 _ALIGNMENT = 32
 
 
@@ -122,7 +123,13 @@ def tokenizer_fields(
 def _sentencepiece_fields(file: Path) -> dict[str, Any]:
     model = sentencepiece.SentencePieceProcessor(model_file=str(file))
     ids = range(model.vocab_size())
-    kinds = ((model.is_byte, _BYTE), (model.is_control, _CONTROL), (model.is_unknown, _UNKNOWN))
+    marks = [i for i in ids if model.is_control(i) and model.id_to_piece(i) in CONTENT_MARKS]
+    kinds = (
+        (model.is_byte, _BYTE),
+        (marks.__contains__, _USER_DEFINED),
+        (model.is_control, _CONTROL),
+        (model.is_unknown, _UNKNOWN),
+    )
     return {
         "model": "llama",
         "pre": "default",
@@ -138,14 +145,15 @@ def _byte_level_fields(file: Path) -> dict[str, Any]:
     is_gpt2 = cut.get("type") == "ByteLevel" and cut.get("use_regex", True) and not cut.get("add_prefix_space")
     if not is_gpt2 or content.get("normalizer") or model.get("type") != "BPE" or model.get("ignore_merges"):
         raise UserError(f"{file}: GGUF is written for byte-level BPE that cuts texts as GPT-2's; use --format hf")
-    special = {token["id"]: token["content"] for token in content.get("added_tokens", ())}
-    pieces = {token_id: piece for piece, token_id in model["vocab"].items()} | special
+    added = {token["id"]: token["content"] for token in content.get("added_tokens", ())}
+    kinds = {token["id"]: _CONTROL if token["special"] else _USER_DEFINED for token in content.get("added_tokens", ())}
+    pieces = {token_id: piece for piece, token_id in model["vocab"].items()} | added
     ids = range(max(pieces) + 1)
     return {
         "model": "gpt2",
         "pre": "gpt-2",
         "tokens": [pieces.get(i, f"[PAD{i}]") for i in ids],
-        "token_type": [_CONTROL if i in special else _NORMAL if i in pieces else _UNUSED for i in ids],
+        "token_type": [kinds.get(i, _NORMAL if i in pieces else _UNUSED) for i in ids],
         "merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
     }
 

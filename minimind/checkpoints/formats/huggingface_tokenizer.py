@@ -10,11 +10,19 @@ from typing import Any
 
 import sentencepiece
 import tokenizers
-from tokenizers import decoders
+from tokenizers import AddedToken, decoders
 from tokenizers.models import BPE
 
 from minimind.data.chat_template import find_chat_template
-from minimind.data.tokenizer import BLANK, CONFIG_NAME, JSON_NAME, MODEL_NAME, SPECIAL_TOKENS, load_tokenizer
+from minimind.data.tokenizer import (
+    BLANK,
+    CONFIG_NAME,
+    CONTENT_MARKS,
+    JSON_NAME,
+    MODEL_NAME,
+    SPECIAL_TOKENS,
+    load_tokenizer,
+)
 from minimind.errors import UserError
 
 _END_OF_DOCUMENT, _START, _END = SPECIAL_TOKENS
@@ -88,7 +96,12 @@ def convert_sentencepiece(data: bytes) -> bytes:
     ]
     unknown = pieces[model.unk_id()]
     tokenizer = tokenizers.Tokenizer(BPE(vocabulary, merges, unk_token=unknown, byte_fallback=True))
-    tokenizer.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
+    control = [piece for token_id, piece in enumerate(pieces) if model.is_control(token_id)]
+    tokenizer.add_special_tokens(
+        [AddedToken(piece, normalized=False) for piece in control if piece not in CONTENT_MARKS]
+    )
+    # Not special: what is decoded without special tokens keeps a tool's call.
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in control if piece in CONTENT_MARKS])
     replaced = decoders.Replace(unknown, "\ufffd")
     tokenizer.decoder = decoders.Sequence([replaced, decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer.to_str(pretty=True).encode()

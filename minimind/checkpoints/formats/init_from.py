@@ -1,6 +1,6 @@
 """--init-from: copy the weights of another model into one that is about to be trained, before DeepSpeed wraps it.
 
-The optimizer starts fresh.
+The optimizer starts fresh. Tokens that the other model lacks start at the mean of its own.
 """
 
 from pathlib import Path
@@ -12,11 +12,14 @@ from minimind.checkpoints.formats.layout import own_shapes
 from minimind.checkpoints.formats.source import ModelSource, open_source
 from minimind.errors import UserError
 from minimind.model import MiniMindForCausalLM, ModelConfig
+from minimind.model.pretrained import TIED_NAME
 from minimind.parallel.experts import own_experts
+
+_TOKEN_MATRICES = ("model.embed_tokens.weight", TIED_NAME)
 
 
 def check_init_checkpoint(config: ModelConfig, folder: Path) -> ModelSource:
-    """The model at `folder`, which must have the tensors of `config`.
+    """The model at `folder`, which must have the tensors of `config`, but for tokens that are new.
 
     Raises:
         UserError: it is missing, damaged, or of another shape; the message names the first tensor that differs.
@@ -25,7 +28,8 @@ def check_init_checkpoint(config: ModelConfig, folder: Path) -> ModelSource:
     wanted = own_shapes(config)
     for name in sorted(wanted.keys() | source.shapes.keys()):
         there, here = (shapes.get(name, "not at all") for shapes in (source.shapes, wanted))
-        if there != here:
+        is_grown = name in _TOKEN_MATRICES and there[1:] == here[1:] and there[0] < here[0]
+        if there != here and not is_grown:
             raise UserError(
                 f"init_from: {folder} has {name} {there}, the model of this run {here}; leave out --model and the "
                 "flags of its shape"
@@ -34,16 +38,23 @@ def check_init_checkpoint(config: ModelConfig, folder: Path) -> ModelSource:
 
 
 @torch.no_grad()
-def load_init_checkpoint(model: MiniMindForCausalLM, folder: Path) -> None:
-    """Copy every tensor of `folder` into `model`. Every rank calls this, and each reads every tensor."""
+def load_init_checkpoint(model: MiniMindForCausalLM, folder: Path) -> int:
+    """Copy every tensor of `folder` into `model`; how many tokens are new. Every rank calls this, and each reads every
+    tensor."""
     source = check_init_checkpoint(model.config, folder)
+    num_new = model.config.vocab_size - source.config.vocab_size
     targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name in source.shapes:
-        target = targets[name]
+        target, value = targets[name], source.read(name)
+        if name in _TOKEN_MATRICES and num_new:
+            # As likely as any other token at first: a random row would be far from all of them.
+            mean = value.float().mean(0, keepdim=True).to(value.dtype)
+            value = torch.cat([value, mean.expand(num_new, -1)])
         # Under zero.Init a parameter is one rank's slice; every rank fills the gathered whole with the same numbers.
         if hasattr(target, "ds_tensor"):
             with deepspeed.zero.GatheredParameters([target], modifier_rank=0):
-                target.copy_(source.read(name))
+                target.copy_(value)
         else:
             # Beside other ranks of its group, a rank has its own experts alone.
-            target.copy_(own_experts(source.read(name), len(target)))
+            target.copy_(own_experts(value, len(target)))
+    return num_new
