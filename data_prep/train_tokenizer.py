@@ -6,6 +6,7 @@ file on any machine.
 """
 
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -15,12 +16,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import sentencepiece
 import tokenizers
 import tyro
-from sentencepiece import sentencepiece_model_pb2 as model_format
 from tqdm import tqdm
 
 from data_prep.reading.documents import BadDocuments, read_documents
@@ -55,6 +55,8 @@ _LINE_BREAK = "\u240a"
 # The library would read these as its own space, unknown and boundary marks, or drop the sentence.
 _UNTRAINABLE = f"\0\t{BLANK}\u2585{_LINE_BREAK}"
 _CHARACTER_COVERAGE = 0.9995
+_CONTROL = 3
+"""Type of a piece that no text becomes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +185,7 @@ def train_tokenizer(sentences: list[str], vocab_size: int) -> bytes:
         )
     except RuntimeError as error:
         raise UserError(_explain(str(error), vocab_size)) from None
-    trained = model_format.ModelProto.FromString(model.getvalue())
+    trained = _parse_model(model.getvalue())
     for piece in trained.pieces:
         piece.piece = piece.piece.replace(_LINE_BREAK, "\n")
     return trained.SerializeToString(deterministic=True)
@@ -191,10 +193,10 @@ def train_tokenizer(sentences: list[str], vocab_size: int) -> bytes:
 
 def add_pieces(model: bytes, tokens: Sequence[str]) -> bytes:
     """A SentencePiece model with more special tokens behind its own."""
-    grown = model_format.ModelProto.FromString(model)
+    grown = _parse_model(model)
     _check_new(tokens, [piece.piece for piece in grown.pieces])
     for token in tokens:
-        grown.pieces.add(piece=token, score=0.0, type=model_format.ModelProto.SentencePiece.CONTROL)
+        grown.pieces.add(piece=token, score=0.0, type=_CONTROL)
     return grown.SerializeToString(deterministic=True)
 
 
@@ -207,21 +209,25 @@ def grow_tokenizer(tokenizer: Tokenizer, tokens: Sequence[str], folder: Path, ov
     file = folder / tokenizer.file.name
     _check_free(file, overwrite)
     _check_new(tokens, [*tokenizer.special_ids, *tokenizer.mark_ids])
-    data, beside = tokenizer.file.read_bytes(), (CONFIG_NAME, TEMPLATE_NAME)
-    if file.suffix == ".model":
+    data, is_own = tokenizer.file.read_bytes(), file.suffix == ".model"
+    if is_own:
         save_tokenizer(add_pieces(data, tokens), folder)
-        beside = (TEMPLATE_NAME,)
     else:
         grown = tokenizers.Tokenizer.from_str(data.decode())
         grown.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in tokens])
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             replace_file(file, grown.to_str(pretty=True))
-    for name in beside:
+    for name in [TEMPLATE_NAME] if is_own else [TEMPLATE_NAME, CONFIG_NAME]:
         if (tokenizer.file.parent / name).is_file():
             replace_file(folder / name, (tokenizer.file.parent / name).read_bytes())
     ids = load_tokenizer(file).special_ids
     print(f"{file}: " + ", ".join(f"{token} is id {ids[token]}" for token in tokens))
+
+
+def _parse_model(model: bytes) -> Any:
+    # Its module is generated, and known to no type checker.
+    return importlib.import_module("sentencepiece.sentencepiece_model_pb2").ModelProto.FromString(model)
 
 
 def _check_new(tokens: Sequence[str], known: Sequence[str]) -> None:
@@ -239,13 +245,12 @@ def _check_free(file: Path, overwrite: bool) -> None:
 
 def save_tokenizer(model: bytes, folder: Path) -> None:
     """Write `tokenizer.model`, and beside it `tokenizer_config.json` with its size, special tokens and sha256."""
-    pieces = model_format.ModelProto.FromString(model).pieces
-    control = model_format.ModelProto.SentencePiece.CONTROL
+    pieces = _parse_model(model).pieces
     config = {
         "format_version": 1,
         "type": "sentencepiece",
         "vocab_size": len(pieces),
-        "special_tokens": {piece.piece: token_id for token_id, piece in enumerate(pieces) if piece.type == control},
+        "special_tokens": {piece.piece: token_id for token_id, piece in enumerate(pieces) if piece.type == _CONTROL},
         "sha256": hashlib.sha256(model).hexdigest(),
     }
     with disk_errors(folder):

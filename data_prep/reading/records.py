@@ -19,17 +19,15 @@ class Rejected(Exception):
 
 
 class FormedText(str):
-    """The text of a document, with the form of record it was found in."""
+    """The text of a document that knows the form of the record it was found in."""
 
-    __slots__ = ("form",)
+    form: str
 
-    def __new__(cls, text: str, form: str) -> "FormedText":
-        made = super().__new__(cls, text)
+    @classmethod
+    def of(cls, text: str, form: str) -> "FormedText":
+        made = cls(text)
         made.form = form
         return made
-
-    def __getnewargs__(self) -> tuple[str, str]:
-        return str(self), self.form
 
 
 Text = str | bytes | Rejected

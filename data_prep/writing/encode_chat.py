@@ -45,7 +45,7 @@ class ChatOptions(CorpusOptions):
         except UserError as error:
             return Rejected(str(error))
         form = found.pop("form")
-        return FormedText(json.dumps(found, ensure_ascii=False), form)  # tools keep the order of their keys
+        return FormedText.of(json.dumps(found, ensure_ascii=False), form)  # tools keep the order of their keys
 
     def encode(self, tokenizer: Tokenizer, texts: list[str]) -> list[Encoded | Rejected]:
         """The tokens and targets of each conversation, or why the template refuses it."""

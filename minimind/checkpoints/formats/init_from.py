@@ -28,7 +28,8 @@ def check_init_checkpoint(config: ModelConfig, folder: Path) -> ModelSource:
     wanted = own_shapes(config)
     for name in sorted(wanted.keys() | source.shapes.keys()):
         there, here = (shapes.get(name, "not at all") for shapes in (source.shapes, wanted))
-        is_grown = name in _TOKEN_MATRICES and there[1:] == here[1:] and there[0] < here[0]
+        new = config.vocab_size - source.config.vocab_size
+        is_grown = name in _TOKEN_MATRICES and new > 0 and there[1:] == here[1:]
         if there != here and not is_grown:
             raise UserError(
                 f"init_from: {folder} has {name} {there}, the model of this run {here}; leave out --model and the "
