@@ -10,13 +10,13 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property, lru_cache
 from importlib import resources
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.meta
 
+from minimind.data.chat_cover import Cover, any_of
 from minimind.data.chat_jinja import MARK, chat_environment
 from minimind.data.tokenizer import CONFIG_NAME, SPECIAL_TOKENS, Tokenizer
 from minimind.errors import UserError
@@ -160,7 +160,7 @@ class ChatTemplate:
     def _encode(
         self, messages: Sequence[Turn], tools: Any, options: dict[str, Any], last_only: bool = False
     ) -> EncodedConversation:
-        cover = _Cover(self.tokenizer, json.dumps([messages, tools], ensure_ascii=False, default=str))
+        cover = Cover(self.tokenizer, json.dumps([messages, tools], ensure_ascii=False, default=str))
         messages, tools = [cover.hide_message(message) for message in messages], cover.hide(tools)
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         trained = {index for index in answers[-1:] if last_only} or set(answers)
@@ -212,7 +212,7 @@ class ChatTemplate:
                     f"the chat template writes message {index + 1} differently when others follow: an answer would "
                     "not be trained as it is generated; use a template with {% generation %} blocks"
                 )
-            ends = [match.end() for match in _any_of(tuple(self.tokenizer.special_ids)).finditer(closed, start)]
+            ends = [match.end() for match in any_of(tuple(self.tokenizer.special_ids)).finditer(closed, start)]
             if not ends:
                 raise UntrainableTemplate(
                     "the chat template closes an answer with no special token: a model would never stop"
@@ -297,66 +297,3 @@ def _content(token: Any) -> str:
 def _shared_length(left: str, right: str) -> int:
     """Characters that both begin with."""
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
-
-
-class _Cover:
-    """Stands in for tokens of the template that a message's text holds while a template is rendered."""
-
-    def __init__(self, tokenizer: Tokenizer, text: str) -> None:
-        self._tokenizer = tokenizer
-        self._ids = tokenizer.special_ids | tokenizer.mark_ids
-        self._tokens = _any_of(tuple(self._ids))
-        self._specials = _any_of(tuple(tokenizer.special_ids))
-        key = next(key for key in (f"\ue000{number}:" for number in count()) if key not in text)
-        self._border = f"{key}\ue001"
-        self._hidden = {token: f"{key}{place}\ue001" for place, token in enumerate(self._ids)}
-        self._shown = {hidden: token for token, hidden in self._hidden.items()}
-        self._covers = re.compile(f"{key}[0-9]+\ue001")
-
-    def hide_message(self, message: Turn) -> Turn:
-        """An answer free of special tokens; a message of anybody else free of the marks of answers too."""
-        return self.hide(message, self._specials if message["role"] == "assistant" else self._tokens)
-
-    def hide(self, value: Any, hidden: re.Pattern[str] | None = None) -> Any:
-        """`value` with every string in it free of these tokens (all of them without `hidden`)."""
-        if isinstance(value, str):
-            return (hidden or self._tokens).sub(lambda match: self._hidden[match[0]], value)
-        if isinstance(value, dict):
-            return {key: self.hide(inner, hidden) for key, inner in value.items()}
-        return [self.hide(inner, hidden) for inner in value] if isinstance(value, list | tuple) else value
-
-    def mark_answer(self, answer: str) -> str:
-        return self._border + answer + self._border
-
-    def split_answers(self, text: str) -> list[str]:
-        return text.split(self._border)
-
-    def encode(self, piece: str, goes_on: bool = False) -> list[int]:
-        """Ids of a piece of rendered text: the template's tokens are single ids, hidden ones are text.
-
-        Args:
-            goes_on: an answer follows. Its first letter may decide how the white space before it is cut.
-        """
-        token_ids: list[int] = []
-        done = 0
-        for match in [*self._tokens.finditer(piece), None]:
-            text = piece[done : match.start() if match else len(piece)]
-            shown = self._covers.sub(lambda cover: self._shown[cover[0]], text)
-            token_ids += self._encode_text(shown, goes_on and match is None)
-            if match:
-                token_ids.append(self._ids[match[0]])
-                done = match.end()
-        return token_ids
-
-    def _encode_text(self, text: str, goes_on: bool) -> list[int]:
-        if goes_on and text:
-            ids, letter = (self._tokenizer.encode(shown, allow_special=False) for shown in (text + "x", "x"))
-            before = ids[: -len(letter)]
-            if before + letter == ids and self._tokenizer.decode(before) == text:
-                return before
-        return self._tokenizer.encode(text, allow_special=False) if text else []
-
-
-@cache
-def _any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
