@@ -28,7 +28,15 @@ from minimind.distributed.process_group import process_group
 from minimind.errors import UserError, run_main
 from minimind.files import replace_file
 from minimind.inference.device import ModelFlags, choose_device
-from minimind.inference.evaluation import Evaluation, check_vocabulary, measure_loss, open_shards, shards_of_texts
+from minimind.inference.evaluation import (
+    Evaluation,
+    check_vocabulary,
+    measure_loss,
+    open_shards,
+    pair_sums,
+    shards_of_texts,
+    token_sums,
+)
 from minimind.inference.multiple_choice import read_questions, score_choices
 from minimind.model import MiniMindForCausalLM
 from minimind.model.kernels.packed_weights import quantize_int8
@@ -110,7 +118,11 @@ def run(flags: EvaluateFlags, env: RankEnvironment, device: torch.device, dtype:
                 ("bits per byte", "-" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}"),
                 ("tokens", f"{found.num_targets:,} in {found.num_samples:,} windows of {flags.seq_len}"),
             ]
+            if reader.manifest.is_pairs:  # the loss is that of the preferred answers, a mean over the pairs
+                rows = [(name.replace("_", " "), f"{value:.4f}") for name, value in found.figures.items()]
+                rows += [("chosen loss", f"{found.loss:.4f}"), ("pairs", f"{found.num_targets:,}")]
             values = {**asdict(found), "data_fingerprint": reader.fingerprint}
+            values |= values.pop("figures")
     if env.is_first:
         for name, value in [*rows, ("written to", write_result(flags, values))]:
             print(f"{name:<16}{value}")
@@ -135,6 +147,7 @@ def measure(model: MiniMindForCausalLM, dataset: Dataset, flags: EvaluateFlags, 
             dp_rank=env.rank,
             dp_size=env.world_size,
             before_batch=bar.update,
+            sums=pair_sums if dataset.reader.manifest.is_pairs else token_sums,
         )
     if not math.isfinite(found.loss):
         raise UserError(

@@ -40,6 +40,7 @@ class CorpusWriter:
                 shard_tokens=options.shard_tokens,
                 shards=folder.shards[split],
                 chat_template=options.template_text(tokenizer),
+                kind=options.kind,
             )
             for split in splits
         }

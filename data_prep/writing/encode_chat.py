@@ -1,4 +1,5 @@
-"""Conversations as documents: their text is their JSON in one form, their tokens are those of a chat template."""
+"""Conversations, and pairs of them, as documents: the text is their JSON in one form, the tokens those of a chat
+template."""
 
 import functools
 import json
@@ -12,7 +13,8 @@ from data_prep.reading.byte_stream import Source
 from data_prep.reading.records import FormedText, Rejected, TxtDocuments
 from data_prep.writing.encode_chunk import CorpusOptions, Encoded
 from minimind.data.chat_template import ChatTemplate, UntrainableTemplate, load_chat_template
-from minimind.data.conversations import ConversationForm, find_conversation
+from minimind.data.conversations import ConversationForm, find_conversation, find_preference
+from minimind.data.manifest import REJECTED_START, REJECTED_TARGET
 from minimind.data.tokenizer import Tokenizer
 from minimind.errors import UserError
 from minimind.schema import AT_LEAST_1
@@ -41,15 +43,25 @@ class ChatOptions(CorpusOptions):
     def find_text(self, record: Any) -> str | Rejected:
         """The conversation in a record as JSON of one form, so that equal conversations are equal texts."""
         try:
-            found = find_conversation(record, self.form)
+            found = self.read_record(record)
         except UserError as error:
             return Rejected(str(error))
-        form = found.pop("form")
+        form = found.pop("form", "preference")
         return FormedText.of(json.dumps(found, ensure_ascii=False), form)  # tools keep the order of their keys
 
     def encode(self, tokenizer: Tokenizer, texts: list[str]) -> list[Encoded | Rejected]:
         """The tokens and targets of each conversation, or why the template refuses it."""
-        return [self._encode(_load_chat_template(tokenizer), **json.loads(text)) for text in texts]
+        template = _load_chat_template(tokenizer)
+        documents: list[Encoded | Rejected] = []
+        for text in texts:
+            try:
+                token_ids, targets = self.encode_record(template, **json.loads(text))
+            except UserError as error:
+                documents.append(Rejected(str(error)))
+                continue
+            num_bytes = len(tokenizer.decode(token_ids).encode())
+            documents.append(Encoded(array(tokenizer.typecode, token_ids).tobytes(), bytes(targets), num_bytes))
+        return documents
 
     def template_text(self, tokenizer: Tokenizer) -> str:
         """The chat template that conversations are written with. Raises `UserError` if it can train no conversation."""
@@ -68,23 +80,61 @@ class ChatOptions(CorpusOptions):
             if source.format == "txt":
                 raise UserError(f"{source.name} is plain text: conversations are read from records, such as .jsonl")
 
-    def _encode(self, template: ChatTemplate, messages: list[dict[str, Any]], tools: Any) -> Encoded | Rejected:
-        try:
-            token_ids, targets = template.encode(messages, tools, last_only=self.train_on == "last")
-        except UserError as error:
-            return Rejected(str(error))
+    def read_record(self, record: Any) -> dict[str, Any]:
+        """What of a record becomes tokens. Raises `UserError`: why there is none."""
+        return find_conversation(record, self.form)
+
+    def encode_record(
+        self, template: ChatTemplate, messages: list[dict[str, Any]], tools: Any
+    ) -> tuple[list[int], list[int]]:
+        """Token ids, and the value of each in the targets file.
+
+        Raises:
+            UserError: the template refuses the conversation, or nothing of it is to be trained.
+        """
+        token_ids, targets = template.encode(messages, tools, last_only=self.train_on == "last")
         if not any(targets):
-            return Rejected("none of its answers is to be trained")
+            raise UserError("none of its answers is to be trained")
         if self.seq_len is not None and len(token_ids) > self.seq_len:
             lengths = [len(template.tokenizer.encode(_written(message))) for message in messages]
             for place, length in enumerate(lengths, 1):
                 if length > self.seq_len:
-                    return Rejected(f"message {place} has {length:,} tokens, above --seq-len {self.seq_len:,}")
-        num_bytes = len(template.tokenizer.decode(token_ids).encode())
-        return Encoded(array(template.tokenizer.typecode, token_ids).tobytes(), bytes(targets), num_bytes)
+                    raise UserError(f"message {place} has {length:,} tokens, above --seq-len {self.seq_len:,}")
+        return token_ids, list(map(int, targets))
 
 
 def _written(message: dict[str, Any]) -> str:
     """The text of a message, tool calls included."""
     calls = json.dumps(message["tool_calls"], ensure_ascii=False) if "tool_calls" in message else ""
     return message.get("reasoning_content", "") + message["content"] + calls
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceOptions(ChatOptions):
+    """With the inputs, what decides the contents of prepared preferences."""
+
+    kind: ClassVar[Literal["preferences"] | None] = "preferences"
+
+    # Of no meaning here.
+    form: Annotated[ConversationForm | None, tyro.conf.Suppress] = None
+    train_on: Annotated[Literal["all", "last"], tyro.conf.Suppress] = "all"
+
+    def read_record(self, record: Any) -> dict[str, Any]:
+        """The two conversations. Raises `UserError`: why there are none."""
+        return find_preference(record)
+
+    def encode_record(  # type: ignore[override]
+        self, template: ChatTemplate, chosen: list[dict[str, Any]], rejected: list[dict[str, Any]], tools: Any
+    ) -> tuple[list[int], list[int]]:
+        """Both conversations, one after the other; only answers in which they differ are targets."""
+        shared = next(i for i, (a, b) in enumerate(zip([*chosen, None], [*rejected, None])) if a != b)  # noqa: B905
+        sides = [
+            [{**message, "train": place >= shared} for place, message in enumerate(side)] for side in (chosen, rejected)
+        ]
+        (chosen_ids, chosen_targets), (rejected_ids, rejected_targets) = (
+            super(PreferenceOptions, self).encode_record(template, side, tools) for side in sides
+        )
+        values = [REJECTED_TARGET * target for target in rejected_targets]
+        if rejected_targets[0]:
+            raise UserError("the chat template writes nothing before an answer")
+        return chosen_ids + rejected_ids, [*chosen_targets, REJECTED_START, *values[1:]]

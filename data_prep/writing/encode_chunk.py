@@ -9,7 +9,7 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from data_prep.reading.byte_stream import Source
 from data_prep.reading.chunks import Chunk
@@ -47,6 +47,8 @@ class CorpusOptions(ReadOptions):
     shard_tokens: Annotated[int, AT_LEAST_1] = DEFAULT_SHARD_TOKENS
     """Tokens in a shard."""
 
+    kind: ClassVar[Literal["preferences"] | None] = None
+
     def encode(self, tokenizer: Tokenizer, texts: list[str]) -> "list[Encoded | Rejected]":
         """The tokens of each text, or why there are none."""
         packed = tokenizer.encode_packed(texts, allow_special=self.special_text == "special")
@@ -65,7 +67,7 @@ class Encoded(NamedTuple):
     """What a document became."""
 
     tokens: bytes  # uint16 each, or uint32 for a large vocabulary
-    targets: bytes = b""  # of a conversation: 1 or 0 for each token
+    targets: bytes = b""  # of conversations: a value for each token, as the shards have them
     num_bytes: int | None = None  # UTF-8 bytes, where they are not those of the document's text
 
 

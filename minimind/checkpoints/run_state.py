@@ -29,6 +29,7 @@ AT_RESUME: dict[str, Change] = {
     **dict.fromkeys(("world_size", "zero_stage", "ep_size", "precision", *_LAYOUT), "topology"),
     # Which samples a step takes, and what the optimizer's state means.
     **dict.fromkeys((*_SAMPLING, "shards", "tokenizer", "optimizer"), "fixed"),
+    **dict.fromkeys(("objective", "beta", "label_smoothing", "length_normalised", "target_margin"), "fixed"),
     **dict.fromkeys(("run_dir", "resume", "ds_config", "num_workers", "timeout_minutes"), "silent"),
     **dict.fromkeys(("log_every", "tensorboard", "wandb_project", "preflight", "profile_steps"), "silent"),
 }

@@ -21,6 +21,8 @@ DTYPE_NAMES: dict[Precision, str] = {"fp32": "float32", "bf16": "bfloat16", "fp1
 """torch's name of the type that each precision computes in."""
 Schedule = Literal["cosine", "linear", "constant", "wsd", "step", "exponential", "deepspeed"]
 OptimizerName = Literal["adamw", "muon", "deepspeed"]
+PreferenceObjective = Literal["dpo", "ipo", "orpo", "simpo"]
+ObjectiveName = Literal["pretrain", "dpo", "ipo", "orpo", "simpo"]
 MoeBackend = Literal["autoep", "deepspeed"]
 CompileMode = Literal["auto", "on", "off"]
 GateNoise = Literal["none", "jitter", "rsample"]
@@ -62,6 +64,18 @@ class TrainConfig:
     init_from: Annotated[str | None, _default("fresh weights")] = None
     """Begin with the weights (and, without --model, the shape) of a run, a checkpoint, an export, a Hugging Face folder
     or a .pth; a resumed run has its own."""
+    objective: Annotated[ObjectiveName | None, _default("pretrain; dpo on preferences")] = None
+    """What is minimised. pretrain: the loss of the next token, of conversations that of the answers; the others learn
+    from pairs of answers (arXiv 2305.18290, 2310.12036, 2403.07691, 2405.14734)."""
+    beta: Annotated[float, ABOVE_0] = 0.1
+    """Preferences: how far the model may leave its start (dpo, ipo); weight of the odds (orpo); scale (simpo: 2 or
+    more)."""
+    label_smoothing: Annotated[float, Limits(at_least=0, below=0.5)] = 0.0
+    """dpo: share of pairs that are taken to be the wrong way round."""
+    length_normalised: bool = False
+    """dpo: compare log-probabilities a token, so that longer answers have no advantage."""
+    target_margin: Annotated[float, AT_LEAST_0] = 0.5
+    """simpo: by how much, a token, the preferred answer should be the more probable one (gamma / beta)."""
     steps: Annotated[int | None, _default("as many as --epochs asks for"), AT_LEAST_1] = None
     """Optimizer steps."""
     epochs: Annotated[float, ABOVE_0] = 1.0

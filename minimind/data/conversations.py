@@ -1,7 +1,8 @@
 """Conversations of a record in the forms that people publish, brought to one: messages and tools.
 
 Known are `messages` (OpenAI) and `conversations` (MiniMind) of role and content, `conversations` of from and value
-(ShareGPT), and instruction, input and output (Alpaca). A question alone may be a `prompt`.
+(ShareGPT), and instruction, input and output (Alpaca). A question alone may be a `prompt`. A preference is two
+conversations that begin alike.
 """
 
 import json
@@ -75,6 +76,42 @@ def find_question(record: Any) -> dict[str, Any]:
     if question["messages"] and question["messages"][-1]["role"] in ("user", "tool"):
         return question
     raise UserError("it has no question")
+
+
+def find_preference(record: Any) -> dict[str, Any]:
+    """The pair of a parsed record: `chosen` and `rejected`, each the messages of a conversation, and `tools`.
+
+    Args:
+        record: `chosen` and `rejected` are whole conversations (MiniMind), or answers, texts or messages, to a `prompt`
+            or to the question that ends `messages` or `conversations`.
+
+    Raises:
+        UserError: why there is none.
+    """
+    given = [record.get(name) for name in ("chosen", "rejected")] if isinstance(record, dict) else [None]
+    if None in given:
+        names = ", ".join(map(repr, list(record)[:8])) if isinstance(record, dict) else type(record).__name__
+        raise UserError(f"no preference: it needs chosen and rejected (it has {names})")
+    sides = [side if isinstance(side, list) else [_as_answer(side)] for side in given]
+    tools = record.get("tools")
+    if isinstance(record.get("prompt"), str | list) or any(isinstance(record.get(field), list) for field in _FIELDS):
+        question = find_question({key: value for key, value in record.items() if key not in ("chosen", "rejected")})
+        # An answer may be given with the question before it.
+        sides = [side if len(side) > 1 else [*question["messages"], *side] for side in sides]
+        tools = question["tools"]
+    chosen, rejected = (_read_conversation(side, tools) for side in sides)
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if len(side["messages"]) < 2 or side["messages"][-1]["role"] != "assistant":
+            raise UserError(f"{name} is no question with an answer")
+    if chosen == rejected:
+        raise UserError("chosen and rejected are the same")
+    if chosen["messages"][0] != rejected["messages"][0]:
+        raise UserError("chosen and rejected begin with different messages")
+    return {"chosen": chosen["messages"], "rejected": rejected["messages"], "tools": chosen["tools"]}
+
+
+def _as_answer(side: Any) -> Any:
+    return side if isinstance(side, dict) else {"role": "assistant", "content": side}
 
 
 def recognise(record: Any) -> ConversationForm:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minimind.data.manifest import ShardError
+from minimind.data.manifest import REJECTED_START, REJECTED_TARGET, TARGET, ShardError
 from minimind.data.packing import pack
 from minimind.data.shards import ShardReader, open_split
 
@@ -27,6 +27,8 @@ class Sample:
     input_ids: np.ndarray  # (T,) int64
     labels: np.ndarray  # (T,) int64
     document_starts: np.ndarray | None = None  # (num_starts,) int64
+    pairs: np.ndarray | None = None  # (num_pairs,) int64 of preferences: the documents
+    answers: np.ndarray | None = None  # (T,) int64 of preferences: 2 * pair + (1 if rejected), -1 without a label
 
 
 class TokenDataset:
@@ -37,6 +39,8 @@ class TokenDataset:
     window form one more, filled up with end tokens that have no label; without, they are left out.
     Raises `ShardError` when the folder is too small for a single window.
     """
+
+    reference = None
 
     def __init__(
         self, reader: ShardReader, seq_len: int, document_mask: bool = False, *, keep_tail: bool = False
@@ -77,9 +81,13 @@ class PackedDataset:
 
     The first token of a document is no target; of a conversation only what the assistant wrote is one. A document
     longer than a window is cut at its end. What is left of a window is one more segment, of end tokens without labels.
+    A pair of conversations takes two segments of one window; one longer than a window is left out.
     """
 
     document_mask = True
+    reference: np.ndarray | None = None
+    """(num_documents, 2) float32 of preferences: log-probability of the preferred and of the rejected answer under the
+    model that training began with. Set by an objective that compares with it."""
 
     def __init__(self, reader: ShardReader, seq_len: int) -> None:
         self.reader = reader
@@ -90,9 +98,15 @@ class PackedDataset:
         if not lengths.size:
             raise ShardError(f"{reader.folder} holds no document: prepare more text")
         self.num_cut = int(np.count_nonzero(lengths > seq_len))
-        """Documents whose end does not fit a window."""
+        """Documents whose end does not fit a window; of pairs, those that are left out."""
         self._lengths = np.minimum(lengths, seq_len)
-        self._order, self._bounds = pack(lengths, seq_len)
+        kept = np.flatnonzero(lengths <= seq_len) if reader.manifest.is_pairs else np.arange(len(lengths))
+        if not kept.size:
+            raise ShardError(
+                f"{reader.folder}: no pair fits a window of seq_len {seq_len}: the shortest takes {lengths.min()}"
+            )
+        order, self._bounds = pack(lengths[kept], seq_len)
+        self._order = kept[order]
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -100,7 +114,7 @@ class PackedDataset:
     @property
     def padding(self) -> float:
         """Fraction of the windows that no document fills."""
-        return 1 - int(self._lengths.sum()) / (len(self) * self.seq_len)
+        return 1 - int(self._lengths[self._order].sum()) / (len(self) * self.seq_len)
 
     @functools.cached_property
     def num_targets(self) -> int:
@@ -112,16 +126,25 @@ class PackedDataset:
             raise IndexError(f"window {index} of {len(self)}")
         input_ids = np.full(self.seq_len, self.reader.manifest.eos_token_id, dtype=np.int64)
         labels = np.full(self.seq_len, IGNORED_LABEL, dtype=np.int64)
+        documents = self._order[self._bounds[index] : self._bounds[index + 1]]
+        is_pairs = self.reader.manifest.is_pairs
+        answers = np.full(self.seq_len, -1, dtype=np.int64)
         ends, end = [], 0
-        for document in self._order[self._bounds[index] : self._bounds[index + 1]]:
+        for pair, document in enumerate(documents):
             start, length = int(self._starts[document]), int(self._lengths[document])
             tokens = self.reader.read(start, min(length + 1, int(self._starts[document + 1]) - start))
             here = slice(end, end + len(tokens) - 1)
             input_ids[here], labels[here] = tokens[:-1], tokens[1:]
             if self.reader.manifest.is_chat:
-                labels[here][~self.reader.read_targets(start + 1, len(tokens) - 1)] = IGNORED_LABEL
+                targets = self.reader.read_targets(start + 1, len(tokens) - 1)
+                is_target = (targets == TARGET) | (targets == REJECTED_TARGET)
+                labels[here][~is_target] = IGNORED_LABEL
+                answers[here][is_target] = 2 * pair + (targets[is_target] == REJECTED_TARGET)
+                if is_pairs:  # the second conversation's first token is an input one position after it is a label
+                    ends.append(end + 1 + int(np.argmax(targets == REJECTED_START)))
             ends.append(end := end + length)
-        return Sample(input_ids, labels, np.array([offset for offset in ends if offset < self.seq_len], dtype=np.int64))
+        starts = np.array([offset for offset in ends if offset < self.seq_len], dtype=np.int64)
+        return Sample(input_ids, labels, starts, *((documents, answers) if is_pairs else ()))
 
 
 Dataset = TokenDataset | PackedDataset

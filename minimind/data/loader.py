@@ -28,6 +28,10 @@ class Batch:
     cu_seqlens: torch.Tensor | None  # (num_segments + 1,) int32 boundaries over the B*T tokens; None without a mask
     positions: tuple[int, ...]  # place of each window in the global order (or of the evaluated windows); -1: filling
     num_targets: int  # labels that count
+    # Preferences only:
+    answers: torch.Tensor | None = None  # (B, T) int64: which of the batch's answers a label is of, -1: none
+    pairs: tuple[int, ...] = ()  # document of each pair; pair i has the answers 2i and 2i + 1 (rejected)
+    reference: torch.Tensor | None = None  # (2 * num_pairs,) float32 log-probability of each answer before training
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch on `device`; `non_blocking` overlaps the copy with the device's work from pinned memory."""
@@ -87,7 +91,7 @@ class BatchLoader:
         positions = start + np.arange(self.gradient_accumulation_steps)[:, None] * together + np.arange(micro)
         batches = []
         for places, indices in zip(positions.tolist(), self.order[positions].tolist(), strict=True):
-            batch = collate([self.dataset[index] for index in indices], places)
+            batch = collate([self.dataset[index] for index in indices], places, self.dataset.reference)
             batches.append(batch.pin_memory() if self._pin_memory else batch)
         return batches
 
@@ -121,11 +125,15 @@ def eval_batches(
     for base in range(0, num_samples, micro_batch_size * dp_size):
         first = base + dp_rank * micro_batch_size
         positions = [p if p < num_samples else -1 for p in range(first, first + micro_batch_size)]
-        yield collate([_take(dataset, p, num_samples - 1) for p in positions], positions)
+        yield collate([_take(dataset, p, num_samples - 1) for p in positions], positions, dataset.reference)
 
 
-def collate(samples: Sequence[Sample], positions: Iterable[int]) -> Batch:
-    """Stack B windows; their ends are boundaries of `cu_seqlens` too."""
+def collate(samples: Sequence[Sample], positions: Iterable[int], reference: np.ndarray | None = None) -> Batch:
+    """Stack B windows; their ends are boundaries of `cu_seqlens` too.
+
+    Args:
+        reference: (num_documents, 2) float32 of preferences, see `PackedDataset.reference`.
+    """
     input_ids = np.stack([sample.input_ids for sample in samples])  # (B, T)
     labels = np.stack([sample.labels for sample in samples])  # (B, T)
     starts = [sample.document_starts for sample in samples if sample.document_starts is not None]
@@ -137,7 +145,7 @@ def collate(samples: Sequence[Sample], positions: Iterable[int]) -> Batch:
         firsts = np.repeat(bounds[:-1], np.diff(bounds))  # (B*T,) first token of each token's segment
         position_ids = torch.from_numpy((np.arange(size * seq_len) - firsts).reshape(size, seq_len))
         cu_seqlens = torch.from_numpy(bounds.astype(np.int32))
-    return Batch(
+    batch = Batch(
         torch.from_numpy(input_ids),
         torch.from_numpy(labels),
         position_ids,
@@ -145,10 +153,26 @@ def collate(samples: Sequence[Sample], positions: Iterable[int]) -> Batch:
         tuple(positions),
         int(np.count_nonzero(labels != IGNORED_LABEL)),
     )
+    return batch if samples[0].pairs is None else _with_pairs(batch, samples, reference)
+
+
+def _with_pairs(batch: Batch, samples: Sequence[Sample], reference: np.ndarray | None) -> Batch:
+    """The batch with its pairs, numbered from window to window."""
+    answers: list[np.ndarray] = []
+    pairs: list[int] = []
+    for sample in samples:
+        assert sample.answers is not None and sample.pairs is not None
+        answers.append(np.where(sample.answers < 0, -1, sample.answers + 2 * len(pairs)))
+        pairs += sample.pairs.tolist()
+    values = None if reference is None else torch.from_numpy(reference[pairs].reshape(-1))
+    return dataclasses.replace(batch, answers=torch.from_numpy(np.stack(answers)), pairs=tuple(pairs), reference=values)
 
 
 def _take(dataset: Dataset, position: int, last: int) -> Sample:
     if position >= 0:
         return dataset[position]
     sample = dataset[last]
-    return dataclasses.replace(sample, labels=np.full_like(sample.labels, IGNORED_LABEL))
+    labels = np.full_like(sample.labels, IGNORED_LABEL)
+    if sample.pairs is None:
+        return dataclasses.replace(sample, labels=labels)
+    return dataclasses.replace(sample, labels=labels, pairs=sample.pairs[:0], answers=np.full_like(labels, -1))

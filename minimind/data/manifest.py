@@ -18,6 +18,9 @@ from minimind.files import replace_file
 FORMAT_VERSION: Literal[2] = 2
 """Of conversations, which have targets; corpora of text are written as version 1, and read alike."""
 MANIFEST_NAME = "manifest.json"
+TARGET, REJECTED_TARGET, REJECTED_START = 1, 2, 3
+"""Values of the targets file, 0 for all other tokens: a trained token (of a pair: of the preferred answer), one of the
+rejected answer, and the token that begins the rejected conversation."""
 
 
 class ShardError(UserError):
@@ -94,6 +97,8 @@ class Manifest:
     total_bytes: Count
     shards: tuple[ShardInfo, ...]
     chat_template_sha256: Sha256 | None = None
+    kind: Literal["preferences"] | None = None
+    """Each document is a pair of conversations; None: it is one, or plain text."""
 
     @model_validator(mode="after")
     def _check(self) -> "Manifest":
@@ -105,6 +110,8 @@ class Manifest:
         is_chat = self.format_version == FORMAT_VERSION
         if {is_chat} != {self.chat_template_sha256 is not None, *(s.targets_file is not None for s in self.shards)}:
             raise ValueError("targets and a chat template come with format_version 2, and only with it")
+        if self.kind is not None and not is_chat:
+            raise ValueError("preferences have targets and a chat template")
         files = [name for shard in self.shards for name in shard.files]
         if len(set(files)) < len(files):
             raise ValueError(f"shards name {max(files, key=files.count)} twice; every file must be named once")
@@ -118,6 +125,11 @@ class Manifest:
     def is_chat(self) -> bool:
         """Whether the documents are conversations, of which some tokens are targets."""
         return self.chat_template_sha256 is not None
+
+    @property
+    def is_pairs(self) -> bool:
+        """Whether a document is two conversations, the preferred one first: see `TARGET` and what follows it."""
+        return self.kind == "preferences"
 
     @property
     def bytes_per_token(self) -> float:

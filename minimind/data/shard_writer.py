@@ -5,6 +5,7 @@ Holds one document in memory, whatever the corpus.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -35,6 +36,7 @@ class ShardWriter:
         shard_tokens: int = DEFAULT_SHARD_TOKENS,
         shards: Sequence[ShardInfo] = (),
         chat_template: str | None = None,
+        kind: Literal["preferences"] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.shards = list(shards)
@@ -46,6 +48,7 @@ class ShardWriter:
         self._eos_token_id = eos_token_id
         self._files: list[ArrayFile] = []
         self._bytes = 0
+        self._kind = kind
         self.folder.mkdir(parents=True, exist_ok=True)
         found = {path.name for path in [*self.folder.glob("shard_*.npy"), *self.folder.glob(MANIFEST_NAME)]}
         if found - {name for shard in shards for name in shard.files}:
@@ -62,7 +65,8 @@ class ShardWriter:
 
     def add_document(self, tokens: np.ndarray, num_bytes: int, targets: np.ndarray | None = None) -> None:
         """Append one document of `num_bytes` UTF-8 bytes of text: `tokens` (1-D, integer) and the end token. Of a
-        conversation, `targets` (1-D, 0 or 1 for each token) says which are trained; the end token never is."""
+        conversation, `targets` (1-D, 0 or 1 for each token) says which are trained; the end token never is. The values
+        for a pair (`kind`) are those of `minimind.data.manifest`."""
         tokens = np.asarray(tokens)
         if tokens.ndim != 1 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
             raise ShardError(f"document {self.num_documents} is not a non-empty 1-D array of token ids")
@@ -103,6 +107,7 @@ class ShardWriter:
             sum(shard.bytes for shard in self.shards),
             tuple(self.shards),
             None if self._template is None else hash_file(self._template),
+            self._kind,
         )
         manifest.save(self.folder)
         return manifest

@@ -59,8 +59,8 @@ class ShardReader:
         return self._read(start, length, 0)
 
     def read_targets(self, start: int, length: int) -> np.ndarray:
-        """Whether each of these tokens is trained: (length,) bool. Of conversations only."""
-        return self._read(start, length, 2).astype(bool)
+        """Which of these tokens are trained, as `minimind.data.manifest` has it: (length,) uint8. Of conversations."""
+        return self._read(start, length, 2)
 
     def document_starts(self, start: int, length: int) -> np.ndarray:
         """Offsets inside the span [start, start + length) at which a document begins: int64, increasing."""

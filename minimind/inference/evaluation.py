@@ -4,7 +4,7 @@ import contextlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,17 @@ class Evaluation:
     """Tokens predicted."""
     num_samples: int
     """Windows read."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """Other means over the targets."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What an evaluation adds up over batches."""
+
+    loss: torch.Tensor  # () float32
+    count: int  # what the loss and the figures are a mean over
+    figures: dict[str, torch.Tensor] = field(default_factory=dict)  # each () float32
 
 
 def sum_loss(model: Any, batch: Batch) -> CausalLMOutput:
@@ -52,6 +63,43 @@ def sum_loss(model: Any, batch: Batch) -> CausalLMOutput:
     )
 
 
+def token_sums(model: Any, batch: Batch) -> Sums:
+    """The cross-entropy of the targets."""
+    loss = sum_loss(model, batch).loss
+    assert loss is not None
+    return Sums(loss, batch.num_targets)
+
+
+def pair_sums(model: Any, batch: Batch) -> Sums:
+    """Of pairs: the cross-entropy a token of the preferred answer, and how often it is the more probable one."""
+    log_probs, lengths = answer_log_probs(model, batch)
+    means = (log_probs / lengths.clamp(min=1)).view(-1, 2)
+    right = (log_probs.view(-1, 2)[:, 0] > log_probs.view(-1, 2)[:, 1]).sum().float()
+    figures = {"accuracy": right, "accuracy_per_token": (means[:, 0] > means[:, 1]).sum().float()}
+    return Sums(-means[:, 0].sum(), len(batch.pairs), figures)
+
+
+def answer_log_probs(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability and number of tokens of each answer of a batch of pairs, (2 * num_pairs,) float32."""
+    losses = model(
+        batch.input_ids,
+        batch.labels,
+        position_ids=batch.position_ids,
+        cu_seqlens=batch.cu_seqlens,
+        loss_reduction="none",
+    ).loss
+    return sum_answers(losses, batch)
+
+
+def sum_answers(losses: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `answer_log_probs`, from the (B, T) cross-entropy of each label."""
+    assert batch.answers is not None
+    places = batch.answers.flatten() + 1  # the first place is of labels of no answer
+    sums = losses.new_zeros(2 * len(batch.pairs) + 1)
+    lengths = torch.zeros_like(sums).index_add_(0, places, torch.ones_like(losses.flatten()))
+    return sums.index_add_(0, places, -losses.flatten())[1:], lengths[1:]
+
+
 @torch.no_grad()
 def measure_loss(
     model: Any,
@@ -63,35 +111,40 @@ def measure_loss(
     dp_rank: int = 0,
     dp_size: int = 1,
     before_batch: Callable[[], object] = lambda: None,
+    sums: Callable[[Any, Batch], Sums] = token_sums,
 ) -> Evaluation:
     """The loss over the windows of `dataset`, whatever it is; the same on any number of ranks. Every rank calls this.
 
     Args:
         model: a model, or a DeepSpeed engine.
         dp_rank, dp_size: this rank among those that share the windows.
+        sums: what is measured of a batch on its device.
     """
     num_samples = min(max_samples or len(dataset), len(dataset))
     was_training = model.training
     model.eval()
-    loss_total, num_targets = torch.zeros((), dtype=torch.float64, device=device), 0
+    total, num_targets = torch.zeros(1, dtype=torch.float64, device=device), 0
+    names: list[str] = []
     try:
         for batch in eval_batches(dataset, micro_batch_size, dp_rank, dp_size, max_samples=num_samples):
             before_batch()
             if device.type == "cuda":
                 batch = batch.pin_memory()
-            batch_loss = sum_loss(model, batch.to(device, non_blocking=True)).loss
-            assert batch_loss is not None
-            loss_total += batch_loss.double()
-            num_targets += batch.num_targets
+            found = sums(model, batch.to(device, non_blocking=True))
+            names = list(found.figures)
+            total = total + torch.stack([found.loss, *found.figures.values()]).double()
+            num_targets += found.count
     finally:
         model.train(was_training)
-    totals = torch.tensor([loss_total.item(), num_targets], dtype=torch.float64)
-    loss_sum, num_targets = (all_reduce_sum(totals) if dp_size > 1 else totals).tolist()
-    loss = loss_sum / num_targets if num_targets else math.nan
+    totals = torch.tensor([num_targets, *total.tolist()], dtype=torch.float64)
+    num_targets, *means = (all_reduce_sum(totals) if dp_size > 1 else totals).tolist()
+    loss, *figures = (value / num_targets if num_targets else math.nan for value in means)
     manifest = dataset.reader.manifest
     bytes_per_token = 0.0 if manifest.is_chat else manifest.bytes_per_token
     bits_per_byte = loss / math.log(2) / bytes_per_token if bytes_per_token else None
-    return Evaluation(loss, math.exp(min(loss, 700.0)), bits_per_byte, int(num_targets), num_samples)
+    perplexity = math.exp(min(loss, 700.0))
+    named = dict(zip(names, figures, strict=True))
+    return Evaluation(loss, perplexity, bits_per_byte, int(num_targets), num_samples, named)
 
 
 @contextlib.contextmanager

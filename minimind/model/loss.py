@@ -29,26 +29,44 @@ class LMHead(Linear):
         super().__init__(config.hidden_size, config.vocab_size, config.initializer_range)
         self.z_loss_coef = config.z_loss_coef
 
-    def forward(self, hidden_states: Tensor, labels: Tensor | None = None, reduction: str = "mean") -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor | None = None,
+        reduction: str = "mean",
+        weights: Tensor | None = None,
+    ) -> Tensor:
         """Logits (..., vocab_size) of hidden states (..., hidden_size), or with labels (...) a float32 scalar.
 
         The loss is the cross-entropy over the labels that are not -100: their sum, or their mean (0 when there are
         none). In training mode it includes the z-loss, z_loss_coef * logsumexp(logits)**2 a token (arXiv 2204.02311).
+        With reduction "none" it is that of each label, (...) float32, without a gradient and without the z-loss.
+
+        Args:
+            weights: (...) float32, of each label in the sum.
         """
         if labels is None:
             return super().forward(hidden_states)
         states = hidden_states.flatten(0, -2)
         dtype = _compute_dtype(states, self.weight)
+        if reduction == "none":
+            return _token_losses(states.to(dtype), self.weight.to(dtype), labels.flatten(), type(self)).view_as(labels)
         z_loss_coef = self.z_loss_coef if self.training else 0.0
         need_grad = torch.is_grad_enabled()  # inside the function it never is
         loss = _TokenLoss.apply(
-            states.to(dtype), self.weight.to(dtype), labels.flatten(), z_loss_coef, need_grad, type(self)
+            states.to(dtype),
+            self.weight.to(dtype),
+            labels.flatten(),
+            None if weights is None else weights.flatten(),
+            z_loss_coef,
+            need_grad,
+            type(self),
         )
         if reduction == "sum":
             return loss
         if reduction == "mean":
             return loss / (labels != IGNORE_INDEX).sum().clamp(min=1)
-        raise ValueError(f"reduction={reduction!r} must be 'mean' or 'sum'")
+        raise ValueError(f"reduction={reduction!r} must be 'mean', 'sum' or 'none'")
 
     @staticmethod
     def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -65,10 +83,14 @@ class LMHead(Linear):
 
     @staticmethod
     def chunk_loss(
-        logits: Tensor, targets: Tensor, z_loss_coef: float, need_grad: bool
+        logits: Tensor, targets: Tensor, counts: Tensor, z_loss_coef: float, need_grad: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The summed loss of a chunk's (n, vocab_size) logits, and its gradient by them in their dtype."""
-        counted = (targets != IGNORE_INDEX).unsqueeze(1)  # (n, 1)
+        """The summed loss of a chunk's (n, vocab_size) logits, and its gradient by them in their dtype.
+
+        Args:
+            counts: (n,) bool or float32, how much each label counts.
+        """
+        counted = counts.unsqueeze(1)  # (n, 1)
         indices = targets.unsqueeze(1).clamp(min=0)
         target_logits = logits.gather(1, indices).float()
         log_probs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
@@ -94,7 +116,8 @@ def _compute_dtype(states: Tensor, weight: Tensor) -> torch.dtype:
 
 
 class _TokenLoss(torch.autograd.Function):
-    """Sum of the token losses of (N, hidden_size) states and (N,) labels, gradients taken on the way forward."""
+    """Sum of the token losses of (N, hidden_size) states and (N,) labels, gradients taken on the way forward. With (N,)
+    weights each counts so much; these get no gradient."""
 
     @staticmethod
     def forward(
@@ -102,6 +125,7 @@ class _TokenLoss(torch.autograd.Function):
         states: Tensor,
         weight: Tensor,
         labels: Tensor,
+        weights: Tensor | None,
         z_loss_coef: float,
         need_grad: bool,
         head: type[LMHead],
@@ -112,8 +136,9 @@ class _TokenLoss(torch.autograd.Function):
         total = states.new_zeros((), dtype=torch.float32)
         states_grads = []
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        for rows, targets in zip(states.split(chunk), labels.split(chunk), strict=True):
-            loss, logits_grad = head.chunk_loss(head.matmul(rows, weight.t()), targets, z_loss_coef, is_trained)
+        counts = (labels != IGNORE_INDEX) if weights is None else weights * (labels != IGNORE_INDEX)
+        for rows, targets, count in zip(states.split(chunk), labels.split(chunk), counts.split(chunk), strict=True):
+            loss, logits_grad = head.chunk_loss(head.matmul(rows, weight.t()), targets, count, z_loss_coef, is_trained)
             total = total + loss
             if logits_grad is not None and need_states:
                 states_grads.append(head.matmul(logits_grad, weight))
@@ -132,5 +157,16 @@ class _TokenLoss(torch.autograd.Function):
         return (
             None if states_grad is None else states_grad * scale.to(states_grad.dtype),
             None if weight_grad is None else (weight_grad * scale).to(ctx.weight_dtype),
-            *[None] * 4,
+            *[None] * 5,
         )
+
+
+@torch.no_grad()
+def _token_losses(states: Tensor, weight: Tensor, labels: Tensor, head: type[LMHead]) -> Tensor:
+    """The cross-entropy of each of (N,) labels, float32; 0 without one."""
+    chunk = max(1, head.chunk_logits // weight.shape[0])
+    losses = [
+        F.cross_entropy(head.matmul(rows, weight.t()).float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
+        for rows, targets in zip(states.split(chunk), labels.split(chunk), strict=True)
+    ]
+    return torch.cat(losses)

@@ -4,6 +4,7 @@ Plain modules with Hugging Face's and MiniMind's parameter names. Refuses to kno
 files of training; it is wrapped, partitioned and checkpointed from outside.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -174,6 +175,7 @@ class MiniMindForCausalLM(nn.Module):
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
         loss_reduction: str = "mean",
+        weigh: Callable[[Tensor], Tensor] | None = None,
     ) -> CausalLMOutput:
         """Logits of (B, T) token ids, or with labels the loss.
 
@@ -186,7 +188,9 @@ class MiniMindForCausalLM(nn.Module):
                 cache too. Leave it out where nothing is padded: the kernels are faster.
             cache: keys and values of the tokens read so far; `input_ids` are then the new ones only.
             logits_to_keep: logits of this many last positions only; 0 means all.
-            loss_reduction: "mean" over the labels that count, or their "sum".
+            loss_reduction: "mean" over the labels that count, their "sum", or "none": the loss of each, no gradient.
+            weigh: gives each label's weight in the sum, (B, T), from the losses of the labels, (B, T) without gradient:
+                any objective of their log-probabilities, its derivative taken beforehand.
 
         Raises:
             UserError: the sequence is longer than `max_position_embeddings`, or than the cache.
@@ -197,12 +201,18 @@ class MiniMindForCausalLM(nn.Module):
         if labels is None:
             return CausalLMOutput(logits=self.lm_head(self.model(*inputs)[:, -logits_to_keep:]))
         if not self.config.use_moe:
-            return CausalLMOutput(loss=self.lm_head(self.model(*inputs), labels, loss_reduction))
+            return CausalLMOutput(loss=self._loss(self.model(*inputs), labels, loss_reduction, weigh))
         self.router_record.start()
         hidden_states = self.model(*inputs)
         balance = self.router_record.finish(self.config, (input_ids.shape[0], input_ids.shape[1]))
-        loss = self.lm_head(hidden_states, labels, loss_reduction)
+        loss = self._loss(hidden_states, labels, loss_reduction, weigh)
         return CausalLMOutput(loss=loss, **balance._asdict())
+
+    def _loss(
+        self, hidden_states: Tensor, labels: Tensor, reduction: str, weigh: Callable[[Tensor], Tensor] | None
+    ) -> Tensor:
+        weights = None if weigh is None else weigh(self.lm_head(hidden_states.detach(), labels, "none"))
+        return self.lm_head(hidden_states, labels, reduction, weights)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute each block in the backward pass instead of keeping its activations (non-reentrant)."""

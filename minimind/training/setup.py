@@ -34,6 +34,8 @@ from minimind.parallel.compilation import settle_compilation
 from minimind.parallel.deepspeed_check import check_ds_config, check_ops
 from minimind.parallel.engine import build_engine, build_model
 from minimind.training.control import hold_run
+from minimind.training.objectives.objective import Objective
+from minimind.training.objectives.preference import Preference
 from minimind.training.objectives.pretrain import Pretrain
 from minimind.training.peak_flops import peak_flops
 from minimind.training.profiler import StepProfiler
@@ -101,6 +103,11 @@ def open_data(run: RunConfig) -> RunData:
             f"vocab_size: the shards of {folder} have {vocab} tokens and the model only {run.model.vocab_size}; pass "
             f"--vocab-size {vocab}"
         )
+    is_pairs, objective = train.manifest.is_pairs, run.train.objective
+    if objective is not None and is_pairs != (objective != "pretrain"):
+        kinds = ("pairs of answers", "texts or conversations")
+        there, wanted = kinds if is_pairs else kinds[::-1]
+        raise UserError(f"objective: {objective} learns from {wanted}, and {folder} holds {there}")
     seq_len, mask, packed = run.data.seq_len, run.data.document_mask, run.data.packing == "documents"
     return RunData(
         open_dataset(train, seq_len, mask, packed=packed),
@@ -132,6 +139,9 @@ def run_rank(
         engine = build_engine(resolved, model)
         stack.callback(engine.destroy)
         state = load_state(engine, resolved, resume, corpus)
+        objective = make_objective(resolved, data)
+        splits = {"train": data.train} if data.val is None else {"train": data.train, "val": data.val}
+        objective.prepare(engine, splits, run_dir, is_new=resume is None)
         saver = CheckpointSaver(engine, resolved, corpus, asynchronous=train.async_save)
         stack.callback(saver.close)
         record = open_record(resolved, env, state, resume, peak)
@@ -141,7 +151,7 @@ def run_rank(
         trainer = Trainer(
             resolved=resolved,
             engine=engine,
-            objective=Pretrain(),
+            objective=objective,
             loader=make_loader(resolved, data.train, env, state, pin_memory=device.type == "cuda"),
             val=data.val,
             saver=saver,
@@ -189,6 +199,12 @@ def load_state(
         state = dataclasses.replace(state, data_start_step=state.step)
         log(f"the shards are new: their order begins at step {state.step}")
     return state
+
+
+def make_objective(resolved: ResolvedRun, data: RunData) -> Objective:
+    """What the run minimises."""
+    name = resolved.train.objective or ("dpo" if data.train.reader.manifest.is_pairs else "pretrain")
+    return Pretrain() if name == "pretrain" else Preference(resolved.train, name)
 
 
 def make_loader(

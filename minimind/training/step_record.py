@@ -3,7 +3,9 @@
 import math
 import resource
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
@@ -24,6 +26,7 @@ class PendingStep:
     lr: float
     loss_scale: float | None
     expert_counts: torch.Tensor | None  # (num_moe_layers, num_experts + 1) of this rank; None for a dense model
+    figures: Mapping[str, torch.Tensor]  # () each, this rank's share of the means that the objective logs
 
 
 class Figures:
@@ -43,7 +46,8 @@ class Figures:
             else losses.new_full((), math.nan if item.grad_norm is None else item.grad_norm, dtype=torch.float64)
             for item in pending
         ]
-        means = all_reduce_sum(torch.cat([losses, torch.stack([item.aux_loss for item in pending])]))
+        figures = [value for item in pending for value in item.figures.values()]
+        means = all_reduce_sum(torch.cat([losses, torch.stack([*(item.aux_loss for item in pending), *figures])]))
         counts = [item.expert_counts for item in pending if item.expert_counts is not None]
         self._device = losses.device
         self._losses, self._means = _copy_to_host(losses), _copy_to_host(means)
@@ -94,6 +98,10 @@ class Figures:
             if self._loads is not None:
                 record["aux_loss"] = means[count + i]
                 record.update(summarize_load(item.state.step, self._loads[i]))
+            if item.figures:
+                values = means[2 * count + i * len(item.figures) :]
+                figures: dict[str, Any] = dict(zip(item.figures, values, strict=False))
+                record |= cast(StepRecord, figures)
             records.append(record)
         records[-1].update(describe_times(self.pending[-1].state.step, all_reduce_sum(times).flatten().tolist()))
         return records

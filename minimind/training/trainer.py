@@ -11,7 +11,7 @@ import time
 from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -26,7 +26,7 @@ from minimind.data.loader import Batch, BatchLoader
 from minimind.distributed.collectives import all_reduce_sum, gather_objects
 from minimind.distributed.stop_requests import Requests
 from minimind.errors import UserError
-from minimind.inference.evaluation import measure_loss
+from minimind.inference.evaluation import Sums, measure_loss
 from minimind.parallel.loss_scale import loss_scale
 from minimind.parallel.optimizer import optimizer_step, set_learning_rate
 from minimind.training import expert_balance
@@ -35,7 +35,7 @@ from minimind.training.lr_schedule import learning_rate
 from minimind.training.objectives.objective import Objective
 from minimind.training.profiler import StepProfiler
 from minimind.training.record.metrics import NullRecord
-from minimind.training.record.run_files import StepRecord
+from minimind.training.record.run_files import EvaluationRecord, StepRecord
 from minimind.training.step_record import Figures, PendingStep
 from minimind.training.step_timer import StepTimer
 
@@ -120,6 +120,7 @@ class Trainer:
         scale = len(batches) * self.loader.dp_size / num_targets
         loss, aux_loss = torch.zeros((), device=device), torch.zeros((), device=device)
         counts: torch.Tensor | None = None
+        figures: dict[str, torch.Tensor] = {}
         balances_step = expert_balance.balances_step(model)
         share = self._read_expert_share(batches) if balances_step and len(batches) > 1 else None
         for batch in batches:
@@ -128,6 +129,8 @@ class Trainer:
             with self.timer.part("forward"):
                 parts = self.objective.loss(self.engine, moved)
             loss += parts.loss.detach() / num_targets
+            for name, value in parts.figures.items():
+                figures[name] = figures.get(name, 0) + value / num_targets
             total = parts.loss * scale
             if parts.aux_loss is not None:  # a mean over this micro-batch: DeepSpeed's own averaging is right for it
                 own = parts.aux_loss
@@ -153,7 +156,7 @@ class Trainer:
             tokens_seen=self.state.tokens_seen + self._tokens_per_step,
         )
         scale_now = loss_scale(self.engine) if train.precision == "fp16" else None
-        self._pending.append(PendingStep(self.state, loss, aux_loss, grad_norm, lr, scale_now, counts))
+        self._pending.append(PendingStep(self.state, loss, aux_loss, grad_norm, lr, scale_now, counts, figures))
         if table := self.profiler.step():
             self.record.log(table)
 
@@ -252,18 +255,23 @@ class Trainer:
             dp_rank=self.loader.dp_rank,
             dp_size=self.loader.dp_size,
             before_batch=lambda: self.control.report(step, "evaluating"),
+            sums=self._sums,
         )
-        self.record.log_evaluation(
-            {
-                "step": step,
-                "eval_loss": found.loss,
-                "eval_bits_per_byte": found.bits_per_byte,
-                "eval_perplexity": found.perplexity,
-                "eval_targets": found.num_targets,
-            }
-        )
+        record: EvaluationRecord = {
+            "step": step,
+            "eval_loss": found.loss,
+            "eval_bits_per_byte": found.bits_per_byte,
+            "eval_perplexity": found.perplexity,
+            "eval_targets": found.num_targets,
+        }
+        figures: dict[str, Any] = {f"eval_{name}": value for name, value in found.figures.items()}
+        self.record.log_evaluation(cast(EvaluationRecord, {**record, **figures}))
         self.timer.restart()
         return found.loss
+
+    def _sums(self, engine: Any, batch: Batch) -> Sums:
+        parts = self.objective.loss(engine, batch)
+        return Sums(parts.loss, self.objective.count_targets([batch]), dict(parts.figures))
 
     def _agree(self) -> tuple[Requests, int]:
         """The requests of all ranks, and how many of the sent figures all of them have; also takes a running save

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minimind.errors import UserError, first_line
-from minimind.model.loss import IGNORE_INDEX, LMHead
+from minimind.model.loss import LMHead
 
 
 @dataclass(frozen=True)
@@ -82,24 +82,24 @@ class Compiler:
         class Compiled(kind):  # type: ignore[valid-type, misc]
             @staticmethod
             def chunk_loss(
-                logits: Tensor, targets: Tensor, z_loss_coef: float, need_grad: bool
+                logits: Tensor, targets: Tensor, counts: Tensor, z_loss_coef: float, need_grad: bool
             ) -> tuple[Tensor, Tensor | None]:
                 if not need_grad:
-                    return kind.chunk_loss(logits, targets, z_loss_coef, need_grad)
-                for tensor in (logits, targets):  # the last chunk is shorter
+                    return kind.chunk_loss(logits, targets, counts, z_loss_coef, need_grad)
+                for tensor in (logits, targets, counts):  # the last chunk is shorter
                     torch._dynamo.maybe_mark_dynamic(tensor, 0)
-                return run(logits, targets, z_loss_coef, need_grad)
+                return run(logits, targets, counts, z_loss_coef, need_grad)
 
         head.__class__ = Compiled
 
 
 def fused_chunk_loss(
-    logits: Tensor, targets: Tensor, z_loss_coef: float, need_grad: bool
+    logits: Tensor, targets: Tensor, counts: Tensor, z_loss_coef: float, need_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`LMHead.chunk_loss` without a step that a compiler cannot fuse (a scatter): one pass over the logits for their
     maximum and sum, one that reads them again and writes the gradient. No float32 copy of them is made."""
     targets = targets.unsqueeze(1)  # (n, 1)
-    counted = targets != IGNORE_INDEX
+    counted = counts.unsqueeze(1)
     wide = logits.float()
     log_partition = wide.logsumexp(dim=-1, keepdim=True)  # (n, 1)
     losses = log_partition - logits.gather(1, targets.clamp(min=0)).float()

@@ -177,11 +177,17 @@ class FastLMHead(LMHead):
     chunk_logits = CPU_CHUNK_LOGITS
     matmul = staticmethod(matmul)
 
-    def forward(self, hidden_states: Tensor, labels: Tensor | None = None, reduction: str = "mean") -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor | None = None,
+        reduction: str = "mean",
+        weights: Tensor | None = None,
+    ) -> Tensor:
         """As `LMHead.forward`."""
         if labels is None:
             return linear(hidden_states, self.weight)
-        return super().forward(hidden_states, labels, reduction)
+        return super().forward(hidden_states, labels, reduction, weights)
 
     @staticmethod
     def add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:

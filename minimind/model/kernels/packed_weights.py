@@ -102,13 +102,14 @@ class _Head(nn.Module):
         super().__init__(linear)
         self.weight = linear.weight  # the embedding, where the two are tied: dtype and device of the model
 
-    def forward(self, x: Tensor, labels: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        """As `minimind.model.loss.LMHead.forward`, without a z-loss."""
+    def forward(self, x: Tensor, labels: Tensor | None = None, reduction: str = "mean", weights: None = None) -> Tensor:
+        """As `minimind.model.loss.LMHead.forward`, without a z-loss and without weights."""
         logits = super().forward(x)
         if labels is None:
             return logits
-        logits, labels = logits.float().flatten(0, -2), labels.flatten()
-        return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction=reduction)
+        logits = logits.float().flatten(0, -2)
+        losses = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction)
+        return losses.view_as(labels) if reduction == "none" else losses
 
 
 class PackedHead(_Head, PackedLinear):

@@ -1,10 +1,12 @@
 """The interface between the training loop and an objective: a batch in, the parts of its loss out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from minimind.data.dataset import Dataset
 from minimind.data.loader import Batch
 from minimind.model.transformer import CausalLMOutput
 
@@ -18,6 +20,7 @@ class LossParts(NamedTuple):
     expert_counts: torch.Tensor | None = None
     expert_share: torch.Tensor | None = None  # (num_moe_layers, num_experts) of `CausalLMOutput`
     expert_score: torch.Tensor | None = None
+    figures: Mapping[str, torch.Tensor] = {}  # () each, sums over the targets: what else the log shows
 
     @classmethod
     def of(cls, output: CausalLMOutput) -> "LossParts":
@@ -37,6 +40,14 @@ class LossParts(NamedTuple):
 
 class Objective(Protocol):
     """What a run minimises. The loop divides the summed loss by the targets of the whole step, over all ranks."""
+
+    def prepare(self, engine: Any, datasets: Mapping[str, Dataset], run_dir: Path, *, is_new: bool) -> None:
+        """What has to be known before the first step. Every rank calls this.
+
+        Args:
+            datasets: by the name of their split.
+            is_new: no step has been taken yet.
+        """
 
     def count_targets(self, batches: Sequence[Batch]) -> int:
         """Targets of a step on this rank."""

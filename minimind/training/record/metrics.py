@@ -38,6 +38,9 @@ _TENSORBOARD_NAMES = {
     "lr": "train/lr",
     "grad_norm": "train/grad_norm",
     "loss_scale": "train/loss_scale",
+    **{name: f"preference/{name}" for name in ("reward_accuracy", "reward_margin", "chosen_log_prob", "kl")},
+    "rejected_log_prob": "preference/rejected_log_prob",
+    "eval_reward_accuracy": "eval/reward_accuracy",
     "tokens_per_second": "speed/tokens_per_second",
     "mfu": "speed/mfu",
     "step_seconds": "speed/step_seconds",
@@ -109,6 +112,7 @@ class RunRecord(NullRecord):
         self.log(
             f"step {record['step']}  eval loss {record['eval_loss']:.4f}  "
             + (f"bits/byte {bits:.4f}  " if bits is not None and math.isfinite(bits) else "")
+            + (f"reward accuracy {record['eval_reward_accuracy']:.1%}  " if "eval_reward_accuracy" in record else "")
             + f"perplexity {record['eval_perplexity']:.2f}"
         )
         self._write(record)

@@ -41,6 +41,12 @@ class StepRecord(_AtStep, total=False):
     mfu: float | None  # share of the peak FLOP/s of all devices; None: peak unknown
     peak_memory_bytes: int  # of rank 0: device memory on CUDA, resident memory on CPU
     loss_scale: float | None  # fp16 only
+    # Preferences only, means over the pairs: see `minimind.training.objectives.preference.FIGURES`.
+    reward_accuracy: float | None
+    reward_margin: float | None
+    chosen_log_prob: float | None
+    rejected_log_prob: float | None
+    kl: float | None
     # On steps that read the device. A rank's own time is its wait for data and its forward passes.
     data_seconds: float | None  # longest wait for data of any rank
     slowest_rank: int  # several ranks only, and so the next two
@@ -60,7 +66,9 @@ class EvaluationRecord(_AtStep, total=False):
     eval_loss: float | None  # nats a token
     eval_bits_per_byte: float | None
     eval_perplexity: float | None
-    eval_targets: int  # tokens predicted
+    eval_targets: int  # tokens predicted, or pairs compared
+    eval_reward_accuracy: float | None  # preferences only
+    eval_reward_margin: float | None
 
 
 Record = StepRecord | EvaluationRecord
