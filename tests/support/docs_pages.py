@@ -15,6 +15,7 @@ PAGES = (
     "minimind_architecture.md",
     "training_guide.md",
     "fine_tuning.md",
+    "preferences.md",
     "configuration.md",
     "data_format.md",
     "python.md",
