@@ -98,10 +98,9 @@ def test_losses_and_their_derivatives_are_those_of_the_papers(name, flags, paper
 
 def make_pairs(count: int) -> list[dict[str, object]]:
     """The preferred answer is the word again, the other one something longer."""
-    rng = random.Random(0)
+    words = random.Random(0).sample(["".join(letters) for letters in itertools.product("abcdef", repeat=3)], count)
     pairs = []
-    for number in range(count):
-        word = "".join(rng.choices("abcdef", k=3))
+    for number, word in enumerate(words):
         question = [{"role": "user", "content": f"say {word}"}]
         good, bad = ({"role": "assistant", "content": text} for text in (word, f"no {word}"))
         pairs.append({"chosen": [*question, good], "rejected": [*question, bad], "id": number})
