@@ -7,10 +7,12 @@ prints arithmetic. Touches no device, unless `--find-micro-batch` asks for real 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from minimind.checkpoints.formats.source import open_source
 from minimind.cli import parse_flags
 from minimind.config.command_line import Selection, read_selection
 from minimind.config.deepspeed_file import load_ds_config
@@ -39,7 +41,7 @@ class _Flags:
 def main(args: Sequence[str] | None = None) -> int:
     """Print the plan; gives the exit code: 1 where the run does not fit."""
     args = sys.argv[1:] if args is None else args
-    selection, base = read_selection(args, PROGRAM)
+    selection, base = read_selection(args, PROGRAM, lambda place: open_source(Path(place), hashes=False).config)
     default = _Flags(PlanOptions(), selection, base.data, base.train, base.model)
     flags = parse_flags(_Flags, args, default=default, prog=PROGRAM)
     options = check_options(flags.plan)

@@ -36,7 +36,7 @@ def main(args: Sequence[str] | None = None) -> int:
     args = without_local_rank(args)
     launcher = LauncherWatch()
     env = read_environment()
-    command = parse_command_line(args, lambda place: open_source(Path(place)).config)
+    command = parse_command_line(args, lambda place: open_source(Path(place), hashes=False).config)
     device = find_device(env)
     if device.type == "cpu" and not keep_freed_memory():
         log("malloc is left as it is (another C library, or MALLOC_* is set): freed memory may go back to the system")
@@ -76,13 +76,13 @@ def describe_packing(data: Dataset) -> str:
 
 def describe(resolved: ResolvedRun, env: RankEnvironment, device: torch.device, data: RunData) -> str:
     """A run in a few lines: printed at its start, and by --dry-run."""
-    train, config = resolved.train, resolved.model
+    train = resolved.train
     tokens_per_step = train.global_batch_size * resolved.data.seq_len
     per_epoch = len(data.train) / train.global_batch_size
     memory = estimate_memory(resolved, device.type)
     lines = [
         f"run       {train.run_dir}",
-        f"model     {config.num_params():,} parameters ({config.num_active_params():,} active a token)",
+        f"model     {resolved.describe_size()}",
         f"device    {env.world_size} x {device.type}, {train.precision}, ZeRO stage {resolved.zero.stage}",
         f"data      {data.train.reader.num_tokens:,} tokens, {len(data.train):,} samples of {resolved.data.seq_len}"
         + describe_packing(data.train)

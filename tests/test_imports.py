@@ -20,7 +20,7 @@ COMMANDS = {
 }  # fmt: skip
 GROUND = {"__init__", "errors", "schema", "files", "units", "cli"}
 # `config` asks the model for nothing but its shape.
-CONFIG_MAY_IMPORT = {"minimind.model.config", "minimind.model.presets"}
+CONFIG_MAY_IMPORT = {"minimind.model.config", "minimind.model.presets", "minimind.model.tuning"}
 
 
 def find_modules(package: str) -> dict[str, Path]:

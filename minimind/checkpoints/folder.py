@@ -68,7 +68,7 @@ def verify_checkpoint(
     return manifest
 
 
-def newest_valid(run_dir: Path, report: Callable[[str], Any]) -> Path | None:
+def newest_valid(run_dir: Path, report: Callable[[str], Any], *, hashes: bool = True) -> Path | None:
     """The newest checkpoint that agrees with its manifest; each one skipped is reported with the reason.
 
     Raises:
@@ -77,7 +77,7 @@ def newest_valid(run_dir: Path, report: Callable[[str], Any]) -> Path | None:
     folders = list_checkpoints(run_dir)
     for folder in reversed(folders):
         try:
-            verify_checkpoint(folder, report=report)
+            verify_checkpoint(folder, hashes=hashes, report=report)
         except CheckpointError as error:
             report(f"checkpoint skipped: {error}")
         else:
@@ -90,7 +90,7 @@ def newest_valid(run_dir: Path, report: Callable[[str], Any]) -> Path | None:
     return None
 
 
-def find_checkpoint(path: Path, report: Callable[[str], Any]) -> Path:
+def find_checkpoint(path: Path, report: Callable[[str], Any], *, hashes: bool = True) -> Path:
     """A checkpoint compared with its manifest: `path` itself, or the newest valid one of a run.
 
     Raises:
@@ -99,9 +99,9 @@ def find_checkpoint(path: Path, report: Callable[[str], Any]) -> Path:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; give a run's, or that of a checkpoint")
     if not checkpoints_folder(path).is_dir():
-        verify_checkpoint(path, report=report)
+        verify_checkpoint(path, hashes=hashes, report=report)
         return path
-    found = newest_valid(path, report)
+    found = newest_valid(path, report, hashes=hashes)
     if found is None:
         raise CheckpointError(f"{path}: the run has not saved any checkpoint")
     return found

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from minimind.checkpoints.base import find_base
 from minimind.checkpoints.consolidate import TrainingCheckpoint
 from minimind.checkpoints.folder import checkpoints_folder, list_checkpoints, portable_folder, verify_checkpoint
-from minimind.checkpoints.manifest import CheckpointError, CheckpointManifest
+from minimind.checkpoints.manifest import MANIFEST_NAME, CheckpointError, CheckpointManifest, read_manifest
 from minimind.checkpoints.zero_partitions import WEIGHT
 from minimind.errors import UserError
 from minimind.units import format_table
@@ -35,11 +36,28 @@ def list_run(run: Path) -> int:
 
 
 def verify_all(path: Path) -> int:
-    """Print for each checkpoint whether it is valid."""
+    """Print for each checkpoint whether it is valid, and whether the frozen weights that it stands on are."""
     damages = find_damages(run_checkpoints(path) if checkpoints_folder(path).is_dir() else [path])
+    lacking = {folder: find_lack(folder) for folder, damage in damages.items() if not damage}
     for folder, damage in damages.items():
-        print(f"{folder.name}: damaged: {damage}" if damage else f"{folder.name}: valid")
-    return 1 if any(damages.values()) else 0
+        lack = f", but {lacking[folder]}" if lacking.get(folder) else ""
+        print(f"{folder.name}: damaged: {damage}" if damage else f"{folder.name}: valid{lack}")
+    return 1 if any(damages.values()) or any(lacking.values()) else 0
+
+
+def find_lack(folder: Path) -> str:
+    """What is wrong with the frozen weights that a valid checkpoint stands on; "": nothing, or it has all its own."""
+    manifest = read_manifest(folder)
+    if not manifest.trained:
+        return ""
+    try:
+        base = find_base(folder, manifest)
+        if (base / MANIFEST_NAME).is_file():
+            verify_checkpoint(base)
+            return find_lack(base)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def find_damages(folders: Sequence[Path]) -> dict[Path, str]:

@@ -85,7 +85,10 @@ def load_checkpoint(
             else ("eps", "weight_decay", "betas", "momentum")
         )
         with use_state_files(engine), keep_settings(engine.optimizer, own):
-            path, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+            # Frozen weights are not in the files: the engine has them, as --init-from gave them.
+            path, client_state = engine.load_checkpoint(
+                str(folder.parent), tag=folder.name, load_module_strict=not resolved.train.keeps_frozen
+            )
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed could not load it")
         set_grad_scaler(engine, client_state[CLIENT_STATE_KEY].get("grad_scaler"))
@@ -151,6 +154,8 @@ def find_differences(
     """
     differing = []
     for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         part = part_of(name, resolved)
         theirs = checkpoint.read(part.name)[part.index]
         with deepspeed.zero.GatheredParameters([parameter]):

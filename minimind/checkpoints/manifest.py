@@ -72,6 +72,9 @@ class CheckpointManifest(TrainState):
     probe_loss: float | None = None
     """Of the fixed probe batch, from the engine that was saved."""
     model: Mapping = dataclasses.field(default_factory=dict)
+    trained: Mapping = dataclasses.field(default_factory=dict)
+    """Where weights are frozen: what is trained (`lora_rank`, ..., `freeze`), and which model has the frozen weights
+    (`base`, `base_from_run`, `base_sha256`). Empty: the checkpoint holds the whole model."""
     versions: Mapping = dataclasses.field(default_factory=dict)
     conversion: Mapping = dataclasses.field(default_factory=dict)
     """Of a portable checkpoint: its source, and the engine state that is no tensor. The name is the one on disk."""

@@ -23,7 +23,7 @@ def load_portable(engine: deepspeed.DeepSpeedEngine, folder: Path, resolved: Res
         CheckpointError: the parameters or the optimizer are not those of the checkpoint.
     """
     source = PortableCheckpoint(folder)
-    parameters = dict(engine.module.named_parameters())
+    parameters = {name: value for name, value in engine.module.named_parameters() if value.requires_grad}
     parts = {name: part_of(name, resolved) for name in (*parameters, *dict(engine.module.named_buffers()))}
     differing = {parts[name].name for name in parameters} ^ source.names[WEIGHT]
     if differing:

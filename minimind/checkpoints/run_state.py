@@ -3,13 +3,18 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from minimind.checkpoints.base import describe_base
 from minimind.checkpoints.manifest import CheckpointManifest
 from minimind.config.resolved_run import ResolvedRun
+from minimind.config.run_config import TrainConfig
 from minimind.model.config import ModelConfig
+from minimind.model.tuning import LoRA
+from minimind.schema import check_fields
 
 Change = Literal["fixed", "topology", "free", "silent"]
 
@@ -18,6 +23,7 @@ _LAYOUT = (
     "optimizer", "offload_optimizer", "autocast", "grad_accum_dtype", "moe_backend", "sub_group_size",
     "round_robin_gradients", "zero_hpz_partition_size",
 )  # fmt: skip
+_TRAINED = ("lora_rank", "lora_alpha", "lora_targets", "freeze")
 AT_RESUME: dict[str, Change] = {
     # Which weights there are and what the model computes from them...
     **dict.fromkeys((field.name for field in dataclasses.fields(ModelConfig)), "fixed"),
@@ -30,6 +36,8 @@ AT_RESUME: dict[str, Change] = {
     # Which samples a step takes, and what the optimizer's state means.
     **dict.fromkeys((*_SAMPLING, "shards", "tokenizer", "optimizer"), "fixed"),
     **dict.fromkeys(("objective", "beta", "label_smoothing", "length_normalised", "target_margin"), "fixed"),
+    # Which weights the files hold, and on which others they stand.
+    **dict.fromkeys((*_TRAINED, "base"), "fixed"),
     **dict.fromkeys(("run_dir", "resume", "ds_config", "num_workers", "timeout_minutes"), "silent"),
     **dict.fromkeys(("log_every", "tensorboard", "wandb_project", "preflight", "profile_steps"), "silent"),
 }
@@ -63,9 +71,28 @@ def describe_run(resolved: ResolvedRun, corpus: DataFingerprint) -> dict[str, An
         "layout": {name: values[name] for name in _LAYOUT},
         "sampling": {name: values[name] for name in _SAMPLING},
         "model": resolved.model.to_dict(),
+        "trained": _describe_trained(resolved),
         "shard_fingerprint": corpus.fingerprint,
         "tokenizer_sha256": corpus.tokenizer_sha256,
     }
+
+
+def _describe_trained(resolved: ResolvedRun) -> dict[str, Any]:
+    if resolved.base is None:
+        return {}
+    settings = {name: getattr(resolved.train, name) for name in _TRAINED}
+    return {**settings, **describe_base(resolved.base, Path(resolved.train.run_dir))}
+
+
+def lora_of(manifest: CheckpointManifest) -> LoRA | None:
+    """The adapters that a checkpoint holds, if it does."""
+    return trained_settings(manifest).lora
+
+
+def trained_settings(manifest: CheckpointManifest) -> TrainConfig:
+    """The settings that say which weights are trained, the rest at its default."""
+    found = {name: manifest.trained[name] for name in _TRAINED if name in manifest.trained}
+    return TrainConfig(**check_fields(TrainConfig, found, "manifest: trained"))
 
 
 def compare(there: Mapping[str, Any], here: Mapping[str, Any], change: Change) -> list[tuple[str, Any, Any]]:
@@ -82,7 +109,11 @@ def find_obstacles(there: Mapping[str, Any], here: Mapping[str, Any], *, allow_d
         if name == "shards" and (allow_data_change or there.get("tokenizer") != here.get("tokenizer")):
             continue
         if before is not None and now is not None:
-            hint = " (--allow-data-change if that is meant)" if name == "shards" else ""
+            hints = {
+                "shards": " (--allow-data-change if that is meant)",
+                "base": " (the sha256 of --init-from's weights: give the model that the run began with)",
+            }
+            hint = hints.get(name, "")
             words.append(f"{name} {before} there, {now} here{hint}")
     return words
 
@@ -95,6 +126,8 @@ def settings_of(manifest: CheckpointManifest) -> dict[str, Any]:
         **manifest.sampling,
         **{name: getattr(manifest, name) for name in names},
         **manifest.layout,
+        **{name: getattr(trained_settings(manifest), name) for name in _TRAINED},
+        "base": manifest.trained.get("base_sha256", "")[:12] or None,
         "shards": manifest.shard_fingerprint[:12],
         "tokenizer": manifest.tokenizer_sha256[:12],
     }

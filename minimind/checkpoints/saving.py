@@ -41,6 +41,8 @@ from minimind.checkpoints.run_state import DataFingerprint, describe_run
 from minimind.config.resolved_run import ResolvedRun
 from minimind.distributed.collectives import broadcast_object, gather_objects
 from minimind.files import fsync_folder, partial_folder, publish, replace_file
+from minimind.model.pretrained import TIED_NAME
+from minimind.model.tuning import EMBEDDING
 from minimind.parallel.loss_scale import read_grad_scaler
 
 OFFLOADED_FOLDER = "offloaded_tensors"
@@ -166,8 +168,20 @@ class CheckpointSaver:
             content["parameter_names"] = [[engine.param_names[param] for param in group["params"]] for group in groups]
         # DeepSpeed's conversion to its universal format asks for this; it is silent about it until then.
         engine.module.universal_checkpoint_info = {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+        keeps_frozen = self._resolved.train.keeps_frozen
         with use_state_files(engine) as files:
-            engine.save_checkpoint(str(self._root), self._partial.name, {CLIENT_STATE_KEY: content}, save_latest=False)
+            engine.save_checkpoint(
+                str(self._root),
+                self._partial.name,
+                {CLIENT_STATE_KEY: content},
+                save_latest=False,
+                exclude_frozen_parameters=keeps_frozen,
+            )
+        if keeps_frozen and self._resolved.model.tie_word_embeddings:
+            # DeepSpeed leaves out a frozen matrix by its first name alone.
+            for states in files.collected.values():
+                if states.get("module") and EMBEDDING not in states["module"]:
+                    states["module"].pop(TIED_NAME, None)
         return files.collected
 
     def _check_room(self, states: States) -> None:

@@ -82,6 +82,11 @@ def take_experts(overlaps: Overlaps, run: RunConfig, ds: dict[str, Any]) -> dict
     if not run.model.use_moe:
         _check_dense(train)
         return {"moe_backend": None, "ep_size": None}
+    if train.keeps_frozen:
+        # The model's own experts, on every rank: AutoEP cannot save frozen ones under ZeRO-3, and ZeRO refuses layers
+        # of experts of which it has nothing to update.
+        _check_frozen(train, enabled)
+        return {"moe_backend": None, "ep_size": None}
     _check_keys(run.model, block)
     theirs = {True: "autoep", False: "off"}.get(enabled)
     if theirs == "off" and train.moe_backend == "deepspeed":
@@ -130,6 +135,19 @@ def _check_dense(train: TrainConfig) -> None:
         value = getattr(train, name)
         if value != getattr(TrainConfig(), name):
             raise UserError(f"{name}: {value} has no effect on a dense model; set --use-moe, or leave it out")
+
+
+def _check_frozen(train: TrainConfig, enabled: Any) -> None:
+    flag = "lora_rank" if train.lora_rank else "freeze"
+    default = TrainConfig()
+    names = ("moe_backend", "ep_size", *_GATING_FIELDS)
+    asked = [name for name in names if getattr(train, name) != getattr(default, name)]
+    if asked or enabled is True:
+        name = asked[0] if asked else f"{BLOCK}.enabled in the DeepSpeed config"
+        raise UserError(
+            f"{name}: DeepSpeed's layers of experts cannot keep frozen weights in every ZeRO stage; with {flag} each "
+            f"rank has all experts; leave {name} out, or train all weights"
+        )
 
 
 def _check_keys(config: ModelConfig, block: dict[str, Any]) -> None:

@@ -74,6 +74,7 @@ def resolve_run(
         "max_grad_norm": overlaps.take("max_grad_norm", train.max_grad_norm, ds, "gradient_clipping"),
         **take_optimizer(overlaps, run, ds),
         **take_experts(overlaps, run, ds),
+        "lora_alpha": None if train.lora is None else train.lora.alpha,
     }
     for name, value in take_schedule(overlaps, run, ds, notes).items():
         values[name] = overlaps.agree(name, values.get(name), value, f"scheduler.{name}")

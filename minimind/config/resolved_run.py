@@ -7,6 +7,7 @@ from typing import Any, Literal
 from minimind.config.deepspeed_keys import offload_device, zero_stage
 from minimind.config.run_config import DataConfig, OptimizerName, Precision, RunConfig, Schedule, TrainConfig
 from minimind.model.config import ModelConfig
+from minimind.model.tuning import Shapes, count, trained_shapes, training_flops_per_token
 
 OffloadDevice = Literal["cpu", "nvme"]
 
@@ -95,6 +96,16 @@ class ZeroSettings:
 
 
 @dataclass(frozen=True)
+class FrozenBase:
+    """The model whose weights a run keeps frozen."""
+
+    path: str
+    """Absolute: a checkpoint, an export, or a file of weights."""
+    sha256: str
+    """Of its weights; see `checkpoints.base`."""
+
+
+@dataclass(frozen=True)
 class ResolvedRun:
     """A run and a DeepSpeed JSON that agree, on `dp_size` data-parallel ranks."""
 
@@ -106,11 +117,34 @@ class ResolvedRun:
     dp_size: int
     notes: tuple[str, ...]
     """What a user should know and is not an error."""
+    base: FrozenBase | None = None
+    """Known when the run starts, where weights are frozen."""
 
     @functools.cached_property
     def zero(self) -> ZeroSettings:
         """How ZeRO stores and moves the states."""
         return ZeroSettings.read(self.ds)
+
+    @functools.cached_property
+    def trained(self) -> Shapes:
+        """Name and shape of every parameter that is trained, adapters among them."""
+        return trained_shapes(self.model, self.train.lora, self.train.freeze)
+
+    def describe_size(self) -> str:
+        """Parameters of the model, and how many of them, or of adapters beside them, are trained."""
+        model = self.model
+        trained = f"; {count(self.trained):,} trained" if self.train.keeps_frozen else ""
+        return f"{model.num_params():,} parameters ({model.num_active_params():,} active a token){trained}"
+
+    @functools.cached_property
+    def trains_routers(self) -> bool:
+        """Whether the choice of experts is trained; if not, their selection biases stay too."""
+        return any(name.endswith(".mlp.gate.weight") for name in self.trained)
+
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations of training on one token."""
+        return training_flops_per_token(self.model, self.data.seq_len, self.trained)
 
     @property
     def optimizer_type(self) -> str:
@@ -119,12 +153,13 @@ class ResolvedRun:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Size of one checkpoint, all ranks together: the weights as they are stored, their float32 copy, two moments.
+        """Size of one checkpoint, all ranks together: the trained weights as they are stored, their float32 copy, two
+        moments.
 
         In stage 0 the weights are their own float32 copy; stage 3 writes the weights only as that copy.
         """
         each = {0: 4 + 8, 3: 12}.get(self.zero.stage, self.zero.weight_bytes + 12)
-        return self.model.num_params() * each
+        return count(self.trained) * each
 
     @property
     def run(self) -> RunConfig:

@@ -5,6 +5,7 @@ it from the DeepSpeed JSON or with the documented default.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -14,6 +15,7 @@ import tyro
 from minimind.errors import UserError
 from minimind.model.config import ModelConfig
 from minimind.model.presets import PRESETS
+from minimind.model.tuning import LORA_TARGETS, LoRA, LoRATarget, parameter_shapes, trained_shapes
 from minimind.schema import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Limits, check_fields, nearest
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -76,6 +78,14 @@ class TrainConfig:
     """dpo: compare log-probabilities a token, so that longer answers have no advantage."""
     target_margin: Annotated[float, AT_LEAST_0] = 0.5
     """simpo: by how much, a token, the preferred answer should be the more probable one (gamma / beta)."""
+    lora_rank: Annotated[int, AT_LEAST_0] = 0
+    """Train low-rank adapters of this rank (arXiv 2106.09685) on the frozen weights of --init-from; 0: train all."""
+    lora_alpha: Annotated[float | None, _default("twice the rank"), ABOVE_0] = None
+    """What the adapters' product is multiplied by, times the rank."""
+    lora_targets: tuple[LoRATarget, ...] = LORA_TARGETS
+    """Matrices that get adapters, of attention and of every feed-forward but the routed experts."""
+    freeze: str = ""
+    """Leave weights of --init-from as they are: a regular expression, searched for in the parameters' names."""
     steps: Annotated[int | None, _default("as many as --epochs asks for"), AT_LEAST_1] = None
     """Optimizer steps."""
     epochs: Annotated[float, ABOVE_0] = 1.0
@@ -176,6 +186,18 @@ class TrainConfig:
     preflight: bool = True
     """With several ranks, compare hosts, versions, code and folders before training."""
 
+    @property
+    def lora(self) -> LoRA | None:
+        """The adapters to train, if any."""
+        if not self.lora_rank:
+            return None
+        return LoRA(self.lora_rank, self.lora_alpha or 2.0 * self.lora_rank, self.lora_targets)
+
+    @property
+    def keeps_frozen(self) -> bool:
+        """Whether some weights stay those of `init_from`."""
+        return bool(self.lora_rank or self.freeze)
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -246,6 +268,7 @@ def check_run(run: RunConfig) -> None:
             raise UserError(f"{name}: empty; give a value, or leave the flag out")
     if data.shards == "":
         raise UserError("shards: empty; give a folder made by python -m data_prep.tokenize_corpus")
+    _check_trained(run)
     if train.steps is not None and train.warmup_steps is not None and train.warmup_steps > train.steps:
         raise UserError(f"warmup_steps: {train.warmup_steps} is longer than the run of {train.steps} steps")
     if data.seq_len > run.model.max_position_embeddings:
@@ -253,3 +276,27 @@ def check_run(run: RunConfig) -> None:
             f"seq_len: {data.seq_len} is beyond max_position_embeddings {run.model.max_position_embeddings}; "
             f"shorten it or pass --max-position-embeddings {data.seq_len}"
         )
+
+
+def _check_trained(run: RunConfig) -> None:
+    """Refuse adapters and frozen weights that cannot be, or would train nothing."""
+    train = run.train
+    for name in ("lora_alpha", "lora_targets"):
+        if not train.lora_rank and getattr(train, name) != getattr(TrainConfig(), name):
+            raise UserError(f"{name}: has no effect without adapters; give --lora-rank, or leave it out")
+    if not train.keeps_frozen:
+        return
+    flag = "lora_rank" if train.lora_rank else "freeze"
+    if train.lora_rank and train.freeze:
+        raise UserError(f"freeze: {train.freeze!r}: with --lora-rank every weight of the model is frozen; leave it out")
+    try:
+        trained = trained_shapes(run.model, train.lora, train.freeze)
+    except re.error as error:
+        raise UserError(f"freeze: {train.freeze!r} is no regular expression: {error}") from None
+    if not trained:
+        left = "no matrix for them" if train.lora_rank else "nothing to train"
+        raise UserError(f"{flag}: {getattr(train, flag)!r} leaves {left} in this model; name others")
+    names = list(parameter_shapes(run.model))
+    if train.freeze and len(trained) == len(names):
+        hint = nearest(train.freeze, names)
+        raise UserError(f"freeze: {train.freeze!r} is found in no parameter's name, such as {names[1]}{hint}")

@@ -23,6 +23,7 @@ from minimind.model.attention import Attention
 from minimind.model.kernels.apply import apply_kernels, chosen_kernels
 from minimind.model.kernels.compiled import Compiler
 from minimind.model.layers import FeedForward
+from minimind.model.lora import add_adapters, train_only
 from minimind.parallel.compilation import compile_model, settle_compilation
 from minimind.parallel.experts import AUTOEP_EXPERTS, attach_router_hooks, only_own_experts, replace_experts
 from minimind.parallel.op_builds import build_ops, leave_muon_uncompiled
@@ -44,6 +45,10 @@ def build_model(resolved: ResolvedRun, device: torch.device) -> MiniMindForCausa
         with device, _default_dtype(resolved.zero.weights), only_own_experts(resolved.train.ep_size):
             model = MiniMindForCausalLM(resolved.model)
     model.set_activation_checkpointing(resolved.train.activation_checkpointing)
+    if resolved.train.lora is not None:
+        add_adapters(model, resolved.train.lora)
+    if resolved.train.keeps_frozen:
+        train_only(model, resolved.trained)
     return model
 
 
@@ -83,6 +88,8 @@ def build_engine(resolved: ResolvedRun, model: MiniMindForCausalLM) -> deepspeed
     replace_experts(resolved, model)
     if gathers_by_block(ds):
         _gather_by_block(model)
+    if resolved.zero.stage == 3:
+        _require_input_gradient(model)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=build_optimizer,
@@ -97,6 +104,22 @@ def build_engine(resolved: ResolvedRun, model: MiniMindForCausalLM) -> deepspeed
     if settle_compilation(train.compile, engine.device.type)[0]:
         compile_model(model, Compiler(log, required=train.compile == "on"))
     return engine
+
+
+def _require_input_gradient(model: MiniMindForCausalLM) -> None:
+    """Let the input of the first module with something to train require a gradient, where all before it is frozen.
+
+    ZeRO-3 gathers a module's weights for the backward, and releases them, by hooks on tensors that require one.
+    """
+    parts = [model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head]
+    first = next(part for part in parts if any(parameter.requires_grad for parameter in part.parameters()))
+    if first is not model.model.embed_tokens:
+        first.register_forward_pre_hook(_with_gradient)
+
+
+def _with_gradient(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    hidden_states, *others = inputs
+    return (hidden_states.detach().requires_grad_(), *others) if torch.is_grad_enabled() else None
 
 
 def nothing_to_reduce(resolved: ResolvedRun, optimizer: Any) -> bool:

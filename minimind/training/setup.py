@@ -9,7 +9,11 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from minimind.checkpoints.formats.init_from import check_init_checkpoint, load_init_checkpoint
+from minimind.checkpoints.formats.init_from import (
+    check_init_checkpoint,
+    find_init_checkpoint,
+    load_init_checkpoint,
+)
 from minimind.checkpoints.loading import load_checkpoint
 from minimind.checkpoints.manifest import TrainState
 from minimind.checkpoints.run_state import DataFingerprint
@@ -17,7 +21,7 @@ from minimind.checkpoints.saving import CheckpointSaver
 from minimind.config.command_line import CommandLine
 from minimind.config.deepspeed_file import load_ds_config
 from minimind.config.resolve import resolve_run
-from minimind.config.resolved_run import ResolvedRun
+from minimind.config.resolved_run import FrozenBase, ResolvedRun
 from minimind.config.run_config import DTYPE_NAMES, RunConfig
 from minimind.data.dataset import Dataset, PackedDataset, open_dataset
 from minimind.data.loader import BatchLoader
@@ -79,8 +83,12 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
     settle_compilation(run.train.compile, device.type)
     check_wandb(run.train.wandb_project)
     check_run_folder(resolved, identify(data.train.reader))
+    if run.train.keeps_frozen and run.train.init_from is None:
+        flag = "lora_rank" if run.train.lora_rank else "freeze"
+        raise UserError(f"{flag}: frozen weights are those of a trained model; give it by --init-from")
     if run.train.init_from is not None:
-        check_init_checkpoint(run.model, Path(run.train.init_from))
+        trained = resolved.trained if run.train.keeps_frozen else None
+        check_init_checkpoint(run.model, Path(run.train.init_from), trained)
     return resolved, data
 
 
@@ -129,13 +137,16 @@ def run_rank(
     with contextlib.ExitStack() as stack:
         control = stack.enter_context(hold_run(run_dir, watchdog, launcher, is_first=env.is_first))
         notes = check_run_folder(resolved, corpus)  # again: another job may have begun a run there meanwhile
+        if train.keeps_frozen:
+            resolved = dataclasses.replace(resolved, base=find_start(resolved))
         resume = on_first_rank(lambda: open_run_folder(resolved, data.train.reader, notes))
         peak = describe_device(device, resolved)
         model = build_model(resolved, device)
-        if train.init_from is not None and resume is None:
-            num_new = load_init_checkpoint(model, Path(train.init_from))
+        if train.init_from is not None and (resume is None or train.keeps_frozen):
+            start = Path((resolved.base or find_start(resolved)).path)
+            num_new = load_init_checkpoint(model, start)
             new = f"; new tokens: {num_new}, which start at the mean of the others" if num_new else ""
-            log(f"weights of {train.init_from}{new}")
+            log(f"weights of {start}{new}")
         engine = build_engine(resolved, model)
         stack.callback(engine.destroy)
         state = load_state(engine, resolved, resume, corpus)
@@ -170,6 +181,14 @@ def run_rank(
         except UserError as error:
             record.log_event("fail", trainer.state.step, str(error))
             raise
+
+
+def find_start(resolved: ResolvedRun) -> FrozenBase:
+    """The model that `init_from` names, as rank 0 finds and verifies it. Every rank calls this."""
+    train = resolved.train
+    assert train.init_from is not None
+    path = Path(train.init_from)
+    return on_first_rank(lambda: find_init_checkpoint(resolved.model, path, keeps_frozen=train.keeps_frozen))
 
 
 def describe_device(device: torch.device, resolved: ResolvedRun) -> float:
@@ -236,7 +255,7 @@ def open_record(
             run_dir,
             state.step,
             resolved.train.steps,
-            peak_tokens_per_second=peak * env.world_size / run.model.flops_per_token(run.data.seq_len),
+            peak_tokens_per_second=peak * env.world_size / resolved.flops_per_token,
             tensorboard=run.train.tensorboard,
             hosts=hosts,
             wandb=WandbLog(project, run_dir, run.to_dict()) if project is not None else None,

@@ -147,7 +147,7 @@ class Trainer:
         self.control.report(step + 1, "optimizer step")
         with self.timer.part("optimizer"):
             grad_norm = optimizer_step(self.engine, self.resolved)
-        if counts is not None and model.router_bias_update_rate:
+        if counts is not None and model.router_bias_update_rate and self.resolved.trains_routers:
             expert_balance.step_router_biases(self.engine, counts, grad_norm)
         self.state = replace(
             self.state,

@@ -1,6 +1,5 @@
 """Write the portable form of a DeepSpeed checkpoint, and check it."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -21,5 +20,5 @@ def convert(folder: Path) -> Path:
         part = EnginePart(name, ())
         return portable.read(part, BUFFERS if name in portable.names[BUFFERS] else WEIGHT)
 
-    build_from_source(replace(open_checkpoint(folder), read=read))
+    build_from_source(open_checkpoint(folder, read=read))
     return made

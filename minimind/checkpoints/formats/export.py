@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minimind.checkpoints.folder import checkpoint_name, checkpoints_folder
+from minimind.checkpoints.formats import peft
 from minimind.checkpoints.formats.gguf import (
     model_fields,
     rope_factors,
@@ -25,7 +26,7 @@ from minimind.checkpoints.formats.layout import LAYOUTS, Layout, cut_part, lay_o
 from minimind.checkpoints.formats.load_model import find_tokenizer_file
 from minimind.checkpoints.formats.pth import EMBEDDING, choose_form
 from minimind.checkpoints.formats.source import ModelSource
-from minimind.checkpoints.safetensors import write_shards
+from minimind.checkpoints.safetensors import write_safetensors, write_shards
 from minimind.config.run_config import DTYPE_NAMES, Precision
 from minimind.data.tokenizer import CONFIG_NAME, load_tokenizer
 from minimind.errors import UserError
@@ -53,9 +54,9 @@ class ExportFlags:
     """In place of --run-dir: a checkpoint, an export, a Llama, Qwen3 or Qwen3-MoE folder, or a .pth."""
     output: Path
     """The folder to make."""
-    format: Literal["hf", "gguf", "minimind", "pth"] = "hf"
+    format: Literal["hf", "gguf", "minimind", "pth", "peft"] = "hf"
     """hf: config, safetensors and tokenizer for transformers and vLLM; gguf: one file for llama.cpp; minimind: this
-    project's own."""
+    project's own; peft: LoRA's adapters alone. All others hold them merged into the weights."""
     dtype: Precision = "fp32"
     """Type of the weights."""
     max_shard_size: str = "5GB"
@@ -95,10 +96,12 @@ def export(source: ModelSource, flags: ExportFlags) -> str:
     Raises:
         UserError: the format cannot hold this model, a weight overflows the type, or the folder cannot be written.
     """
-    write = {"hf": write_huggingface, "gguf": write_as_gguf, "minimind": write_own, "pth": write_as_pth}[flags.format]
+    writers = {
+        "hf": write_huggingface, "gguf": write_as_gguf, "minimind": write_own, "pth": write_as_pth, "peft": write_peft,
+    }  # fmt: skip
     try:
         with new_folder(flags.output) as folder:
-            return write(source, flags, folder)
+            return writers[flags.format](source, flags, folder)
     except OSError as error:
         raise UserError(f"output {flags.output}: cannot be written: {error.strerror or error}") from None
 
@@ -170,6 +173,17 @@ def write_as_pth(source: ModelSource, flags: ExportFlags, folder: Path) -> str:
     write_config(path.with_suffix(".json"), config)
     copy_tokenizer(source, flags, folder)
     return f"{path.name} of jingyaogong/minimind ({'current' if config.qk_norm else 'older'} form)"
+
+
+def write_peft(source: ModelSource, flags: ExportFlags, folder: Path) -> str:
+    """LoRA's adapters without the model that they belong to."""
+    adapters = peft.require_adapters(source)
+    tensors = peft.adapter_tensors(source.config, adapters)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    dtype = getattr(torch, DTYPE_NAMES[flags.dtype])
+    write_safetensors(folder / peft.WEIGHTS_FILE, shapes, tensors.__getitem__, dtype=dtype)
+    write_json(folder / peft.CONFIG_FILE, peft.adapter_config(source.config, adapters))
+    return f"adapters of rank {adapters.lora.rank} for {adapters.base}"
 
 
 def write_weights(source: ModelSource, flags: ExportFlags, folder: Path, layout: Layout, max_bytes: int) -> None:

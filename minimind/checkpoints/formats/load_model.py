@@ -107,7 +107,7 @@ def _find_differences(model: MiniMindForCausalLM, checkpoint: TrainingCheckpoint
     def differs(name: str) -> bool:
         return not torch.equal(state[name].cpu(), checkpoint.read(name).to(state[name].dtype))
 
-    return list(filter(differs, checkpoint.shapes)) or checkpoint.find_contradictions()
+    return [name for name in checkpoint.shapes if name in state and differs(name)] or checkpoint.find_contradictions()
 
 
 def find_tokenizer_file(place: Path) -> Path:

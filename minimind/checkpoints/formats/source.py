@@ -6,27 +6,42 @@ code in a file is run.
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
 from torch import Tensor
 
+from minimind.checkpoints.base import find_base
 from minimind.checkpoints.consolidate import TrainingCheckpoint
 from minimind.checkpoints.folder import checkpoints_folder, find_checkpoint
 from minimind.checkpoints.formats.huggingface_config import from_huggingface
 from minimind.checkpoints.formats.layout import LAYOUTS, Layout, join_parts, lay_out, own_shapes
 from minimind.checkpoints.formats.pth import SUFFIXES, infer_config, layout_of, read_pth
 from minimind.checkpoints.manifest import MANIFEST_NAME
+from minimind.checkpoints.run_state import trained_settings
 from minimind.checkpoints.safetensors import INDEX_FILE, SafetensorsFolder
 from minimind.data.tokenizer import JSON_NAME, MODEL_NAME
 from minimind.errors import UserError
 from minimind.files import read_json
 from minimind.model.config import ModelConfig
+from minimind.model.lora import merge
 from minimind.model.pretrained import CONFIG_FILE, MODEL_TYPE, TIED_NAME, WEIGHTS_FILE
+from minimind.model.tuning import LoRA, adapters_of, trained_shapes
 
 # Some versions of the Hugging Face tools saved these beside the weights.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """LoRA's adapters of a model, which are in its weights already as `ModelSource` reads them."""
+
+    lora: LoRA
+    shapes: Mapping[str, Sequence[int]]
+    read: Callable[[str], Tensor]
+    base: Path
+    """The model that they were trained on."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +58,26 @@ class ModelSource:
     """The one stored beside the weights, if any."""
     checkpoint: TrainingCheckpoint | None = None
     """None for exported models."""
+    adapters: Adapters | None = None
 
     @property
     def folder(self) -> Path:
         """The folder that the weights lie in."""
         return self.where if self.where.is_dir() else self.where.parent
 
+    @property
+    def place(self) -> Path:
+        """The path that opens this very model again, whatever its run has saved since."""
+        return self.where if self.where.suffix in SUFFIXES else self.folder
 
-def open_source(path: Path, base: ModelConfig | None = None) -> ModelSource:
+
+def open_source(path: Path, base: ModelConfig | None = None, *, hashes: bool = True) -> ModelSource:
     """The model at `path`: a run (its newest valid checkpoint), one of its checkpoints, a folder with config.json and
     safetensors, a `.pth`, or a folder with one `.pth` in it.
 
     Args:
         base: for a `.pth`, the fields that tensor shapes do not show.
+        hashes: compare the files of a training checkpoint with their sha256 (their sizes in any case).
 
     Raises:
         UserError: there is no model, a file is missing or damaged, or the weights do not fit the config.
@@ -65,8 +87,8 @@ def open_source(path: Path, base: ModelConfig | None = None) -> ModelSource:
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist")
     if (path / MANIFEST_NAME).is_file() or checkpoints_folder(path).is_dir():
-        folder = find_checkpoint(path, lambda message: print(message, file=sys.stderr))
-        return open_checkpoint(folder, find_tokenizer(folder.parent.parent))
+        folder = find_checkpoint(path, lambda message: print(message, file=sys.stderr), hashes=hashes)
+        return open_checkpoint(folder, find_tokenizer(folder.parent.parent), hashes=hashes)
     has_config = (path / CONFIG_FILE).is_file()
     if has_config and ((path / WEIGHTS_FILE).is_file() or (path / INDEX_FILE).is_file()):
         kind, config = _read_config(path / CONFIG_FILE)
@@ -84,19 +106,55 @@ def open_source(path: Path, base: ModelConfig | None = None) -> ModelSource:
     )
 
 
-def open_checkpoint(folder: Path, tokenizer_file: Path | None = None) -> ModelSource:
-    """The model of a verified training checkpoint."""
+def open_checkpoint(
+    folder: Path,
+    tokenizer_file: Path | None = None,
+    *,
+    read: Callable[[str], Tensor] | None = None,
+    hashes: bool = True,
+) -> ModelSource:
+    """The model of a verified training checkpoint. Weights that were frozen are read from the model that it stands on,
+    and adapters are merged into them, tensor by tensor.
+
+    Args:
+        read: gives what the checkpoint itself holds, in place of its own files.
+        hashes: compare the sha256 of the frozen weights.
+    """
     checkpoint = TrainingCheckpoint(folder)
     buffers = checkpoint.buffers()
     shapes = {**checkpoint.shapes, **{name: tuple(buffer.shape) for name, buffer in buffers.items()}}
     config = ModelConfig.from_dict(checkpoint.manifest.model)
-    _check_size(folder, config, "fused", shapes)
-    _check_shapes(folder, own_shapes(config), shapes)
 
-    def read(name: str) -> Tensor:
+    def read_files(name: str) -> Tensor:
         return buffers[name] if name in buffers else checkpoint.read(name)
 
-    return ModelSource(folder, config, shapes, read, tokenizer_file, checkpoint)
+    held = ModelSource(folder, config, shapes, read or read_files, tokenizer_file, checkpoint)
+    if checkpoint.manifest.trained:
+        return _stand_on_base(held, checkpoint, hashes=hashes)
+    _check_size(folder, config, "fused", shapes)
+    _check_shapes(folder, own_shapes(config), shapes)
+    return held
+
+
+def _stand_on_base(held: ModelSource, checkpoint: TrainingCheckpoint, *, hashes: bool) -> ModelSource:
+    """The whole model of a checkpoint that holds a part of it."""
+    settings, config, manifest = trained_settings(checkpoint.manifest), held.config, checkpoint.manifest
+    _check_shapes(held.where, trained_shapes(config, settings.lora, settings.freeze), checkpoint.shapes)
+    base = open_source(find_base(held.where, manifest, hashes=hashes), config, hashes=hashes)
+    own, lora = own_shapes(config), settings.lora
+    _check_shapes(base.where, own, base.shapes)
+
+    def read(name: str) -> Tensor:
+        if name in held.shapes:
+            return held.read(name)
+        weight = base.read(name)
+        if lora is not None and lora.has(name):
+            first, second = adapters_of(name)
+            return merge(weight, held.read(first), held.read(second), lora.scale)
+        return weight.float()
+
+    adapters = None if lora is None else Adapters(lora, checkpoint.shapes, held.read, base.place)
+    return replace(held, shapes=own, read=read, adapters=adapters)
 
 
 def _read_config(path: Path) -> tuple[str, ModelConfig]:

@@ -18,8 +18,9 @@ from minimind.model.kernels import matmul
 from minimind.model.kernels.attention import FastAttention, FastMiniMindModel
 from minimind.model.kernels.experts import CpuExperts, GroupedExperts
 from minimind.model.kernels.layers import FastFeedForward, FastRMSNorm
-from minimind.model.kernels.matmul import FastLinear, FastLMHead
+from minimind.model.kernels.matmul import FastLinear, FastLMHead, FastLoRALinear
 from minimind.model.layers import FeedForward, Linear, RMSNorm
+from minimind.model.lora import LoRALinear
 from minimind.model.loss import LMHead
 from minimind.model.moe import Experts
 from minimind.model.transformer import MiniMindModel
@@ -55,6 +56,7 @@ def _on_cpu_with_slow_products(device: torch.device) -> bool:
 
 KERNELS = (
     Kernel("matmul", Linear, FastLinear, _on_cpu_with_slow_products),
+    Kernel("matmul", LoRALinear, FastLoRALinear, _on_cpu_with_slow_products),
     Kernel("loss", LMHead, FastLMHead, on_cpu),
     Kernel("norm", RMSNorm, FastRMSNorm, on_cpu),
     Kernel("swiglu", FeedForward, FastFeedForward, on_cpu),

@@ -11,6 +11,8 @@ from minimind.model.config import ModelConfig
 from minimind.model.kernels import matmul
 from minimind.model.kernels.attention import LONGEST_BY_MATMUL
 from minimind.model.loss import CHUNK_LOGITS
+from minimind.model.pretrained import TIED_NAME
+from minimind.model.tuning import EMBEDDING
 
 
 def precision_of(resolved: ResolvedRun) -> tuple[int, int]:
@@ -34,7 +36,15 @@ def activation_bytes(resolved: ResolvedRun, device_type: str) -> int:
         total += sum(tokens * _block_bytes(resolved, device_type, model.has_experts(layer)) for layer in layers)
     if residual != compute:
         total += weight_casts(model)
-    return total
+    # Of each adapted matrix, the few numbers between its adapters.
+    return total + tokens * compute * sum(
+        shape[0] for name, shape in resolved.trained.items() if name.endswith("lora_A")
+    )
+
+
+def trains_output_matrix(resolved: ResolvedRun) -> bool:
+    """Whether the output matrix, which is the embedding where they are tied, gets a gradient."""
+    return (EMBEDDING if resolved.model.tie_word_embeddings else TIED_NAME) in resolved.trained
 
 
 def weight_casts(config: ModelConfig) -> int:
@@ -52,14 +62,14 @@ def loss_peak(resolved: ResolvedRun, device_type: str) -> int:
     first = min(tokens, rows)
     second = min(tokens - first, rows)
     chunk = max(8 * first, compute * first + 8 * second) * model.vocab_size
-    matrix = model.vocab_size * model.hidden_size
+    matrix = model.vocab_size * model.hidden_size * trains_output_matrix(resolved)
     return chunk + 4 * matrix + (compute * matrix if compute != 4 else 0)
 
 
 def output_matrix_gradient(resolved: ResolvedRun) -> int:
     """Bytes of the embedding's own gradient, which meets that of the output matrix at the end of the backward."""
     model = resolved.model
-    return model.vocab_size * model.hidden_size * precision_of(resolved)[1]
+    return model.vocab_size * model.hidden_size * precision_of(resolved)[1] * trains_output_matrix(resolved)
 
 
 def backward_peak(resolved: ResolvedRun, device_type: str) -> int:
@@ -70,7 +80,7 @@ def backward_peak(resolved: ResolvedRun, device_type: str) -> int:
     tokens = train.micro_batch_size * resolved.data.seq_len
     last = model.has_experts(model.num_hidden_layers - 1)
     width = 3 * _feed_forward_width(model, last) * compute + 2 * model.hidden_size * residual
-    matrix = model.vocab_size * model.hidden_size * (8 if compute == 4 else 6)
+    matrix = model.vocab_size * model.hidden_size * (8 if compute == 4 else 6) * trains_output_matrix(resolved)
     recomputed = _block_bytes(resolved, device_type, last) if train.activation_checkpointing else 0
     return matrix + tokens * (width + recomputed)
 

@@ -7,10 +7,12 @@ follows arXiv 1910.02054.
 
 import bisect
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from minimind.config.resolved_run import ResolvedRun
 from minimind.model.config import ModelConfig
+from minimind.model.tuning import count
 from minimind.reports.plan.activations import activation_bytes, backward_peak, loss_peak, output_matrix_gradient
 from minimind.units import format_bytes
 
@@ -104,8 +106,18 @@ class _Rank:
         self.accumulates = resolved.train.gradient_accumulation_steps > 1
         experts = count_expert_params(model) // ep_size
         self.here = model.num_params() - experts * (ep_size - 1)  # it computes with all but experts on other ranks
-        self.share = model.num_params() // self.dp_size if self.stage >= 1 else self.here  # its partition
-        self.largest = largest_tensor(model, ep_size)
+        # What the optimizer updates: of all ranks, and (gradients) of this one.
+        trained = self.trained_here = count(resolved.trained)
+        if not resolved.train.keeps_frozen:
+            trained, self.trained_here = model.num_params(), self.here
+        adapters = trained if resolved.train.lora is not None else 0
+        self.here += adapters
+        # Its partitions of the weights, and of what is trained.
+        self.share = (model.num_params() + adapters) // self.dp_size if self.stage >= 1 else self.here
+        self.trained_share = trained // self.dp_size if self.stage >= 1 else self.trained_here
+        self.largest = self.largest_trained = largest_tensor(model, ep_size)
+        if resolved.train.keeps_frozen:
+            self.largest_trained = max(map(math.prod, resolved.trained.values()))
         self.weight_bytes = self.zero.weight_bytes
         self.grad_bytes = 4 if self.zero.grad_accum_dtype == "fp32" else self.weight_bytes
         # Stage 1 in bf16 with float32 accumulation: DeepSpeed's BF16 optimizer keeps whole float32 gradients.
@@ -113,23 +125,29 @@ class _Rank:
         self._count_states()
         # Whole gradients are flattened and averaged, but not on one rank (`engine.nothing_to_reduce`).
         reduces_whole = self.dp_size > 1 or (self.stage == 0 and experts > 0)
-        self.flattened = min(self.here, STAGE0_BUCKET) if reduces_whole else 0
+        self.flattened = min(self.trained_here, STAGE0_BUCKET) if reduces_whole else 0
         self.buckets = 0
         if self.stage in (1, 2) and not self.whole_gradients and self.zero.contiguous_gradients and not self.on_cpu:
             each = self.zero.reduce_bucket_size * (self.grad_bytes if self.stage == 1 else self.weight_bytes)
             self.buckets = each * (2 if self.zero.overlap_comm else 1)
-        states = self.parameters + self.gradients + self.optimizer
+        states = self.parameters + (0 if resolved.train.lora is not None else self.gradients + self.optimizer)
         self.experts = round(states * experts / self.here)
 
     def _count_states(self) -> None:
-        zero, here, share, weight = self.zero, self.here, self.share, self.weight_bytes
+        zero, here, trained, share, weight = (
+            self.zero,
+            self.here,
+            self.trained_here,
+            self.trained_share,
+            self.weight_bytes,
+        )
         # ZeRO updates a float32 copy of its partition, also where the weights are float32 already.
         self.optimizer = share * (8 if self.stage == 0 else 12)
-        self.parameters = (share if self.stage == 3 else here) * weight
-        self.gradients = (here if self.stage == 0 or self.whole_gradients else share) * self.grad_bytes
+        self.parameters = (self.share if self.stage == 3 else here) * weight
+        self.gradients = (trained if self.stage == 0 or self.whole_gradients else share) * self.grad_bytes
         if self.whole_gradients and not zero.immediate_grad_update:
             # The BF16 optimizer's whole float32 sums stand beside the gradients that the backward gave.
-            self.gradients += here * weight
+            self.gradients += trained * weight
         if self.stage == 3 and zero.hpz_partition_size > 1:
             # The second copy of the weights, inside the node.
             self.parameters += here // zero.hpz_partition_size * weight
@@ -145,12 +163,12 @@ class _Rank:
     def kept_gradients(self) -> int:
         """Bytes of gradients that stay allocated from step to step."""
         if self.whole_gradients:
-            return self.here * self.grad_bytes
+            return self.trained_here * self.grad_bytes
         return self.gradients if self.stage == 3 else 0
 
     def gradient_buffers(self) -> tuple[int, int]:
         """Bytes of gradients and buckets when the last gradient is reduced, and of the bucket that stays for ever."""
-        here, weight, gradients = self.here, self.weight_bytes, self.gradients
+        here, weight, gradients = self.trained_here, self.weight_bytes, self.gradients
         if self.stage == 0:
             return gradients + self.flattened * 4, 0
         if self.whole_gradients:
@@ -170,7 +188,7 @@ class _Rank:
         accumulated = gradients if self.accumulates and not converts else 0
         if not converts and elements == here:
             return accumulated + staged + max(filled, gradients), 0
-        return accumulated + gradients + staged + filled + (self.largest * 4 if converts else 0), 0
+        return accumulated + gradients + staged + filled + (self.largest_trained * 4 if converts else 0), 0
 
     def gathered(self) -> tuple[int, int]:
         """Bytes of whole weights under ZeRO-3, and of the buffer that they come in."""
@@ -186,9 +204,9 @@ class _Rank:
     @property
     def update(self) -> int:
         """Bytes that the update needs for a moment: the partition's gradients flattened, on a CPU a norm in float64."""
-        norm = 8 * self.largest if self.on_cpu else 0
+        norm = 8 * self.largest_trained if self.on_cpu else 0
         flattens = self.stage == 3 or (self.stage in (1, 2) and self.weight_bytes == 4)
-        return max(4 * self.share, norm) if flattens else norm
+        return max(4 * self.trained_share, norm) if flattens else norm
 
 
 def count_expert_params(config: ModelConfig) -> int:

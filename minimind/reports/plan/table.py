@@ -21,7 +21,7 @@ def show_plan(plan: PlannedRun) -> str:
     is_assumed = options.gpu_memory is None and not torch.cuda.is_available()
     size, kept = run.checkpoint_bytes, kept_checkpoints(train, plan.steps)
     lines = [
-        f"model     {run.model.num_params():,} parameters ({run.model.num_active_params():,} active a token)",
+        f"model     {run.describe_size()}",
         f"ranks     {gpus}, {options.device}, {train.precision}, ZeRO stage {run.zero.stage}",
         f"batch     {train.global_batch_size:,} sequences of {run.data.seq_len:,} tokens = {train.micro_batch_size} x "
         f"{train.gradient_accumulation_steps} accumulated x {plan.world_size} ranks"
@@ -52,7 +52,7 @@ def time_and_cost(plan: PlannedRun) -> list[str]:
         if peak is None:
             return ["time      unknown: give --gpu NAME, --mfu with it, or --tokens-per-second"]
         mfu = ASSUMED_MFU if options.mfu is None else options.mfu
-        speed = mfu * peak[0] * ranks / plan.resolved.model.flops_per_token(plan.resolved.data.seq_len)
+        speed = mfu * peak[0] * ranks / plan.resolved.flops_per_token
         basis = f" = {mfu:.0%} of {ranks} x {peak[1]}"
     hours = tokens / speed / 3600
     price = "" if options.price is None else f", {hours * ranks * options.price:,.2f} at {options.price:g} a GPU-hour"
