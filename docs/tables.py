@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -189,7 +190,7 @@ def documented_fields(cls: type, file: str) -> list[tuple[str, str, Any, str]]:
 
 def spell_type(kind: str) -> str:
     """A type as a reader needs it: the choices in place of a name for them, no None (that is the default's matter)."""
-    name = kind.removesuffix(" | None")
+    name = re.sub(r"^tuple\[(\w+), \.\.\.\]$", r"\1", kind.removesuffix(" | None"))
     if name.startswith("Literal["):
         return ", ".join(ast.literal_eval(name.removeprefix("Literal")))
     choices = get_args(getattr(run_config, name, None))
@@ -200,6 +201,8 @@ def show(value: Any) -> str:
     """A default as it is typed; nothing for None."""
     if value is None:
         return ""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
     return json.dumps(value) if isinstance(value, (str, bool)) else f"{value:g}" if abs(value) < 1e6 else f"{value:.0e}"
 
 

@@ -81,10 +81,10 @@ class TrainConfig:
     lora_rank: Annotated[int, AT_LEAST_0] = 0
     """Train low-rank adapters of this rank (arXiv 2106.09685) on the frozen weights of --init-from; 0: train all."""
     lora_alpha: Annotated[float | None, _default("twice the rank"), ABOVE_0] = None
-    """What the adapters' product is multiplied by, times the rank."""
+    """The adapters' product is multiplied by this, divided by the rank."""
     lora_targets: tuple[LoRATarget, ...] = LORA_TARGETS
     """Matrices that get adapters, of attention and of every feed-forward but the routed experts."""
-    freeze: str = ""
+    freeze: Annotated[str, _default("nothing")] = ""
     """Leave weights of --init-from as they are: a regular expression, searched for in the parameters' names."""
     steps: Annotated[int | None, _default("as many as --epochs asks for"), AT_LEAST_1] = None
     """Optimizer steps."""
