@@ -11,6 +11,7 @@ from minimind.checkpoints.formats.source import open_source
 from minimind.cli import parse_flags
 from minimind.config.run_config import preset
 from minimind.errors import UserError, run_main
+from minimind.model.tuning import count
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -23,7 +24,9 @@ def main(args: Sequence[str] | None = None) -> None:
     if base is not None and source.where.suffix not in (".pth", ".pt"):
         raise UserError("model: only a .pth needs a preset; other checkpoints include their config")
     kind = export(source, flags)
-    print(f"wrote {flags.output}: {kind}, {source.config.num_params():,} parameters, {flags.dtype}")
+    adapters = source.adapters if flags.format == "peft" else None
+    size = source.config.num_params() if adapters is None else count(adapters.shapes)
+    print(f"wrote {flags.output}: {kind}, {size:,} parameters, {flags.dtype}")
 
 
 if __name__ == "__main__":

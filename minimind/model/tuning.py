@@ -5,7 +5,7 @@ Arithmetic over the config, without torch; that the names are those of the real 
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,7 +107,7 @@ def trained_shapes(config: ModelConfig, lora: LoRA | None = None, freeze: str = 
     return adapters
 
 
-def count(shapes: Shapes) -> int:
+def count(shapes: Mapping[str, Sequence[int]]) -> int:
     """Elements of all of them."""
     return sum(map(math.prod, shapes.values()))
 

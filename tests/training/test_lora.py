@@ -124,7 +124,7 @@ def test_every_command_reads_base_and_adapters(plain: Path, base: Path, tmp_path
     checkpoint_main(["average", *map(str, list_checkpoints(plain)), "--output", str(tmp_path / "mean")])
     assert load_weights(tmp_path / "mean").model.embed_tokens.weight.shape == (256, 16)
     # A new run begins where it stopped: its adapters merged, new ones beside them.
-    train(flags(tiny_corpus, plain, tmp_path / "more", steps=1, lr=1e-9))
+    train(flags(tiny_corpus, plain, tmp_path / "more", steps=1, warmup_steps=0, lr=1e-9))
     evaluated = [json.loads(line) for line in (plain / "metrics.jsonl").read_text().splitlines()]
     again = [json.loads(line) for line in (tmp_path / "more" / "metrics.jsonl").read_text().splitlines()]
     last = [[record["eval_loss"] for record in records if "eval_loss" in record][-1] for records in (evaluated, again)]
@@ -164,11 +164,11 @@ def test_a_base_that_moved_or_changed_is_one_line(
         os.rename(hidden, base)
     # A resume needs the very base, wherever it is now.
     other = tmp_path / "other"
-    train(flags_for(tiny_corpus, other, steps=1, seed=7))
+    train(flags_for(tiny_corpus, other, steps=1, warmup_steps=0, seed=7))
     with pytest.raises(CheckpointError, match="sha256 of --init-from's weights"):
         train(flags(tiny_corpus, other, run, steps=6))
     export_main(["--run-dir", str(base), "--output", str(tmp_path / "export"), "--format", "minimind"])
-    train(flags(tiny_corpus, tmp_path / "export", tmp_path / "on export", steps=1))
+    train(flags(tiny_corpus, tmp_path / "export", tmp_path / "on export", steps=1, warmup_steps=0))
     weights = tmp_path / "export" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     with pytest.raises(CheckpointError, match=r"export, which has changed since \(sha256"):
