@@ -117,6 +117,7 @@ def _require_input_gradient(model: MiniMindForCausalLM) -> None:
         first.register_forward_pre_hook(_with_gradient)
 
 
+@torch.compiler.disable
 def _with_gradient(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
     hidden_states, *others = inputs
     return (hidden_states.detach().requires_grad_(), *others) if torch.is_grad_enabled() else None

@@ -53,7 +53,7 @@ def _length(plan: PlannedRun) -> Iterator[str]:
         elif steps < FEWEST_STEPS:
             yield f"too few steps: {steps:,}; a schedule needs about {FEWEST_STEPS:,} to do its work"
         ratio = tokens / run.model.num_active_params()
-        if ratio < FEWEST_TOKENS_PER_PARAMETER:
+        if ratio < FEWEST_TOKENS_PER_PARAMETER and run.train.init_from is None and not run.train.keeps_frozen:
             yield (
                 f"{ratio:.1f} tokens a parameter: a smaller model would learn more from them (about 20 are the best "
                 "use of a fixed amount of compute, arXiv 2203.15556)"
@@ -71,7 +71,7 @@ def _schedule(plan: PlannedRun) -> Iterator[str]:
         yield f"the warm-up of {train.warmup_steps:,} steps is as long as the run of {steps:,}"
     elif steps and train.warmup_steps > LONGEST_WARMUP * steps:
         yield f"the warm-up takes {train.warmup_steps / steps:.0%} of the run; 1% to 5% is usual"
-    if train.optimizer == "adamw":
+    if train.optimizer == "adamw" and train.lora is None:
         usual = usual_learning_rate(plan.resolved.model.num_params())
         if not usual / LR_FACTOR <= train.lr <= usual * LR_FACTOR:
             where = "above" if train.lr > usual else "below"
