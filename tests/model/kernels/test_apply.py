@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from pytest import approx
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minimind.errors import UserError
@@ -18,10 +19,12 @@ from minimind.model.kernels import matmul
 from minimind.model.kernels.apply import KERNELS, NAMES, VARIABLE, apply_kernels
 from minimind.model.kernels.experts import GroupedExperts
 from minimind.model.layers import FeedForward, Linear, RMSNorm
+from minimind.model.lora import LoRALinear, add_adapters
 from minimind.model.loss import LMHead
 from minimind.model.moe import Experts
 from minimind.model.rope import rotary_tables
 from minimind.model.transformer import MiniMindModel
+from minimind.model.tuning import LoRA
 
 # Wide enough that 20 tokens are worth a call of oneDNN.
 CONFIG = dataclasses.replace(PRESETS["tiny"], hidden_size=256, vocab_size=300, num_hidden_layers=1, z_loss_coef=0.01)
@@ -35,6 +38,11 @@ def make_case(plain, shape):
     tokens, states = torch.randint(0, 300, shape), torch.randn(*shape, CONFIG.hidden_size)
     if plain is Linear:
         return Linear(256, 72, 0.1, bias=shape[0] == 2), states, lambda module, x: module(x)
+    if plain is LoRALinear:
+        linear = Linear(256, 72, 0.1, bias=shape[0] == 2)
+        add_adapters(nn.ModuleDict({"block": nn.ModuleDict({"q_proj": linear})}), LoRA(rank=8, alpha=16.0))
+        nn.init.normal_(linear.lora_B)
+        return linear, states, lambda module, x: module(x)
     if plain is LMHead:
         labels = tokens.masked_fill(torch.rand(shape) < 0.3, -100)
         labels[0, 0] = 7
