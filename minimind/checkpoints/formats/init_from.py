@@ -41,8 +41,8 @@ def check_init_checkpoint(
         is_grown = name in _TOKEN_MATRICES and new > 0 and there[1:] == here[1:]
         if is_grown and trained is not None and name not in trained:
             raise UserError(
-                f"init_from: {path} has {source.config.vocab_size:,} tokens, this run {config.vocab_size:,}, and {name} is "
-                "frozen: rows of new tokens must be trained; train the whole model first, or --freeze something else"
+                f"init_from: {path} has {source.config.vocab_size:,} tokens, this run {config.vocab_size:,}, and "
+                f"{name} is frozen: rows of new tokens must be trained; train them first, or --freeze something else"
             )
         if there != here and not is_grown:
             raise UserError(
