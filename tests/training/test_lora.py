@@ -178,7 +178,7 @@ def test_a_base_that_moved_or_changed_is_one_line(
     # A resume needs the very base, wherever it is now.
     other = tmp_path / "other"
     train(flags_for(tiny_corpus, other, steps=1, warmup_steps=0, seed=7))
-    with pytest.raises(CheckpointError, match="sha256 of --init-from's weights"):
+    with pytest.raises(UserError, match="sha256 of --init-from's weights"):
         train(flags(tiny_corpus, other, run, steps=6))
     export_main(["--run-dir", str(base), "--output", str(tmp_path / "export"), "--format", "minimind"])
     train(flags(tiny_corpus, tmp_path / "export", tmp_path / "on export", steps=1, warmup_steps=0))
