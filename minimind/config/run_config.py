@@ -50,8 +50,8 @@ class DataConfig:
     """Tokens in a sample (the context length in training)."""
     document_mask: bool = False
     """Keep attention and positions inside a document; the default packs documents and lets attention cross them."""
-    packing: Literal["stream", "documents"] = "stream"
-    """stream: windows tile the joined documents. documents: whole documents in windows, with the document mask
+    packing: Literal["stream", "whole-documents"] = "stream"
+    """stream: windows tile the joined documents. whole-documents: whole documents in windows, with the document mask
     (arXiv 2404.10830); conversations are always packed so."""
 
 

@@ -67,7 +67,7 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
     run = settle_aux_loss_scope(command.run)
     data = open_data(run)
     if isinstance(data.train, PackedDataset):
-        packed = dataclasses.replace(run.data, packing="documents", document_mask=True)
+        packed = dataclasses.replace(run.data, packing="whole-documents", document_mask=True)
         run = dataclasses.replace(run, data=packed)
     resolved = resolve_run(
         run,
@@ -116,7 +116,7 @@ def open_data(run: RunConfig) -> RunData:
         kinds = ("pairs of answers", "texts or conversations")
         there, wanted = kinds if is_pairs else kinds[::-1]
         raise UserError(f"objective: {objective} learns from {wanted}, and {folder} holds {there}")
-    seq_len, mask, packed = run.data.seq_len, run.data.document_mask, run.data.packing == "documents"
+    seq_len, mask, packed = run.data.seq_len, run.data.document_mask, run.data.packing == "whole-documents"
     return RunData(
         open_dataset(train, seq_len, mask, packed=packed),
         None if val is None else open_dataset(val, seq_len, mask, packed=packed, keep_tail=True),

@@ -37,7 +37,7 @@ from minimind.distributed.launchers.local import find_free_port  # noqa: E402
 
 STEPS = 30
 SECONDS_TO_WAIT = 120.0
-KINDS: dict[str, dict[str, Any]] = {"dense": {}, "experts": EXPERTS}
+KINDS: dict[str, dict[str, Any]] = {"dense": {}, "experts": EXPERTS, "chat": {"seq_len": 64}}
 
 
 @dataclass
@@ -50,6 +50,8 @@ class Flags:
     """Random corruptions."""
     seed: int = 0
     """Of the random moments and places."""
+    kinds: tuple[str, ...] = ("dense", "experts")
+    """What is killed: dense, experts, chat (fine-tuning)."""
     stage: int = 1
     """ZeRO stage of the runs that are killed."""
 
@@ -133,7 +135,8 @@ def run_to_end(context: Any, flags: list[str], world_size: int, folder: Path) ->
 
 def kill_runs(context: Any, corpus: Path, folder: Path, flags: Flags, rng: random.Random, report: Report) -> None:
     """Kill runs until there were enough kills; every run is then taken to its end and compared."""
-    settings = [("experts", 2), ("dense", 1), ("dense", 2), ("experts", 1)]
+    every = [("experts", 2), ("dense", 1), ("chat", 2), ("dense", 2), ("experts", 1), ("chat", 1)]
+    settings = [(kind, world_size) for kind, world_size in every if kind in flags.kinds]
     references: dict[tuple[str, int], dict[int, float]] = {}
     while report.kills < flags.kills:
         kind, world_size = settings[report.runs % len(settings)]
@@ -172,6 +175,7 @@ def kill_runs(context: Any, corpus: Path, folder: Path, flags: Flags, rng: rando
 def command(corpus: Path, run_dir: Path, kind: str, world_size: int, flags: Flags) -> list[str]:
     """A run that saves at every second step."""
     settings = {**KINDS[kind], **({"ep_size": world_size} if kind == "experts" else {})}
+    corpus = corpus.with_name("chat") if kind == "chat" else corpus
     return flags_for(
         corpus, run_dir, stage=flags.stage, steps=STEPS, save_every=2, keep_last=2, dropout=0.1, **settings
     )
@@ -264,6 +268,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = write_corpus(folder / "corpus", tokens=6000)
+        write_corpus(folder / "chat", tokens=6000, chat_template="{{ messages[0].content }}")
         if flags.kills:
             kill_runs(context, corpus, folder, flags, rng, report)
         if flags.corruptions:

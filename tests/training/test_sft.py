@@ -185,12 +185,12 @@ def test_new_tokens_start_at_the_mean(plain: Path, shards: Path, tmp_path: Path)
 
 
 def test_another_packing_is_another_run(plain: Path, tiny_corpus: Path, shards: Path, tmp_path: Path) -> None:
-    train(flags(tiny_corpus, tmp_path, steps=2, packing="documents", vocab_size=256))
+    train(flags(tiny_corpus, tmp_path, steps=2, packing="whole-documents", vocab_size=256))
     with pytest.raises(UserError, match="packing"):
         train(flags(tiny_corpus, tmp_path, steps=4, vocab_size=256))
 
 
 def test_the_run_is_recorded_as_packed(plain: Path) -> None:
     data = json.loads((plain / "run_config.json").read_text())["data"]
-    assert (data["packing"], data["document_mask"]) == ("documents", True)
+    assert (data["packing"], data["document_mask"]) == ("whole-documents", True)
     assert all("eval_bits_per_byte" not in record for record in read_metrics(plain))
