@@ -86,6 +86,7 @@ TOPICS = {
     "packing": (GUIDE, "packing", "cu_seqlens"),
     "the loader and its settings": (GUIDE, "loader", "--micro-batch-size"),
     "AdamW and its settings": (GUIDE, "adamw", r"\beta_2"),
+    "Muon": (GUIDE, "muon", "--muon-lr"),
     "learning-rate schedules": (GUIDE, "schedules", "wsd"),
     "tuning advice with figures": (GUIDE, "tuning", "learning_rates.svg"),
     "gradient clipping": (GUIDE, "gradient-clipping", "--max-grad-norm"),

@@ -8,7 +8,7 @@ import torch
 
 from minimind.checkpoints.manifest import CheckpointError
 from minimind.checkpoints.portable import BUFFERS, ENGINE_COUNTERS, PortableCheckpoint
-from minimind.checkpoints.zero_partitions import MUON_KEY, WEIGHT
+from minimind.checkpoints.zero_partitions import WEIGHT
 from minimind.config.resolved_run import ResolvedRun
 from minimind.parallel.expert_names import EnginePart, find_part
 from minimind.parallel.loss_scale import set_grad_scaler, set_loss_scaler
@@ -42,7 +42,7 @@ def load_portable(engine: deepspeed.DeepSpeedEngine, folder: Path, resolved: Res
     )
     states = {name: [key for key in source.keys_of(parts[name].name) if key != WEIGHT] for name in parameters}
     if stage:
-        make_states(engine, scalars, states.__getitem__, lambda name: source.read(parts[name], MUON_KEY))
+        make_states(engine, scalars, states.__getitem__)
     for name, parameter in parameters.items():
         weight = source.read(parts[name], WEIGHT)
         tensors = {key: source.read(parts[name], key) for key in states[name]}

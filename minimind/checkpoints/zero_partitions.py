@@ -13,8 +13,6 @@ import torch
 
 WEIGHT = "fp32"
 """The key of the float32 weights, beside those of the optimizer's state (`exp_avg`, `exp_avg_sq`)."""
-MUON_KEY = "momentum_buffer"
-"""State that DeepSpeed's Muon keeps for whole tensors, on every rank that holds a part of one."""
 
 SCHEDULED = ("lr", "betas", "momentum")
 """Settings of a group of parameters that a scheduler moves."""
@@ -100,7 +98,6 @@ class FlatTensors(EngineTensors):
     def __init__(self, groups: Sequence[Shapes], ranks: Sequence[Mapping[str, Any]]) -> None:
         shapes = {name: tuple(shape) for group in groups for name, shape in group.items()}
         super().__init__(shapes, [rank["base_optimizer_state"] for rank in ranks], ranks[0])
-        self._groups = groups
         self._places: dict[str, tuple[int, int]] = {}
         paddings = ranks[0].get("param_alignment_paddings")
         for number, group in enumerate(groups):
@@ -121,25 +118,9 @@ class FlatTensors(EngineTensors):
         shape = self.shapes[name]
         if key == WEIGHT:
             pieces = [weights[group] for weights in self._weights]
-        elif key == MUON_KEY:
-            rank, start = self._find_whole(name)
-            pieces = [self._states[rank][group][key]]
         else:
             pieces = [states[group][key] for states in self._states]
         return cut(pieces, start, math.prod(shape)).view(shape).float()
-
-    def _find_whole(self, name: str) -> tuple[int, int]:
-        """The first rank whose piece of the vector holds any of a parameter, and where the parameter begins in what
-        that rank keeps for whole tensors: those of which it holds any, one after the other."""
-        group, start = self._places[name]
-        size = self._weights[0][group].numel()
-        rank = start // size
-        before = 0
-        for other, shape in self._groups[group].items():
-            begin = self._places[other][1]
-            if begin < start and begin + math.prod(shape) > rank * size:
-                before += math.prod(shape)
-        return rank, before
 
 
 class SplitTensors(EngineTensors):
@@ -156,27 +137,29 @@ class SplitTensors(EngineTensors):
     ) -> None:
         shapes = {name: tuple(shape) for group in groups for name, shape in group.items()}
         super().__init__(shapes, [rank["optimizer_state_dict"] for rank in ranks], ranks[0])
-        self._places: dict[str, tuple[int, int]] = {}
-        start = 0
+        self._weights = [rank["fp32_flat_groups"] for rank in ranks]
+        self._places: dict[str, tuple[int, int, int]] = {}
+        number = start = 0
         for name, shape in self.shapes.items():
             length = -(-math.prod(shape) // count_ranks(name))
-            self._places[name] = (start, length)
+            if start >= self._weights[0][number].numel():
+                number, start = number + 1, 0
+            self._places[name] = (number, start, length)
             start += length
-        self._weights = [rank["fp32_flat_groups"] for rank in ranks]
 
     def number_of(self, name: str) -> int:
-        """As `EngineTensors`; under stage 3 all parameters have the same keys."""
-        return 0
+        """As `EngineTensors`: that of the sub-group."""
+        return sorted(self._states[0])[self._places[name][0]] if self._states[0] else 0
 
     def read(self, name: str, key: str) -> torch.Tensor:
         """As `EngineTensors`."""
-        start, length = self._places[name]
+        group, start, length = self._places[name]
         shape = self.shapes[name]
         if key == WEIGHT:
-            flat = self._weights
+            pieces = [weights[group] for weights in self._weights]
         else:
-            flat = [[state[group][key] for group in sorted(state)] for state in self._states]
-        whole = torch.cat([cut(pieces, start, length) for pieces in flat])
+            pieces = [state[self.number_of(name)][key] for state in self._states]
+        whole = torch.cat([cut([piece], start, length) for piece in pieces])
         return whole[: math.prod(shape)].view(shape).float()
 
 

@@ -159,6 +159,7 @@ def _to_clipping(ds: Section) -> None:
 
 _BF16 = {"bf16": {"enabled": True}}
 _OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+_MUON = {"optimizer": {"type": "Muon"}}
 _UNTESTED = {"zero_allow_untested_optimizer": True}
 _LOSES_NAN = refuse("a NaN gradient would reach the weights at ZeRO stage 0; use stage 1, or AdamW", stages=(0,))
 _NO_OVERFLOW = refuse(
@@ -242,10 +243,7 @@ TABLE = (
     *_rows("", ("disable_allgather", True, note("DeepSpeed's engine does not look at it"))),
     *_rows("", ("sparse_gradients", True, note("removed from DeepSpeed; the embedding's gradients are sent whole"))),
     # Optimizer and scheduler
-    Row("optimizer.type=AdamW", "AdamW"), Row("optimizer.type=Adam", "Adam"),
-    _optimizer("Muon", refuse(
-        "experts at ZeRO stages 1 and 2 need the reduce_scatter that Muon cannot have; use stage 3, or AdamW",
-        stages=(1, 2), experts=True), zero_optimization={"reduce_scatter": False}),
+    Row("optimizer.type=AdamW", "AdamW"), Row("optimizer.type=Adam", "Adam"), Row("optimizer.type=Muon", "Muon"),
     _optimizer("Adagrad", refuse(
         'DeepSpeed has it for offload alone; add "offload_optimizer": {"device": "cpu"} to zero_optimization, or use '
         "AdamW", when=_on_device)),
@@ -274,6 +272,10 @@ TABLE = (
         ("params.comm_backend_name", "nccl", _1_BIT), ("params.fused", True, _TORCHS),
         ("params.foreach", True, _TORCHS), ("params.capturable", True, _TORCHS),
         ("params.maximize", True, refuse("it would raise the loss; remove it"))),
+    *(Row(f"optimizer.params.{key}", example, rules, beside=_MUON) for key, example, rules in (
+        ("momentum", 0.95, ()), ("muon_lr", 0.02, ()), ("adam_lr", 5e-4, ()),
+        ("ns_method", "gram", (note("it is how the same is computed"),)),
+        ("per_head_muon", True, (refuse("the run's Muon takes whole matrices; remove it"),)))),
     *(Row(f"scheduler.type={kind}", kind, beside={"scheduler": {"params": params}}) for kind, params in (
         ("LRRangeTest", {}), ("OneCycle", {"cycle_min_lr": 1e-5, "cycle_max_lr": 1e-3}), ("WarmupLR", {}),
         ("WarmupDecayLR", {"total_num_steps": 10}), ("WarmupCosineLR", {"total_num_steps": 10}))),
@@ -314,8 +316,8 @@ TABLE = (
         ("zero_quantized_nontrainable_weights", True, _NO_CPU_OP), ("memory_efficient_linear", True),
         ("pipeline_loading_checkpoint", True, _NO_PIPELINE), ("override_module_apply", True),
         ("log_trace_cache_warnings", True), ("enable_sanity_checks", True),
-        ("save_muon_momentum_buffer_in_memory", True), ("leaf_module", {"classes": ["DecoderLayer"]}),
-        ("mics_hierarchical_params_gather", True, _NO_MICS),
+        ("save_muon_momentum_buffer_in_memory", True, note("the run's Muon is its own")),
+        ("leaf_module", {"classes": ["DecoderLayer"]}), ("mics_hierarchical_params_gather", True, _NO_MICS),
         ("zeropp_loco_param", {"err_beta": 0.8}, refuse(
             "removed from DeepSpeed; zero_quantized_gradients works without it"))),
     Row("zero_optimization.zero_hpz_partition_size", 2, (_NO_AUTOEP,), off=(1,)),
@@ -386,8 +388,9 @@ _NAMES = {
         ("scheduler", {"params"}),
     )
 }  # fmt: skip
-_ADAMW_PARAMS = sorted(re.split(r"[.=]", row.key)[2] for row in TABLE if row.key.startswith("optimizer.params."))
-_MUON_PARAMS = sorted((*_ADAMW_PARAMS, "momentum", "muon_lr", "adam_lr", "ns_method", "per_head_muon"))
+_PARAMS = [row for row in TABLE if row.key.startswith("optimizer.params.")]
+_MUON_PARAMS = sorted(re.split(r"[.=]", row.key)[2] for row in _PARAMS)
+_ADAMW_PARAMS = sorted(re.split(r"[.=]", row.key)[2] for row in _PARAMS if not row.beside)
 
 
 def settle_table(ds: Section, *, experts: bool, device: str) -> list[str]:

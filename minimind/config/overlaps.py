@@ -132,9 +132,13 @@ def take_optimizer(overlaps: Overlaps, run: RunConfig, ds: dict[str, Any]) -> di
     optimizer = overlaps.agree("optimizer", run.train.optimizer, theirs, "optimizer.type")
     if optimizer == "deepspeed" and theirs != "deepspeed":
         raise UserError("optimizer: 'deepspeed' needs an optimizer.type in the DeepSpeed config; add one, or use adamw")
+    if theirs == "muon":  # DeepSpeed's takes `lr` for both kinds of parameters, unless one has its own
+        shared = params.get("lr", AUTO)
+        params = {**params, "lr": params.get("adam_lr", shared)}
+        params.setdefault("muon_lr", shared if run.train.muon_lr is None else AUTO)
     values = {
         name: overlaps.take(name, getattr(run.train, name), params, name, "optimizer.params.")
-        for name in ("lr", "betas", "eps", "weight_decay")
+        for name in ("lr", "muon_lr", "betas", "eps", "weight_decay")
     }
     if isinstance(values["betas"], list):
         values["betas"] = tuple(values["betas"])

@@ -23,6 +23,7 @@ from minimind.schema import check_fields
 DEFAULTS: dict[str, Any] = {
     "optimizer": "adamw",
     "lr": 5e-4,
+    "muon_lr": 0.02,
     "betas": (0.9, 0.95),
     "eps": 1e-8,
     "weight_decay": 0.1,
@@ -31,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "min_lr_ratio": 0.1,
 }
 """What a setting is where neither the run nor the JSON says it."""
+MUON_MOMENTUM = 0.95
 
 
 def resolve_run(
@@ -81,9 +83,11 @@ def resolve_run(
     precision = take_precision(overlaps, run, ds)
     overlaps.finish()
     defaults = DEFAULTS if values["optimizer"] != "deepspeed" else {**DEFAULTS, "betas": None, "eps": None}
+    if (values["optimizer"] or defaults["optimizer"]) != "muon":
+        defaults = {**defaults, "muon_lr": None}
     values = {name: defaults.get(name) if value is None else value for name, value in values.items()}
     half = "bf16" if bf16_supported else "fp16"  # GPUs older than sm80 only emulate bf16
-    if (values["optimizer"] == "muon" and half == "fp16") or ds.get(half, {}).get("enabled") is False:
+    if ds.get(half, {}).get("enabled") is False:
         half = "fp32"
     values["precision"] = precision or ("fp32" if device_type == "cpu" else half)
     # What came from the JSON has the types and limits of the run's own fields.
@@ -203,8 +207,10 @@ def _write_back(ds: dict[str, Any], train: ResolvedTrain) -> None:
         params["betas"] = list(train.betas)
     if train.eps is not None:
         params["eps"] = train.eps
-    if train.optimizer == "muon" and "offload_optimizer" not in ds.get("zero_optimization", {}):
-        params.setdefault("torch_adam", True)  # DeepSpeed's own Adam has to be compiled, on a GPU by nvcc
+    if train.muon_lr is not None:
+        params.pop("adam_lr", None)
+        params["muon_lr"] = train.muon_lr
+        params.setdefault("momentum", MUON_MOMENTUM)
     if train.schedule != "deepspeed":
         ds.pop("scheduler", None)
     autocasts = _uses_autocast(ds)
@@ -223,14 +229,25 @@ def _check_combinations(resolved: ResolvedRun, device_type: str) -> None:
     train, zero = resolved.train, resolved.zero
     if train.precision == "fp16" and device_type == "cpu":
         raise UserError("precision: fp16 does not run on CPU; use --precision bf16 or fp32")
-    if zero.stage == 0 and train.optimizer != "adamw":
+    if zero.stage == 0 and train.optimizer == "deepspeed":
         raise UserError(
             f"optimizer: {resolved.optimizer_type} applies a NaN gradient at ZeRO stage 0; use stage 1, or adamw"
         )
-    if train.optimizer == "muon" and resolved.ds["zero_optimization"].get("reduce_scatter", True):
-        raise UserError(
-            'DeepSpeed config: Muon needs "reduce_scatter": false in zero_optimization; see ds_configs/zero2_muon.json'
-        )
+    if train.muon_lr is not None and train.optimizer != "muon":
+        raise UserError(f"muon_lr: {train.muon_lr} has no effect on {train.optimizer}; leave it out, or use muon")
+    if train.optimizer == "muon":
+        _check_muon(resolved)
+
+
+def _check_muon(resolved: ResolvedRun) -> None:
+    offload = resolved.ds.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if "nvme" in (resolved.zero.offload_optimizer, resolved.zero.offload_param):
+        raise UserError("optimizer: muon keeps nothing on nvme; offload to cpu, or use adamw")
+    for key, off in (("ratio", 1), ("super_offload", False)):
+        if offload.get(key, off) != off:
+            raise UserError(
+                f"DeepSpeed config: offload_optimizer.{key} is of DeepSpeed's Adam; remove it, or use adamw"
+            )
 
 
 def _resolve_length(run: RunConfig, num_samples: int | None) -> dict[str, int]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from minimind.config.deepspeed_keys import offload_device, zero_stage
 from minimind.config.run_config import DataConfig, OptimizerName, Precision, RunConfig, Schedule, TrainConfig
 from minimind.model.config import ModelConfig
-from minimind.model.tuning import Shapes, count, trained_shapes, training_flops_per_token
+from minimind.model.tuning import Shapes, count, is_for_muon, trained_shapes, training_flops_per_token
 
 OffloadDevice = Literal["cpu", "nvme"]
 
@@ -15,7 +15,7 @@ OffloadDevice = Literal["cpu", "nvme"]
 @dataclass(frozen=True, kw_only=True)
 class ResolvedTrain(TrainConfig):
     """`TrainConfig` with every setting decided. What stays None has no value: `betas` and `eps` of an optimizer that
-    has none, `moe_backend` of a dense model."""
+    has none, `muon_lr` without Muon, `moe_backend` of a dense model."""
 
     steps: int
     """Optimizer steps; 0 in a plan that does not know the data."""
@@ -147,6 +147,13 @@ class ResolvedRun:
         return training_flops_per_token(self.model, self.data.seq_len, self.trained)
 
     @property
+    def owns_optimizer(self) -> bool:
+        """Whether the optimizer is the run's own, given to DeepSpeed, and not one that DeepSpeed makes."""
+        return self.train.optimizer == "muon" or (
+            self.train.optimizer == "adamw" and self.zero.offload_optimizer is None
+        )
+
+    @property
     def optimizer_type(self) -> str:
         """`adamw`, `muon`, or the type that the JSON names."""
         return self.train.optimizer if self.train.optimizer != "deepspeed" else self.ds["optimizer"]["type"]
@@ -159,7 +166,14 @@ class ResolvedRun:
         In stage 0 the weights are their own float32 copy; stage 3 writes the weights only as that copy.
         """
         each = {0: 4 + 8, 3: 12}.get(self.zero.stage, self.zero.weight_bytes + 12)
-        return count(self.trained) * each
+        return count(self.trained) * each - 4 * self.num_muon_params
+
+    @functools.cached_property
+    def num_muon_params(self) -> int:
+        """Parameters that Muon updates: they have one moment."""
+        if self.train.optimizer != "muon":
+            return 0
+        return count({name: shape for name, shape in self.trained.items() if is_for_muon(name, shape)})
 
     @property
     def run(self) -> RunConfig:

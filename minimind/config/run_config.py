@@ -102,6 +102,8 @@ class TrainConfig:
     """adamw or muon (Muon for matrices, AdamW for the rest); deepspeed: another type named in the JSON."""
     lr: Annotated[float | None, _default("5e-4"), ABOVE_0] = None
     """Peak learning rate."""
+    muon_lr: Annotated[float | None, _default("0.02, for Muon"), ABOVE_0] = None
+    """Peak learning rate of the matrices that Muon updates; the schedule moves it as it moves lr."""
     betas: Annotated[tuple[float, float] | None, _default("0.9 0.95"), Limits(at_least=0, below=1)] = None
     """Adam's decay rates of the first and second moment."""
     eps: Annotated[float | None, _default("1e-8"), AT_LEAST_0] = None

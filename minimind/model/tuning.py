@@ -16,6 +16,8 @@ LORA_TARGETS: tuple[LoRATarget, ...] = ("q", "k", "v", "o", "gate", "up", "down"
 _MATRIX = re.compile(r"\.(q|k|v|o|gate|up|down)_proj\.weight$")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
+_NOT_FOR_MUON = ("embed_tokens.", "lm_head.", ".gate.", ".coefficient.", ".lora_")
+
 EMBEDDING = "model.embed_tokens.weight"
 """Also of the output matrix, where the two are tied."""
 Shapes = dict[str, tuple[int, ...]]
@@ -105,6 +107,13 @@ def trained_shapes(config: ModelConfig, lora: LoRA | None = None, freeze: str = 
             first, second = adapters_of(name)
             adapters |= {first: (lora.rank, shape[1]), second: (shape[0], lora.rank)}
     return adapters
+
+
+def is_for_muon(name: str, shape: Sequence[int]) -> bool:
+    """Whether Muon updates a parameter, where it is the optimizer: the matrices between embedding and output, in which
+    no row or column stands for a token, no row for an expert as in a router's, and none is an adapter's. Of stacked
+    experts (E, rows, columns) each is a matrix."""
+    return len(shape) >= 2 and not any(part in name for part in _NOT_FOR_MUON)
 
 
 def count(shapes: Mapping[str, Sequence[int]]) -> int:

@@ -1,7 +1,7 @@
 """From a plain model to a DeepSpeed engine. The only caller of `deepspeed.initialize`.
 
-The optimizer is torch's fused AdamW (on CPU the fastest, and the same arithmetic in every ZeRO stage), DeepSpeed's CPU
-Adam under offload, or the one that the JSON names.
+The optimizer is torch's fused AdamW (on CPU the fastest, and the same arithmetic in every ZeRO stage), Muon beside it,
+DeepSpeed's CPU Adam under offload, or the one that the JSON names.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import set_z3_leaf_module
 
@@ -26,8 +27,9 @@ from minimind.model.layers import FeedForward
 from minimind.model.lora import add_adapters, train_only
 from minimind.parallel.compilation import compile_model, settle_compilation
 from minimind.parallel.experts import AUTOEP_EXPERTS, attach_router_hooks, only_own_experts, replace_experts
-from minimind.parallel.op_builds import build_ops, leave_muon_uncompiled
-from minimind.parallel.optimizer import clips_here, parameter_groups
+from minimind.parallel.muon import Muon, attach_layouts
+from minimind.parallel.op_builds import build_ops
+from minimind.parallel.optimizer import clips_here, own_optimizer, parameter_groups
 
 
 def build_model(resolved: ResolvedRun, device: torch.device) -> MiniMindForCausalLM:
@@ -70,17 +72,17 @@ def build_engine(resolved: ResolvedRun, model: MiniMindForCausalLM) -> deepspeed
     """
     train, ds = resolved.train, copy.deepcopy(resolved.ds)
     build_ops(resolved, log)
-    leave_muon_uncompiled()
     build_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None
-    if train.optimizer == "adamw" and resolved.zero.offload_optimizer is None:
+    if resolved.owns_optimizer:
         # With a client optimizer DeepSpeed would only keep the section for its own bookkeeping.
         del ds["optimizer"]
+        if train.optimizer == "muon":
+            ds |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+        device = torch.device(get_accelerator().current_device_name())
 
         def build_optimizer(_given: Any) -> torch.optim.Optimizer:
             # DeepSpeed calls this after expert replacement, so the parameter objects are the new ones.
-            groups = parameter_groups(model, train.weight_decay)
-            assert train.betas is not None and train.eps is not None
-            return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
+            return own_optimizer(resolved, model, device)
 
     chosen_kernels()  # a bad choice is an error before the model is partitioned
     if clips_here(resolved):
@@ -97,6 +99,8 @@ def build_engine(resolved: ResolvedRun, model: MiniMindForCausalLM) -> deepspeed
         config=ds,
         dist_init_required=False,
     )
+    if isinstance(engine.basic_optimizer, Muon):
+        attach_layouts(engine, engine.basic_optimizer)
     if nothing_to_reduce(resolved, engine.optimizer):
         engine.enable_backward_allreduce = False
     attach_router_hooks(resolved, model)

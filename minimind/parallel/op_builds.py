@@ -14,7 +14,6 @@ import psutil
 from deepspeed.accelerator import get_accelerator
 from deepspeed.git_version_info import installed_ops
 from deepspeed.ops.op_builder.builder import OpBuilder
-from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
 from torch.utils import cpp_extension
 
 from minimind.config.resolved_run import ResolvedRun
@@ -30,7 +29,6 @@ _OPTIMIZER_OPS = {
     # type in the JSON: op of its update on the device, and on the host under offload
     "adam": ("FusedAdamBuilder", "CPUAdamBuilder"),
     "adamw": ("FusedAdamBuilder", "CPUAdamBuilder"),
-    "muon": ("FusedAdamBuilder", "CPUAdamBuilder"),
     "adagrad": (None, "CPUAdagradBuilder"),
     "lion": ("FusedLionBuilder", "CPULionBuilder"),
     "lamb": ("FusedLambBuilder", "FusedLambBuilder"),
@@ -41,8 +39,7 @@ def needed_ops(resolved: ResolvedRun) -> list[str]:
     """Builders of the ops that the engine of this run loads, by DeepSpeed's names."""
     zero, ds = resolved.zero, resolved.ds
     names: list[str | None] = []
-    is_own = resolved.train.optimizer == "adamw" and zero.offload_optimizer is None  # torch's, given to DeepSpeed
-    if not is_own and not ds["optimizer"].get("params", {}).get("torch_adam"):
+    if not resolved.owns_optimizer and not ds["optimizer"].get("params", {}).get("torch_adam"):
         on_device, on_host = _OPTIMIZER_OPS.get(ds["optimizer"]["type"].lower(), (None, None))
         names.append(on_device if zero.offload_optimizer is None else on_host)
     if "nvme" in (zero.offload_optimizer, zero.offload_param):
@@ -68,16 +65,6 @@ def build_ops(resolved: ResolvedRun, say: Callable[[str], None]) -> None:
         builder = get_accelerator().create_op_builder(name)
         if builder is not None and builder.name not in OpBuilder._loaded_ops:
             _build(builder, say)
-
-
-def leave_muon_uncompiled() -> None:
-    """Take `torch.compile` off DeepSpeed's Muon: it compiles for each shape anew inside the first step (on a CPU with
-    g++, minutes), and what it compiles is a chain of matrix products that take their time either way."""
-    for module in (original_muon, muon_optimizer):
-        for name in ("muon_update", "zeropower_via_newtonschulz5", "zeropower_via_gram_newtonschulz"):
-            function = getattr(module, name, None)
-            if function is not None:
-                setattr(module, name, getattr(function, "_torchdynamo_orig_callable", function))
 
 
 def _build(builder: OpBuilder, say: Callable[[str], None]) -> None:

@@ -1,4 +1,4 @@
-"""Around DeepSpeed's optimizer: parameter groups, learning rate, clipping, one step."""
+"""Around DeepSpeed's optimizer: building it, parameter groups, learning rate, clipping, one step."""
 
 import math
 from typing import Any
@@ -9,25 +9,45 @@ from torch import nn
 
 from minimind.config.resolved_run import ResolvedRun
 from minimind.parallel.experts import global_norm, split_groups
+from minimind.parallel.muon import MUON, Muon, takes
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices (two dimensions and more, fused experts among them) decay; norms and biases do not. Experts
-    that not every rank holds come in groups of their own.
+def parameter_groups(model: nn.Module, weight_decay: float, *, muon: bool = False) -> list[dict[str, Any]]:
+    """Matrices (two dimensions and more, fused experts among them) decay; norms and biases do not. Experts that not
+    every rank holds come in groups of their own.
 
     Under ZeRO-3 a parameter is flat; its real shape is `ds_shape`.
+
+    Args:
+        muon: put the matrices that Muon updates apart, and say the `kind` of every group.
     """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    found: dict[str, list[nn.Parameter]] = {MUON: [], "matrices": [], "vectors": []}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            (decayed if len(shape) >= 2 else plain).append(parameter)
-    groups = [
-        {"name": "matrices", "params": decayed, "weight_decay": weight_decay},
-        {"name": "vectors", "params": plain, "weight_decay": 0.0},
-    ]
-    return split_groups([group for group in groups if group["params"]])
+            matrices = MUON if muon and takes(name, shape) else "matrices"
+            found[matrices if len(shape) >= 2 else "vectors"].append(parameter)
+    groups: list[dict[str, Any]] = []
+    for name, parameters in found.items():
+        if parameters:
+            decay = 0.0 if name == "vectors" else weight_decay
+            groups.append({"name": name, "params": parameters, "weight_decay": decay})
+            if muon:
+                groups[-1]["kind"] = name
+    return split_groups(groups)
+
+
+def own_optimizer(resolved: ResolvedRun, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """torch's fused AdamW, or Muon beside it."""
+    train = resolved.train
+    assert train.betas is not None and train.eps is not None
+    groups = parameter_groups(model, train.weight_decay, muon=train.optimizer == "muon")
+    if train.optimizer != "muon":
+        return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
+    for group in groups:
+        if group["kind"] == MUON:
+            group["momentum"] = resolved.ds["optimizer"]["params"]["momentum"]
+    return Muon(groups, device=device, lr=train.lr, betas=train.betas, eps=train.eps)
 
 
 def clips_here(resolved: ResolvedRun) -> bool:
@@ -67,11 +87,11 @@ def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, resolved: ResolvedRun, lr: float) -> None:
     """Give every parameter group the rate of this step.
 
-    Muon's matrices and the rest may have peak rates of their own in the JSON (`muon_lr`, `adam_lr`); the schedule moves
-    all of them in proportion.
+    Muon's matrices have a peak of their own; the schedule moves both in proportion.
     """
-    params = resolved.ds["optimizer"]["params"]
-    peak = resolved.train.lr
+    train = resolved.train
     for group in engine.optimizer.param_groups:
-        own_peak = params.get("muon_lr" if group.get("use_muon") else "adam_lr", peak)
-        group["lr"] = lr * own_peak / peak
+        group["lr"] = lr
+        if group.get("kind") == MUON:
+            assert train.muon_lr is not None
+            group["lr"] = lr * train.muon_lr / train.lr

@@ -19,22 +19,17 @@ from torch import Tensor, nn
 
 from minimind.errors import UserError
 
-MOMENTUM = "momentum_buffer"
-"""State that DeepSpeed's Muon keeps for whole tensors."""
-
 
 def make_states(
     engine: deepspeed.DeepSpeedEngine,
     scalars: Mapping[str, float],
     keys_of: Callable[[str], Sequence[str]],
-    read_momentum: Callable[[str], Tensor],
 ) -> None:
     """Stages 1 to 3: give each flat partition the state that its optimizer would only make in its first step.
 
     Args:
         scalars: what the optimizer counts, alike for all parameters (`step`).
         keys_of: the state tensors of a parameter, by the engine's name of it.
-        read_momentum: Muon's momentum of a parameter.
 
     Raises:
         UserError: the state of this kind of optimizer cannot be set.
@@ -45,13 +40,9 @@ def make_states(
     groups = _first_attribute(optimizer, ("bit16_groups", "bf16_groups", "fp16_groups"))
     # This rank's float32 partitions, by whatever name this ZeRO stage has for them.
     names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
-    for number, (group, partition) in enumerate(zip(groups, _first_attribute(optimizer, names), strict=True)):
+    for group, partition in zip(groups, _first_attribute(optimizer, names), strict=True):
         keys = keys_of(engine.param_names[group[0]])
         state = optimizer.optimizer.state[partition]
-        if MOMENTUM in keys:
-            held = [engine.param_names[parameter] for parameter in optimizer.params_in_partition[number]]
-            state[MOMENTUM] = torch.cat([read_momentum(name).reshape(-1) for name in held]).to(partition.device)
-            continue
         state.update({key: torch.tensor(value, device=partition.device) for key, value in scalars.items()})
         if counts_in_int:
             state["step"] = int(scalars["step"])
@@ -89,8 +80,7 @@ def set_parameter(
     else:  # this rank's part of the parameter, which may be none
         safe_set_full_fp32_param(parameter, weight)
         for key, tensor in states.items():
-            if key != MOMENTUM:
-                safe_set_full_optimizer_state(parameter, tensor, key)
+            safe_set_full_optimizer_state(parameter, tensor, key)
 
 
 def finish_parameters(engine: deepspeed.DeepSpeedEngine, *, stage: int) -> None:

@@ -88,6 +88,8 @@ EP_2 = {**EXPERTS, "ep_size": 2}
     ("stage", "settings"),
     [
         *((stage, settings) for settings in ({}, EP_2) for stage in range(4)),
+        (2, {"optimizer": "muon"}),
+        (3, {**EP_2, "optimizer": "muon"}),
         (1, {**EP_2, "precision": "bf16"}),
         (3, {**EXPERTS, "precision": "bf16"}),
         # Noise and chance in the routing come again too.
@@ -237,28 +239,10 @@ def test_a_checkpoint_of_two_ranks_is_one_model(tiny_corpus, tmp_path, pool: Ran
     assert dict(model.named_parameters()).keys() == source.shapes.keys()
 
 
-def train_uncompiled(flags: list[str]) -> tuple[int, str]:
-    with torch._dynamo.config.patch(disable=True):  # Muon's iteration is compiled otherwise: minutes here
-        return train(flags)
-
-
-def test_muon_continues_on_other_ranks_and_another_stage(tiny_corpus, tmp_path, pool: RankPool):
-    config = json.loads((ROOT / "ds_configs" / "zero2_muon.json").read_text())
-    config["zero_optimization"]["stage"] = 1
-    (tmp_path / "stage1.json").write_text(json.dumps(config))
-    settings = {"optimizer": "muon", "ds_config": ROOT / "ds_configs" / "zero2_muon.json"}
-    train_uncompiled(flags_for(tiny_corpus, tmp_path / "whole", **settings))
-    flags = flags_for(tiny_corpus, tmp_path / "run", **settings)
-    pool.run(train_uncompiled, flags)
-    cut_back(tmp_path / "run", 4)
-    code, printed = train_uncompiled(flags)
-    assert code == 0 and "world_size 2 -> 1" in printed
-    cut_back(tmp_path / "run", 4)
-    pool.run(
-        train_uncompiled,
-        flags_for(tiny_corpus, tmp_path / "run", **{**settings, "ds_config": tmp_path / "stage1.json"}),
-    )
-    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+def test_muon_continues_on_other_ranks_and_another_stage(tiny_corpus, tmp_path, run_ranks):
+    cells = ((1, 2), (2, 3), (1, 3), (2, 1), (2, 0), (2, 2), (1, 1))
+    starts = [(world_size, {"stage": stage}) for world_size, stage in cells]
+    walk(tiny_corpus, tmp_path, starts, run_ranks, optimizer="muon")
 
 
 def test_the_folder_says_what_is_wrong_before_training(tiny_corpus, tmp_path):

@@ -51,13 +51,10 @@ class Engine:
 
 
 def test_rates_of_the_json_move_in_proportion():
-    ds = {
-        "zero_optimization": {"stage": 1, "reduce_scatter": False},
-        "optimizer": {"type": "Muon", "params": {"lr": 1e-3, "muon_lr": 0.02, "adam_lr": 5e-4}},
-    }
+    ds = {"optimizer": {"type": "Muon", "params": {"lr": 1e-3, "muon_lr": 0.02, "adam_lr": 5e-4}}}
     resolved = resolve(1, ds=ds, lr=None, betas=None, eps=None, weight_decay=None)
-    engine = Engine({"use_muon": True, "lr": 0.0}, {"use_muon": False, "lr": 0.0})
-    set_learning_rate(engine, resolved, 5e-4)
+    engine = Engine({"kind": "muon", "lr": 0.0}, {"kind": "matrices", "lr": 0.0})
+    set_learning_rate(engine, resolved, resolved.train.lr / 2)
     assert [group["lr"] for group in engine.optimizer.param_groups] == pytest.approx([0.01, 2.5e-4])
     engine = Engine({"lr": 0.0}, {"lr": 0.0})
     set_learning_rate(engine, resolve(1), LR / 2)

@@ -43,22 +43,50 @@ def make_steps(count: int) -> list[tuple[torch.Tensor, ...]]:
     return [step.split(ROWS // PARTS) for step in tokens]
 
 
-def train_plainly(model: dict[str, Any], count: int, *, collapsed: bool = False) -> Curve:
-    """AdamW in torch on the model as it is; nothing of this project but the model."""
+MUON_LR = 0.02
+
+
+class PlainMuon(torch.optim.SGD):
+    """Muon for whole matrices (..., rows, columns), a line for each of its formulas."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+                momentum.copy_(0.95 * momentum + 0.05 * matrix.grad)
+                x = 0.95 * momentum + 0.05 * matrix.grad
+                x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+                for _ in range(5):
+                    x = 3.4445 * x - 4.7750 * (x @ x.mT) @ x + 2.0315 * (x @ x.mT) @ (x @ x.mT) @ x
+                rows, columns = matrix.shape[-2:]
+                matrix.mul_(1 - group["lr"] * SETTINGS["weight_decay"])
+                matrix.sub_(group["lr"] * max(1, rows / columns) ** 0.5 * x)
+
+
+def train_plainly(model: dict[str, Any], count: int, *, collapsed: bool = False, muon: bool = False) -> Curve:
+    """AdamW (or Muon beside it) in torch on the model as it is; nothing of this project but the model."""
     torch.manual_seed(SETTINGS["seed"])
     module = MiniMindForCausalLM(ModelConfig(**model))
     if collapsed:
         collapse_routers(module)
+    for_adamw = ("embed_tokens", "lm_head", "mlp.gate.") if muon else ("",)
+    matrices = [(name, p) for name, p in module.named_parameters() if p.dim() > 1]
+    others = [p for name, p in matrices if any(part in name for part in for_adamw)]
     groups = [
-        {"params": [p for p in module.parameters() if p.dim() > 1], "weight_decay": SETTINGS["weight_decay"]},
+        {"params": others, "weight_decay": SETTINGS["weight_decay"]},
         {"params": [p for p in module.parameters() if p.dim() == 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=SETTINGS["lr"], betas=SETTINGS["betas"], eps=SETTINGS["eps"], foreach=False
-    )
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=SETTINGS["lr"], betas=SETTINGS["betas"], eps=SETTINGS["eps"], foreach=False)
+    ]
+    if muon:
+        optimizers.append(
+            PlainMuon([p for name, p in matrices if not any(part in name for part in for_adamw)], MUON_LR)
+        )
     losses, norms = [], []
     for step in make_steps(count):
-        optimizer.zero_grad()
+        module.zero_grad()
         loss = 0.0
         for tokens in step:
             output = module(tokens[:, :-1], tokens[:, 1:], loss_reduction="sum")
@@ -68,7 +96,8 @@ def train_plainly(model: dict[str, Any], count: int, *, collapsed: bool = False)
                 total = total + output.aux_loss / PARTS
             total.backward()
         norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), SETTINGS["max_grad_norm"])))
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         losses.append(loss)
     return losses, norms
 

@@ -115,6 +115,7 @@ class _Rank:
         # Its partitions of the weights, and of what is trained.
         self.share = (model.num_params() + adapters) // self.dp_size if self.stage >= 1 else self.here
         self.trained_share = trained // self.dp_size if self.stage >= 1 else self.trained_here
+        self.muon_share = round(self.trained_share * resolved.num_muon_params / trained)
         self.largest = self.largest_trained = largest_tensor(model, ep_size)
         if resolved.train.keeps_frozen:
             self.largest_trained = max(map(math.prod, resolved.trained.values()))
@@ -142,7 +143,7 @@ class _Rank:
             self.weight_bytes,
         )
         # ZeRO updates a float32 copy of its partition, also where the weights are float32 already.
-        self.optimizer = share * (8 if self.stage == 0 else 12)
+        self.optimizer = share * (8 if self.stage == 0 else 12) - 4 * self.muon_share
         self.parameters = (self.share if self.stage == 3 else here) * weight
         self.gradients = (trained if self.stage == 0 or self.whole_gradients else share) * self.grad_bytes
         if self.whole_gradients and not zero.immediate_grad_update:
@@ -203,10 +204,11 @@ class _Rank:
 
     @property
     def update(self) -> int:
-        """Bytes that the update needs for a moment: the partition's gradients flattened, on a CPU a norm in float64."""
+        """Bytes that the update needs for a moment: the partition's gradients flattened, on a CPU a norm in float64;
+        what Muon is to subtract."""
         norm = 8 * self.largest_trained if self.on_cpu else 0
         flattens = self.stage == 3 or (self.stage in (1, 2) and self.weight_bytes == 4)
-        return max(4 * self.trained_share, norm) if flattens else norm
+        return max(4 * self.trained_share if flattens else 0, norm) + 4 * self.muon_share
 
 
 def count_expert_params(config: ModelConfig) -> int:

@@ -153,9 +153,12 @@ def test_the_other_stages_leave_the_users_file_alone():
     assert ds["zero_optimization"]["stage"] == 3
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "bf16")])
-def test_the_size_of_a_checkpoint_is_that_of_a_real_one(tiny_corpus, tmp_path, stage, precision):
-    wide = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+@pytest.mark.parametrize(
+    ("stage", "precision", "optimizer"),
+    [(0, "fp32", "adamw"), (1, "fp32", "muon"), (2, "bf16", "adamw"), (3, "bf16", "adamw")],
+)
+def test_the_size_of_a_checkpoint_is_that_of_a_real_one(tiny_corpus, tmp_path, stage, precision, optimizer):
+    wide = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "optimizer": optimizer}
     flags = flags_for(tiny_corpus, tmp_path / "run", stage=stage, precision=precision, steps=1, warmup_steps=1, **wide)
     train(flags)
     (folder,) = list_checkpoints(tmp_path / "run")

@@ -1,0 +1,98 @@
+"""Muon: what it makes of a matrix, which it takes, and every ZeRO stage against a plain loop."""
+
+import unittest.mock
+
+import pytest
+import torch
+from expert_runs import DENSE, EXPERTS, MUON_LR, train_plainly, walk
+from pytest import approx
+from training_runs import rank_pool
+
+from minimind.model import MiniMindForCausalLM, ModelConfig
+from minimind.parallel import muon
+from minimind.parallel.muon import orthogonalize
+from minimind.parallel.optimizer import parameter_groups
+
+STEPS = 6
+# Neither kind of layer has square matrices only: a tall one is scaled.
+WIDE = {**DENSE, "intermediate_size": 48}
+WIDE_EXPERTS = {**EXPERTS, "intermediate_size": 48, "moe_intermediate_size": 48}
+OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+SETTINGS = {"optimizer": "muon", "muon_lr": MUON_LR}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return {kind: train_plainly(model, STEPS, muon=True) for kind, model in ((False, WIDE), (True, WIDE_EXPERTS))}
+
+
+def walk_in_small_buckets(cells, count):
+    """Matrices that are cut are exchanged in several buckets."""
+    with unittest.mock.patch.object(muon, "BUCKET_ELEMENTS", 3000):
+        return walk(cells, count)
+
+
+def check(ranks, cells, plain):
+    for curves in ranks:
+        for (stage, model, settings), (losses, norms) in zip(cells, curves, strict=True):
+            expected_losses, expected_norms = plain[bool(model.get("use_moe"))]
+            assert losses == approx(expected_losses, rel=1e-4), (stage, settings)
+            assert norms == approx(expected_norms, rel=1e-3), (stage, settings)
+    assert max(max(norms) for _, norms in plain.values()) > 1.0, "nothing was clipped"
+
+
+@pytest.fixture(scope="module")
+def cells():
+    """(stage, model, settings) of runs that are all the same."""
+    found = [(stage, WIDE, SETTINGS) for stage in range(4)]
+    for stage in range(4):
+        found += [(stage, WIDE_EXPERTS, {**SETTINGS, "moe_backend": "autoep", "ep_size": ep}) for ep in (1, 2)]
+    return [*found, (1, WIDE_EXPERTS, {**SETTINGS, "moe_backend": "deepspeed", "ep_size": 2})]
+
+
+def test_two_ranks_are_the_plain_loop(plain, cells):
+    for pool in rank_pool(2):
+        check(pool.run(walk, cells, STEPS), cells, plain)
+        split = [cell for cell in cells if cell[0] == 3]
+        check(pool.run(walk_in_small_buckets, split, STEPS), split, plain)
+
+
+def test_one_rank_is_the_plain_loop(plain, cells):
+    alone = [cell for cell in cells if cell[2].get("ep_size") != 2]
+    alone.append((2, WIDE, {**SETTINGS, "ds": OFFLOAD}))
+    for pool in rank_pool(1):
+        check(pool.run(walk, alone, STEPS), alone, plain)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (24, 60), (60, 24)], ids=str)
+def test_singular_values_become_alike(shape):
+    torch.manual_seed(0)
+    stack = torch.stack([torch.randn(shape), torch.randn(shape) * 1e-3, torch.zeros(shape)])
+    first, second, zero = orthogonalize(stack)
+    scale = max(1, shape[0] / shape[1]) ** 0.5
+    for matrix, found in zip(stack, (first, second), strict=True):
+        values = torch.linalg.svdvals(found) / scale
+        assert values.min() > 0.2 and values.max() < 1.3
+        u, _, v = torch.linalg.svd(matrix, full_matrices=False)  # the same directions
+        torch.testing.assert_close((u.mT @ found @ v.mT).diagonal().sign(), torch.ones(min(shape)))
+    assert not zero.any()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [DENSE, {**EXPERTS, "n_shared_experts": 0, "moe_residual": True}, {**DENSE, "tie_word_embeddings": False}],
+    ids=("dense", "moe", "untied"),
+)
+def test_muon_takes_the_matrices_between_embedding_and_output(model):
+    module = MiniMindForCausalLM(ModelConfig(**model))
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    groups = {group["kind"]: group for group in parameter_groups(module, 0.1, muon=True)}
+    assert {name: group["weight_decay"] for name, group in groups.items()} == {
+        "muon": 0.1, "matrices": 0.1, "vectors": 0.0
+    }  # fmt: skip
+    of_adamw = {names[parameter] for parameter in groups["matrices"]["params"]}
+    untied = {"lm_head.weight"} if model.get("tie_word_embeddings") is False else set()
+    routers = {name for name in names.values() if name.endswith(("mlp.gate.weight", ".coefficient.weight"))}
+    assert of_adamw == {"model.embed_tokens.weight", *untied, *routers}
+    assert len(routers) == (4 if model.get("use_moe") else 0)
+    assert sum(len(group["params"]) for group in groups.values()) == len(names)
