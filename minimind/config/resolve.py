@@ -243,6 +243,8 @@ def _check_muon(resolved: ResolvedRun) -> None:
     offload = resolved.ds.get("zero_optimization", {}).get("offload_optimizer") or {}
     if "nvme" in (resolved.zero.offload_optimizer, resolved.zero.offload_param):
         raise UserError("optimizer: muon keeps nothing on nvme; offload to cpu, or use adamw")
+    if resolved.train.schedule == "deepspeed":
+        raise UserError("optimizer: muon has two rates, and a DeepSpeed scheduler knows one; use --schedule, or adamw")
     for key, off in (("ratio", 1), ("super_offload", False)):
         if offload.get(key, off) != off:
             raise UserError(

@@ -77,7 +77,7 @@ def build_engine(resolved: ResolvedRun, model: MiniMindForCausalLM) -> deepspeed
         # With a client optimizer DeepSpeed would only keep the section for its own bookkeeping.
         del ds["optimizer"]
         if train.optimizer == "muon":
-            ds |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+            ds["zero_force_ds_cpu_optimizer"] = False
         device = torch.device(get_accelerator().current_device_name())
 
         def build_optimizer(_given: Any) -> torch.optim.Optimizer:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor
 
 MUON = "muon"
@@ -129,6 +130,9 @@ class Muon(torch.optim.AdamW):
         dist.all_gather_into_tensor(rows.view(-1), row, group=group)
         for own, sent in here:
             own.copy_(sent)
+
+
+ZERO_SUPPORTED_OPTIMIZERS.append(Muon)  # DeepSpeed warns of others
 
 
 def _part(vector: Tensor, of: Piece | Place) -> Tensor:

@@ -46,7 +46,7 @@ def own_optimizer(resolved: ResolvedRun, model: nn.Module, device: torch.device)
         return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
     for group in groups:
         if group["kind"] == MUON:
-            group["momentum"] = resolved.ds["optimizer"]["params"]["momentum"]
+            group |= {"lr": train.muon_lr, "momentum": resolved.ds["optimizer"]["params"]["momentum"]}
     return Muon(groups, device=device, lr=train.lr, betas=train.betas, eps=train.eps)
 
 

@@ -13,7 +13,7 @@ from minimind.parallel import muon
 from minimind.parallel.muon import orthogonalize
 from minimind.parallel.optimizer import parameter_groups
 
-STEPS = 6
+STEPS = 4
 # Neither kind of layer has square matrices only: a tall one is scaled.
 WIDE = {**DENSE, "intermediate_size": 48}
 WIDE_EXPERTS = {**EXPERTS, "intermediate_size": 48, "moe_intermediate_size": 48}
@@ -45,9 +45,11 @@ def check(ranks, cells, plain):
 def cells():
     """(stage, model, settings) of runs that are all the same."""
     found = [(stage, WIDE, SETTINGS) for stage in range(4)]
-    for stage in range(4):
-        found += [(stage, WIDE_EXPERTS, {**SETTINGS, "moe_backend": "autoep", "ep_size": ep}) for ep in (1, 2)]
-    return [*found, (1, WIDE_EXPERTS, {**SETTINGS, "moe_backend": "deepspeed", "ep_size": 2})]
+    for stage, backend, ep_size in (
+        (0, "autoep", 2), (1, "autoep", 2), (2, "autoep", 2), (3, "autoep", 2), (3, "autoep", 1), (1, "deepspeed", 2)
+    ):  # fmt: skip
+        found.append((stage, WIDE_EXPERTS, {**SETTINGS, "moe_backend": backend, "ep_size": ep_size}))
+    return found
 
 
 def test_two_ranks_are_the_plain_loop(plain, cells):
@@ -70,7 +72,7 @@ def test_singular_values_become_alike(shape):
     stack = torch.stack([torch.randn(shape), torch.randn(shape) * 1e-3, torch.zeros(shape)])
     first, second, zero = orthogonalize(stack)
     scale = max(1, shape[0] / shape[1]) ** 0.5
-    for matrix, found in zip(stack, (first, second), strict=True):
+    for matrix, found in zip(stack[:2], (first, second), strict=True):
         values = torch.linalg.svdvals(found) / scale
         assert values.min() > 0.2 and values.max() < 1.3
         u, _, v = torch.linalg.svd(matrix, full_matrices=False)  # the same directions

@@ -55,13 +55,16 @@ class PlainMuon(torch.optim.SGD):
             for matrix in group["params"]:
                 momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
                 momentum.copy_(0.95 * momentum + 0.05 * matrix.grad)
-                x = 0.95 * momentum + 0.05 * matrix.grad
-                x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-                for _ in range(5):
-                    x = 3.4445 * x - 4.7750 * (x @ x.mT) @ x + 2.0315 * (x @ x.mT) @ (x @ x.mT) @ x
-                rows, columns = matrix.shape[-2:]
+                update = 0.95 * momentum + 0.05 * matrix.grad
                 matrix.mul_(1 - group["lr"] * SETTINGS["weight_decay"])
-                matrix.sub_(group["lr"] * max(1, rows / columns) ** 0.5 * x)
+                # The model keeps the gates of its experts in one tensor with what they let through.
+                parts = 2 if matrix.dim() == 3 and matrix.shape[1] > matrix.shape[2] else 1
+                for weight, x in zip(matrix.chunk(parts, dim=-2), update.chunk(parts, dim=-2), strict=True):
+                    rows, columns = x.shape[-2:]
+                    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+                    for _ in range(5):
+                        x = 3.4445 * x - 4.7750 * (x @ x.mT) @ x + 2.0315 * (x @ x.mT) @ (x @ x.mT) @ x
+                    weight.sub_(group["lr"] * max(1, rows / columns) ** 0.5 * x)
 
 
 def train_plainly(model: dict[str, Any], count: int, *, collapsed: bool = False, muon: bool = False) -> Curve:
