@@ -66,11 +66,12 @@ class Muon(torch.optim.AdamW):
     Args:
         groups: parameter groups; each says `kind`, and Muon's say `momentum`.
         device: where matrices are orthogonalised; under offload not where the partitions are.
+        dtype: what in; bfloat16 is enough (arXiv 2502.16982).
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, device: torch.device, **adamw: Any) -> None:
+    def __init__(self, groups: list[dict[str, Any]], *, device: torch.device, dtype: torch.dtype, **adamw: Any) -> None:
         super().__init__(groups, fused=True, **adamw)
-        self.device = device
+        self.device, self.dtype = device, dtype
         self.layouts: dict[Tensor, Layout] = {}
         """Of ZeRO's partitions; a parameter without one is a matrix, or several along its first dimension."""
         self._step_supports_amp_scaling = False  # torch's scaler leaves a bad step out itself
@@ -110,7 +111,7 @@ class Muon(torch.optim.AdamW):
 
     def _orthogonalize(self, update: Tensor, layout: Layout) -> None:
         """Every matrix of a flat partition, in place. Every rank of its group calls this."""
-        orthogonalize_each([_part(update, piece).view(piece.shape) for piece in layout.whole], self.device)
+        self._orthogonalize_each([_part(update, piece).view(piece.shape) for piece in layout.whole])
         for bucket in layout.buckets:
             self._exchange(update, bucket, layout.group)
 
@@ -118,7 +119,7 @@ class Muon(torch.optim.AdamW):
         """Matrices that are cut: to their owners and back. Every rank of the group calls this."""
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         length = max(place.start + math.prod(place.piece.shape) for place in bucket)
-        rows = torch.zeros(size, length, dtype=compute_dtype(self.device), device=self.device)
+        rows = torch.zeros(size, length, dtype=self.dtype, device=self.device)
         here = [(_part(update, place.piece), _part(rows[place.owner], place)) for place in bucket]
         for own, sent in here:
             sent.copy_(own)
@@ -126,10 +127,23 @@ class Muon(torch.optim.AdamW):
         dist.reduce_scatter_tensor(row, rows.view(-1), group=group)  # of each element all but one rank sends zero
         matrices = (row[place.start :][: math.prod(place.piece.shape)].view(place.piece.shape) for place in bucket)
         owned = [matrix for place, matrix in zip(bucket, matrices, strict=True) if place.owner == rank]
-        orthogonalize_each(owned, self.device)
+        self._orthogonalize_each(owned)
         dist.all_gather_into_tensor(rows.view(-1), row, group=group)
         for own, sent in here:
             own.copy_(sent)
+
+    def _orthogonalize_each(self, matrices: Sequence[Tensor]) -> None:
+        """In place; matrices of one shape in one product."""
+        by_shape: defaultdict[torch.Size, list[Tensor]] = defaultdict(list)
+        for matrix in matrices:
+            by_shape[matrix.shape].append(matrix)
+        for shape, same in by_shape.items():
+            count = max(1, BUCKET_ELEMENTS // shape.numel())
+            for first in range(0, len(same), count):
+                some = same[first : first + count]
+                stack = torch.stack([matrix.to(self.device, self.dtype) for matrix in some])
+                for matrix, found in zip(some, orthogonalize(stack), strict=True):
+                    matrix.copy_(found)
 
 
 ZERO_SUPPORTED_OPTIMIZERS.append(Muon)  # DeepSpeed warns of others
@@ -139,25 +153,6 @@ def _part(vector: Tensor, of: Piece | Place) -> Tensor:
     """The elements of a piece, in its partition or where its matrix is put together."""
     start, piece = (of.start, of) if isinstance(of, Piece) else (of.start + of.piece.offset, of.piece)
     return vector[start : start + piece.length]
-
-
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 is enough for the iteration (arXiv 2502.16982); a CPU without products in it would be slower."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def orthogonalize_each(matrices: Sequence[Tensor], device: torch.device) -> None:
-    """`orthogonalize` in place; matrices of one shape in one product."""
-    by_shape: defaultdict[torch.Size, list[Tensor]] = defaultdict(list)
-    for matrix in matrices:
-        by_shape[matrix.shape].append(matrix)
-    for shape, same in by_shape.items():
-        count = max(1, BUCKET_ELEMENTS // shape.numel())
-        for first in range(0, len(same), count):
-            some = same[first : first + count]
-            stack = torch.stack([matrix.to(device, compute_dtype(device)) for matrix in some])
-            for matrix, found in zip(some, orthogonalize(stack), strict=True):
-                matrix.copy_(found)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ def own_optimizer(resolved: ResolvedRun, model: nn.Module, device: torch.device)
     for group in groups:
         if group["kind"] == MUON:
             group |= {"lr": train.muon_lr, "momentum": resolved.ds["optimizer"]["params"]["momentum"]}
-    return Muon(groups, device=device, lr=train.lr, betas=train.betas, eps=train.eps)
+    dtype = torch.bfloat16 if train.precision == "bf16" and device.type == "cuda" else torch.float32
+    return Muon(groups, device=device, dtype=dtype, lr=train.lr, betas=train.betas, eps=train.eps)
 
 
 def clips_here(resolved: ResolvedRun) -> bool:
