@@ -26,7 +26,6 @@ RECIPES = {
     "muon, the rest at 3e-3": f"{MUON} --lr 3e-3",
     "muon, the rest at 3e-2": f"{MUON} --lr 3e-2",
     "muon, no decay": f"{MUON} --weight-decay 0",
-    "muon, warm-up 10%": f"{MUON} --warmup-steps 30",
 }
 
 
@@ -34,7 +33,6 @@ def main(
     shards: Path, model: str = "quickstart", steps: int = 300, seeds: tuple[int, ...] = (1, 2, 3),
     only: tuple[str, ...] = (), folder: Path = OUT / "recipe",
 ) -> None:  # fmt: skip
-    """Measure."""
     found: dict[str, list[float]] = {name: [] for name in only or RECIPES}
     for seed in seeds:
         for name, figures in found.items():
