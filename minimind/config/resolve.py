@@ -240,6 +240,8 @@ def _check_combinations(resolved: ResolvedRun, device_type: str) -> None:
 
 
 def _check_muon(resolved: ResolvedRun) -> None:
+    if not resolved.num_muon_params:
+        raise UserError("optimizer: muon has nothing to update: it takes no adapters, embeddings or norms; use adamw")
     offload = resolved.ds.get("zero_optimization", {}).get("offload_optimizer") or {}
     if "nvme" in (resolved.zero.offload_optimizer, resolved.zero.offload_param):
         raise UserError("optimizer: muon keeps nothing on nvme; offload to cpu, or use adamw")

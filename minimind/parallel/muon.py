@@ -171,15 +171,6 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return found.mT if rows > columns else found
 
 
-_FOR_ADAMW = ("embed_tokens.", "lm_head.", ".gate.", ".coefficient.")
-
-
-def takes(name: str, shape: Sequence[int]) -> bool:
-    """Whether Muon updates a parameter: the matrices between embedding and output, in which no row or column stands for
-    a token, and no row for an expert, as in a router's. Of stacked experts (E, rows, columns) each is a matrix."""
-    return len(shape) >= 2 and not any(part in name for part in _FOR_ADAMW)
-
-
 def attach_layouts(engine: deepspeed.DeepSpeedEngine, optimizer: Muon) -> None:
     """Tell the optimizer where ZeRO has put its matrices, from what the stages call their partitions."""
     zero = engine.optimizer

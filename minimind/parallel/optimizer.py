@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from minimind.config.resolved_run import ResolvedRun
+from minimind.model.tuning import is_for_muon
 from minimind.parallel.experts import global_norm, split_groups
-from minimind.parallel.muon import MUON, Muon, takes
+from minimind.parallel.muon import MUON, Muon
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, *, muon: bool = False) -> list[dict[str, Any]]:
@@ -25,7 +26,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, muon: bool = Fals
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            matrices = MUON if muon and takes(name, shape) else "matrices"
+            matrices = MUON if muon and is_for_muon(name, shape) else "matrices"
             found[matrices if len(shape) >= 2 else "vectors"].append(parameter)
     groups: list[dict[str, Any]] = []
     for name, parameters in found.items():

@@ -291,6 +291,7 @@ def test_what_deepspeed_would_ignore_or_trip_over_is_one_line(ds, words):
         ({**STAGE_1, "bf16": {"enabled": True}}, {"precision": "fp32"}, "precision is fp32 in the run and bf16"),
         (STAGE_1, {"optimizer": "deepspeed"}, "needs an optimizer.type in the DeepSpeed config"),
         ({**STAGE_1, "scheduler": {"type": "WarmupLR"}}, {"optimizer": "muon"}, "muon has two rates, and a DeepSpeed"),
+        (STAGE_1, {"optimizer": "muon", "lora_rank": 4}, "muon has nothing to update: it takes no adapters"),
         (STAGE_1, {"muon_lr": 0.1}, "muon_lr: 0.1 has no effect on adamw; leave it out, or use muon"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}},
          {"optimizer": "muon"}, "muon keeps nothing on nvme; offload to cpu, or use adamw"),
