@@ -38,6 +38,7 @@ AT_RESUME: dict[str, Change] = {
     **dict.fromkeys(("objective", "beta", "label_smoothing", "length_normalised", "target_margin"), "fixed"),
     # Which weights the files hold, and on which others they stand.
     **dict.fromkeys((*_TRAINED, "base"), "fixed"),
+    **dict.fromkeys(("teacher", "distill_alpha", "distill_temperature", "distill_kl"), "fixed"),
     **dict.fromkeys(("run_dir", "resume", "ds_config", "num_workers", "timeout_minutes"), "silent"),
     **dict.fromkeys(("log_every", "tensorboard", "wandb_project", "preflight", "profile_steps"), "silent"),
 }

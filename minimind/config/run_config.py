@@ -24,7 +24,7 @@ DTYPE_NAMES: dict[Precision, str] = {"fp32": "float32", "bf16": "bfloat16", "fp1
 Schedule = Literal["cosine", "linear", "constant", "wsd", "step", "exponential", "deepspeed"]
 OptimizerName = Literal["adamw", "muon", "deepspeed"]
 PreferenceObjective = Literal["dpo", "ipo", "orpo", "simpo"]
-ObjectiveName = Literal["pretrain", "dpo", "ipo", "orpo", "simpo"]
+ObjectiveName = Literal["pretrain", "distill", "dpo", "ipo", "orpo", "simpo"]
 MoeBackend = Literal["autoep", "deepspeed"]
 CompileMode = Literal["auto", "on", "off"]
 GateNoise = Literal["none", "jitter", "rsample"]
@@ -67,8 +67,17 @@ class TrainConfig:
     """Begin with the weights (and, without --model, the shape) of a run, a checkpoint, an export, a Hugging Face folder
     or a .pth; a resumed run has its own."""
     objective: Annotated[ObjectiveName | None, _default("pretrain; dpo on preferences")] = None
-    """What is minimised. pretrain: the loss of the next token, of conversations that of the answers; the others learn
-    from pairs of answers (arXiv 2305.18290, 2310.12036, 2403.07691, 2405.14734)."""
+    """What is minimised. pretrain: the loss of the next token, of conversations that of the answers. distill: with it,
+    the divergence from a teacher (arXiv 1503.02531). The others learn from pairs of answers (arXiv 2305.18290,
+    2310.12036, 2403.07691, 2405.14734)."""
+    teacher: Annotated[str | None, _default("none")] = None
+    """distill: a run, a checkpoint or an export with the tokenizer of the shards; whole on every rank."""
+    distill_alpha: Annotated[float, SHARE] = 0.5
+    """distill: share of the loss of the next token; the rest is the divergence from the teacher."""
+    distill_temperature: Annotated[float, ABOVE_0] = 1.0
+    """distill: divides both models' logits in the divergence; above 1, what is unlikely counts more."""
+    distill_kl: Literal["forward", "reverse"] = "forward"
+    """distill: forward covers all that the teacher finds likely, reverse keeps to it (arXiv 2306.08543)."""
     beta: Annotated[float, ABOVE_0] = 0.1
     """Preferences: how far the model may leave its start (dpo, ipo); weight of the odds (orpo); scale (simpo: 2 or
     more)."""

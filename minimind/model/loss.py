@@ -5,6 +5,7 @@ and the peak is one chunk. This happens in the forward of the output matrix, whe
 weight. `labels[b, t]` is already the token that position t should predict.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from minimind.model.config import ModelConfig
 from minimind.model.layers import Linear
 
 IGNORE_INDEX = -100
+
+LossOfChunk = Callable[[Tensor, slice], tuple[Tensor, Tensor | None]]
+"""The summed loss of (n, vocab_size) logits, those of the tokens `rows` of the flat batch, and its gradient by them in
+their dtype, None where nothing is trained."""
 
 CHUNK_LOGITS = 2**25
 """Logits of one chunk: 128 MiB in float32, large enough for a GPU to multiply at full speed."""
@@ -35,6 +40,7 @@ class LMHead(Linear):
         labels: Tensor | None = None,
         reduction: str = "mean",
         weights: Tensor | None = None,
+        loss_of_chunk: LossOfChunk | None = None,
     ) -> Tensor:
         """Logits (..., vocab_size) of hidden states (..., hidden_size), or with labels (...) a float32 scalar.
 
@@ -44,6 +50,7 @@ class LMHead(Linear):
 
         Args:
             weights: (...) float32, of each label in the sum.
+            loss_of_chunk: another loss in place of the cross-entropy.
         """
         if labels is None:
             return super().forward(hidden_states)
@@ -51,17 +58,16 @@ class LMHead(Linear):
         dtype = _compute_dtype(states, self.weight)
         if reduction == "none":
             return _token_losses(states.to(dtype), self.weight.to(dtype), labels.flatten(), type(self)).view_as(labels)
+        states, weight = states.to(dtype), self.weight.to(dtype)
+        is_trained = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
+        targets = labels.flatten()
+        counts = targets != IGNORE_INDEX if weights is None else weights.flatten() * (targets != IGNORE_INDEX)
         z_loss_coef = self.z_loss_coef if self.training else 0.0
-        need_grad = torch.is_grad_enabled()  # inside the function it never is
-        loss = _TokenLoss.apply(
-            states.to(dtype),
-            self.weight.to(dtype),
-            labels.flatten(),
-            None if weights is None else weights.flatten(),
-            z_loss_coef,
-            need_grad,
-            type(self),
-        )
+
+        def cross_entropy(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
+            return self.chunk_loss(logits, targets[rows], counts[rows], z_loss_coef, is_trained)
+
+        loss = _TokenLoss.apply(states, weight, loss_of_chunk or cross_entropy, is_trained, type(self))
         if reduction == "sum":
             return loss
         if reduction == "mean":
@@ -116,34 +122,30 @@ def _compute_dtype(states: Tensor, weight: Tensor) -> torch.dtype:
 
 
 class _TokenLoss(torch.autograd.Function):
-    """Sum of the token losses of (N, hidden_size) states and (N,) labels, gradients taken on the way forward. With (N,)
-    weights each counts so much; these get no gradient."""
+    """Sum of the token losses of (N, hidden_size) states, gradients taken on the way forward."""
 
     @staticmethod
     def forward(
         ctx: Any,
         states: Tensor,
         weight: Tensor,
-        labels: Tensor,
-        weights: Tensor | None,
-        z_loss_coef: float,
-        need_grad: bool,
+        loss_of_chunk: LossOfChunk,
+        is_trained: bool,
         head: type[LMHead],
     ) -> Tensor:
-        need_states, need_weight = (need_grad and needed for needed in ctx.needs_input_grad[:2])
-        is_trained = need_states or need_weight
+        need_states, need_weight = (is_trained and needed for needed in ctx.needs_input_grad[:2])
         chunk = max(1, head.chunk_logits // weight.shape[0])
         total = states.new_zeros((), dtype=torch.float32)
         states_grads = []
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        counts = (labels != IGNORE_INDEX) if weights is None else weights * (labels != IGNORE_INDEX)
-        for rows, targets, count in zip(states.split(chunk), labels.split(chunk), counts.split(chunk), strict=True):
-            loss, logits_grad = head.chunk_loss(head.matmul(rows, weight.t()), targets, count, z_loss_coef, is_trained)
+        for start in range(0, len(states), chunk):
+            rows = slice(start, start + chunk)
+            loss, logits_grad = loss_of_chunk(head.matmul(states[rows], weight.t()), rows)
             total = total + loss
             if logits_grad is not None and need_states:
                 states_grads.append(head.matmul(logits_grad, weight))
             if logits_grad is not None and weight_grad is not None:
-                head.add_matmul(weight_grad, logits_grad.t(), rows)
+                head.add_matmul(weight_grad, logits_grad.t(), states[rows])
         ctx.save_for_backward(torch.cat(states_grads) if need_states else None, weight_grad)
         ctx.weight_dtype = weight.dtype
         return total
@@ -157,7 +159,7 @@ class _TokenLoss(torch.autograd.Function):
         return (
             None if states_grad is None else states_grad * scale.to(states_grad.dtype),
             None if weight_grad is None else (weight_grad * scale).to(ctx.weight_dtype),
-            *[None] * 5,
+            *[None] * 3,
         )
 
 

@@ -38,8 +38,9 @@ from minimind.parallel.compilation import settle_compilation
 from minimind.parallel.deepspeed_check import check_ds_config, check_ops
 from minimind.parallel.engine import build_engine, build_model
 from minimind.training.control import hold_run
+from minimind.training.objectives.distillation import Distillation, check_teacher, load_teacher
 from minimind.training.objectives.objective import Objective
-from minimind.training.objectives.preference import Preference
+from minimind.training.objectives.preference import LOSSES, Preference
 from minimind.training.objectives.pretrain import Pretrain
 from minimind.training.peak_flops import peak_flops
 from minimind.training.profiler import StepProfiler
@@ -86,6 +87,8 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
     if run.train.keeps_frozen and run.train.init_from is None:
         flag = "lora_rank" if run.train.lora_rank else "freeze"
         raise UserError(f"{flag}: frozen weights are those of a trained model; give it by --init-from")
+    if run.train.teacher is not None:
+        check_teacher(Path(run.train.teacher), data.train, run.model.vocab_size)
     if run.train.init_from is not None:
         trained = resolved.trained if run.train.keeps_frozen else None
         check_init_checkpoint(run.model, Path(run.train.init_from), trained)
@@ -111,8 +114,10 @@ def open_data(run: RunConfig) -> RunData:
             f"vocab_size: the shards of {folder} have {vocab} tokens and the model only {run.model.vocab_size}; pass "
             f"--vocab-size {vocab}"
         )
+    if (run.train.objective == "distill") != (run.train.teacher is not None):
+        raise UserError(f"teacher: {run.train.teacher}; --objective distill and --teacher PATH are given together")
     is_pairs, objective = train.manifest.is_pairs, run.train.objective
-    if objective is not None and is_pairs != (objective != "pretrain"):
+    if objective is not None and is_pairs != (objective in LOSSES):
         kinds = ("pairs of answers", "texts or conversations")
         there, wanted = kinds if is_pairs else kinds[::-1]
         raise UserError(f"objective: {objective} learns from {wanted}, and {folder} holds {there}")
@@ -150,7 +155,7 @@ def run_rank(
         engine = build_engine(resolved, model)
         stack.callback(engine.destroy)
         state = load_state(engine, resolved, resume, corpus)
-        objective = make_objective(resolved, data)
+        objective = make_objective(resolved, data, device)
         splits = {"train": data.train} if data.val is None else {"train": data.train, "val": data.val}
         objective.prepare(engine, splits, run_dir, is_new=resume is None)
         saver = CheckpointSaver(engine, resolved, corpus, asynchronous=train.async_save)
@@ -220,10 +225,16 @@ def load_state(
     return state
 
 
-def make_objective(resolved: ResolvedRun, data: RunData) -> Objective:
+def make_objective(resolved: ResolvedRun, data: RunData, device: torch.device) -> Objective:
     """What the run minimises."""
     name = resolved.train.objective or ("dpo" if data.train.reader.manifest.is_pairs else "pretrain")
-    return Pretrain() if name == "pretrain" else Preference(resolved.train, name)
+    if name == "pretrain":
+        return Pretrain()
+    train = resolved.train
+    if name == "distill":
+        assert train.teacher is not None, "as checked when the data was opened"
+        return Distillation(train, load_teacher(Path(train.teacher), train.precision, device))
+    return Preference(train, name)
 
 
 def make_loader(

@@ -16,6 +16,7 @@ PAGES = (
     "training_guide.md",
     "fine_tuning.md",
     "preferences.md",
+    "distillation.md",
     "configuration.md",
     "data_format.md",
     "python.md",

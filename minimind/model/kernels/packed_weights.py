@@ -102,8 +102,8 @@ class _Head(nn.Module):
         super().__init__(linear)
         self.weight = linear.weight  # the embedding, where the two are tied: dtype and device of the model
 
-    def forward(self, x: Tensor, labels: Tensor | None = None, reduction: str = "mean", weights: None = None) -> Tensor:
-        """As `minimind.model.loss.LMHead.forward`, without a z-loss and without weights."""
+    def forward(self, x: Tensor, labels: Tensor | None = None, reduction: str = "mean", *_: None) -> Tensor:
+        """As `minimind.model.loss.LMHead.forward`, without what only training has."""
         logits = super().forward(x)
         if labels is None:
             return logits

@@ -41,6 +41,9 @@ _TENSORBOARD_NAMES = {
     **{name: f"preference/{name}" for name in ("reward_accuracy", "reward_margin", "chosen_log_prob", "kl")},
     "rejected_log_prob": "preference/rejected_log_prob",
     "eval_reward_accuracy": "eval/reward_accuracy",
+    "teacher_kl": "distillation/kl",
+    "teacher_agreement": "distillation/agreement",
+    "eval_teacher_kl": "eval/teacher_kl",
     "tokens_per_second": "speed/tokens_per_second",
     "mfu": "speed/mfu",
     "step_seconds": "speed/step_seconds",
@@ -113,6 +116,7 @@ class RunRecord(NullRecord):
             f"step {record['step']}  eval loss {record['eval_loss']:.4f}  "
             + (f"bits/byte {bits:.4f}  " if bits is not None and math.isfinite(bits) else "")
             + (f"reward accuracy {record['eval_reward_accuracy']:.1%}  " if "eval_reward_accuracy" in record else "")
+            + (f"teacher KL {record['eval_teacher_kl']:.4f}  " if "eval_teacher_kl" in record else "")
             + f"perplexity {record['eval_perplexity']:.2f}"
         )
         self._write(record)

@@ -47,6 +47,9 @@ class StepRecord(_AtStep, total=False):
     chosen_log_prob: float | None
     rejected_log_prob: float | None
     kl: float | None
+    # Distillation only, means over the targets: in nats, and share of the tokens with the same best choice.
+    teacher_kl: float | None
+    teacher_agreement: float | None
     # On steps that read the device. A rank's own time is its wait for data and its forward passes.
     data_seconds: float | None  # longest wait for data of any rank
     slowest_rank: int  # several ranks only, and so the next two
@@ -69,6 +72,7 @@ class EvaluationRecord(_AtStep, total=False):
     eval_targets: int  # tokens predicted, or pairs compared
     eval_reward_accuracy: float | None  # preferences only
     eval_reward_margin: float | None
+    eval_teacher_kl: float | None  # distillation only
 
 
 Record = StepRecord | EvaluationRecord

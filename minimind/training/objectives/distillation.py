@@ -1,0 +1,137 @@
+"""Distillation: a student learns the probabilities that a teacher gives to every token (arXiv 1503.02531).
+
+The teacher reads the same batch without a gradient. Its logits and the student's exist for one chunk of tokens at a
+time, inside the student's output matrix (see `LMHead.forward`, `loss_of_chunk`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minimind.checkpoints.formats.load_model import find_tokenizer_file, load_model
+from minimind.checkpoints.formats.source import open_source
+from minimind.config.run_config import DTYPE_NAMES, Precision, TrainConfig
+from minimind.data.dataset import IGNORED_LABEL, Dataset
+from minimind.data.loader import Batch
+from minimind.distributed.collectives import log
+from minimind.errors import UserError
+from minimind.files import hash_file
+from minimind.model import MiniMindForCausalLM
+from minimind.training.objectives.objective import LossParts
+
+
+class Divergence(NamedTuple):
+    """Of each of n tokens under teacher p and student q, both softened by the temperature."""
+
+    values: Tensor  # (n, 1) in nats
+    gradient: Tensor  # (n, vocab_size) by the student's softened logits
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor) -> Divergence:
+    """KL(p || q): the student covers all that the teacher finds likely."""
+    p = log_p.exp()
+    return Divergence((p * (log_p - log_q)).sum(dim=-1, keepdim=True), log_q.exp() - p)
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor) -> Divergence:
+    """KL(q || p): the student keeps to what the teacher finds likely (arXiv 2306.08543)."""
+    q, difference = log_q.exp(), log_q - log_p
+    values = (q * difference).sum(dim=-1, keepdim=True)
+    return Divergence(values, q * (difference - values))
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Divergence]] = {"forward": forward_kl, "reverse": reverse_kl}
+
+
+class Distillation:
+    r"""The objective $\alpha\,\mathrm{CE} + (1 - \alpha)\,\tau^2\,\mathrm{KL}$ a token, where both models' logits are
+    divided by the temperature $\tau$ in the divergence."""
+
+    def __init__(self, train: TrainConfig, teacher: MiniMindForCausalLM) -> None:
+        self._train = train
+        self._teacher = teacher
+        self._divergence = DIVERGENCES[train.distill_kl]
+
+    def prepare(self, engine: Any, datasets: Mapping[str, Dataset], run_dir: Path, *, is_new: bool) -> None:
+        """Nothing."""
+
+    def count_targets(self, batches: Sequence[Batch]) -> int:
+        """Tokens with a label."""
+        return sum(batch.num_targets for batch in batches)
+
+    def loss(self, engine: Any, batch: Batch) -> LossParts:
+        """The loss summed over the labels of `batch`, and the figures of a step. Every rank calls this."""
+        teacher = self._teacher
+        with torch.no_grad():
+            states = teacher.model(batch.input_ids, batch.position_ids, batch.cu_seqlens).flatten(0, 1)
+        labels = batch.labels.flatten()
+        figures = {"teacher_kl": states.new_zeros((), dtype=torch.float32)}
+        figures["teacher_agreement"] = torch.zeros_like(figures["teacher_kl"])
+
+        def loss_of_chunk(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            loss, gradient, kl, agreement = self._chunk(logits, teacher.lm_head(states[rows]), labels[rows])
+            figures["teacher_kl"] += kl
+            figures["teacher_agreement"] += agreement
+            return loss, gradient
+
+        output = engine(
+            batch.input_ids,
+            batch.labels,
+            position_ids=batch.position_ids,
+            cu_seqlens=batch.cu_seqlens,
+            loss_reduction="sum",
+            loss_of_chunk=loss_of_chunk,
+        )
+        return LossParts.of(output)._replace(figures=figures)
+
+    def _chunk(self, logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(loss, gradient by `logits`, divergence, tokens with the same best choice) of (n, vocab_size) logits."""
+        share, temperature = self._train.distill_alpha, self._train.distill_temperature
+        counted = (labels != IGNORED_LABEL).unsqueeze(1)  # (n, 1)
+        agreement = ((logits.argmax(-1) == teacher_logits.argmax(-1)).unsqueeze(1) & counted).sum()
+        wide = logits.float()
+        log_q = F.log_softmax(wide / temperature, dim=-1)
+        log_p = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+        divergence = self._divergence(log_p, log_q)
+        losses = (1 - share) * temperature**2 * divergence.values
+        gradient = (1 - share) * temperature * divergence.gradient
+        if share:
+            log_probs = F.log_softmax(wide, dim=-1)
+            indices = labels.clamp(min=0).unsqueeze(1)
+            losses = losses - share * log_probs.gather(1, indices)
+            hard = log_probs.exp().scatter_add_(1, indices, log_probs.new_full((1, 1), -1.0).expand_as(indices))
+            gradient = gradient + share * hard
+        gradient = (gradient * counted).to(logits.dtype)
+        return (losses * counted).sum(), gradient, (divergence.values * counted).sum(), agreement.float()
+
+
+def check_teacher(path: Path, dataset: Dataset, vocab_size: int) -> None:
+    """Refuse a teacher that reads other tokens than those of the shards, or has more or fewer than the student.
+
+    Raises:
+        UserError: it does, or cannot be loaded.
+    """
+    source = open_source(path)
+    if source.config.vocab_size != vocab_size:
+        raise UserError(
+            f"teacher: {path} has {source.config.vocab_size} tokens and this run's model {vocab_size}; pass --vocab-size "
+            f"{source.config.vocab_size}"
+        )
+    tokenizer_file = find_tokenizer_file(source.tokenizer_file or source.folder)
+    if hash_file(tokenizer_file) != dataset.reader.manifest.tokenizer.sha256:
+        raise UserError(
+            f"teacher: {path} has another tokenizer ({tokenizer_file}) than the shards ({dataset.reader.folder}): its "
+            "tokens mean something else; prepare the shards with the teacher's tokenizer"
+        )
+
+
+def load_teacher(path: Path, precision: Precision, device: torch.device) -> MiniMindForCausalLM:
+    """The teacher of a run, whole on every rank, in the run's precision. Raises `UserError` if it cannot be loaded."""
+    teacher, _ = load_model(path, dtype=getattr(torch, DTYPE_NAMES[precision]), device=device)
+    size = sum(parameter.numel() for parameter in teacher.parameters())
+    log(f"teacher   {path}: {size:,} parameters, whole on every rank")
+    return teacher.requires_grad_(False)
