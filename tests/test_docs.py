@@ -189,6 +189,10 @@ def test_every_configuration_field_is_described_in_chinese_and_only_those():
         "bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU",
         "ZeRO stage 1",
         "fresh weights",
+        "pretrain; dpo on preferences",
+        "none",
+        "nothing",
+        "twice the rank",
         "as many as --epochs asks for",
         "2% of the run, at least 1",
     }
