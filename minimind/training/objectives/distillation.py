@@ -116,10 +116,9 @@ def check_teacher(path: Path, dataset: Dataset, vocab_size: int) -> None:
         UserError: it does, or cannot be loaded.
     """
     source = open_source(path)
-    if source.config.vocab_size != vocab_size:
+    if (there := source.config.vocab_size) != vocab_size:
         raise UserError(
-            f"teacher: {path} has {source.config.vocab_size} tokens and this run's model {vocab_size}; pass --vocab-size "
-            f"{source.config.vocab_size}"
+            f"teacher: {path} has {there} tokens and this run's model {vocab_size}; pass --vocab-size {there}"
         )
     tokenizer_file = find_tokenizer_file(source.tokenizer_file or source.folder)
     if hash_file(tokenizer_file) != dataset.reader.manifest.tokenizer.sha256:
