@@ -22,8 +22,9 @@ if [ "${1:-}" = --quick ]; then
 fi
 # One thread a process: the tests are small, and threads waiting for each other cost more than they give.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# A test file is one worker's, so what its tests share is made once; more than four workers would not end any sooner.
-workers="$(env -u OMP_NUM_THREADS nproc)" # which nproc would take for an answer
+# A test file is one worker's, so what its tests share is made once. One worker more than there are cores, as a third of
+# the time is waiting for time-outs, services and disks; more than four workers would not end any sooner.
+workers="$(($(env -u OMP_NUM_THREADS nproc) + 1))" # which nproc would take for an answer
 [ "$workers" -le 4 ] || workers=4
 code=0
 .venv/bin/python -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@" || code=$?

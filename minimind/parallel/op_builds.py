@@ -14,11 +14,19 @@ import psutil
 from deepspeed.accelerator import get_accelerator
 from deepspeed.git_version_info import installed_ops
 from deepspeed.ops.op_builder.builder import OpBuilder
+from deepspeed.runtime import compiler
 from torch.utils import cpp_extension
 
 from minimind.config.resolved_run import ResolvedRun
 from minimind.errors import UserError, first_line
 from minimind.files import FolderLock
+
+# DeepSpeed's engine imports its own Muon to ask whether it is the optimizer, and that puts torch.compile on it: the
+# import of the compiler takes as long as torch's own, at every start of every run.
+_compile, compiler.compile = compiler.compile, lambda: lambda function: function
+import deepspeed.runtime.zero.muon.original_muon  # noqa: E402, F401
+
+compiler.compile = _compile
 
 PATIENCE_SECONDS = 5.0
 """Who waits longer for another process says so."""

@@ -23,6 +23,8 @@ from minimind.distributed.watchdog import Watchdog
 from minimind.errors import UserError, run_main
 
 SILENCE_SECONDS = 4.0
+NEWS_SECONDS = 5.0  # two beats, and what a beat may be late
+MARGIN_SECONDS = 5.0
 
 
 def live(rank: int, world_size: int, port: int, minutes: float, what: str, log: Path, pipe: Connection) -> None:
@@ -31,6 +33,7 @@ def live(rank: int, world_size: int, port: int, minutes: float, what: str, log: 
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     heartbeats.SILENCE_SECONDS = watchdog.SILENCE_SECONDS = SILENCE_SECONDS
+    watchdog.NEWS_SECONDS, watchdog.MARGIN_SECONDS = NEWS_SECONDS, MARGIN_SECONDS
     limit = datetime.timedelta(seconds=60)
     store = torch.distributed.TCPStore("127.0.0.1", port, world_size, rank == 0, limit, wait_for_workers=False)
     own = Watchdog(rank, f"n{rank}", minutes)
@@ -162,10 +165,10 @@ def test_a_stopped_rank_is_named_and_nobody_ends(start, stopped):
 
 
 def test_a_job_that_is_suspended_as_a_whole_goes_on(start):
-    ranks = start("wait", "wait", minutes=0.01)  # with the margin: 10.6 s
+    ranks = start("wait", "wait", minutes=0.01)  # with the margin: 5.6 s
     for rank in ranks:
         rank.signal(signal.SIGSTOP)
-    time.sleep(12)
+    time.sleep(7)
     for rank in ranks:
         rank.signal(signal.SIGCONT)
     time.sleep(2)
@@ -191,8 +194,8 @@ def test_a_rank_that_hangs_without_an_error_is_ended(start):
 
 
 def test_what_may_last_is_not_ended(start):
-    ranks = start("compile", "compile", minutes=0.01)  # with the margin: 10.6 s
-    time.sleep(13)
+    ranks = start("compile", "compile", minutes=0.01)  # with the margin: 5.6 s
+    time.sleep(8)
     for rank in reversed(ranks):
         rank.go()
         assert rank.end() == (0, "")

@@ -132,8 +132,7 @@ def weights(run_dir: Path) -> dict[str, Any]:
 
 
 SECONDS_TO_WAIT = 120
-# DeepSpeed imports the second one when an engine is built, and that compiles: most of the time of a short run.
-PRELOAD = ["minimind.train", "deepspeed.runtime.zero.muon.original_muon"]
+PRELOAD = ["minimind.train"]
 
 
 class RankPool:

@@ -33,7 +33,6 @@ PRELOAD = (
     "minimind.reports.plan.table",
     "minimind.reports.doctor.software",
     "minimind.reports.run.page",
-    "deepspeed.runtime.zero.muon.original_muon",  # imported when an engine is built, and slow
 )
 CLIENT = """#!{python} -SE
 import json, os, socket, sys

@@ -1,14 +1,13 @@
 """The clusters, each started once, in folders that every user of the machine may enter; and the run to compare with."""
 
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from services import ROOT, Hosts, Slurm, clean_environment, wait_until
-from training_runs import flags_for, losses
+from services import Hosts, Slurm, wait_until
+from training_runs import flags_for, losses, rank_pool, train
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +38,8 @@ def hosts(open_folder: Path) -> Iterator[Hosts]:
 
 @pytest.fixture(scope="session")
 def reference(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    """The losses of 150 steps on two ranks of one machine, started without a cluster."""
+    """The losses of 150 steps at a constant rate on two ranks of one machine, without a launcher."""
     run_dir = tmp_path_factory.mktemp("reference") / "run"
-    command = ["bash", "launch/pretrain.sh", *flags_for(tiny_corpus, run_dir, steps=150, save_every=0)]
-    environment = clean_environment(NUM_RANKS="2")
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300, capture_output=True)
+    for pool in rank_pool(2):
+        pool.run(train, flags_for(tiny_corpus, run_dir, steps=150, save_every=0, schedule="constant"))
     return losses(run_dir)

@@ -121,6 +121,7 @@ SelectType=select/cons_tres
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 ReturnToService=2
+SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 MailProg=/bin/true
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=1
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP

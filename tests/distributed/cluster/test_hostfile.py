@@ -2,12 +2,11 @@
 
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from services import BIN, ROOT, are_gone, launched, ranks_of, wait_for_steps, wait_until
+from services import BIN, are_gone, launched, ranks_of, wait_for_steps, wait_until
 from training_runs import flags_for, losses, read_metrics
 
 pytestmark = pytest.mark.cluster
@@ -37,15 +36,12 @@ def test_two_hosts_are_one_machine_and_values_arrive_as_typed(
 ):
     run_dir = tmp_path / "a b; $(touch pwned) 'q' \"r\" 5%n"
     output = tmp_path / "out"
-    flags = flags_for(tiny_corpus, run_dir, steps=20, warmup_steps=2, save_every=0)
+    flags = flags_for(tiny_corpus, run_dir, steps=20, save_every=0, schedule="constant")
     with launched(checked(hosts, hostfile, *flags), output, **environment) as process:
         assert process.wait(240) == 0, output.read_text()
     text = output.read_text()
     assert "h1: h1    0 " in text and "h1: h2    1 " in text, text
-    one = tmp_path / "one"
-    command = ["bash", "launch/pretrain.sh", *flags_for(tiny_corpus, one, steps=20, warmup_steps=2, save_every=0)]
-    subprocess.run(command, cwd=ROOT, env={**os.environ, "NUM_RANKS": "2"}, check=True, timeout=240)
-    assert losses(run_dir) == losses(one) and len(losses(one)) == 20
+    assert losses(run_dir) == {step: reference[step] for step in range(1, 21)}
     assert not list(tmp_path.rglob("pwned")) and not Path("/root/pwned").exists()
 
 
