@@ -21,8 +21,8 @@ from structured_corpus import write_corpus
 
 @pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 30,000 training and 3,000 validation tokens."""
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "tiny", tokens=30_000, val_tokens=3_000)
+    """About 30,000 training tokens, and 200 for validation, as every run evaluates at its end."""
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "tiny", tokens=30_000, val_tokens=200)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -98,11 +98,10 @@ EP_2 = {**EXPERTS, "ep_size": 2}
 )
 def test_two_ranks_continue_bit_for_bit(tiny_corpus, tmp_path, pool: RankPool, stage, settings):
     settings = {"stage": stage, "dropout": 0.1, **settings}
-    flags = {name: flags_for(tiny_corpus, tmp_path / name, **settings) for name in ("whole", "cut")}
-    for name in flags:
-        pool.run(train, flags[name])
+    pool.run(train, flags_for(tiny_corpus, tmp_path / "whole", **settings))
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     cut_back(tmp_path / "cut", 4)
-    pool.run(train, flags["cut"])
+    pool.run(train, flags_for(tiny_corpus, tmp_path / "cut", **settings))
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
@@ -224,7 +223,7 @@ def train_and_see_logits(flags: list[str]) -> torch.Tensor:
     + [(stage, {**NATIVE, "ep_size": ep_size}) for ep_size in (1, 2) for stage in range(3)],
 )
 def test_a_checkpoint_of_two_ranks_is_one_model(tiny_corpus, tmp_path, pool: RankPool, stage, settings):
-    flags = flags_for(tiny_corpus, tmp_path, stage=stage, eval_every=6, **settings)
+    flags = flags_for(tiny_corpus, tmp_path, stage=stage, eval_every=6, save_every=6, **settings)
     logits = pool.run(train_and_see_logits, flags)[0]
     model, tokenizer_file = load_model(tmp_path)  # proves itself by the probe
     assert tokenizer_file.parent == tmp_path
