@@ -1,6 +1,7 @@
-"""A small engine beside a plain torch loop, one rank, in this process."""
+"""A small engine beside a plain torch loop: one settled shape and one set of settings for both."""
 
 import math
+from collections.abc import Container
 from typing import Any
 
 import deepspeed
@@ -16,34 +17,30 @@ from minimind.parallel.engine import build_engine, build_model
 from minimind.parallel.optimizer import optimizer_step
 
 CPU = torch.device("cpu")
-
-
 MODEL = ModelConfig(
     vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=64,
 )  # fmt: skip
-
-
-LR, CLIP, DECAY, BETAS = 1e-2, 1.0, 0.1, (0.9, 0.95)
-
-
-EPS = 1e-4  # so large that rounding in a gradient near zero is not blown up to a whole step
-
-
+LR, CLIP = 1e-2, 1.0
+# An eps so large that rounding in a gradient near zero is not blown up to a whole step.
+SETTINGS = {"lr": LR, "max_grad_norm": CLIP, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-4, "seed": 3}
+SEQ_LEN = 16
 Step = list[tuple[torch.Tensor, torch.Tensor]]  # micro-batches of (input_ids, labels), each (B, T)
 
 
-def resolve(stage: int, *, ds: dict[str, Any] | None = None, model: ModelConfig = MODEL, **train: Any) -> ResolvedRun:
-    settings = {"lr": LR, "max_grad_norm": CLIP, "weight_decay": DECAY, "betas": BETAS, "eps": EPS, "seed": 3, **train}
-    settings.setdefault("micro_batch_size", 4)
+def resolve(
+    stage: int, *, ds: dict[str, Any] | None = None, model: ModelConfig = MODEL, world_size: int = 1, **train: Any
+) -> ResolvedRun:
     # Buckets smaller than the model, so that it takes several.
     section: dict[str, Any] = {
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 5000, "allgather_bucket_size": 5000}
     }
     if stage:
         section["data_types"] = {"grad_accum_dtype": "fp32"}
-    run = RunConfig(model=model, data=DataConfig(seq_len=16), train=TrainConfig(**settings))
-    return resolve_run(run, {**section, **(ds or {})}, dp_size=1)
+    run = RunConfig(
+        model=model, data=DataConfig(seq_len=SEQ_LEN), train=TrainConfig(**{**SETTINGS, "micro_batch_size": 4, **train})
+    )
+    return resolve_run(run, {**section, **(ds or {})}, dp_size=world_size)
 
 
 def make_steps(count: int, micro_batches: int = 1, size: int = 4, seed: int = 0) -> list[Step]:
@@ -100,16 +97,21 @@ def train(resolved: ResolvedRun, steps: list[Step], spoil_at: int | None = None)
     return losses, norms, found
 
 
+def plain_optimizer(module: nn.Module, matrices: Container[str] | None = None) -> torch.optim.AdamW:
+    """torch's AdamW by SETTINGS: `matrices` (by name; None: all) decay, vectors do not."""
+    chosen = [p for name, p in module.named_parameters() if p.dim() > 1 and (matrices is None or name in matrices)]
+    groups = [
+        {"params": chosen, "weight_decay": SETTINGS["weight_decay"]},
+        {"params": [p for p in module.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=LR, betas=SETTINGS["betas"], eps=SETTINGS["eps"], foreach=False)
+
+
 def train_plainly(steps: list[Step], clip: float = CLIP, model: ModelConfig = MODEL):
     """The same in a few lines of torch, without anything of this project but the model."""
-    torch.manual_seed(3)
+    torch.manual_seed(SETTINGS["seed"])
     module = MiniMindForCausalLM(model)
-    matrices = [parameter for parameter in module.parameters() if parameter.dim() > 1]
-    vectors = [parameter for parameter in module.parameters() if parameter.dim() == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}],
-        lr=LR, betas=BETAS, eps=EPS, foreach=False,
-    )  # fmt: skip
+    optimizer = plain_optimizer(module)
     losses, norms = [], []
     for step in steps:
         optimizer.zero_grad()

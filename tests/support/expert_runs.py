@@ -3,12 +3,12 @@
 from typing import Any
 
 import deepspeed
+import engine_runs
 import torch
+from engine_runs import CPU, MODEL, SEQ_LEN, SETTINGS, plain_optimizer
 from torch import nn
 
-from minimind.config.resolve import resolve_run
 from minimind.config.resolved_run import ResolvedRun
-from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
 from minimind.distributed.environment import read_environment
 from minimind.distributed.process_group import process_group
 from minimind.errors import UserError
@@ -16,11 +16,7 @@ from minimind.model import MiniMindForCausalLM, ModelConfig
 from minimind.parallel.engine import build_engine, build_model
 from minimind.parallel.optimizer import optimizer_step
 
-CPU = torch.device("cpu")
-DENSE = {
-    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}  # fmt: skip
+DENSE = MODEL.to_dict()
 # tiny-moe, smaller: a dense layer below two with experts, and a router loss that can be seen in the gradient norm. Its
 # weights start large: where a token has two best experts but for rounding, another order of sums takes the other one.
 EXPERTS = {
@@ -28,8 +24,7 @@ EXPERTS = {
     "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 32, "router_aux_loss_coef": 0.1,
     "initializer_range": 0.1,
 }  # fmt: skip
-SETTINGS = {"lr": 1e-2, "max_grad_norm": 1.0, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-4, "seed": 3}
-SEQ_LEN, ROWS, PARTS = 16, 4, 2  # a step has PARTS micro-batches, on one rank or on two
+ROWS, PARTS = 4, 2  # a step has PARTS micro-batches, on one rank or on two
 NUM_TARGETS = ROWS * SEQ_LEN
 
 Curve = tuple[list[float], list[float]]
@@ -74,19 +69,11 @@ def train_plainly(model: dict[str, Any], count: int, *, collapsed: bool = False,
     if collapsed:
         collapse_routers(module)
     for_adamw = ("embed_tokens", "lm_head", "mlp.gate.") if muon else ("",)
-    matrices = [(name, p) for name, p in module.named_parameters() if p.dim() > 1]
-    others = [p for name, p in matrices if any(part in name for part in for_adamw)]
-    groups = [
-        {"params": others, "weight_decay": SETTINGS["weight_decay"]},
-        {"params": [p for p in module.parameters() if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=SETTINGS["lr"], betas=SETTINGS["betas"], eps=SETTINGS["eps"], foreach=False)
-    ]
+    others = {name for name, _ in module.named_parameters() if any(part in name for part in for_adamw)}
+    optimizers: list[torch.optim.Optimizer] = [plain_optimizer(module, others)]
     if muon:
-        optimizers.append(
-            PlainMuon([p for name, p in matrices if not any(part in name for part in for_adamw)], MUON_LR)
-        )
+        own = [p for name, p in module.named_parameters() if p.dim() > 1 and name not in others]
+        optimizers.append(PlainMuon(own, MUON_LR))
     losses, norms = [], []
     for step in make_steps(count):
         module.zero_grad()
@@ -109,16 +96,8 @@ def resolve(
     stage: int, world_size: int, model: dict[str, Any], ds: dict[str, Any] | None = None, **train: Any
 ) -> ResolvedRun:
     """A run of PARTS micro-batches a step, over ranks or accumulated."""
-    section: dict[str, Any] = {
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 5000, "allgather_bucket_size": 5000}
-    }
-    if stage:
-        section["data_types"] = {"grad_accum_dtype": "fp32"}
-    settings = {
-        **SETTINGS, "micro_batch_size": ROWS // PARTS, "gradient_accumulation_steps": PARTS // world_size, **train
-    }  # fmt: skip
-    run = RunConfig(ModelConfig(**model), DataConfig(seq_len=SEQ_LEN), TrainConfig(**settings))
-    return resolve_run(run, {**section, **(ds or {})}, dp_size=world_size)
+    shares = {"micro_batch_size": ROWS // PARTS, "gradient_accumulation_steps": PARTS // world_size, **train}
+    return engine_runs.resolve(stage, ds=ds, model=ModelConfig(**model), world_size=world_size, **shares)
 
 
 def take_step(engine: Any, resolved: ResolvedRun, step: tuple[torch.Tensor, ...]) -> tuple[float, float]:

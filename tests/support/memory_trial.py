@@ -74,8 +74,8 @@ def _train(resolved: ResolvedRun, env: Any, device: torch.device, found: dict[st
     try:
         with tempfile.TemporaryDirectory() as folder:
             made = trial.make_trainer(resolved, env, device, Path(folder))
-            for number in range(3):
-                if number == 2:
+            for number in range(2):
+                if number == 1:  # the first step has made the optimizer's states
                     trial.reset_peak(device)
                 made.train_step(made.loader.step_batches(number))
             found["peak"] = trial.peak_bytes(device)

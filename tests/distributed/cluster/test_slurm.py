@@ -21,7 +21,9 @@ STEPS = 150
 
 
 def flags(corpus: Path, run_dir: Path, **others) -> list[str]:
-    return flags_for(corpus, run_dir, **{"steps": STEPS, "save_every": 1, "keep_last": 2, "schedule": "constant", **others})
+    return flags_for(
+        corpus, run_dir, **{"steps": STEPS, "save_every": 1, "keep_last": 2, "schedule": "constant", **others}
+    )
 
 
 def is_pending(pid: int, number: int) -> bool:
