@@ -10,10 +10,11 @@ from pathlib import Path
 from repository import ROOT
 
 LANGUAGES = ("en", "zh")
+ARCHITECTURE, GUIDE = "minimind_architecture.md", "training_guide.md"
 PAGES = (
     "README.md",
-    "minimind_architecture.md",
-    "training_guide.md",
+    ARCHITECTURE,
+    GUIDE,
     "fine_tuning.md",
     "preferences.md",
     "distillation.md",
