@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from document_borders import BORDERS
 
 from minimind.errors import UserError
 from minimind.model import PRESETS, KVCache, MiniMindForCausalLM
@@ -104,15 +105,6 @@ def test_a_full_cache_and_too_long_a_sequence_are_refused():
     assert cache.length == 6
     with pytest.raises(UserError, match="max_position_embeddings=512"):
         model(tokens(1, 513))
-
-
-# Borders in 2 rows of 150 tokens: documents of 1 token, of equal and of different lengths, a row of one document.
-BORDERS = {
-    "mixed": [0, 1, 2, 9, 70, 139, 150, 215, 280, 300],
-    "whole rows": [0, 150, 300],
-    "one row whole": [0, 150, 151, 300],
-    "short": [*range(0, 150, 13), *range(150, 301, 15)],
-}
 
 
 @pytest.mark.parametrize("borders", BORDERS.values(), ids=BORDERS.keys())

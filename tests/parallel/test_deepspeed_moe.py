@@ -1,33 +1,22 @@
 """A layer run by deepspeed.moe: the reference's where nothing is dropped, and what capacity and noise do."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
 import pytest
 import torch
 from deepspeed.moe.layer import MoE
+from engine_runs import CPU
 from expert_runs import EXPERTS, resolve
 
-from minimind.distributed.environment import RankEnvironment
-from minimind.distributed.process_group import process_group
 from minimind.model import MiniMindForCausalLM, ModelConfig
 from minimind.model.layers import FeedForward
 from minimind.parallel.engine import build_engine, build_model
 from minimind.parallel.experts import attach_router_hooks, replace_experts
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("group")
+
 TOKENS = torch.randint(3, 64, (4, 17), generator=torch.Generator().manual_seed(2))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            patch.setenv(name, "0")
-            patch.delenv(name)
-        with process_group(RankEnvironment(), CPU):
-            yield
 
 
 def build(model: dict[str, Any], **train: Any) -> tuple[MiniMindForCausalLM, MiniMindForCausalLM]:

@@ -5,20 +5,13 @@ import itertools
 
 import pytest
 import torch
+from document_borders import BORDERS
 
 from minimind.model import PRESETS, MiniMindForCausalLM
 from minimind.model.kernels.apply import VARIABLE, apply_kernels
 from minimind.model.kernels.attention import DocumentMask, batch_documents
 
 TINY = dataclasses.replace(PRESETS["tiny"], vocab_size=120, num_hidden_layers=2)
-
-# Borders in 2 rows of 150 tokens: documents of 1 token, of equal and of different lengths, a row of one document.
-BORDERS = {
-    "mixed": [0, 1, 2, 9, 70, 139, 150, 215, 280, 300],
-    "whole rows": [0, 150, 300],
-    "one row whole": [0, 150, 151, 300],
-    "short": [*range(0, 150, 13), *range(150, 301, 15)],
-}
 
 
 def make_model(**changes):
