@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from deepspeed.ops.op_builder.builder import OpBuilder
-from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
 from repository import ROOT
 from training_runs import RankPool, flags_for, rank_pool, train
 
@@ -18,7 +17,7 @@ from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import RunConfig, TrainConfig
 from minimind.errors import UserError
 from minimind.parallel import op_builds
-from minimind.parallel.op_builds import build_ops, compile_muon, compiler_message, needed_ops
+from minimind.parallel.op_builds import build_ops, compiler_message, needed_ops
 
 BROKEN = "adam.cpp:12:3: error: 'foo' was not declared in this scope"
 
@@ -53,13 +52,6 @@ def with_optimizer(kind: str, *, offload: bool) -> dict[str, Any]:
 )
 def test_a_run_s_ops_are_known_from_its_configuration(ds, ops):
     assert needed_ops(resolve(ds)) == ops
-
-
-def test_muon_is_compiled_for_who_asks_alone():
-    for compiled in (True, False):
-        compile_muon(compiled)
-        assert muon_optimizer.muon_update is original_muon.muon_update
-        assert hasattr(original_muon.zeropower_via_gram_newtonschulz, "_torchdynamo_orig_callable") == compiled
 
 
 @pytest.fixture

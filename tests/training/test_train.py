@@ -381,4 +381,4 @@ def test_a_traceback_is_there_for_who_asks():
     """Together with the list of what a start imports: torch's compiler would take a quarter of its time."""
     result = run_program("--epohcs", "3", MINIMIND_TRACEBACK="1", PYTHONPROFILEIMPORTTIME="1")
     assert result.returncode == 1 and "Traceback" in result.stderr
-    assert "minimind.parallel.op_builds" in result.stderr and "torch._inductor.compile_fx" not in result.stderr
+    assert "muon.original_muon" in result.stderr and "torch._inductor.compile_fx" not in result.stderr
