@@ -57,7 +57,7 @@ else
 fi
 step 5 "$title" \
   bash launch/pretrain.sh --model quickstart --shards $data/shards --run-dir $run --ds-config ds_configs/zero1.json \
-  --steps "$steps" --seq-len 256 --global-batch-size 8 --lr 3e-3 --eval-every $((steps / 4 > 0 ? steps / 4 : 1)) \
+  --steps "$steps" --seq-len 256 --global-batch-size 8 --optimizer muon --lr 1e-2 --eval-every $((steps / 4 > 0 ? steps / 4 : 1)) \
   --eval-samples 64 --save-every $((steps / 2 > 0 ? steps / 2 : 1))
 step 6 "evaluate it on text that it has not seen" \
   $python -m minimind.evaluate --checkpoint $run --shards $data/shards

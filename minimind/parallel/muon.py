@@ -164,11 +164,26 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     rows, columns = matrices.shape[-2:]
     found = matrices.mT if rows > columns else matrices
     found = found / (found.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for a, b, c in _COEFFICIENTS:
-        gram = found @ found.mT
-        found = torch.baddbmm(found, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
+    if matrices.dtype == torch.float32 and found.shape[-1] > 1.5 * found.shape[-2]:
+        found = _iterate_gram(found @ found.mT) @ found
+    else:
+        for a, b, c in _COEFFICIENTS:
+            gram = found @ found.mT
+            found = torch.baddbmm(found, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
     found = found * math.sqrt(max(1.0, rows / columns))
     return found.mT if rows > columns else found
+
+
+def _iterate_gram(gram: Tensor) -> Tensor:
+    """The product of all steps, from X X^T alone: fewer operations where X is wide, but its squares need float32."""
+    product: Tensor | None = None
+    for a, b, c in _COEFFICIENTS:
+        step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # all of these are symmetric and commute
+        step.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = step if product is None else step @ product
+        gram = step @ gram @ step
+    assert product is not None
+    return product
 
 
 def attach_layouts(engine: deepspeed.DeepSpeedEngine, optimizer: Muon) -> None:
