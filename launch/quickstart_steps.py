@@ -18,8 +18,9 @@ from minimind.model.transformer import MiniMindForCausalLM
 WINDOWS, SEQ_LEN = 8, 256
 FEWEST, MOST = 60, 3000
 """Too few steps teach nothing; more than these go round the small corpus again."""
-BESIDES = 1.3
-"""Seconds of a step of the whole run for a second of forward and backward: optimizer, evaluations, checkpoints."""
+BESIDES = 1.5
+"""Seconds of a step of the whole run for a second of forward and backward: the optimizer (Muon's matrix products are a
+fifth), evaluations, checkpoints."""
 
 
 def choose_steps(seconds: float, step_seconds: float) -> int:

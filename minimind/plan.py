@@ -19,6 +19,7 @@ from minimind.config.deepspeed_file import load_ds_config
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig, check_run
 from minimind.errors import run_main
 from minimind.model.config import ModelConfig
+from minimind.reports.plan.compute_optimal import show_compute_optimal
 from minimind.reports.plan.micro_batch import find_micro_batch
 from minimind.reports.plan.planned_run import PlanOptions, check_options, make_plan
 from minimind.reports.plan.table import show_plan
@@ -47,6 +48,9 @@ def main(args: Sequence[str] | None = None) -> int:
     options = check_options(flags.plan)
     run = RunConfig(model=flags.fields, data=flags.data, train=flags.train)
     check_run(run)
+    if options.compute_optimal is not None:
+        print(show_compute_optimal(run, options))
+        return 0
     ds = load_ds_config(run.train.ds_config)
     if options.find_micro_batch:
         limit = parse_size(options.gpu_memory, "gpu_memory", memory=True) if options.gpu_memory else None

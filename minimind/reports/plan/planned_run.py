@@ -48,6 +48,9 @@ class PlanOptions:
     """Share of the peak that training reaches, where the speed is not known; 0.35 where the GPU is known."""
     price: Annotated[float | None, ABOVE_0] = None
     """Price of one GPU for an hour."""
+    compute_optimal: str | None = None
+    """Say instead which size of model and how many tokens learn most from a budget: operations, such as 1e19, or hours
+    of the planned GPUs, such as 24h."""
     find_micro_batch: bool = False
     """Try real steps on the present device, larger and larger, and stop below out-of-memory."""
 

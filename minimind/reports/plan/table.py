@@ -5,7 +5,7 @@ import torch
 from minimind.config.run_config import TrainConfig
 from minimind.reports.plan.advice import advise
 from minimind.reports.plan.memory import ITEMS
-from minimind.reports.plan.planned_run import USABLE, PlannedRun
+from minimind.reports.plan.planned_run import USABLE, PlannedRun, PlanOptions
 from minimind.training.peak_flops import data_sheet_peak
 from minimind.units import format_bytes, format_hours, format_table
 
@@ -47,19 +47,30 @@ def time_and_cost(plan: PlannedRun) -> list[str]:
         return ["time      unknown: give --tokens or --steps"]
     speed, basis = options.tokens_per_second, ""
     if speed is None:
-        name = options.gpu or (torch.cuda.get_device_name(0) if torch.cuda.is_available() else None)
-        peak = data_sheet_peak(name, half=plan.resolved.train.precision != "fp32") if name else None
-        if peak is None:
+        planned = planned_speed(options, half=plan.resolved.train.precision != "fp32")
+        if planned is None:
             return ["time      unknown: give --gpu NAME, --mfu with it, or --tokens-per-second"]
-        mfu = ASSUMED_MFU if options.mfu is None else options.mfu
-        speed = mfu * peak[0] * ranks / plan.resolved.flops_per_token
-        basis = f" = {mfu:.0%} of {ranks} x {peak[1]}"
+        speed, basis = planned[0] / plan.resolved.flops_per_token, f" = {planned[1]}"
     hours = tokens / speed / 3600
     price = "" if options.price is None else f", {hours * ranks * options.price:,.2f} at {options.price:g} a GPU-hour"
     return [
         f"time      {format_hours(hours)}: {tokens:,} tokens, {plan.steps:,} steps, at {speed:,.0f} tokens/s{basis}",
         f"cost      {hours * ranks:,.1f} GPU-hours{price}",
     ]
+
+
+def planned_speed(options: PlanOptions, *, half: bool) -> tuple[float, str] | None:
+    """Operations a second of all planned GPUs together, and in words; None: the GPU is not known.
+
+    Args:
+        half: bf16 and fp16, else fp32.
+    """
+    name = options.gpu or (torch.cuda.get_device_name(0) if torch.cuda.is_available() else None)
+    peak = data_sheet_peak(name, half=half) if name else None
+    if peak is None:
+        return None
+    mfu, ranks = ASSUMED_MFU if options.mfu is None else options.mfu, options.num_gpus * options.num_nodes
+    return mfu * peak[0] * ranks, f"{mfu:.0%} of {ranks} x {peak[1]}"
 
 
 def kept_checkpoints(train: TrainConfig, steps: int | None) -> int:

@@ -118,6 +118,11 @@ def test_the_usual_rate_falls_with_size():
     [
         (["--num-gpus", "0"], "num_gpus: 0"),
         (["--gpu-memory", "lots"], "gpu_memory: 'lots'"),
+        (
+            ["--compute-optimal", "much"],
+            "compute_optimal: 'much' is no budget; write operations, such as 1e19, or hours",
+        ),
+        (["--compute-optimal", "24h"], "compute_optimal: hours of what? give --gpu NAME, or operations"),
         (["--gpu", "H1000"], "did you mean 'H100'?"),
         (["--mfu", "40"], "mfu: 40.0 is not a finite number above 0 and up to 1; write 0.4 for 40%"),
         (["--mfu", "0.4", "--tokens-per-second", "5"], "mfu: not together"),
@@ -130,6 +135,16 @@ def test_a_mistake_is_one_line(flags, words):
     with pytest.raises(UserError) as error:
         plan.main(["--model", "minimind3", *flags])
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_best_use_of_a_budget(capsys):
+    code, text = run(capsys, "--compute-optimal", "1.2e20", "--seq-len", "2048")
+    assert code == 0 and "1,000,000,000 parameters and 20,000,000,000 tokens" in text
+    starred = [line.split() for line in text.splitlines() if line.split()[:1] and line.split()[0].endswith("*")]
+    tokens = 1.2e20 / PRESETS["large"].flops_per_token(2048)
+    assert [cells[0] for cells in starred] == ["large*", "*"] and starred[0][2] == f"{tokens:,.0f}"
+    hours = run(capsys, "--compute-optimal", "10h", "--gpu", "H100", "--num-gpus", "8", "--mfu", "0.5")[1]
+    assert hours.splitlines()[0] == f"budget    {10 * 3600 * 8 * 0.5 * 989e12:.3g} operations"
 
 
 def test_a_stage_that_cannot_run_this_has_no_column():
