@@ -100,8 +100,6 @@ class ChatTemplate:
             options[self.thinking_variable] = thinking
         if tools and not self.reads_tools:
             raise UserError("the model's chat template has no place for tools")
-        if not self._keeps_arguments:
-            messages = [_with_parsed_arguments(message) for message in messages]
         return self._encode(messages, tools, options).token_ids
 
     @cached_property
@@ -160,6 +158,8 @@ class ChatTemplate:
     def _encode(
         self, messages: Sequence[Turn], tools: Any, options: dict[str, Any], last_only: bool = False
     ) -> EncodedConversation:
+        if not self._keeps_arguments:
+            messages = [_with_parsed_arguments(message) for message in messages]
         cover = Cover(self.tokenizer, json.dumps([messages, tools], ensure_ascii=False, default=str))
         messages, tools = [cover.hide_message(message) for message in messages], cover.hide(tools)
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
@@ -286,7 +286,12 @@ def _with_parsed_arguments(message: Turn) -> Turn:
     calls = [{**call, "function": dict(call["function"])} for call in message.get("tool_calls") or []]
     for call in calls:
         if isinstance(arguments := call["function"].get("arguments"), str):
-            call["function"]["arguments"] = json.loads(arguments)
+            try:
+                call["function"]["arguments"] = json.loads(arguments)
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"the arguments of a call of {call['function'].get('name')} are no JSON: {error}"
+                ) from None
     return {**message, "tool_calls": calls} if calls else message
 
 

@@ -136,6 +136,9 @@ def test_arguments_that_are_a_text_are_not_quoted_again(folder: Path) -> None:
         template = ChatTemplate(text, load_tokenizer(folder))
         assert expected in template.tokenizer.decode(template.encode_prompt(messages))
     assert function["arguments"] == '{"x":  1}'
+    function["arguments"] = "no"
+    with pytest.raises(UserError, match="the arguments of a call of f are no JSON"):
+        template.encode_prompt(messages)
 
 
 def test_the_token_that_closes_an_answer(template: ChatTemplate, folder: Path) -> None:

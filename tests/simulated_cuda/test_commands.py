@@ -1,5 +1,6 @@
 """Every command that computes, on a simulated GPU, against the CPU."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,7 +9,11 @@ import pytest
 from repository import ROOT
 from simulated_cuda import Machine, environment
 from simulated_runs import evaluate_waits, generate_waits, run_command
+from tokenizers_for_tests import save_byte_level
 from training_runs import flags_for, train
+
+from minimind.data.tokenizer import load_tokenizer
+from minimind.model import PRESETS, MiniMindForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +31,25 @@ def test_evaluation_is_that_of_a_cpu(one_gpu, run_dir, tiny_corpus, tmp_path):
         one_gpu.run(run_command, "evaluate", *flags, "--seq-len", "16", "--device", device, "--precision", "fp32")
         found.append(json.loads(output.read_text())["loss"])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_answers_are_those_of_a_cpu(one_gpu, tmp_path):
+    tokenizer = load_tokenizer(save_byte_level(tmp_path / "model"))
+    config = dataclasses.replace(PRESETS["tiny"], vocab_size=tokenizer.vocab_size, initializer_range=0.3)
+    MiniMindForCausalLM(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "questions.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b a"}\n{"prompt": "c"}\n')
+    flags = [
+        "--checkpoint",
+        str(tmp_path / "model"),
+        "--input",
+        str(tmp_path / "questions.jsonl"),
+        "--precision",
+        "fp32",
+    ]
+    flags += ["--max-new-tokens", "6", "--max-batch-size", "2"]
+    for device in ("cuda", "cpu"):
+        one_gpu.run(run_command, "answer", *flags, "--output", str(tmp_path / device), "--device", device)
+    assert (tmp_path / "cuda").read_bytes() == (tmp_path / "cpu").read_bytes()
 
 
 def test_an_evaluation_waits_once(one_gpu, run_dir, tiny_corpus):
