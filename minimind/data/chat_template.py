@@ -117,10 +117,8 @@ class ChatTemplate:
         if self.thinking_variable is None or not self.marks_answers:
             return ""
         question = [{"role": "user", "content": "a"}]
-        off, on = (
-            self.render(question, add_generation_prompt=True, **{self.thinking_variable: value})
-            for value in (False, True)
-        )
+        options = ({self.thinking_variable: value, "add_generation_prompt": True} for value in (False, True))
+        off, on = (self.render(question, **values) for values in options)
         return on.removeprefix(off) if on.startswith(off) else ""
 
     @cached_property
@@ -289,9 +287,7 @@ def _with_parsed_arguments(message: Turn) -> Turn:
             try:
                 call["function"]["arguments"] = json.loads(arguments)
             except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"the arguments of a call of {call['function'].get('name')} are no JSON: {error}"
-                ) from None
+                raise UserError(f"the arguments of a call are no JSON: {error}") from None
     return {**message, "tool_calls": calls} if calls else message
 
 

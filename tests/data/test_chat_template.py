@@ -137,7 +137,7 @@ def test_arguments_that_are_a_text_are_not_quoted_again(folder: Path) -> None:
         assert expected in template.tokenizer.decode(template.encode_prompt(messages))
     assert function["arguments"] == '{"x":  1}'
     function["arguments"] = "no"
-    with pytest.raises(UserError, match="the arguments of a call of f are no JSON"):
+    with pytest.raises(UserError, match="the arguments of a call are no JSON"):
         template.encode_prompt(messages)
 
 
