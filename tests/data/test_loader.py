@@ -1,4 +1,4 @@
-"""Windows, the global order, and which rank takes what."""
+"""The global order, and which rank takes what."""
 
 import dataclasses
 import itertools
@@ -8,127 +8,17 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from shard_folders import EOS, make_documents, stream_of, write
+from shard_folders import SEQ_LEN, make_documents, write
 from stream_hash import hash_stream
 
 from minimind.data.dataset import IGNORED_LABEL, TokenDataset
-from minimind.data.loader import Batch, BatchLoader, collate, eval_batches
+from minimind.data.loader import Batch, BatchLoader, eval_batches
 from minimind.data.manifest import ShardError
 from minimind.data.shards import ShardReader
 from minimind.data.shuffle import ShuffledOrder
 from minimind.errors import UserError
 
-SEQ_LEN = 16
 FROZEN_ORDER = [151203, 792347, 857318, 189059, 35870, 319443]
-
-
-@pytest.fixture(scope="module")
-def documents() -> list[np.ndarray]:
-    return make_documents(60)
-
-
-@pytest.fixture(scope="module")
-def reader(tmp_path_factory, documents) -> ShardReader:
-    folder = tmp_path_factory.mktemp("shards")
-    (folder / "tokenizer.model").write_bytes(b"t")
-    write(folder / "train", folder / "tokenizer.model", documents)
-    return ShardReader(folder / "train")
-
-
-@pytest.fixture(scope="module")
-def dataset(reader) -> TokenDataset:
-    return TokenDataset(reader, SEQ_LEN)
-
-
-# --- windows ----------------------------------------------------------------------------------------------------------
-
-
-def test_windows_tile_the_stream_without_padding(reader, dataset, documents):
-    stream = stream_of(documents)
-    assert len(dataset) == (len(stream) - 1) // SEQ_LEN
-    inputs = np.concatenate([dataset[i].input_ids for i in range(len(dataset))])
-    labels = np.concatenate([dataset[i].labels for i in range(len(dataset))])
-    np.testing.assert_array_equal(inputs, stream[: len(inputs)])
-    np.testing.assert_array_equal(labels, stream[1 : len(labels) + 1])
-    assert inputs.dtype == labels.dtype == np.int64
-    for index in (-1, len(dataset)):
-        with pytest.raises(IndexError):
-            dataset[index]
-
-
-def test_the_last_window_may_end_with_the_stream(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(b"t")
-    write(tmp_path / "train", tmp_path / "tokenizer.model", [np.arange(1, 33)])  # 33 tokens with the end token
-    exact = TokenDataset(ShardReader(tmp_path / "train"), 32)
-    assert len(exact) == 1 and exact[0].labels[-1] == EOS
-    with pytest.raises(ShardError, match="has 33 tokens, a window of seq_len 33 needs 34"):
-        TokenDataset(ShardReader(tmp_path / "train"), 33)
-
-
-def test_an_empty_split_is_refused_with_the_figures(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(b"t")
-    write(tmp_path / "val", tmp_path / "tokenizer.model", [])
-    for keep_tail in (False, True):
-        with pytest.raises(UserError, match="has 0 tokens"):
-            TokenDataset(ShardReader(tmp_path / "val"), 8, keep_tail=keep_tail)
-
-
-def test_the_tail_is_filled_without_labels(reader, documents):
-    stream = stream_of(documents)
-    for seq_len in (SEQ_LEN, 10**4):
-        dataset = TokenDataset(reader, seq_len, keep_tail=True)
-        labels = np.concatenate([dataset[i].labels for i in range(len(dataset))])
-        assert len(labels) == len(dataset) * seq_len
-        np.testing.assert_array_equal(labels[labels != IGNORED_LABEL], stream[1:])
-        assert np.all(labels[len(stream) - 1 :] == IGNORED_LABEL)
-        assert np.all(dataset[len(dataset) - 1].input_ids[(len(stream) - 1) % seq_len or seq_len :] == EOS)
-
-
-def test_document_mask_cuts_where_documents_begin(reader, documents):
-    stream = stream_of(documents)
-    is_start = np.append(True, stream[:-1] == EOS)
-    masked = TokenDataset(reader, SEQ_LEN, document_mask=True)
-    for index in range(len(masked)):
-        sample, first = masked[index], index * SEQ_LEN
-        inside = np.flatnonzero(is_start[first : first + SEQ_LEN])
-        np.testing.assert_array_equal(sample.document_starts, inside[inside > 0])
-        expected = np.where(is_start[first + 1 : first + 1 + SEQ_LEN], IGNORED_LABEL, stream[first + 1 :][:SEQ_LEN])
-        np.testing.assert_array_equal(sample.labels, expected)
-        np.testing.assert_array_equal(sample.input_ids, stream[first : first + SEQ_LEN])
-
-
-def test_a_masked_batch_describes_its_segments(reader):
-    masked = TokenDataset(reader, SEQ_LEN, document_mask=True)
-    indices = [3, 0, 7]
-    batch = collate([masked[i] for i in indices], indices)
-    assert batch.cu_seqlens is not None and batch.position_ids is not None
-    assert batch.cu_seqlens.dtype == torch.int32 and batch.position_ids.dtype == torch.int64
-    bounds = batch.cu_seqlens.tolist()
-    assert bounds[0] == 0 and bounds[-1] == 3 * SEQ_LEN and bounds == sorted(set(bounds))
-    assert {0, SEQ_LEN, 2 * SEQ_LEN, 3 * SEQ_LEN} <= set(bounds)
-    flat_inputs, flat_labels = batch.input_ids.flatten(), batch.labels.flatten()
-    positions = torch.cat([torch.arange(high - low) for low, high in itertools.pairwise(bounds)])
-    assert torch.equal(batch.position_ids.flatten(), positions)
-    for low, high in itertools.pairwise(bounds):
-        assert not (flat_inputs[low : high - 1] == EOS).any()  # a segment holds one document
-        if flat_inputs[high - 1] == EOS:
-            assert flat_labels[high - 1] == IGNORED_LABEL
-    assert batch.num_targets == int((batch.labels != IGNORED_LABEL).sum()) < 3 * SEQ_LEN
-
-
-def test_an_unmasked_batch_has_no_segments(dataset):
-    batch = collate([dataset[0], dataset[1]], (0, 1))
-    assert batch.position_ids is None and batch.cu_seqlens is None
-    assert batch.input_ids.shape == batch.labels.shape == (2, SEQ_LEN)
-    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
-    assert batch.num_targets == 2 * SEQ_LEN
-    moved = batch.to("meta")
-    assert moved.input_ids.device.type == "meta" and moved.position_ids is None and moved.positions == (0, 1)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        batch.num_targets = 0  # type: ignore[misc]
-
-
-# --- order ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [*range(1, 70), 127, 128, 129, 997, 1000, 1024, 4096, 10_007, 65_536, 65_537, 99_999])
@@ -193,9 +83,6 @@ def test_a_trillion_samples_need_no_memory():
     assert peak < 500_000
     assert len(set(indices.tolist())) == 1000 and indices.min() >= 0 and indices.max() < 10**12
     assert indices.max() - indices.min() > 9 * 10**11
-
-
-# --- ranks ------------------------------------------------------------------------------------------------------------
 
 
 def windows_of(batches: list[Batch]) -> dict[int, tuple[bytes, bytes]]:
@@ -265,9 +152,6 @@ def test_a_batch_that_does_not_divide_is_refused(dataset, micro, total, world_si
         BatchLoader(dataset, 5, micro, total, 0, world_size)
 
 
-# --- reading ahead ----------------------------------------------------------------------------------------------------
-
-
 def loader_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("batch-loader")]
 
@@ -327,9 +211,6 @@ def test_the_next_step_is_read_while_this_one_is_used(dataset):
     next(batches)
     assert second_read.wait(timeout=60)
     batches.close()
-
-
-# --- evaluation -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])

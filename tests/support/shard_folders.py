@@ -9,6 +9,7 @@ from minimind.data.shard_writer import ShardWriter
 from minimind.files import hash_file
 
 EOS = 0
+SEQ_LEN = 16  # of the windows that `dataset` has
 
 
 def make_documents(count: int = 50, vocab_size: int = 6400, seed: int = 0, longest: int = 40) -> list[np.ndarray]:
