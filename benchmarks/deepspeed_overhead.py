@@ -21,13 +21,13 @@ from minimind.model import MiniMindForCausalLM
 from minimind.model.kernels.apply import apply_kernels
 from minimind.parallel.optimizer import parameter_groups
 
-TARGETS = {0: None, 1: 0.95, 2: 0.95, 3: 0.85}
+TARGETS = {"cpu": {1: 0.95, 2: 0.95, 3: 0.85}, "cuda": {1: 0.97, 2: 0.95, 3: 0.9}}
 
 
 def main(
     precision: Literal["fp32", "bf16"] = "fp32", model: str = "minimind3", micro_batches: int = 8,
     batch: int = 2, seq_len: int = 340, rounds: int = 5, minutes: float = math.inf, steps: int = 1,
-    stages: tuple[int, ...] = (0, 1, 2, 3), only: str | None = None,
+    stages: tuple[int, ...] = (0, 1, 2, 3), compile: bool = False, only: str | None = None,
 ) -> None:  # fmt: skip
     """Measure, or with `only` be one of the contestants.
 
@@ -37,9 +37,9 @@ def main(
         only: "bare" or a stage: train without end and print each step.
     """
     if only is not None:
-        train(only, precision, model, (micro_batches, batch, seq_len))
+        train(only, precision, model, (micro_batches, batch, seq_len), compile)
     shape = [f"--precision={precision}", f"--model={model}", f"--micro-batches={micro_batches}"]
-    shape += [f"--batch={batch}", f"--seq-len={seq_len}"]
+    shape += [f"--batch={batch}", f"--seq-len={seq_len}", *["--compile"] * compile]
     env = {**core_threads(), **openmp_environment(os.environ)}
     contestants = [
         Contestant(name, [sys.executable, __file__, *shape, f"--only={kind}"], r"^step (?P<step>\d+)", steps, env=env)
@@ -51,20 +51,21 @@ def main(
     claims = [Claim(f"{precision}, {micro_batches} micro-batches: bare loop", bare, unit="s a step")]
     for stage, contestant in zip(stages, contestants[1:], strict=True):
         name = f"{precision}, ZeRO {stage} beside the bare loop"
-        claims.append(Claim(name, ratios(bare, contestant.seconds), TARGETS[stage], unit="x"))
+        target = TARGETS["cuda" if torch.cuda.is_available() else "cpu"].get(stage)
+        claims.append(Claim(name, ratios(bare, contestant.seconds), target, unit="x"))
     seconds = {one.name: {"wall": one.seconds, "cpu": one.cpu_seconds} for one in contestants}
     report(__file__, claims, {"run": shape, "seconds_a_step": seconds}, OUT / f"deepspeed_overhead_{precision}.json")
 
 
-def train(kind: str, precision: str, model: str, shape: tuple[int, int, int]) -> None:
+def train(kind: str, precision: str, model: str, shape: tuple[int, int, int], compile: bool) -> None:
     """Steps without end, on fixed random tokens of `shape` (micro-batches, sequences, tokens)."""
     batches = torch.randint(3, preset(model).vocab_size, shape, generator=torch.Generator().manual_seed(0))
     with workspace() as folder, joined() as (env, device):
         if kind == "bare":
-            make_step = bare_step(batches.to(device), precision, model)
+            make_step = bare_step(batches.to(device), precision, model, compile)
         else:
             run = {"run_dir": str(folder), "micro_batch_size": shape[1], "gradient_accumulation_steps": shape[0]}
-            run |= {"seq_len": shape[2], "precision": precision}
+            run |= {"seq_len": shape[2], "precision": precision, "compile": "on" if compile else "off"}
             engine = build_engine(preset(model), env, device, stage=int(kind), **run)
             make_step = engine_step(batches.to(device), *engine)
         for step in itertools.count(1):
@@ -73,7 +74,7 @@ def train(kind: str, precision: str, model: str, shape: tuple[int, int, int]) ->
             print(f"step {step}", flush=True)
 
 
-def bare_step(batches: torch.Tensor, precision: str, model: str) -> Callable[[], None]:
+def bare_step(batches: torch.Tensor, precision: str, model: str, compile: bool) -> Callable[[], None]:
     """Torch alone."""
     torch.manual_seed(42)
     network = MiniMindForCausalLM(preset(model)).to(batches.device)
@@ -82,6 +83,8 @@ def bare_step(batches: torch.Tensor, precision: str, model: str) -> Callable[[],
     if precision == "bf16":
         masters = [parameter.detach().clone().requires_grad_() for parameter in masters]
         network = network.bfloat16()
+    if compile:
+        network.compile()
     twins = list(zip(network.parameters(), masters, strict=True))
     by_id = {id(parameter): master for parameter, master in twins}
     groups = [{**group, "params": [by_id[id(p)] for p in group["params"]]} for group in parameter_groups(network, 0.1)]

@@ -3,39 +3,50 @@
 python benchmarks/generate.py [--model minimind3] [--new-tokens 256] [--repeats 3] [--threads 1]
 """
 
+import contextlib
+import dataclasses
 import functools
 import json
 import shutil
 import statistics
+import threading
 import time
+import urllib.request
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 import tyro
-from harness import Claim, ratios, report, run_module, time_rounds, transformers_model, workspace
+import uvicorn
+from harness import ROOT, Claim, make_tokenizer, ratios, report, time_rounds, transformers_model, workspace
 
+from minimind.data.tokenizer import load_tokenizer
+from minimind.inference.batching import Batcher
 from minimind.inference.decoding import Decoding, Row, decode
+from minimind.inference.http_api import build_app
 from minimind.inference.sampling import GenerationOptions
 from minimind.model import PRESETS, MiniMindForCausalLM
 from minimind.model.kernels.apply import apply_kernels
 from minimind.model.kernels.packed_weights import prepare_decoding
+from minimind.serve import listen
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main(
-    model: str = "minimind3", new_tokens: int = 256, repeats: int = 3, threads: int = 1,
-    checkpoint: Path | None = None, text: tuple[Path, ...] = (), waiting: int = 3000,
+    model: str = "minimind3", new_tokens: int = 256, repeats: int = 3, threads: int = 1, waiting: int = 3000,
+    clients: int = 32,
 ) -> None:  # fmt: skip
     """Measure.
 
     Args:
         model: preset, with random weights, whose speed is measured.
-        checkpoint: a trained model, for the quality.
-        text: files that the quality is measured on.
         waiting: tokens of an answer that a request of one token comes upon.
+        clients: of the server, with a request each.
     """
     torch.set_num_threads(threads)
     rows = build_rows(model)
@@ -47,7 +58,8 @@ def main(
     ours = [name for name in speeds if name.startswith("minimind")]
     fastest = max(ours, key=lambda name: statistics.median(speeds[name]))
     claims = []
-    for way, target in (("minimind {}", 1.3), (fastest, 2.0)):
+    # The targets are a CPU's.
+    for way, target in (("minimind {}", None if ON_GPU else 1.3), (fastest, None if ON_GPU else 2.0)):
         for name in PRECISIONS:
             shares = ratios(speeds[way.format(name)], speeds[f"transformers {name}"])
             claims.append(Claim(f"{title}: {way.format(name)} over transformers {name}", shares, target, unit="x"))
@@ -55,9 +67,9 @@ def main(
     joined, waited = measure_waiting("quickstart", waiting)
     name = f"quickstart, one token beside an answer of {waiting}: waiting for its end over joining it ({joined:.3f} s)"
     claims.append(Claim(name, (waited / joined,), 20.0, unit="x"))
-    quality = measure_quality(checkpoint, text) if checkpoint is not None else {}
-    claims += [Claim(f"quality of {checkpoint}: {name}", (bits,), unit="bits a byte") for name, bits in quality.items()]
-    report(__file__, claims, {"tokens_per_second": speeds, "bits_per_byte": quality})
+    rate = measure_server(model, clients, new_tokens)
+    claims.append(Claim(f"serving {model} to {clients} clients", (rate,), unit="tokens/s"))
+    report(__file__, claims, {"tokens_per_second": speeds})
 
 
 def build_rows(model: str) -> dict[str, Callable[[int], object]]:
@@ -68,8 +80,9 @@ def build_rows(model: str) -> dict[str, Callable[[int], object]]:
     for name, dtype in PRECISIONS.items():
         rows[f"transformers {name}"] = use_transformers(base, dtype)
         rows[f"minimind {name}"] = use_ours(copy_of(base, dtype))
-    rows["minimind int8"] = use_ours(copy_of(base, torch.bfloat16, int8=True))
-    if shutil.which("g++") is not None:  # without it torch.compile does not compile for a CPU
+    if not ON_GPU:
+        rows["minimind int8"] = use_ours(copy_of(base, torch.bfloat16, int8=True))
+    if not ON_GPU and shutil.which("g++") is not None:  # without it torch.compile does not compile for a CPU
         compiled = copy_of(base, torch.bfloat16, int8=True)
         compiled.compile(dynamic=True)
         rows["minimind int8, compiled"] = use_ours(compiled)
@@ -80,8 +93,8 @@ def copy_of(base: MiniMindForCausalLM, dtype: torch.dtype, *, int8: bool = False
     """The same weights as another type, as the command loads them."""
     copy = MiniMindForCausalLM(base.config)
     copy.load_state_dict(base.state_dict())
-    copy = copy.to(dtype).eval()
-    apply_kernels(copy, "cpu")
+    copy = copy.to(DEVICE, dtype).eval()
+    apply_kernels(copy, DEVICE)
     prepare_decoding(copy, int8=int8)
     return copy
 
@@ -117,22 +130,47 @@ def use_transformers(base: MiniMindForCausalLM, dtype: torch.dtype) -> Callable[
     logging.set_verbosity_error()
     theirs = transformers_model(base.config)
     theirs.load_state_dict(base.state_dict())
-    theirs = theirs.to(dtype).eval()
+    theirs = theirs.to(DEVICE, dtype).eval()
     theirs.generation_config.eos_token_id = None
-    input_ids = torch.tensor([PROMPT])
+    input_ids = torch.tensor([PROMPT], device=DEVICE)
     mask = torch.ones_like(input_ids)
     return lambda count: theirs.generate(input_ids, attention_mask=mask, max_new_tokens=count, do_sample=False)
 
 
-def measure_quality(checkpoint: Path, files: tuple[Path, ...]) -> dict[str, float]:
-    """Bits per byte of a trained model in each precision."""
-    found = {}
+def measure_server(model: str, count: int, new_tokens: int) -> float:
+    """Tokens a second of the server with `count` clients over HTTP, each with one request."""
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
     with workspace() as folder:
-        for name, flags in (*((name, ("--precision", name)) for name in PRECISIONS), ("int8", ("--int8",))):
-            what = ("--checkpoint", checkpoint, "--text", *files, "--seq-len", 256, "--device", "cpu")
-            run_module("minimind.evaluate", *what, *flags, "--output", folder / name)
-            found[name] = json.loads((folder / name).read_text())["bits_per_byte"]
-    return found
+        (text := folder / "text.txt").write_text((ROOT / "README.md").read_text() * 4)
+        tokenizer = load_tokenizer(make_tokenizer(text, folder, 2000))
+        config = dataclasses.replace(PRESETS[model], vocab_size=tokenizer.vocab_size)
+        ours = copy_of(MiniMindForCausalLM(config), dtype)
+        with contextlib.closing(Batcher(ours, tokenizer, max_batch_size=count, max_waiting=count)) as batcher:
+            return ask_all(batcher, tokenizer, count, new_tokens)
+
+
+def ask_all(batcher: Batcher, tokenizer: Any, count: int, new_tokens: int) -> float:
+    """The same, of one batcher behind the application of `minimind.serve`."""
+    app = build_app(batcher, tokenizer, model_name="m", defaults=GenerationOptions(), api_key=None)
+    listener = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    body = {"model": "m", "prompt": PROMPT, "max_tokens": new_tokens, "temperature": 0}
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/completions"
+
+    def ask(_: int) -> int:
+        request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)["usage"]["completion_tokens"]
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(count) as clients:
+        tokens = sum(clients.map(ask, range(count)))
+    taken = time.perf_counter() - began
+    server.should_exit = True
+    thread.join()
+    return tokens / taken
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import random
-import re
 import statistics
 import subprocess
 import sys
@@ -21,13 +19,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "benchmarks" / "out"
+OUT = Path(os.environ.get("BENCHMARKS_OUT") or ROOT / "benchmarks" / "out")
 # A benchmark is started as a file, so the repository is not on the path; every one of them imports this module first.
 sys.path.insert(0, str(ROOT))
 LOAD_AT_START = os.getloadavg()[0]
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "sentencepiece", "tokenizers")
-_LISTS, _READER = Path("/var/lib/apt/lists"), Path("/usr/lib/apt/apt-helper")
-_ENOUGH = 10_000  # package descriptions; fewer come from a single repository
 
 
 @dataclass(frozen=True)
@@ -113,6 +109,7 @@ def environment() -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "machine": f"{cores} cores, {cpu_name()}, {device}; Python {platform.python_version()}, {versions}",
         "cores": cores,
+        "device": device,
         "load_at_start": round(LOAD_AT_START, 2),
         "threads": os.environ.get("OMP_NUM_THREADS", "torch's default"),
     }
@@ -174,9 +171,9 @@ def synchronize() -> None:
 
 
 @contextlib.contextmanager
-def workspace(parent: Path | None = None) -> Iterator[Path]:
+def workspace() -> Iterator[Path]:
     """A temporary folder."""
-    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=parent, ignore_cleanup_errors=True) as name:
+    with tempfile.TemporaryDirectory(prefix="benchmark-", ignore_cleanup_errors=True) as name:
         yield Path(name)
 
 
@@ -195,26 +192,31 @@ def joined() -> Iterator[tuple[Any, Any]]:
         yield env, device
 
 
-def build_engine(model: Any, env: Any, device: Any, *, ds_config: str | None = None, stage: int = 1, **run: Any) -> Any:
-    """The engine that `minimind.train` builds and its resolved run, under our JSON of `stage` or another `ds_config`.
-
-    `run`: fields of DataConfig and TrainConfig. Every rank calls this, inside `joined`.
-    """
+def resolve(model: Any, env: Any, device: Any, *, stage: int = 1, **run: Any) -> Any:
+    """`run` (fields of DataConfig and TrainConfig) as `minimind.train` resolves it, under our JSON of `stage`."""
     import torch
 
     from minimind.config.deepspeed_file import load_ds_config
     from minimind.config.resolve import resolve_run
     from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
-    from minimind.parallel import engine
 
-    resolved = resolve_run(
-        RunConfig(model=model, data=DataConfig(seq_len=run.pop("seq_len")), train=TrainConfig(**run)),
-        load_ds_config(ds_config or str(ROOT / "ds_configs" / f"zero{stage}.json")),
+    data = {name: run.pop(name) for name in ("seq_len", "document_mask") if name in run}
+    return resolve_run(
+        RunConfig(model=model, data=DataConfig(**data), train=TrainConfig(**run)),
+        load_ds_config(str(ROOT / "ds_configs" / f"zero{stage}.json")),
         dp_size=env.world_size,
         local_world_size=env.local_world_size,
         device_type=device.type,
         bf16_supported=device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
     )
+
+
+def build_engine(model: Any, env: Any, device: Any, **run: Any) -> Any:
+    """The engine that `minimind.train` builds, and its run as `resolve` gives it. Every rank calls this, inside
+    `joined`."""
+    from minimind.parallel import engine
+
+    resolved = resolve(model, env, device, **run)
     return engine.build_engine(resolved, engine.build_model(resolved, device)), resolved
 
 
@@ -242,33 +244,14 @@ def transformers_model(config: Any, **options: Any) -> Any:
 
 
 def find_text(given: Path | None, folder: Path) -> Path:
-    """`given`, or a JSONL file made in `folder`: descriptions of Debian packages, else the default corpus.
-
-    The descriptions are short documents, as language models are trained on; those of the default corpus are longer.
-    """
-    if given is not None:
-        if not given.is_file():
-            raise SystemExit(f"--text {given}: no such file")
-        return given.resolve()
-    documents, path = read_descriptions(), folder / "text.jsonl"
-    if len(documents) >= _ENOUGH:
-        random.Random(0).shuffle(documents)
-        return write_texts(path, documents)
-    run_module("data_prep.default_corpus", "--output", path)
-    return path
-
-
-def read_descriptions() -> list[str]:
-    """The long descriptions of Debian's packages, each once, in every language of the package lists."""
-    texts: dict[str, None] = {}
-    for path in sorted(_LISTS.glob("*_i18n_Translation-*")) if _READER.exists() else []:
-        content = subprocess.run([_READER, "cat-file", path], capture_output=True, check=False).stdout.decode()
-        for entry in content.split("\n\n"):
-            found = re.search(r"^Description-(?!md5)\S+: (.*(?:\n .*)*)", entry, re.M)
-            if found:
-                first, *rest = found.group(1).split("\n")
-                texts["\n".join([first, *("" if line == " ." else line[1:] for line in rest)])] = None
-    return list(texts)
+    """`given`, or the default corpus as a JSONL file in `folder`."""
+    if given is None:
+        path = folder / "text.jsonl"
+        run_module("data_prep.default_corpus", "--output", path)
+        return path
+    if not given.is_file():
+        raise SystemExit(f"--text {given}: no such file")
+    return given.resolve()
 
 
 def read_texts(path: Path, limit: int | None = None) -> list[str]:

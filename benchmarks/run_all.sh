@@ -24,10 +24,10 @@ unset OMP_NUM_THREADS
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 # A processor without products in bf16 is measured in float32, which is slower: there each script takes fewer or smaller
 # turns, and leaves out what nothing was promised for.
-precision=bf16 start=() data=() layers=() experts=() stages=() train=() memory=() learning=() scaling=() decoding=()
+precision=bf16 start=() data=() experts=() stages=() train=() learning=() scaling=() decoding=()
 if [ "$(PYTHONPATH=benchmarks "$python" -c 'import harness; print(harness.has_fast_bf16())')" != True ]; then
-  precision=fp32 start=(--repeats 2) data=(--repeats 2) layers=(--rounds 5) experts=(--rounds 2)
-  stages=(--stages 1 2 3 --batch 1) train=(--batch 4 --programs minimind "ours fp32") memory=(--kinds "ours bf16")
+  precision=fp32 start=(--repeats 2) data=(--repeats 2) experts=(--rounds 2)
+  stages=(--stages 1 2 3 --batch 1) train=(--batch 4 --programs minimind "ours fp32")
   learning=(--tokens 80000) scaling=(--accumulation 1 --steps 1 --rounds 5) decoding=(--repeats 2)
 fi
 failed=()
@@ -41,22 +41,22 @@ run() {
 
 run start.py 4 "${start[@]}"
 run data.py 4 "${data[@]}"
-run kernels.py 4 "${layers[@]}"
+run step.py 5 --precision "$precision" --seq-len 340 --micro-batch-size 4 --steps 3 --ways plain "without kernels"
 run experts.py 7 "${experts[@]}"
 [ "$precision" = bf16 ] && run deepspeed_overhead.py 7 --precision bf16 --rounds 11 --minutes 6
 run deepspeed_overhead.py 8 --precision fp32 --rounds 5 --minutes 6 "${stages[@]}"
 if [ ${#peer[@]} -gt 0 ]; then
   run train.py 12 "${peer[@]}" --rounds 2 --minutes 7 "${train[@]}" "${text[@]}"
-  run memory.py 8 "${peer[@]}" "${memory[@]}"
+  run step.py 8 "${peer[@]}" --precision bf16 --vocab-size 32000 --seq-len 340 --micro-batch-size 32 --steps 1 \
+    --ways plain --name memory
   run learning.py 9 "${peer[@]}" --minutes 6 "${learning[@]}" "${text[@]}"
 else
-  failed+=("train.py, memory.py, learning.py: not run, they need --peer DIR")
+  failed+=("train.py, learning.py, memory beside the reference: not run, they need --peer DIR")
 fi
 run weak_scaling.py 6 --precision "$precision" --minutes 4 "${scaling[@]}" "${text[@]}"
 run scaling.py 1
 run tokenize_corpus.py 6 --repeats 2
 run generate.py 6 "${decoding[@]}"
-run checkpoint.py 3
 
 printf '\n'
 "$python" benchmarks/harness.py

@@ -8,7 +8,7 @@ import sys
 import pytest
 from repository import ROOT
 from simulated_cuda import Machine, environment
-from simulated_runs import evaluate_waits, generate_waits, run_command
+from simulated_runs import evaluate_waits, generate_waits, run_command, use_export
 from tokenizers_for_tests import save_byte_level
 from training_runs import flags_for, train
 
@@ -19,10 +19,11 @@ from minimind.model import PRESETS, MiniMindForCausalLM
 @pytest.fixture(scope="module")
 def run_dir(one_gpu, tiny_corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "run"
-    one_gpu.run(train, flags_for(tiny_corpus, folder, steps=2))
+    one_gpu.run(train, flags_for(tiny_corpus, folder, steps=2, vocab_size=400, initializer_range=0.3))
     return folder
 
 
+@pytest.mark.gpu
 def test_evaluation_is_that_of_a_cpu(one_gpu, run_dir, tiny_corpus, tmp_path):
     found = []
     for device in ("cuda", "cpu"):
@@ -62,11 +63,35 @@ def test_a_token_waits_once(one_gpu, run_dir):
     assert many - few == 8
 
 
+@pytest.mark.gpu
+def test_a_model_goes_out_and_comes_back(one_gpu, run_dir, tmp_path):
+    """Exported, continued from Python, by the command and by the server: the same greedy words as on a CPU."""
+    folder = tmp_path / "export"
+    flags = ["--run-dir", str(run_dir), "--output", str(folder), "--format", "minimind"]
+    assert one_gpu.run(run_command, "export", *flags)[0][0] == 0
+    save_byte_level(folder)  # the corpus has none
+    (said,) = one_gpu.run(use_export, str(folder), "cuda")
+    (expected,) = one_gpu.run(use_export, str(folder), "cpu")
+    assert said["device"] == "cuda:0" and expected["device"] == "cpu"
+    assert said["python"] == expected["python"] != ""
+    assert said["python"] in said["command"] and said["python"] == said["server"]
+
+
 @pytest.mark.parametrize("command", ["doctor", "plan"])
 def test_what_is_told_of_a_gpu(one_gpu, command):
     flags = ["--model", "tiny", "--seq-len", "128"] if command == "plan" else []
     ((code, printed),) = one_gpu.run(run_command, command, *flags)
     assert "H100" in printed if command == "doctor" else code == 0
+
+
+def test_a_start_says_nothing_that_is_not_the_run_s_own(tiny_corpus, tmp_path):
+    """DeepSpeed tries none of its ops, of which a machine without the CUDA toolkit cannot build seven."""
+    command = ["bash", str(ROOT / "launch" / "pretrain.sh"), *flags_for(tiny_corpus, tmp_path / "run", steps=2)]
+    done = subprocess.run(command, env=environment(Machine()), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "triton not found" not in line]
+    assert lines[0].startswith("run       ")
+    assert not [line for line in lines if "WARNING" in line or "compatib" in line or "\x1b" in line], lines
 
 
 def test_tests_are_for_the_cpu_wherever_they_run():

@@ -24,6 +24,7 @@ PAGES = (
     "run_folder.md",
     "watching.md",
     "ds_configs.md",
+    "gpu.md",
 )
 STEPS = {
     "en": ("Why it is needed.", "How it developed.", "The idea.", "In this code.", "Points to watch."),

@@ -7,18 +7,24 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from simulated_cuda import Machine, environment
 from training_runs import RankPool
 
 
 class SimulatedRanks:
-    """`RankPool` on simulated GPUs. A process of its own stands between, as all pools of a process fork from one server
+    """`RankPool` on simulated GPUs, or on the real ones where this process is shown any; on the CPU for a machine
+    without devices. A process of its own stands between, as all pools of a process fork from one server
     with one environment. Functions are sent by name, so they lie in a module of tests/support."""
 
     def __init__(self, world_size: int, machine: Machine | None = None) -> None:
-        machine = machine or Machine(devices=world_size)
         command = [sys.executable, __file__, str(world_size)]
-        env = environment(machine)
+        if machine is not None and not machine.devices:
+            env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        elif machine is None and torch.cuda.is_available():
+            env = dict(os.environ)
+        else:
+            env = environment(machine or Machine(devices=world_size))
         self._process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:

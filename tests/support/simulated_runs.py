@@ -6,9 +6,12 @@ Imported by those ranks alone, which have the device.
 import contextlib
 import importlib
 import io
+import json
 import os
 import shutil
+import threading
 import unittest.mock
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +136,42 @@ def run_command(name: str, *arguments: str) -> tuple[int, str]:
         except SystemExit as end:
             code = int(end.code or 0)
     return code, printed.getvalue()
+
+
+def use_export(folder: str, device: str) -> dict[str, str]:
+    """Continue one text greedily in fp32 on `device`: from Python, by the command, and by the server."""
+    import uvicorn
+
+    import minimind
+    from minimind.inference.batching import Batcher
+    from minimind.inference.http_api import build_app
+    from minimind.inference.sampling import GenerationOptions
+    from minimind.serve import listen
+
+    prompt, options = "the", {"max_new_tokens": 8, "temperature": 0.0}
+    loaded = minimind.load(folder, device=device, precision="fp32")
+    flags = ["--checkpoint", folder, "--prompt", prompt, "--max-new-tokens", "8", "--temperature", "0"]
+    found = {
+        "device": str(next(loaded.model.parameters()).device),
+        "python": minimind.generate(loaded, prompt, **options),
+        "command": run_command("generate", *flags, "--device", device, "--precision", "fp32")[1],
+    }
+    with contextlib.closing(Batcher(loaded.model, loaded.tokenizer, max_batch_size=2, max_waiting=2)) as batcher:
+        app = build_app(batcher, loaded.tokenizer, model_name="m", defaults=GenerationOptions(**options), api_key=None)
+        listener = listen("127.0.0.1", 0)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{listener.getsockname()[1]}/v1/completions",
+            json.dumps({"model": "m", "prompt": prompt}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as answer:
+            found["server"] = json.load(answer)["choices"][0]["text"]
+        server.should_exit = True
+        thread.join()
+    return found
 
 
 def evaluate_waits(run_dir: str, shards: str) -> dict[str, int]:

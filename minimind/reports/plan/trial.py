@@ -46,6 +46,7 @@ from minimind.training.trainer import Trainer
 
 TOO_LARGE = "more than the limit"
 STEPS = 3
+DOCUMENT_TOKENS = 500
 SECONDS_BETWEEN_LOOKS = 0.01
 _M_MMAP_THRESHOLD = -3
 
@@ -106,7 +107,7 @@ def make_trainer(resolved: ResolvedRun, env: RankEnvironment, device: torch.devi
         resolved=resolved,
         engine=engine,
         objective=Pretrain(),
-        loader=make_loader(resolved, dataset, env, TrainState(), pin_memory=False),
+        loader=make_loader(resolved, dataset, env, TrainState(), pin_memory=device.type == "cuda"),
         val=None,
         saver=CheckpointSaver(engine, resolved, DataFingerprint("", ""), asynchronous=False),
         record=NullRecord(),
@@ -117,14 +118,17 @@ def make_trainer(resolved: ResolvedRun, env: RankEnvironment, device: torch.devi
 
 
 def write_random_tokens(folder: Path, vocab_size: int, tokens: int) -> Path:
-    """A corpus of random tokens: as many as one step takes, in one document."""
+    """A corpus of random tokens: as many as one step takes, in documents of ordinary length."""
     tokenizer = folder / "tokenizer.json"
     tokenizer.write_text("{}")
     with (
         disk_errors(folder),
         ShardWriter(folder / "train", vocab_size=vocab_size, eos_token_id=0, tokenizer_file=tokenizer) as writer,
     ):
-        writer.add_document(np.random.default_rng(0).integers(1, vocab_size, tokens), num_bytes=tokens)
+        for document in np.array_split(
+            np.random.default_rng(0).integers(1, vocab_size, tokens), -(-tokens // DOCUMENT_TOKENS)
+        ):
+            writer.add_document(document, num_bytes=len(document))
     return folder
 
 

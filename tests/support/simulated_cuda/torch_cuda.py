@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import types
+import warnings
 from typing import Any
 
 import torch
@@ -205,6 +206,16 @@ def manual_seed_all(seed: int) -> None:
         generator.manual_seed(seed)
 
 
+def set_sync_debug_mode(mode: int | str) -> None:
+    """torch.cuda.set_sync_debug_mode: a warning wherever an operator makes the host wait."""
+
+    def warn(kind: str) -> None:
+        if not kind.endswith("synchronize"):  # what is asked for by name
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+
+    device.on_wait(warn if mode in (1, "warn") else None)
+
+
 FUNCTIONS: dict[str, Any] = {
     "is_available": lambda: bool(state.visible),
     "_is_compiled": lambda: True,
@@ -263,7 +274,7 @@ FUNCTIONS: dict[str, Any] = {
     "get_rng_state_all": lambda: [generator.get_state() for generator in _generators()],
     "set_rng_state_all": lambda states: [g.set_state(s) for g, s in zip(_generators(), states, strict=True)],
     "get_sync_debug_mode": lambda: 0,
-    "set_sync_debug_mode": lambda mode: None,
+    "set_sync_debug_mode": set_sync_debug_mode,
     "utilization": lambda which=None: 0,
 }
 BINDINGS: dict[str, Any] = {
