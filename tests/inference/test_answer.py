@@ -75,24 +75,30 @@ def test_answers_depend_neither_on_the_batch_nor_on_an_end(folder, tmp_path, mon
     draw = ("--temperature", "0.9", "--seed", "5", "--max-batch-size")
     expected = answer(folder, tmp_path / "one.jsonl", *draw, "1")
     assert answer(folder, tmp_path / "three.jsonl", *draw, "3") == expected
+    model, tokenizer = load_model(folder / "model")[0], load_tokenizer(folder / "model")
+    prompt = load_chat_template(tokenizer).encode_prompt([USER])
+    for line, given in zip((1, 3), expected.splitlines(), strict=False):  # one question, two draws
+        (alone,) = complete(model, tokenizer, [prompt], GenerationOptions(0.9, max_new_tokens=12, seed=5 + line))
+        assert json.loads(given)["response"]["content"] == alone.text
+
+    output, journal = tmp_path / "ended.jsonl", tmp_path / "ended.jsonl.partial"
     add, kept = AnswerFile.add, []
 
     def add_and_end(answers, *what):
         add(answers, *what)
         kept.append(what)
-        if len(kept) == 4:
+        if len(kept) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    output = tmp_path / "ended.jsonl"
-    if (child := os.fork()) == 0:
-        monkeypatch.setattr(AnswerFile, "add", add_and_end)
-        answer(folder, output, *draw, "2")
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    journal = tmp_path / "ended.jsonl.partial"
-    assert not output.exists() and journal.read_bytes().count(b"\n") == 4
-    with open(journal, "ab") as torn:
-        torn.write(b'12\t{"half')
+    for times in (1, 2):
+        if (child := os.fork()) == 0:
+            monkeypatch.setattr(AnswerFile, "add", add_and_end)
+            answer(folder, output, *draw, "2")
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert not output.exists() and journal.read_bytes().count(b"\n") == 2 * times
+        with open(journal, "ab") as torn:
+            torn.write(b'12\t{"half')
     monkeypatch.setattr(AnswerFile, "add", lambda answers, *what: (kept.append(what), add(answers, *what)))
     assert answer(folder, output, *draw, "3") == expected and len(kept) == len(RECORDS) - 4
     assert not journal.exists()
