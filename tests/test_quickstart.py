@@ -1,6 +1,7 @@
 """The quickstart's number of steps follows the machine and the time that is left, and stays what it was."""
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -39,7 +40,7 @@ def repository(tmp_path: Path) -> Path:
     """The quickstart's scripts and files, with stubs for all that it runs."""
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
-    for path in (tmp_path / ".venv" / "bin" / "python", tmp_path / "launch" / "pretrain.sh"):
+    for path in (tmp_path / ".venv/bin/python", tmp_path / "launch/pretrain.sh", tmp_path / "launch/sft.sh"):
         path.write_text(STUB)
         path.chmod(0o755)
     files = [Path(shutil.copy(path, tmp_path)) for path in sorted(ROOT.glob("requirements*.txt"))]
@@ -61,15 +62,38 @@ def run(repository: Path, **environment: str) -> tuple["subprocess.CompletedProc
 def test_the_chosen_number_is_said_and_kept(repository: Path) -> None:
     done, calls = run(repository)
     assert done.returncode == 0, done.stderr
-    assert "140 steps, at most 7 minutes here" in done.stdout
-    assert any(call.startswith("pretrain.sh") and "--steps 140 " in call for call in calls)
+    assert "140 steps, and as much to fine-tune it, each at most 3 minutes here" in done.stdout
+    assert any(call.startswith("pretrain.sh") and "--steps 280 " in call for call in calls)
     (measured,) = [call for call in calls if "quickstart_steps.py" in call]
-    assert 400 <= int(measured.split()[-1]) <= 440
+    assert 180 <= int(measured.split()[-1]) <= 195
+    assert any(call.startswith("sft.sh") and "--steps 140 " in call for call in calls)
     done, calls = run(repository)  # goes on with the same number, whatever time is left
     assert not any("quickstart_steps.py" in call for call in calls)
     assert any("--steps 140 " in call for call in calls)
     done, calls = run(repository, QUICKSTART_STEPS="20")
-    assert any("--steps 20 " in call for call in calls)
+    assert any("--steps 20 " in call for call in calls) and any("--steps 40 " in call for call in calls)
+
+
+def test_what_has_changed_is_shown_and_counted(tmp_path: Path) -> None:
+    def write(name: str, *answers: str) -> Path:
+        kinds = [("next", True), ("next", True), ("documentation", False)]
+        lines = [
+            {
+                "messages": [{"role": "user", "content": f"q{place}"}, {"role": "assistant", "content": "7"}],
+                "kind": kind, "is_held_out": held_out, "response": {"role": "assistant", "content": answer},
+            }
+            for place, ((kind, held_out), answer) in enumerate(zip(kinds, answers, strict=True))
+        ]  # fmt: skip
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return tmp_path / name
+
+    files = [write("before.jsonl", "x " * 50, "7 ", "7"), write("after.jsonl", "7", "7", "8")]
+    command = [sys.executable, "launch/quickstart_answers.py", *map(str, files)]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.strip() for line in shown] == [
+        "q0", "before  " + "x " * 30 + " ...", "after   7", "q2", "before  7", "after   8",
+        "held-out questions answered exactly, before and after:", "next    1 and 2 of 2",
+    ]  # fmt: skip
 
 
 def test_a_machine_that_cannot_be_measured_is_one_line(repository: Path) -> None:
