@@ -2,8 +2,8 @@
 # From nothing to a small model that answers, in about 8 minutes: bash launch/quickstart.sh
 # A demonstration: a model of this size, after minutes, knows a few rules and sentences.
 # Safe to run again: what is done is kept, and an interrupted training goes on from its last checkpoint.
-# QUICKSTART_STEPS=N trains for N steps instead of as many as fit, and fine-tunes for twice as many, half as large; everything lies in
-# data/quickstart, runs/quickstart and runs/quickstart_chat.
+# QUICKSTART_STEPS=N trains for N steps instead of as many as fit, and fine-tunes for twice as many, half as large.
+# Everything lies in data/quickstart, runs/quickstart and runs/quickstart_chat.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"

@@ -63,10 +63,10 @@ def test_the_chosen_number_is_said_and_kept(repository: Path) -> None:
     done, calls = run(repository)
     assert done.returncode == 0, done.stderr
     assert "140 steps, and as much to fine-tune it, each at most 3 minutes here" in done.stdout
-    assert any(call.startswith("pretrain.sh") and "--steps 280 " in call for call in calls)
+    assert any(call.startswith("pretrain.sh") and "--steps 140 " in call for call in calls)
     (measured,) = [call for call in calls if "quickstart_steps.py" in call]
     assert 180 <= int(measured.split()[-1]) <= 195
-    assert any(call.startswith("sft.sh") and "--steps 140 " in call for call in calls)
+    assert any(call.startswith("sft.sh") and "--steps 280 " in call for call in calls)
     done, calls = run(repository)  # goes on with the same number, whatever time is left
     assert not any("quickstart_steps.py" in call for call in calls)
     assert any("--steps 140 " in call for call in calls)
