@@ -1,25 +1,29 @@
-"""Larger worlds by arithmetic: bytes on the wire and time for 8 to 1024 GPUs, for each ZeRO stage and ep size.
+"""Larger worlds by arithmetic: bytes on the wire and time for 8 to 1024 GPUs, for each ZeRO stage and ep size, and by
+counting: what the project itself does at the start, in a step, at a save and at a resume of many ranks.
 
-    python benchmarks/scaling.py            # writes benchmarks/scaling.md
+    python benchmarks/scaling.py [--count]     # writes benchmarks/scaling.md; --count: counts anew, a minute or two
 
-Derived from exact counts of operations and parameters, from stated bandwidths, and from `weak_scaling.json`, which was
-measured here. Every assumption is in the page's head.
+Derived from exact counts of operations and parameters, from stated bandwidths, and from `scaling_counts.json`. Every
+assumption is in the page's head; the page's prose stays, its tables are replaced.
 """
 
 import json
-import statistics
+import math
+import re
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from harness import OUT, ROOT
+from harness import ROOT
 
 from minimind.config.run_config import preset
 from minimind.model.config import ModelConfig
 
-WORLDS = (8, 16, 32, 64, 128, 256, 512, 1024)
+WORLDS = (8, 16, 64, 256, 1024)
 STAGES = (0, 1, 2, 3)
-BYTES = 2  # bf16 weights and gradients on the wire: DeepSpeed's default communication type in a bf16 run
+COUNTS = ROOT / "benchmarks" / "scaling_counts.json"
 
 
 @dataclass(frozen=True)
@@ -50,24 +54,24 @@ class Job:
 
 
 def wire_bytes(job: Job, stage: int, world: int, ep_size: int = 1) -> dict[str, float]:
-    """Bytes that a rank sends in one optimizer step, by kind.
+    """Bytes that a rank sends in one optimizer step, by kind, as DeepSpeed 0.19 sends them with `ds_configs/` in bf16.
 
     A ring's all-gather or reduce-scatter of S bytes over N ranks sends S * (N - 1) / N a rank, an all-reduce twice
-    that. Stage 0: one all-reduce of the gradients a step. 1: a reduce-scatter and an all-gather of the weights, which
-    is the same. 2: a reduction each micro-batch, as it keeps a part of the gradients only. 3: beside that two
-    all-gathers each micro-batch, before the forward and before the backward pass (arXiv 1910.02054, section 7).
-    Experts are divided by ep_size, and their gradients are reduced over world / ep_size ranks.
+    that. Stage 0: one all-reduce of float32 gradients a step. 1: one of bf16 gradients, and an all-gather of the
+    weights. 2: an all-reduce each micro-batch. 3: each micro-batch a reduce-scatter and two all-gathers of the weights,
+    before the forward and before the backward pass (arXiv 1910.02054, section 7). Experts are divided by ep_size, and
+    their gradients are reduced over world / ep_size ranks.
     """
     total, config = job.config.num_params(), job.config
     layers = sum(config.has_experts(layer) for layer in range(config.num_hidden_layers))
     routed = layers * config.num_experts * 3 * config.hidden_size * config.expert_feed_forward_size
     sent = {"gradients": 0.0, "weights": 0.0, "tokens": 0.0}
     for params, ranks in ((total - routed, world), (routed / ep_size, world // ep_size)):
-        once = params * BYTES * (ranks - 1) / ranks
-        sent["gradients"] += once * {0: 1, 1: 1, 2: job.accumulation, 3: job.accumulation}[stage]
-        sent["weights"] += once * {0: 1, 1: 1, 2: 1, 3: 2 * job.accumulation}[stage]
+        once = params * (ranks - 1) / ranks
+        sent["gradients"] += once * (2 * 4, 2 * 2, 2 * 2 * job.accumulation, 2 * job.accumulation)[stage]
+        sent["weights"] += once * (0, 2, 2, 2 * 2 * job.accumulation)[stage]
     if ep_size > 1:
-        row = config.hidden_size * BYTES * config.num_experts_per_tok
+        row = config.hidden_size * 2 * config.num_experts_per_tok
         # There and back, in the forward and in the backward pass; 1 / ep_size of the tokens stay where they are.
         sent["tokens"] = 4 * layers * job.tokens * row * (ep_size - 1) / ep_size * job.accumulation
     return sent
@@ -81,46 +85,20 @@ def step_seconds(job: Job, cluster: Cluster, stage: int, world: int, ep_size: in
     nodes = max(1, world // cluster.gpus_per_node)
     bandwidth = cluster.inside if nodes == 1 else cluster.between
     tokens_bandwidth = cluster.inside if ep_size <= cluster.gpus_per_node else cluster.between
-    rounds = {0: 2, 1: 2, 2: job.accumulation + 1, 3: 3 * job.accumulation}[stage]
+    rounds = (2, 3, 2 * job.accumulation + 1, 3 * job.accumulation)[stage]
     latency = rounds * (nodes - 1) * cluster.latency * 1e-6
     ring = (sent["gradients"] + sent["weights"]) / (bandwidth * 1e9)
     return computing, ring + sent["tokens"] / (tokens_bandwidth * 1e9) + latency
 
 
-PAGE = """# Larger worlds, by arithmetic
-
-Made by `benchmarks/scaling.py`; nothing on this page was measured on a cluster. Seconds of computing are
-the exact operations of a step over {cluster.mfu:.0%} of {cluster.peak_tflops} TFLOP/s (one H200 in bf16; \
-the share is an aim, not a measurement).
-Bandwidths a GPU and direction: {cluster.inside} GB/s inside a node of {cluster.gpus_per_node}, \
-{cluster.between} GB/s between nodes
-(80% of NVLink 4 and of 400 Gbit/s); {cluster.latency} us a ring step between nodes. Weights and
-gradients travel in bf16. A rank takes 8 sequences of 2048 tokens, 4 times a step.
-
-Efficiency: computing over computing plus communication, nothing overlapped (the lower bound), and over the
-longer of the two (everything overlapped, the upper bound). A run lies between.
-
-{measured}
-{tables}
-## Where it will stop scaling
-
-{limits}
-
-What helps, in this order: more accumulation (stages 0 and 1 talk once a step whatever it is), a larger
-micro-batch, `zero3_hpz.json` (the all-gathers of stage 3 stay inside a node), and for experts an ep_size
-that stays inside a node.
-"""
-
-
-def write_page(cluster: Cluster) -> str:
-    """The whole page."""
-    tables = "".join(
-        f"\n## {name}{title}\n\n{table(Job(preset(name)), cluster, ep_size)}\n"
-        for name, title, ep_size in (
-            ("minimind3", "", 1), ("large", "", 1), ("moe-64e", ", ep_size 1", 1), ("moe-64e", ", ep_size 8", 8),
-        )
-    )  # fmt: skip
-    return PAGE.format(cluster=cluster, measured=measured_part(), tables=tables, limits=limits(cluster))
+def write_page(page: str, cluster: Cluster) -> str:
+    """The page with the present tables."""
+    models = {"minimind3": ("minimind3", 1), "large": ("large", 1)}
+    models |= {f"moe-64e, ep_size {ep_size}": ("moe-64e", ep_size) for ep_size in (1, 8)}
+    tables = {title: table(Job(preset(name)), cluster, ep_size) for title, (name, ep_size) in models.items()}
+    for title, content in {**tables, "The project itself": rank_table()}.items():
+        page = re.sub(rf"(?ms)(^## {title}$.*?)^\|.*?^$", lambda match, new=content: match[1] + new + "\n", page)  # type: ignore[misc]
+    return page
 
 
 def table(job: Job, cluster: Cluster, ep_size: int) -> str:
@@ -133,41 +111,73 @@ def table(job: Job, cluster: Cluster, ep_size: int) -> str:
             computing, talking = step_seconds(job, cluster, stage, world, ep_size)
             sent = sum(wire_bytes(job, stage, world, ep_size).values()) / 1e6
             low, high = computing / (computing + talking), computing / max(computing, talking)
-            cells.append(f" {sent:,.0f}, {talking:.3f}, {low:.0%} to {high:.0%} |")
+            # Stages 0 and 1 reduce when the backward pass has ended.
+            cells.append(f" {sent:,.0f}, {talking:.3f}, {low:.0%}" + (f" to {high:.0%} |" if stage > 1 else " |"))
         lines.append(f"| {world} | {computing:.3f} |" + "".join(cells))
     return "\n".join(lines)
 
 
-def limits(cluster: Cluster) -> str:
-    """For each model and stage, the first world whose communication outlasts its computing."""
-    lines = []
-    for name in ("minimind3", "large", "moe-64e"):
-        for stage in STAGES:
-            times = {world: step_seconds(Job(preset(name)), cluster, stage, world) for world in WORLDS}
-            beyond = [f"from {world} GPUs" for world, (computing, talking) in times.items() if talking > computing]
-            found = [*beyond, f"not up to {WORLDS[-1]}"][0]
-            lines.append(f"- {name}, ZeRO {stage}: communication outlasts computing {found}.")
+def log2(ranks: int) -> float:
+    return math.ceil(math.log2(ranks))
+
+
+# What, and the count that shows it; by how many ranks, before and now; what is still acceptable.
+ROWS = (
+    ("messages one after the other, a step's agreement", ("a step's agreement", "most", "hops"),
+     lambda n: 2 * (n - 1), log2, 34),
+    ("the same of a save", ("save", "most", "hops"),
+     lambda n: 12 * (n - 1) + log2(n), lambda n: 11 * log2(n) + 1, 12_500),
+    ("connections of a rank to others, a group", ("connections to other ranks", "most", "open"),
+     lambda n: n - 1, log2, 500),
+    ("questions of rank 0 to the store at the start", ("start", "most", "asked"),
+     lambda n: 11.8 * n, lambda n: 2 * log2(n) + 7, 20_000),
+    ("messages of all ranks for a beat, a second", ("a beat", "sum", "asked"),
+     lambda n: 2 * n + 2, lambda n: 2 * n + 2, 100_000),
+    ("files opened by all at the start: 512 shards, at 4,096 ranks 14,901", ("start", "sum", "opened"),
+     lambda n: n * (2 * SHARDS + 174), lambda n: 2 * SHARDS + n / 8 * 174 + n, 5_000_000),
+    ("GB that one rank hashes at the resume of 70B (828 GB)", None, lambda n: 828, lambda n: 828 / n, 900),
+    ("the same of 671B (8 TB)", None, lambda n: 8000, lambda n: 8000 / n, 900),
+)  # fmt: skip
+SHARDS = 14_901  # 10^12 tokens in shards of the default size
+MOST_RANKS = 1 << 17
+
+
+def rank_table() -> str:
+    """What was counted before and now, by formula at 4,096 ranks, and the number at which it stops being acceptable."""
+    counts = json.loads(COUNTS.read_text())
+    lines = ["| what | acceptable | before: 64, 512, 4,096 ranks | stops at | now: 64, 512, 4,096 ranks | stops at |"]
+    lines.append("|---|---|---|---|---|---|")
+    for what, path, before, now, most in ROWS:
+        cells = []
+        for name, formula in (("before", before), ("now", now)):
+            found = [counts[name][size][path[0]][path[1]][path[2]] for size in ("64", "512")] if path else []
+            figures = [f"{value:,}" for value in found]
+            by_formula = [formula(n) for n in (64, 512, 4096)[len(found) :]]
+            figures += [f"{round(value, 1 if value < 100 else None):,}*" for value in by_formula]
+            is_fine = formula(MOST_RANKS) <= most
+            stops = None if is_fine else next(n for n in range(2, MOST_RANKS) if formula(n) > most)
+            cells.append(f" {', '.join(figures)} | {f'{stops:,}' if stops else 'beyond 131,072'} |")
+        lines.append(f"| {what} | {most:,} |" + "".join(cells))
     return "\n".join(lines)
 
 
-def measured_part() -> str:
-    """What the same ring cost where it was measured: two ranks on two cores."""
-    path = OUT / "weak_scaling.json"
-    if not path.exists():
-        return "Measured here: nothing yet (`weak_scaling.json` is missing)."
-    content = json.loads(path.read_text())
-    seconds = {key: statistics.median(values) for key, values in content["measured"]["seconds_a_step"].items()}
-    sent = sum(wire_bytes(Job(preset("minimind3")), 1, 2).values()) / 1e6
-    return (
-        f"Measured ({content['environment']['date'][:10]}, {content['environment']['cores']} cores): a ZeRO-1 step of "
-        f"minimind3 takes {seconds['1']:.2f} s on one rank and {seconds['2']:.2f} s on two, an efficiency of "
-        f"{content['claims'][0]['median']:.0%}; by the formula two ranks send {sent:,.0f} MB each a step."
-    )
+def count_ranks() -> None:
+    """Count anew what happens now."""
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    from many_ranks import count
+
+    counts = json.loads(COUNTS.read_text())
+    for size in (64, 512):
+        with tempfile.TemporaryDirectory() as folder:
+            counts["now"][str(size)] = count(size, Path(folder))
+    COUNTS.write_text(json.dumps(counts, indent=1) + "\n")
 
 
-def main(output: Path = ROOT / "benchmarks" / "scaling.md") -> None:
-    """Write the page into `output`."""
-    output.write_text(write_page(Cluster()))
+def main(output: Path = ROOT / "benchmarks" / "scaling.md", count: bool = False) -> None:
+    """Write the tables into `output`."""
+    if count:
+        count_ranks()
+    output.write_text(write_page(output.read_text(), Cluster()))
     print(f"wrote {output}")
 
 

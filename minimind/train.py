@@ -25,6 +25,7 @@ from minimind.distributed.out_of_memory import explain_out_of_memory
 from minimind.distributed.process_group import process_group
 from minimind.distributed.startup import join_ranks, report_startup_error
 from minimind.errors import EXIT_STOPPED, UserError, run_main
+from minimind.files import raise_open_files
 from minimind.parallel.compilation import settle_compilation
 from minimind.parallel.op_builds import build_ops
 from minimind.reports.plan.memory import estimate_memory
@@ -37,9 +38,10 @@ def main(args: Sequence[str] | None = None) -> int:
     launcher = LauncherWatch()
     env = read_environment()
     command = parse_command_line(args, lambda place: open_source(Path(place), hashes=False).config)
-    device = find_device(env)
+    device = find_device(env, command.run.train.device)
     if device.type == "cpu" and not keep_freed_memory():
         log("malloc is left as it is (another C library, or MALLOC_* is set): freed memory may go back to the system")
+    raise_open_files()
     env = find_master(env)
     use_own_caches(env)
     try:
@@ -55,10 +57,14 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     timeout_minutes = resolved.train.timeout_minutes
     with (
-        join_ranks(resolved, env, device, data.train.reader.fingerprint, functools.partial(build_ops, resolved)) as (
-            store,
-            watchdog,
-        ),
+        join_ranks(
+            resolved,
+            env,
+            device,
+            data.train.reader.fingerprint,
+            functools.partial(data.check_files, env),
+            functools.partial(build_ops, resolved),
+        ) as (store, watchdog),
         process_group(env, device, timeout_minutes, store),
         watchdog.report_failure(),
         explain_out_of_memory(device, memory_remedies(resolved), env.rank_label, lambda: watchdog.position),

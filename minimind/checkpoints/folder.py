@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind.checkpoints.manifest import CheckpointError, CheckpointManifest, read_manifest, verify_files
+from minimind.distributed.share import Share, share_among_threads
 from minimind.files import replace_file
 
 LATEST_NAME = "latest"
@@ -51,10 +52,14 @@ def step_of(folder: Path) -> int:
 
 
 def verify_checkpoint(
-    folder: Path, *, hashes: bool = True, report: Callable[[str], Any] = lambda message: None
+    folder: Path,
+    *,
+    hashes: bool = True,
+    report: Callable[[str], Any] = lambda message: None,
+    share: Share = share_among_threads,
 ) -> CheckpointManifest:
-    """Compare a checkpoint with its manifest: every file there, sizes and (`hashes`) contents. A file that is not of
-    the checkpoint is reported and left alone.
+    """Compare a checkpoint with its manifest: every file there, sizes and (`hashes`) contents, which `share` reads. A
+    file that is not of the checkpoint is reported and left alone.
 
     Raises:
         CheckpointError: naming the first file that is wrong.
@@ -63,12 +68,14 @@ def verify_checkpoint(
     manifest = read_manifest(folder)
     if manifest.step != step:
         raise CheckpointError(f"{folder}: its manifest is of step {manifest.step}")
-    for name in verify_files(folder, manifest, hashes=hashes):
+    for name in verify_files(folder, manifest, hashes=hashes, share=share):
         report(f"{folder}: {name} is not of this checkpoint; left alone")
     return manifest
 
 
-def newest_valid(run_dir: Path, report: Callable[[str], Any], *, hashes: bool = True) -> Path | None:
+def newest_valid(
+    run_dir: Path, report: Callable[[str], Any], share: Share = share_among_threads, *, hashes: bool = True
+) -> Path | None:
     """The newest checkpoint that agrees with its manifest; each one skipped is reported with the reason.
 
     Raises:
@@ -77,7 +84,7 @@ def newest_valid(run_dir: Path, report: Callable[[str], Any], *, hashes: bool = 
     folders = list_checkpoints(run_dir)
     for folder in reversed(folders):
         try:
-            verify_checkpoint(folder, hashes=hashes, report=report)
+            verify_checkpoint(folder, hashes=hashes, report=report, share=share)
         except CheckpointError as error:
             report(f"checkpoint skipped: {error}")
         else:
@@ -90,7 +97,9 @@ def newest_valid(run_dir: Path, report: Callable[[str], Any], *, hashes: bool = 
     return None
 
 
-def find_checkpoint(path: Path, report: Callable[[str], Any], *, hashes: bool = True) -> Path:
+def find_checkpoint(
+    path: Path, report: Callable[[str], Any], share: Share = share_among_threads, *, hashes: bool = True
+) -> Path:
     """A checkpoint compared with its manifest: `path` itself, or the newest valid one of a run.
 
     Raises:
@@ -99,9 +108,9 @@ def find_checkpoint(path: Path, report: Callable[[str], Any], *, hashes: bool = 
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; give a run's, or that of a checkpoint")
     if not checkpoints_folder(path).is_dir():
-        verify_checkpoint(path, hashes=hashes, report=report)
+        verify_checkpoint(path, hashes=hashes, report=report, share=share)
         return path
-    found = newest_valid(path, report, hashes=hashes)
+    found = newest_valid(path, report, share, hashes=hashes)
     if found is None:
         raise CheckpointError(f"{path}: the run has not saved any checkpoint")
     return found

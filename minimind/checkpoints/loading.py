@@ -27,16 +27,18 @@ from minimind.checkpoints.portable_loading import load_portable, part_of
 from minimind.checkpoints.probe import check_probe_loss, probe_loss
 from minimind.config.resolved_run import ResolvedRun
 from minimind.distributed.collectives import gather_objects, log
+from minimind.distributed.share import Share
 from minimind.errors import UserError, first_line
 from minimind.parallel.loss_scale import set_grad_scaler
 
 
-def find_resume(run_dir: Path, resume: str, report: Callable[[str], Any] = log) -> Path | None:
+def find_resume(run_dir: Path, resume: str, share: Share, report: Callable[[str], Any] = log) -> Path | None:
     """The checkpoint that `--resume` asks for, compared with its manifest, or None for a fresh start. One rank calls
     this.
 
     Args:
         resume: "auto", "never", or the path of a checkpoint folder or of a run folder.
+        share: who reads the files that are compared.
 
     Raises:
         CheckpointError: "never" where checkpoints are; nothing valid; a path that holds no valid checkpoint.
@@ -47,11 +49,11 @@ def find_resume(run_dir: Path, resume: str, report: Callable[[str], Any] = log) 
             f"--resume never: {run_dir} already holds {there[-1].name}; give another --run-dir, or use --resume auto"
         )
     if resume in ("never", "auto"):
-        found = newest_valid(run_dir, report)
+        found = newest_valid(run_dir, report, share)
         if found is not None:
             check_latest(run_dir, found, report)
         return found
-    chosen = find_checkpoint(Path(resume), report)
+    chosen = find_checkpoint(Path(resume), report, share)
     # Two futures in one folder would be taken for one by the next `--resume auto`.
     newer = [folder.name for folder in there if step_of(folder) > step_of(chosen)]
     if newer:

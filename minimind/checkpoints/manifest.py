@@ -4,13 +4,14 @@ A checkpoint is `checkpoints/step_XXXXXXXX/`. The manifest carries its own sha25
 that name: a folder without a manifest, or that disagrees with it, is damaged.
 """
 
-import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from minimind.distributed.share import Share, share_among_threads
 from minimind.errors import UserError
 from minimind.files import hash_file
 from minimind.schema import check_fields
@@ -21,7 +22,6 @@ CLIENT_STATE_KEY = "minimind"
 """Key of our own state in DeepSpeed's files."""
 # Stands in the manifest for its own sha256 while that is computed.
 _NO_SEAL = "0" * 64
-_HASHING_THREADS = 4
 
 
 class CheckpointError(UserError):
@@ -114,9 +114,14 @@ def read_manifest(folder: Path) -> CheckpointManifest:
         raise CheckpointError(f"{path}: damaged: {error}") from None
 
 
-def verify_files(folder: Path, manifest: CheckpointManifest, *, hashes: bool = True) -> list[str]:
+def verify_files(
+    folder: Path, manifest: CheckpointManifest, *, hashes: bool = True, share: Share = share_among_threads
+) -> list[str]:
     """Compare the files of a folder with a manifest, several at a time. Gives what else lies there (notes of a person,
     what a file system leaves), which harms nothing.
+
+    Args:
+        share: who reads the files: the threads of this process, or all ranks.
 
     Raises:
         CheckpointError: naming the first file that is wrong, or one more that DeepSpeed would take for its own.
@@ -126,15 +131,16 @@ def verify_files(folder: Path, manifest: CheckpointManifest, *, hashes: bool = T
     for name in extra:
         if name.endswith("_states.pt"):
             raise CheckpointError(f"{folder}: {name} is not in the manifest: a file of another checkpoint")
-    with concurrent.futures.ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        for wrong in pool.map(lambda record: _find_damage(folder, record, hashes), manifest.files):
+    # Sizes first: a file that was cut short need not be found by reading all before it.
+    for reads in (False, True) if hashes else (False,):
+        by = share if reads else share_among_threads
+        for wrong in by(functools.partial(_find_damage, folder, hashes=reads), manifest.files):
             if wrong:
-                pool.shutdown(cancel_futures=True)
                 raise CheckpointError(f"{folder}: {wrong}")
     return extra
 
 
-def _find_damage(folder: Path, record: FileRecord, hashes: bool) -> str | None:
+def _find_damage(folder: Path, record: FileRecord, *, hashes: bool) -> str | None:
     path = folder / record.path
     try:
         size = path.stat().st_size

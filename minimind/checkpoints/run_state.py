@@ -39,7 +39,7 @@ AT_RESUME: dict[str, Change] = {
     # Which weights the files hold, and on which others they stand.
     **dict.fromkeys((*_TRAINED, "base"), "fixed"),
     **dict.fromkeys(("teacher", "distill_alpha", "distill_temperature", "distill_kl"), "fixed"),
-    **dict.fromkeys(("run_dir", "resume", "ds_config", "num_workers", "timeout_minutes"), "silent"),
+    **dict.fromkeys(("run_dir", "resume", "device", "ds_config", "num_workers", "timeout_minutes"), "silent"),
     **dict.fromkeys(("log_every", "tensorboard", "wandb_project", "preflight", "profile_steps"), "silent"),
 }
 """What a continuation may change. fixed: with another value it is another run. topology: through the portable form.

@@ -6,6 +6,7 @@ few small state classes of DeepSpeed, with stand-ins where DeepSpeed is not inst
 
 import pickle
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ _DEEPSPEED_CLASSES = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
+
+_ALLOWED = threading.Lock()
+"""What torch allows in a file is one list for all threads of a process."""
 
 
 class StateValue:
@@ -50,7 +54,7 @@ def load_states(path: Path, classes: Sequence[Any], *, mmap: bool) -> dict[str, 
         CheckpointError: it cannot be read, or refers to anything else.
     """
     try:
-        with torch.serialization.safe_globals(list(classes)):
+        with _ALLOWED, torch.serialization.safe_globals(list(classes)):
             return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
         reason = re.search(r"GLOBAL (\S+)", str(error))

@@ -39,7 +39,7 @@ from minimind.checkpoints.manifest import (
 from minimind.checkpoints.retention import prune
 from minimind.checkpoints.run_state import DataFingerprint, describe_run
 from minimind.config.resolved_run import ResolvedRun
-from minimind.distributed.collectives import broadcast_object, gather_objects
+from minimind.distributed.collectives import broadcast_object, gather_objects, gather_on_first
 from minimind.files import fsync_folder, partial_folder, publish, replace_file
 from minimind.model.pretrained import TIED_NAME
 from minimind.model.tuning import EMBEDDING
@@ -124,7 +124,7 @@ class CheckpointSaver:
         if self._publishing:
             return final
         self._publishing = True
-        files = sorted(itertools.chain(*gather_objects(records)), key=lambda record: record.path)
+        files = sorted(itertools.chain(*gather_on_first(records)), key=lambda record: record.path)
         manifest = dataclasses.replace(self._manifest, files=tuple(files))
         is_first = torch.distributed.get_rank() == 0
         self._work = self._pool.submit(self._publish, manifest, final) if is_first else self._pool.submit(bool)

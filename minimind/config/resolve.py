@@ -34,6 +34,9 @@ DEFAULTS: dict[str, Any] = {
 """What a setting is where neither the run nor the JSON says it."""
 MUON_MOMENTUM = 0.95
 
+MANY_RANKS = 512
+"""A ring rounds a sum in bf16 at every hop: from so many ranks on, a run is told."""
+
 
 def resolve_run(
     run: RunConfig,
@@ -111,6 +114,11 @@ def resolve_run(
     zero = resolved.zero
     if settled.gradient_accumulation_steps > 1 and zero.weights == "bf16" and zero.grad_accum_dtype is None:
         notes.append('gradients accumulate in bf16; "data_types": {"grad_accum_dtype": "fp32"} keeps them exact')
+    if dp_size >= MANY_RANKS and zero.weights == "bf16" and "communication_data_type" not in ds:
+        notes.append(
+            f'gradients of {dp_size} ranks are summed in bf16, rounded at every hop; "communication_data_type": "fp32" '
+            "sums them exactly, for twice the bytes"
+        )
     return dataclasses.replace(resolved, notes=tuple(notes))
 
 

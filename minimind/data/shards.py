@@ -1,12 +1,14 @@
 """Reads prepared corpora: any span of the token stream.
 
 A corpus is a folder with `train/` and `val/`, each a complete shard folder (see `manifest.py` and `shard_writer.py`).
-Files are mapped when a span touches them, a bounded number at a time. Imports no torch.
+Files are mapped when a span first touches them, and stay mapped, as many as the limit on open files allows. Imports no
+torch.
 """
 
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import numpy as np
 from minimind.data.array_file import check_array_file, map_array_file
 from minimind.data.chat_template import TEMPLATE_NAME
 from minimind.data.manifest import MANIFEST_NAME, Manifest, ShardError, ShardInfo
-from minimind.files import hash_file
+from minimind.files import hash_file, raise_open_files
 
 SPLITS = ("train", "val")
 PARTIAL_NAME = ".partial"
@@ -23,25 +25,41 @@ PARTIAL_NAME = ".partial"
 CORPUS_NAME = "corpus.json"
 """What a corpus was made from: the last file that is moved into place."""
 BAD_DOCUMENTS_NAME = "bad_documents.txt"
-_OPEN_MAPS = 64
+_MOST_MAPS = 1 << 15
+"""Linux lets a process map 65,530 areas."""
 _VERIFY_CHUNK = 1 << 20
 
 
 class ShardReader:
-    """The token stream of one finished shard folder. Raises `ShardError` at once for a file that is missing or has
-    another size or type than the manifest says (contents are checked by `verify`)."""
+    """The token stream of one finished shard folder. Raises `ShardError` for a file that is missing or has another size
+    or type than the manifest says: at once, or with `check=False` when it is first read, as `check_files` can be shared
+    by many processes (contents are checked by `verify`)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, check: bool = True) -> None:
         self.folder = Path(folder)
         self.manifest = Manifest.load(self.folder)
         self.dtype = np.dtype(self.manifest.dtype)
-        for shard in self.manifest.shards:
-            for name, dtype, length in shard.arrays(self.manifest.dtype):
-                check_array_file(self.folder / name, dtype, length)
+        if check:
+            self.check_files()
         # Stream offset of the first token of each shard, and of the end: (num_shards + 1,)
         self._offsets = np.cumsum([0, *(shard.tokens for shard in self.manifest.shards)], dtype=np.int64)
-        # An open map costs a descriptor and address space; lru_cache is safe between threads.
-        self._map_file = functools.lru_cache(maxsize=2 * _OPEN_MAPS)(self.open_file)
+        # An open map holds a descriptor, and half of them are left to others; lru_cache is safe between threads.
+        most = max(64, min(_MOST_MAPS, raise_open_files() // 2))
+        self._map_file = functools.lru_cache(maxsize=most)(self.open_file)
+
+    def check_files(self, rank: int = 0, world_size: int = 1, *, lists: bool = True) -> None:
+        """Compare the files with the manifest by size and header, each process every `world_size`-th shard.
+
+        Args:
+            lists: also look for every name, in one listing of the folder; one process of a host is enough.
+        """
+        if lists and world_size > 1:
+            there = set(os.listdir(self.folder))
+            for name in [name for shard in self.manifest.shards for name in shard.files if name not in there]:
+                raise ShardError(f"{self.folder / name} is missing")
+        for shard in self.manifest.shards[rank::world_size]:
+            for name, dtype, length in shard.arrays(self.manifest.dtype):
+                check_array_file(self.folder / name, dtype, length)
 
     @property
     def num_tokens(self) -> int:
@@ -116,14 +134,15 @@ def find_split(folder: Path, split: str) -> Path | None:
     return folder / split if (folder / split / MANIFEST_NAME).exists() else None
 
 
-def open_split(folder: Path, split: str) -> ShardReader:
-    """The reader of a corpus folder's `split`, or of a shard folder given itself (see `find_split`)."""
+def open_split(folder: Path, split: str, *, check: bool = True) -> ShardReader:
+    """The reader of a corpus folder's `split`, or of a shard folder given itself (see `find_split`); `check` as of
+    `ShardReader`."""
     found = find_split(folder, split)
     if found is None:
         raise ShardError(
             f"{folder} has no {split} split; use another folder, or prepare it with --val-fraction above 0"
         )
-    return ShardReader(found)
+    return ShardReader(found, check=check)
 
 
 def verify(folder: Path, on_shard: Callable[[], object] | None = None) -> Manifest:

@@ -6,6 +6,7 @@ import socket
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import deepspeed.comm
 import deepspeed.ops
@@ -23,6 +24,7 @@ deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 
 DEFAULT_MASTER_PORT = 29500
+NVIDIA_DEVICE = Path("/dev/nvidia0")
 
 
 def node_name() -> str:
@@ -131,13 +133,22 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
     return int(text)
 
 
-def find_device(env: RankEnvironment) -> torch.device:
-    """The device of this rank: its CUDA device where there are any, otherwise the CPU.
+def find_device(env: RankEnvironment, wanted: str = "auto") -> torch.device:
+    """The device of this rank: its CUDA device where there are any, otherwise the CPU, unless one of them is `wanted`.
 
     Raises:
-        OneRankError: fewer CUDA devices than local ranks.
+        OneRankError: fewer CUDA devices than local ranks, or none that torch can use where they are wanted or there.
     """
+    if wanted == "cpu":
+        return torch.device("cpu")
     if not torch.cuda.is_available():
+        is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+        if wanted == "cuda" or (NVIDIA_DEVICE.exists() and not is_hidden):
+            built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs alone"
+            raise OneRankError(
+                f"{node_name()}: {'--device cuda' if wanted == 'cuda' else NVIDIA_DEVICE}: torch {torch.__version__}, "
+                f"made for {built}, finds no GPU: update the driver, install torch for CUDA, or pass --device cpu"
+            )
         return torch.device("cpu")
     count = torch.cuda.device_count()
     # A launcher that shows each rank one device only (srun --gpus-per-task=1, or CUDA_VISIBLE_DEVICES=$SLURM_LOCALID)

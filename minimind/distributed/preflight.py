@@ -22,7 +22,7 @@ import torch
 from minimind.distributed.environment import RankEnvironment, node_name
 from minimind.distributed.heartbeats import describe_ranks
 from minimind.errors import OneRankError, UserError, first_line
-from minimind.files import ROOT
+from minimind.files import ROOT, raise_open_files
 from minimind.units import format_bytes, format_table
 
 NOTICE_SECONDS = 30.0
@@ -39,19 +39,28 @@ _SAME_EVERYWHERE |= {"code": "revision of the repository", "device_type": "kind 
 Report = dict[str, Any]
 """What a rank says of itself (`examine`); of one that failed before that: its `rank`, `host` and `error`."""
 
+CONNECTIONS_A_RANK = 2
+"""To the store, which rank 0 serves: a rank's own, and its watchdog's."""
+OTHER_FILES = 256
+
 
 def examine(env: RankEnvironment, device: torch.device, run_dir: Path, shards: str) -> Report:
-    """This rank's own report; `shards` is the fingerprint of the training shards."""
-    return {
+    """This rank's own report; `shards` is the fingerprint of the training shards. What is the host's own, the first
+    rank of each host finds out: eight need not read the same source."""
+    report = {
         "rank": env.rank,
         "host": node_name(),
+        "device_type": device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores",
+    }
+    if env.local_rank:
+        return report
+    return report | {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "deepspeed": version("deepspeed"),
         "numpy": version("numpy"),
         "code": hash_source(ROOT / "minimind"),
-        "device_type": device.type,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores",
         "free_bytes": shutil.disk_usage(_folders(run_dir)[_first_existing(run_dir)]).free,
         "shards": shards,
         "sees_run_folder": True,
@@ -102,7 +111,9 @@ def run_preflight(
             time.sleep(0.05)
     else:
         probe = _get(store, "preflight/probe", join_minutes * 60)
-        _send(store, {**report, "sees_run_folder": not probe or _sees(run_dir, *json.loads(probe))})
+        if probe and "sees_run_folder" in report:
+            report["sees_run_folder"] = _sees(run_dir, *json.loads(probe))
+        _send(store, report)
         problem = _get(store, "preflight/problem", join_minutes * 60 + SIGHT_SECONDS * 2)
         store.add("preflight/heard", 1)
     if problem:
@@ -115,11 +126,11 @@ def find_mismatch(reports: list[Report], run_dir: Path, needed_bytes: int) -> st
         if "error" in report:
             return f"{report['host']} (rank {report['rank']}): {report['error']}"
     for name, remedy in _SAME_EVERYWHERE.items():
-        by_value = _group(reports, name)
+        by_value = _group([report for report in reports if name in report], name)
         if len(by_value) > 1:
             parts = [f"{value} on {_hosts(group)}" for value, group in by_value.items()]
             return f"preflight: {name} is {' and '.join(parts)}; use the same {remedy} on every host"
-    for report in reports:
+    for report in [report for report in reports if "free_bytes" in report]:
         if report["free_bytes"] < needed_bytes:
             return (
                 f"preflight: {report['host']} has {format_bytes(report['free_bytes'])} free for the run folder, and a "
@@ -138,7 +149,7 @@ def host_table(reports: list[Report]) -> str:
     by_host = _group(reports, "host")
     rows = [("host", "ranks", "python", "torch", "deepspeed", "code", "device", "free")]
     for host, group in list(by_host.items())[:LONGEST_TABLE]:
-        one = group[0]
+        one = next((report for report in group if "code" in report), group[0])
         versions = (one["python"], one["torch"], one["deepspeed"], one["code"])
         device = f"{len(group)} x {one['device']}" if one["device_type"] == "cuda" else f"cpu, {one['device']}"
         rows.append((host, _ranks(group), *versions, device, format_bytes(one["free_bytes"])))
@@ -156,6 +167,14 @@ def _compare(
     log: Callable[[str], None],
 ) -> str | None:
     """Rank 0's side: make a file for the others to see where the run folder is or will be, and gather the reports."""
+    needed_files, limit = CONNECTIONS_A_RANK * env.world_size + OTHER_FILES, raise_open_files()
+    if limit < needed_files:
+        return (
+            f"preflight: {report['host']} lets a process open {limit} files, and rank 0 of {env.world_size} ranks "
+            f"needs {needed_files}; raise its hard limit (ulimit -Hn)"
+        )
+    if "error" in report:
+        return find_mismatch([report], run_dir, needed_bytes)
     depth = _first_existing(run_dir)
     probe = _folders(run_dir)[depth] / f".preflight-{uuid.uuid4().hex}"
     try:
@@ -182,26 +201,30 @@ def _gather_reports(
     log: Callable[[str], None],
 ) -> list[Report]:
     """The reports of the other ranks, in order; or those that came before one that reports an error, and that one."""
-    reports: dict[int, Report] = {}
-    missing = list(range(1, env.world_size))
+    others = range(1, env.world_size)
     began = noticed = time.monotonic()
     while True:
-        for rank in [rank for rank in missing if store.check([f"preflight/report/{rank}"])]:
-            reports[rank] = json.loads(store.get(f"preflight/report/{rank}"))
-            missing.remove(rank)
-        if not missing or any("error" in report for report in reports.values()):
-            return [reports[rank] for rank in sorted(reports)]
-        now = time.monotonic()
-        here = f"here: {_hosts([own, *reports.values()])}"
-        if now - began > join_minutes * 60:
-            raise UserError(
-                f"rank {describe_ranks(missing)} of {env.world_size} did not come in {join_minutes:g} minutes; {here}; "
-                "see the launcher's output for the other hosts"
-            )
-        if now - noticed > NOTICE_SECONDS:
+        # Two questions a round, however many ranks there are; only a line about those that are missing asks for each.
+        is_failed, now = store.check(["preflight/failed"]), time.monotonic()
+        is_late, is_due = now - began > join_minutes * 60, now - noticed > NOTICE_SECONDS
+        if is_failed or store.add("preflight/reports", 0) == len(others):
+            return _read_reports(store, [int(store.get("preflight/failed"))] if is_failed else others)
+        if is_late or is_due:
             noticed = now
-            log(f"waiting for rank {describe_ranks(missing)} for {now - began:.0f} s; {here}")
+            came = [rank for rank in others if store.check([f"preflight/report/{rank}"])]
+            missing = describe_ranks(sorted(set(others) - set(came)))
+            here = f"here: {_hosts([own, *_read_reports(store, came)])}"
+            if is_late:
+                raise UserError(
+                    f"rank {missing} of {env.world_size} did not come in {join_minutes:g} minutes; {here}; see the "
+                    "launcher's output for the other hosts"
+                )
+            log(f"waiting for rank {missing} for {now - began:.0f} s; {here}")
         time.sleep(0.05 if now - began < 5 else 0.5)
+
+
+def _read_reports(store: torch.distributed.Store, ranks: Iterable[int]) -> list[Report]:
+    return [json.loads(text) for text in store.multi_get([f"preflight/report/{rank}" for rank in ranks])]
 
 
 def _folders(run_dir: Path) -> list[Path]:
@@ -222,6 +245,9 @@ def _sees(run_dir: Path, depth: int, name: str) -> bool:
 
 def _send(store: torch.distributed.Store, report: Report) -> None:
     store.set(f"preflight/report/{report['rank']}", json.dumps(report))
+    if "error" in report:
+        store.compare_set("preflight/failed", "", str(report["rank"]))
+    store.add("preflight/reports", 1)
 
 
 def _get(store: torch.distributed.Store, key: str, seconds: float) -> str:

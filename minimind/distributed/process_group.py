@@ -9,11 +9,15 @@ from collections.abc import Iterator
 
 import deepspeed.comm
 import deepspeed.ops
+import deepspeed.utils.groups
 import torch.distributed
 
 from minimind.distributed.cpu_gather import gather_in_place
 from minimind.distributed.environment import DEFAULT_MASTER_PORT, RankEnvironment, node_name
 from minimind.errors import OneRankError, first_line
+
+NCCL_SECONDS = 60.0
+"""On CUDA a collective fails so much later than the watchdog, which says where every rank is: NCCL would only abort."""
 
 
 def connect_store(env: RankEnvironment, timeout_minutes: float) -> torch.distributed.Store:
@@ -94,6 +98,7 @@ def process_group(
     if store is None:
         is_alone = env.world_size == 1 and env.master_addr is None
         store = torch.distributed.HashStore() if is_alone else connect_store(env, timeout_minutes)
+    later = NCCL_SECONDS if device.type == "cuda" else 0.0
     with _told_by_environment(env, device):
         try:
             torch.distributed.init_process_group(
@@ -101,13 +106,16 @@ def process_group(
                 store=torch.distributed.PrefixStore("group", store),
                 rank=env.rank,
                 world_size=env.world_size,
-                timeout=datetime.timedelta(minutes=timeout_minutes),
+                timeout=datetime.timedelta(minutes=timeout_minutes, seconds=later),
             )
         except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
             reason = first_line(error)
             raise OneRankError(f"rank {env.rank} on {node_name()}: no process group: {reason}") from None
         try:
             deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+            # DeepSpeed would clone the world for get_global_rank, which torch 2.13 answers for the world itself: a
+            # second set of connections, on CUDA a second NCCL communicator.
+            deepspeed.utils.groups._WORLD_GROUP = torch.distributed.group.WORLD
             if backend == "gloo":
                 deepspeed.comm.comm.cdb.all_gather_function = gather_in_place
             yield
@@ -125,6 +133,9 @@ def _told_by_environment(env: RankEnvironment, device: torch.device) -> Iterator
     # DeepSpeed takes the local rank for the number of the device, which is 0 where a task sees only its own.
     local_rank = str(env.local_rank if device.index is None else device.index)
     told = {"RANK": str(env.rank), "WORLD_SIZE": str(env.world_size), "LOCAL_RANK": local_rank}
+    # gloo connects two ranks when they first speak to each other, instead of everybody with everybody at the start: a
+    # rank needs some 20 descriptors at any world size, and the store no list of all addresses for each rank.
+    told |= {"TORCH_GLOO_LAZY_INIT": os.environ.get("TORCH_GLOO_LAZY_INIT", "1")}
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed wants both alike
         told["OMPI_COMM_WORLD_LOCAL_RANK"] = local_rank
     before = {name: os.environ.get(name) for name in told}

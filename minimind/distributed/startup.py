@@ -5,7 +5,6 @@ Every wait has a limit and names the rank that is missing.
 
 import contextlib
 import datetime
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,12 +29,14 @@ def join_ranks(
     env: RankEnvironment,
     device: torch.device,
     shards: str,
+    check_data: Callable[[], None],
     build: Callable[[Callable[[str], None]], None],
 ) -> Iterator[tuple[torch.distributed.Store | None, Watchdog]]:
     """The store for the process group, and the watchdog, which runs while the block does. Every rank calls this.
 
     Args:
         shards: fingerprint of the training shards.
+        check_data: checks this rank's share of the data.
         build: compiles what the run needs, on one rank of each host while the others wait; it may say what it does.
 
     Raises:
@@ -51,6 +52,10 @@ def join_ranks(
     store = connect_store(env, minutes)
     if train.preflight:
         report = examine(env, device, run_dir, shards)
+        try:
+            check_data()
+        except UserError as error:
+            report["error"] = str(error)
         needed = resolved.checkpoint_bytes
         run_preflight(env, store, report, run_dir, needed_bytes=needed, join_minutes=minutes, log=log)
     store.set_timeout(datetime.timedelta(minutes=train.timeout_minutes))
@@ -75,9 +80,10 @@ def _build_on_each_host(
             build(lambda line: print(f"{node_name()}: {line}", flush=True))
         except UserError as error:
             store.set("build/problem", f"{node_name()}: {error}")
-    store.add("build/done", 1)
-    while store.add("build/done", 0) < env.world_size:
-        time.sleep(0.1)
+    if store.add("build/done", 1) == env.world_size:
+        store.set("build/all", "")
+    # One question that rank 0 answers at the end: a rank that asks every tenth of a second is one of thousands.
+    store.wait(["build/all"], datetime.timedelta(days=30))
     watchdog.report(None, "starting")
     if store.check(["build/problem"]):
         raise UserError(store.get("build/problem").decode())

@@ -15,6 +15,8 @@ from types import FrameType
 
 import torch
 
+from minimind.distributed.collectives import all_reduce_ints
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAVE_FILE = "SAVE"
 STOP_FILE = "STOP"
@@ -43,13 +45,11 @@ class StopRequests:
 
     def all_reduce(self, values: tuple[int, ...] = ()) -> tuple[Requests, tuple[int, ...]]:
         """The requests of all ranks together, and the element-wise maximum of `values`. Every rank calls this: one
-        collective, on host memory, so the device keeps working.
+        collective on host memory, in every step, so it goes over a tree of the ranks.
         """
         # (highest signal, launcher gone, SAVE exists, STOP exists, the caller's values)
         flags = [self._signal, self._launcher_gone(), self._exists(SAVE_FILE), self._exists(STOP_FILE)]
-        tensor = torch.tensor([*flags, *values], dtype=torch.int64)
-        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
-        number, launcher_gone, save, stop, *largest = tensor.tolist()
+        number, launcher_gone, save, stop, *largest = all_reduce_ints([*flags, *values], torch.maximum)
         if number or launcher_gone:
             reason = signal.Signals(number).name if number else "the end of its launcher"
         else:

@@ -20,6 +20,7 @@ from minimind.config.run_config import RunConfig
 from minimind.data.chat_template import TEMPLATE_NAME
 from minimind.data.shards import ShardReader
 from minimind.distributed.collectives import log
+from minimind.distributed.share import Share, share_among_threads
 from minimind.errors import UserError
 from minimind.files import read_json, replace_file, write_json
 from minimind.model.config import ModelConfig
@@ -86,9 +87,11 @@ def _settings(run: RunConfig, fingerprint: str | None) -> dict[str, Any]:
     return {**vars(run.model), **vars(run.data), **vars(run.train), "shards": fingerprint and fingerprint[:12]}
 
 
-def open_run_folder(resolved: ResolvedRun, reader: ShardReader, notes: list[str]) -> Resume | None:
+def open_run_folder(
+    resolved: ResolvedRun, reader: ShardReader, notes: list[str], share: Share = share_among_threads
+) -> Resume | None:
     """Find what to continue from, and write the resolved configurations and the tokenizer into the folder. Rank 0
-    alone, inside the process group and holding the folder's lock.
+    alone, inside the process group and holding the folder's lock; all ranks read for it by `share`.
 
     Raises:
         UserError: nothing valid to continue from, another run's checkpoint, or a folder that cannot be written.
@@ -98,7 +101,7 @@ def open_run_folder(resolved: ResolvedRun, reader: ShardReader, notes: list[str]
     try:
         for line in clear_partials(run_dir):
             log(line)
-        folder = find_resume(run_dir, resolved.train.resume)
+        folder = find_resume(run_dir, resolved.train.resume, share)
         _check_nothing_lost(run_dir, folder, resolved.train.resume)
         resume = None if folder is None else _plan_resume(folder, resolved, corpus, notes)
         write_json(run_dir / RUN_CONFIG_NAME, {**resolved.run.to_dict(), "shard_fingerprint": corpus.fingerprint})

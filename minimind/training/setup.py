@@ -26,7 +26,7 @@ from minimind.config.run_config import DTYPE_NAMES, RunConfig
 from minimind.data.dataset import Dataset, PackedDataset, open_dataset
 from minimind.data.loader import BatchLoader
 from minimind.data.shards import find_split, open_split
-from minimind.distributed.collectives import gather_objects, log, on_first_rank
+from minimind.distributed.collectives import gather_objects, lead_from_first_rank, log, on_first_rank
 from minimind.distributed.environment import RankEnvironment
 from minimind.distributed.launchers.watch import LauncherWatch
 from minimind.distributed.out_of_memory import explain_out_of_memory
@@ -58,6 +58,16 @@ class RunData:
     val: Dataset | None
     """None: the corpus has no validation split."""
 
+    def check_files(self, env: RankEnvironment) -> None:
+        """Compare this rank's share of the shards with their manifests, by size and header.
+
+        Raises:
+            ShardError: naming the file that is missing or damaged.
+        """
+        for dataset in (self.train, self.val):
+            if dataset is not None:
+                dataset.reader.check_files(env.rank, env.world_size, lists=env.local_rank == 0)
+
 
 def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) -> tuple[ResolvedRun, RunData]:
     """Open the data and resolve the configuration; no process group is needed or made.
@@ -66,7 +76,7 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
         UserError: anything wrong with flags, files, shards or the run folder.
     """
     run = settle_aux_loss_scope(command.run)
-    data = open_data(run)
+    data = open_data(run, check=env.world_size == 1)
     if isinstance(data.train, PackedDataset):
         packed = dataclasses.replace(run.data, packing="whole-documents", document_mask=True)
         run = dataclasses.replace(run, data=packed)
@@ -95,8 +105,8 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
     return resolved, data
 
 
-def open_data(run: RunConfig) -> RunData:
-    """Open the splits of a corpus.
+def open_data(run: RunConfig, *, check: bool = True) -> RunData:
+    """Open the splits of a corpus; with `check` every file is compared with its manifest.
 
     Raises:
         UserError: no shards, damaged ones, or ones that do not fit the run.
@@ -104,8 +114,8 @@ def open_data(run: RunConfig) -> RunData:
     if run.data.shards is None:
         raise UserError("shards: not given; pass --shards DIR, a folder made by python -m data_prep.tokenize_corpus")
     folder = Path(run.data.shards)
-    train = open_split(folder, "train")
-    val = open_split(folder, "val") if find_split(folder, "val") else None
+    train = open_split(folder, "train", check=check)
+    val = open_split(folder, "val", check=check) if find_split(folder, "val") else None
     if val is None and (run.train.eval_every or run.train.eval_samples):
         raise UserError(f"eval_every: {folder} has no validation split; prepare one, or leave out the --eval flags")
     vocab = train.manifest.vocab_size
@@ -144,7 +154,11 @@ def run_rank(
         notes = check_run_folder(resolved, corpus)  # again: another job may have begun a run there meanwhile
         if train.keeps_frozen:
             resolved = dataclasses.replace(resolved, base=find_start(resolved))
-        resume = on_first_rank(lambda: open_run_folder(resolved, data.train.reader, notes))
+        resume = lead_from_first_rank(
+            lambda share: open_run_folder(resolved, data.train.reader, notes, share),
+            lambda: watchdog.report(None, "verifying checkpoints"),
+        )
+        watchdog.report(None, "building the model, loading its state")
         peak = describe_device(device, resolved)
         model = build_model(resolved, device)
         if train.init_from is not None and (resume is None or train.keeps_frozen):

@@ -1,5 +1,6 @@
 """Steps whose figures are still on the device, and their reduction over the ranks into records."""
 
+import itertools
 import math
 import resource
 import sys
@@ -10,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from minimind.checkpoints.manifest import TrainState
-from minimind.distributed.collectives import all_reduce_sum
+from minimind.distributed.collectives import all_reduce_sum, gather_on_first
 from minimind.training.record.run_files import StepRecord
 from minimind.training.step_timer import StepTimer, describe_times, seconds
 
@@ -72,13 +73,12 @@ class Figures:
         return not bool(self._losses.isfinite().all())
 
     def records(self, tokens_per_step: int) -> list[StepRecord]:
-        """The records of the steps; they must be here. Every rank calls this: one collective, on host memory."""
+        """The records of the steps, the ranks' times on rank 0 alone; they must be here. Every rank calls this: one
+        collective, on host memory."""
         count = len(self.pending)
         means = self._means.tolist()
         step_seconds = seconds([self._reading.whole]) / count
-        times = torch.zeros(torch.distributed.get_world_size(), 2, dtype=torch.float64)
-        own = [seconds(self._reading.data), seconds(self._reading.forward)]
-        times[torch.distributed.get_rank()] = torch.tensor(own, dtype=torch.float64) / count
+        times = gather_on_first([seconds(spans) / count for spans in (self._reading.data, self._reading.forward)])
         peak = peak_memory_bytes(self._device)
         records = []
         for i, item in enumerate(self.pending):
@@ -103,7 +103,8 @@ class Figures:
                 figures: dict[str, Any] = dict(zip(item.figures, values, strict=False))
                 record |= cast(StepRecord, figures)
             records.append(record)
-        records[-1].update(describe_times(self.pending[-1].state.step, all_reduce_sum(times).flatten().tolist()))
+        if torch.distributed.get_rank() == 0:
+            records[-1].update(describe_times(self.pending[-1].state.step, list(itertools.chain(*times))))
         return records
 
 

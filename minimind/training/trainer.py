@@ -23,7 +23,7 @@ from minimind.config.expert_parallel import uses_random_routing
 from minimind.config.resolved_run import ResolvedRun
 from minimind.data.dataset import Dataset
 from minimind.data.loader import Batch, BatchLoader
-from minimind.distributed.collectives import all_reduce_sum, gather_objects
+from minimind.distributed.collectives import all_reduce_ints, gather_objects
 from minimind.distributed.stop_requests import Requests
 from minimind.errors import UserError
 from minimind.inference.evaluation import Sums, measure_loss
@@ -192,7 +192,7 @@ class Trainer:
         """Targets of the whole step over all ranks, which the hosts know without the device. Every rank calls this."""
         count = self.objective.count_targets(batches)
         if self.resolved.data.document_mask and self.loader.dp_size > 1:
-            return max(1, int(all_reduce_sum(torch.tensor(count))))
+            return max(1, *all_reduce_ints([count], torch.add))
         return max(1, count * self.loader.dp_size)  # without a mask every position of every window has a target
 
     def _seed_dropout(self, step: int) -> None:

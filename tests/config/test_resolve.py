@@ -230,6 +230,10 @@ def test_other_autos_go_and_are_told():
     assert len(resolved.notes) == 2 and "zero_optimization.allgather_bucket_size" in resolved.notes[0]
     told = resolve({**STAGE_1, "bf16": {"enabled": True}}, gradient_accumulation_steps=2).notes
     assert "accumulate in bf16" in told[0]
+    bf16 = {**STAGE_1, "bf16": {"enabled": True}}
+    assert "gradients of 512 ranks are summed in bf16" in resolve(bf16, world_size=512).notes[0]
+    assert resolve(bf16, world_size=64).notes == ()
+    assert resolve({**bf16, "communication_data_type": "fp32"}, world_size=512).notes == ()
 
 
 @pytest.mark.parametrize(
@@ -321,6 +325,7 @@ def test_files_that_are_no_json_objects(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         load_ds_config(tmp_path / "nowhere.json")
     assert zero_stage(load_ds_config(None)) == 1
+    assert load_ds_config(None)["bf16"] == load_ds_config(ROOT / "ds_configs" / "zero1.json")["bf16"]
     load_ds_config(None)["zero_optimization"]["stage"] = 3
     assert zero_stage(load_ds_config(None)) == 1, "the default can be changed from outside"
 

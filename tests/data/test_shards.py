@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import time
 import tracemalloc
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from shard_folders import EOS, folder_bytes, make_documents, stream_of, write, write_by_hand
 
+from minimind.data import shards
 from minimind.data.manifest import Manifest, ShardError, ShardInfo, TokenizerInfo
 from minimind.data.shards import ShardReader, find_split, open_split, verify
 from minimind.files import hash_file
@@ -150,8 +150,9 @@ def make_many_shards(folder: Path, count: int) -> None:
     Manifest(1, "uint16", 6400, EOS, tokenizer, 64 * count, 16 * count, 99 * count, tuple(shards)).save(folder)
 
 
-def test_ten_thousand_shards_open_and_read_in_constant_memory(tmp_path):
+def test_ten_thousand_shards_open_and_read_in_constant_memory(tmp_path, monkeypatch):
     make_many_shards(tmp_path / "train", 10_000)
+    monkeypatch.setattr(shards, "raise_open_files", lambda: 256)
     began = time.perf_counter()
     reader = ShardReader(tmp_path / "train")
     print(f"opened 10,000 shards in {time.perf_counter() - began:.2f} s")
@@ -166,4 +167,31 @@ def test_ten_thousand_shards_open_and_read_in_constant_memory(tmp_path):
     assert grown < 200_000
     if maps.exists():
         assert maps.read_text().count(str(tmp_path)) <= 128
-    assert len(os.listdir("/proc/self/fd")) < 500 or resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 10**5
+    assert len(os.listdir("/proc/self/fd")) < 500
+
+
+def test_files_are_opened_when_read_and_then_stay_open(tmp_path, monkeypatch):
+    make_many_shards(tmp_path / "train", 300)
+    opened = []
+
+    def count(function):
+        return lambda path, *args: (opened.append(path.name), function(path, *args))[1]
+
+    monkeypatch.setattr(shards, "check_array_file", count(shards.check_array_file))
+    monkeypatch.setattr(shards, "map_array_file", count(shards.map_array_file))
+    readers = [ShardReader(tmp_path / "train", check=False) for _ in range(4)]
+    assert opened == []
+    for rank, reader in enumerate(readers):
+        reader.check_files(rank, 4, lists=rank == 0)
+    assert sorted(opened) == sorted(name for shard in readers[0].manifest.shards for name in shard.files)
+    opened.clear()
+    for _ in range(2):
+        for start in range(0, 64 * 299, 64):
+            readers[0].read(start, 65)
+    assert len(opened) == len(set(opened)) == 300, "a window opens its file again"
+    (tmp_path / "train" / readers[0].manifest.shards[7].file).unlink()
+    with pytest.raises(ShardError, match="is missing"):
+        readers[0].check_files(0, 4, lists=True)  # by the listing of the folder: not one of its own
+    readers[0].check_files(0, 4, lists=False)
+    with pytest.raises(ShardError, match="is missing"):
+        readers[3].check_files(3, 4, lists=False)

@@ -51,6 +51,22 @@ def test_equal_hosts_pass_and_stand_in_a_table():
     assert len(rows) == 3 and rows[2].split()[:2] == ["n1", "1-2"]
 
 
+def test_what_is_the_host_s_own_is_found_out_once_on_each():
+    own = examine(dataclasses.replace(WORLD, rank=1, local_rank=1), torch.device("cpu"), Path("/r"), "f")
+    assert own.keys() == {"rank", "host", "device", "device_type"}
+    reports = [report(0), {**own, "host": "n0"}, report(2), report(3, code="abc")]
+    line = find_mismatch(reports, Path("/r"), needed_bytes=1000)
+    assert line is not None and "on n0 (rank 0), n2 (rank 2) and abc on n3 (rank 3)" in line
+    assert find_mismatch(reports[:3], Path("/r"), needed_bytes=1000) is None
+    assert host_table(reports[:3]).splitlines()[1].split()[:2] == ["n0", "0-1"]
+
+
+def test_a_limit_on_open_files_that_rank_0_would_meet_is_told_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "raise_open_files", lambda: 259)
+    found = meet([tmp_path] * 2, {})
+    assert found[0] == found[1] and "lets a process open 259 files, and rank 0 of 2 ranks needs 260" in found[0]
+
+
 def test_the_source_s_hash_follows_every_change(tmp_path):
     (tmp_path / "a.py").write_text("1")
     before = hash_source(tmp_path)

@@ -9,6 +9,7 @@ import torch
 from training_runs import rank_pool
 
 from minimind.distributed import collectives
+from minimind.distributed import environment as rank_environment
 from minimind.distributed.environment import RankEnvironment, find_device, read_environment
 from minimind.distributed.process_group import process_group, share_cores
 from minimind.errors import UserError
@@ -110,6 +111,21 @@ def test_each_rank_takes_its_device(monkeypatch):
     assert find_device(RankEnvironment(local_rank=1, local_world_size=2)) == torch.device("cuda", 0)
 
 
+def test_a_device_can_be_demanded_and_a_gpu_that_torch_cannot_use_is_told(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    fake_cuda(monkeypatch, 2)
+    assert find_device(RankEnvironment(), "cpu") == torch.device("cpu")
+    assert find_device(RankEnvironment(), "cuda") == torch.device("cuda", 0)
+    fake_cuda(monkeypatch, 0)
+    with pytest.raises(UserError, match=r"--device cuda: torch .* finds no GPU: update the driver"):
+        find_device(RankEnvironment(), "cuda")
+    monkeypatch.setattr(rank_environment, "NVIDIA_DEVICE", tmp_path)
+    with pytest.raises(UserError, match="finds no GPU: update the driver, install torch for CUDA, or"):
+        find_device(RankEnvironment())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert find_device(RankEnvironment()) == torch.device("cpu")
+
+
 @pytest.fixture
 def clean_environment(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -127,6 +143,7 @@ def test_a_group_of_one_needs_no_port_and_can_be_made_again(clean_environment):
             # DeepSpeed clones the world on first use, and must not meet the clone of a group that is gone.
             clone = deepspeed.utils.groups._clone_world_group()
             assert deepspeed.comm.get_global_rank(clone, 0) == 0
+            assert clone is torch.distributed.group.WORLD, "a second set of connections"
         assert not torch.distributed.is_initialized() and not deepspeed.comm.is_initialized()
 
 
@@ -177,6 +194,9 @@ def use_collectives() -> dict:
             "sum": collectives.all_reduce_sum(torch.tensor([float(rank + 1)])).item(),
             "broadcast": collectives.broadcast_object(("from", rank)),
             "gather": collectives.gather_objects(rank * 10),
+            "ints": collectives.all_reduce_ints([rank, 1], torch.add),
+            "shared": collectives.lead_from_first_rank(lambda share: share(abs, [-1, -2, -3])),
+            "connects at once": os.environ["TORCH_GLOO_LAZY_INIT"] != "1",
         }
 
 
@@ -184,7 +204,10 @@ def test_collectives_of_two_ranks_twice_in_the_same_processes():
     for pool in rank_pool(2):
         for _ in range(2):
             for result in pool.run(use_collectives):
-                assert result == {"sum": 3.0, "broadcast": ("from", 0), "gather": [0, 10]}
+                assert result == {
+                    "sum": 3.0, "broadcast": ("from", 0), "gather": [0, 10], "ints": [1, 2], "shared": [1, 2, 3],
+                    "connects at once": False,
+                }  # fmt: skip
 
 
 def test_only_rank_0_logs(capsys, monkeypatch, clean_environment):

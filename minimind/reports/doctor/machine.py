@@ -41,11 +41,12 @@ def check_machine(run_dir: Path) -> list[Check]:
 
 
 def check_limits() -> list[Check]:
-    """Every shard, socket and worker is an open file; RDMA networks lock memory."""
-    files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    """Every shard and every connection is an open file, of which a run takes as many as the hard limit allows; RDMA
+    networks lock memory."""
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     infinity = resource.RLIM_INFINITY
-    fix = f"ulimit -n {min(hard, 65536) if hard > 0 else 65536}" if files != infinity and files < 4096 else ""
+    fix = "raise the hard limit: ulimit -Hn 65536 as root" if files != infinity and files < 4096 else ""
     found = [Check("open files", "warn" if fix else "ok", "unlimited" if files == infinity else f"{files:,}", fix)]
     has_rdma = _INFINIBAND.is_dir() and any(_INFINIBAND.iterdir())
     fix = "ulimit -l unlimited, or NCCL cannot use the RDMA network" if locked != infinity and has_rdma else ""

@@ -204,9 +204,9 @@ class _Rank:
 
     @property
     def update(self) -> int:
-        """Bytes that the update needs for a moment: the partition's gradients flattened, on a CPU a norm in float64;
-        what Muon is to subtract."""
-        norm = 8 * self.largest_trained if self.on_cpu else 0
+        """Bytes that the update needs for a moment: the partition's gradients flattened, and a norm in float64, which
+        on a GPU stages 2 and 3 alone take; what Muon is to subtract."""
+        norm = 8 * self.largest_trained if self.on_cpu or self.stage >= 2 else 0
         flattens = self.stage == 3 or (self.stage in (1, 2) and self.weight_bytes == 4)
         return max(4 * self.trained_share if flattens else 0, norm) + 4 * self.muon_share
 

@@ -129,9 +129,12 @@ def try_steps(resolved: ResolvedRun, ranks: int, limit: int | None) -> dict[str,
         order = Path(folder) / "order.json"
         order.write_text(json.dumps({"run": resolved.run.to_dict(), "ds": resolved.ds, "limit_bytes": limit}))
         command = [sys.executable, "-m", "minimind.distributed.launchers.local", str(ranks), "-m", trial.__name__]
-        result = subprocess.run(
-            [*command, str(order)], capture_output=True, text=True, check=False, timeout=TRY_SECONDS
-        )
+        try:
+            result = subprocess.run(
+                [*command, str(order)], capture_output=True, text=True, check=False, timeout=TRY_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            raise UserError(f"the trial took more than {TRY_SECONDS} s, and was ended") from None
     if trial.TOO_LARGE in result.stderr or result.returncode == 128 + signal.SIGKILL:
         return None
     if result.returncode:

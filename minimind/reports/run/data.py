@@ -65,10 +65,11 @@ def read_run(folder: Path, name: str) -> RunData:
         key: [(record["step"], record.get(key)) for record in shown] for key in STEP_CURVES
     }
     points["eval_loss"] = [(record["step"], record.get("eval_loss")) for record in evaluations_of(records)]
-    for record in shown:
-        if load := [share for layer in _shares(record.get("expert_load", [])) for share in layer]:
-            points.setdefault("busiest_expert", []).append((record["step"], max(load)))
-            points.setdefault("idlest_expert", []).append((record["step"], min(load)))
+    loaded = [record for record in steps if record.get("expert_load")]  # of many experts, not in every line
+    for record in loaded[:: max(1, math.ceil(len(loaded) / MOST_POINTS))]:
+        load = [share for layer in _shares(record["expert_load"]) for share in layer]
+        points.setdefault("busiest_expert", []).append((record["step"], max(load)))
+        points.setdefault("idlest_expert", []).append((record["step"], min(load)))
     curves = {}
     for key, found in points.items():
         kept = [(step, *tokens_and_hours.get(step, (0, 0.0)), value) for step, value in found if value is not None]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from minimind.training.record.events import Event
 from minimind.training.record.run_files import Record
 
@@ -45,6 +47,8 @@ class AlarmWatch:
         self._hosts = tuple(hosts)
         self._recent: deque[Mapping[str, Any]] = deque(maxlen=4 * self._limits.window)
         self._window: list[Mapping[str, Any]] = []  # the newest `limits.window` of these
+        self._loads: deque[np.ndarray] = deque()  # (layers, experts) of the newest `limits.window` records with a load
+        self._total_load: np.ndarray | int = 0  # their sum
         self._lowest_norm = math.inf
         self._best_speed = 0.0
         self._evaluations: deque[tuple[float, float]] = deque(maxlen=self._limits.evaluations + 1)
@@ -56,12 +60,12 @@ class AlarmWatch:
         if "eval_loss" in record:
             return self._settle(record["step"], {"overfitting": self._overfitting(record)})
         found = {"loss_spike": self._loss_spike(record)}  # judged against the steps before it
-        self._recent.append(record)
+        self._recent.append({key: value for key, value in record.items() if not key.startswith("expert_")})
         self._window = list(self._recent)[-self._limits.window :]
         self._losses += _values([record], "loss")
         found["gradient_drift"] = self._gradient_drift()
         found["loss_scale_collapse"] = self._scale_collapse()
-        found["dying_expert"] = self._dying_expert()
+        found["dying_expert"] = self._dying_expert(dict[str, Any](record).get("expert_load"))
         found["throughput"] = self._throughput()
         found["slow_rank"] = self._slow_rank()
         found["data_wait"] = self._data_wait()
@@ -118,17 +122,18 @@ class AlarmWatch:
             f"loss scale fell to {now:g} from {highest:g}: gradients overflow in fp16; use --precision bf16, lower --lr"
         )
 
-    def _dying_expert(self) -> str | None:
-        loads = [record["expert_load"] for record in self._window if record.get("expert_load")]
-        if len(loads) < self._limits.window:
+    def _dying_expert(self, load: Sequence[Sequence[int]] | None) -> str | None:
+        if load:
+            self._loads.append(np.array(load))
+            self._total_load += self._loads[-1]
+        if len(self._loads) > self._limits.window:
+            self._total_load -= self._loads.popleft()
+        if len(self._loads) < self._limits.window:
             return None
-        dying = []
-        for layer, rows in enumerate(zip(*loads, strict=True)):
-            totals = [sum(counts) for counts in zip(*rows, strict=True)]
-            even = sum(totals) / len(totals)
-            if even >= self._limits.expert_tokens:
-                least = self._limits.expert_share * even
-                dying += [f"{expert} of expert layer {layer}" for expert, total in enumerate(totals) if total < least]
+        totals = np.asarray(self._total_load)
+        even = totals.mean(axis=1, keepdims=True)
+        is_dying = (even >= self._limits.expert_tokens) & (totals < self._limits.expert_share * even)
+        dying = [f"{expert} of expert layer {layer}" for layer, expert in np.argwhere(is_dying)]
         if not dying:
             return None
         more = f" and {len(dying) - 5} more" if len(dying) > 5 else ""

@@ -20,6 +20,8 @@ from minimind.training.record.events import write_event
 from minimind.training.record.progress import Progress
 from minimind.training.record.run_files import (
     METRICS_NAME,
+    MOST_LOADS,
+    STEPS_BETWEEN_LOADS,
     EvaluationRecord,
     Record,
     StepRecord,
@@ -29,6 +31,9 @@ from minimind.training.record.run_files import (
     read_records,
 )
 from minimind.training.record.wandb import WandbLog
+
+_HISTORY_BYTES = 4 << 20
+"""Some 10,000 steps of a dense model."""
 
 _TENSORBOARD_NAMES = {
     "loss": "train/loss",
@@ -99,7 +104,7 @@ class RunRecord(NullRecord):
         if last > start_step:
             self.log(f"{METRICS_NAME}: dropped what is beyond step {start_step} (to step {last}): trained again")
         self._alarms = AlarmWatch(hosts=hosts)
-        for record in read_records(self._path):  # a resumed run is judged by its earlier steps too
+        for record in read_records(self._path, _HISTORY_BYTES):  # a resumed run is judged by its earlier steps too
             self._alarms.observe(record)
 
     def log_step(self, record: StepRecord) -> None:
@@ -146,7 +151,10 @@ class RunRecord(NullRecord):
                     part.close()
 
     def _write(self, record: Record) -> None:
-        append_object(self._path, {key: _jsonable(value) for key, value in record.items()})
+        line = {key: _jsonable(value) for key, value in record.items()}
+        if sum(map(len, line.get("expert_load", ()))) > MOST_LOADS and record["step"] % STEPS_BETWEEN_LOADS:
+            line = {key: value for key, value in line.items() if not key.startswith("expert_")}
+        append_object(self._path, line)
         if self._wandb is not None:
             self._wandb.log(record)
         if self._tensorboard is not None:

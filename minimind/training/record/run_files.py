@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from minimind.errors import UserError
-from minimind.files import replace_file
 
 METRICS_NAME = "metrics.jsonl"
 RUN_CONFIG_NAME = "run_config.json"
 DS_CONFIG_NAME = "ds_config.json"
+
+
+MOST_LOADS = 256
+STEPS_BETWEEN_LOADS = 50
+"""Of more experts than `MOST_LOADS`, all layers together: 60 layers of 256 would be 120 KB in every line, 30 GB in a
+run."""
 
 
 class ExpertBalance(TypedDict):
@@ -57,6 +62,7 @@ class StepRecord(_AtStep, total=False):
     median_rank_seconds: float  # of the other ranks
     # Models with experts only.
     aux_loss: float | None  # summed over the layers, coefficients included
+    # The next two of many experts only at every `STEPS_BETWEEN_LOADS`th step.
     expert_load: list[list[int]]  # tokens that chose each expert, a row for each layer of experts
     expert_balance: ExpertBalance
     load_entropy: float | None  # mean over the layers
@@ -135,18 +141,28 @@ def evaluations_of(records: Iterable[Record]) -> list[EvaluationRecord]:
 
 
 def keep_until(path: Path, step: int) -> int:
-    """Drop the lines of a metrics file beyond `step`, and a last line that a crash cut short. Gives the last step that
-    was there."""
+    """Cut a metrics file after its last line that is not beyond `step`, and so a last line that a crash cut short.
+    Gives the last step that was there. Reads no more of the end than it has to."""
     if not path.exists():
         return 0
-    last, kept = 0, []
-    for line in path.read_bytes().splitlines(keepends=True):
-        record = _as_record(_parse(line))
-        if line.endswith(b"\n") and record is not None:
-            last = max(last, record["step"])
-            if record["step"] <= step:
-                kept.append(line)
-    replace_file(path, b"".join(kept))
+    size, tail = path.stat().st_size, 1 << 20
+    while True:
+        begin, last, end = max(0, size - tail), 0, 0
+        with open(path, "rb") as file:
+            if file.seek(begin):
+                file.readline()  # the rest of a line
+            for line in file:
+                record = _as_record(_parse(line))
+                if line.endswith(b"\n") and record is not None:
+                    last = max(last, record["step"])
+                    end = file.tell() if record["step"] <= step else end
+        if end or not begin:
+            break
+        tail *= 8
+    if end < size:
+        with open(path, "r+b") as file:
+            file.truncate(end)
+            os.fsync(file.fileno())
     return last
 
 

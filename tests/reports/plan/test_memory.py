@@ -53,6 +53,11 @@ def estimate(stage: int, *, device: str = "cuda", **others: Any):
     return estimate_memory(resolve(stage, **others), device)
 
 
+def test_a_gpu_takes_the_norm_of_stages_2_and_3_in_float64():
+    updates = [estimate(stage, precision="bf16", world_size=64).update for stage in range(4)]
+    assert updates[:2] == [0, 0] and updates[2:] == [8 * largest_tensor(MODEL)] * 2
+
+
 @pytest.mark.parametrize(
     ("stage", "precision", "bytes_a_parameter"),
     [

@@ -9,7 +9,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from minimind.errors import UserError
-from minimind.training.record import progress
+from minimind.training.record import progress, run_files
+from minimind.training.record.events import read_events
 from minimind.training.record.metrics import RunRecord
 from minimind.training.record.run_files import METRICS_NAME, evaluations_of, keep_until, read_records, steps_of
 from minimind.training.step_record import peak_memory_bytes
@@ -78,9 +79,38 @@ def test_a_damaged_file_loses_only_its_damaged_lines(tmp_path):
     assert [item["step"] for item in steps_of(read_records(path))] == [1, 2]
     assert evaluations_of(read_records(path)) == []
     keep_until(path, 5)
-    assert path.read_text() == whole + json.dumps(record(2)) + "\n"
+    assert path.read_bytes().startswith(whole.encode()) and path.read_text(errors="replace").endswith(
+        json.dumps(record(2)) + "\n"
+    )
+    assert [item["step"] for item in read_records(path)] == [1, 2]
     keep_until(tmp_path / "nothing", 5)
     assert not (tmp_path / "nothing").exists()
+
+
+def test_the_end_of_a_long_file_is_enough(tmp_path, monkeypatch):
+    path = tmp_path / METRICS_NAME
+    line = json.dumps(record(10**6, note="x" * 300))
+    path.write_text("".join(line.replace("1000000", str(step)) + "\n" for step in range(1, 10_001)))
+    size, read = path.stat().st_size, []
+    parse = run_files._parse
+    monkeypatch.setattr(run_files, "_parse", lambda line: read.append(len(line)) or parse(line))
+    assert keep_until(path, 9_990) == 10_000 and sum(read) < size / 2
+    assert steps_of(read_records(path, 2000))[-1]["step"] == 9_990
+    assert keep_until(path, 5) == 9_990 and [item["step"] for item in read_records(path)] == [1, 2, 3, 4, 5]
+    assert keep_until(path, 0) == 5 and path.read_bytes() == b""
+
+
+def test_the_load_of_many_experts_is_not_in_every_line(tmp_path):
+    log = RunRecord(tmp_path, 0, 200, tensorboard=False)
+    loads, balance = [[200] * 256, [50] * 255 + [0]], {"min": [1, 0]}
+    for step in range(1, 121):
+        log.log_step(record(step, expert_load=loads, expert_balance=balance, load_entropy=1.0))
+    log.close()
+    written = read_records(tmp_path / METRICS_NAME)
+    assert [item["step"] for item in written if "expert_load" in item or "expert_balance" in item] == [50, 100]
+    assert written[49]["expert_load"] == loads and all(item["load_entropy"] == 1.0 for item in written)
+    alarms = [event for event in read_events(tmp_path) if event.kind == "dying_expert"]
+    assert [event.step for event in alarms] == [50] and "expert 255 of expert layer 1" in alarms[0].message
 
 
 def test_no_nan_and_no_infinity_reaches_the_json(tmp_path):
