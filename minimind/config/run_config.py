@@ -95,7 +95,7 @@ class TrainConfig:
     lora_alpha: Annotated[float | None, _default("twice the rank"), ABOVE_0] = None
     """The adapters' product is multiplied by this, divided by the rank."""
     lora_targets: tuple[LoRATarget, ...] = LORA_TARGETS
-    """Matrices that get adapters, of attention and of every feed-forward but the routed experts."""
+    """Matrices that get adapters: of attention, of every feed-forward but the routed experts, or (experts) theirs."""
     freeze: Annotated[str, _default("nothing")] = ""
     """Leave weights of --init-from as they are: a regular expression, searched for in the parameters' names."""
     steps: Annotated[int | None, _default("as many as --epochs asks for"), AT_LEAST_1] = None

@@ -11,9 +11,10 @@ from typing import Literal
 
 from minimind.model.config import ModelConfig
 
-LoRATarget = Literal["q", "k", "v", "o", "gate", "up", "down"]
+LoRATarget = Literal["q", "k", "v", "o", "gate", "up", "down", "experts"]
 LORA_TARGETS: tuple[LoRATarget, ...] = ("q", "k", "v", "o", "gate", "up", "down")
 _MATRIX = re.compile(r"\.(q|k|v|o|gate|up|down)_proj\.weight$")
+_EXPERTS = re.compile(r"\.experts\.(gate_up|down)_proj$")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 _NOT_FOR_MUON = ("embed_tokens.", "lm_head.", ".gate.", ".coefficient.", ".lora_")
@@ -30,7 +31,8 @@ class LoRA:
     rank: int
     alpha: float
     targets: tuple[LoRATarget, ...] = LORA_TARGETS
-    """Matrices of attention, and of dense, shared and residual feed-forwards. Routed experts have none."""
+    """Matrices of attention, and of dense, shared and residual feed-forwards; experts: of each routed one, gate and up
+    as one matrix."""
 
     @property
     def scale(self) -> float:
@@ -39,14 +41,16 @@ class LoRA:
 
     def has(self, weight: str) -> bool:
         """Whether the matrix of this name gets adapters."""
+        if _EXPERTS.search(weight):
+            return "experts" in self.targets
         match = _MATRIX.search(weight)
         return match is not None and match[1] in self.targets
 
 
 def adapters_of(weight: str) -> tuple[str, str]:
-    """Names of the adapters A (rank, in) and B (out, rank) of a matrix."""
-    module = weight.removesuffix("weight")
-    return f"{module}lora_A", f"{module}lora_B"
+    """Names of the adapters A (rank, in) and B (out, rank) of a matrix; of stacked experts, (E, rank, in) and so on."""
+    start = weight.removesuffix("weight").removesuffix("proj")
+    return f"{start}lora_A", f"{start}lora_B"
 
 
 def parameter_shapes(config: ModelConfig) -> Shapes:
@@ -105,7 +109,7 @@ def trained_shapes(config: ModelConfig, lora: LoRA | None = None, freeze: str = 
     for name, shape in shapes.items():
         if lora.has(name):
             first, second = adapters_of(name)
-            adapters |= {first: (lora.rank, shape[1]), second: (shape[0], lora.rank)}
+            adapters |= {first: (*shape[:-2], lora.rank, shape[-1]), second: (*shape[:-1], lora.rank)}
     return adapters
 
 
@@ -129,18 +133,21 @@ def training_flops_per_token(config: ModelConfig, seq_len: int, trained: Shapes)
     """
     first = min((_depth(config, name) for name in trained), default=config.num_hidden_layers)
     base = parameter_shapes(config)
-    total = sum(6 * math.prod(shape) for name, shape in trained.items() if name not in base)
+    total = sum(6 * _active(config, name, shape) for name, shape in trained.items() if name not in base)
     head = EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
     for name, shape in base.items():
         if len(shape) < 2 or (name == EMBEDDING and name != head):  # a look-up
             continue
-        active = math.prod(shape)
-        if ".mlp.experts." in name:
-            active = active * config.num_experts_per_tok // config.num_experts
         depth = config.num_hidden_layers if name == head else _depth(config, name)
-        total += 2 * active * (1 + (depth >= first) + (name in trained))
+        total += 2 * _active(config, name, shape) * (1 + (depth >= first) + (name in trained))
     scores = config.num_attention_heads * config.head_size * 2 * (seq_len + 1)
     return total + scores * sum(3 if layer >= first else 1 for layer in range(config.num_hidden_layers))
+
+
+def _active(config: ModelConfig, name: str, shape: tuple[int, ...]) -> int:
+    """Elements of a matrix that one token meets: of the routed experts, those of its own."""
+    routed = ".mlp.experts." in name
+    return math.prod(shape) * config.num_experts_per_tok // config.num_experts if routed else math.prod(shape)
 
 
 def _depth(config: ModelConfig, name: str) -> int:

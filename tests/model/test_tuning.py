@@ -63,7 +63,8 @@ def make(config=TINY, targets=LORA.targets):
 
 @pytest.mark.parametrize("config", [TINY, MOE], ids=["dense", "experts"])
 def test_adapters_change_nothing_until_trained_and_then_what_the_merged_matrices_do(config):
-    model, lora, trained, before = make(config)
+    model, lora, trained, before = make(config, (*LORA.targets, "experts"))
+    assert sum(len(shape) == 3 for shape in trained.values()) == 4 * config.num_moe_layers
     plain = MiniMindForCausalLM(config)
     plain.load_state_dict(before)
     tokens = torch.randint(0, config.vocab_size, (2, 24))

@@ -236,19 +236,23 @@ def test_a_part_of_the_model_can_be_frozen(pool: RankPool, base: Path, tiny_corp
 MOE = {**EXPERTS, "initializer_range": 0.02}
 
 
-def test_experts_stay_frozen_and_everything_around_them_gets_adapters(
+def test_routed_experts_get_adapters_where_asked_and_stay_themselves(
     pool: RankPool, tiny_corpus: Path, tmp_path: Path
 ) -> None:
     train(flags_for(tiny_corpus, tmp_path / "base", **MOE, steps=2))
-    settings = {**MOE, "precision": "fp32"}
-    train(flags(tiny_corpus, tmp_path / "base", tmp_path / "one", **settings))
+    targets = ("q", "o", "gate", "down", "experts")
+    chosen = ["--lora-targets", *targets]
+    train([*flags(tiny_corpus, tmp_path / "base", tmp_path / "one", **MOE), *chosen])
     for stage in (0, 3):
         run_dir = tmp_path / f"two{stage}"
-        pool.run(train, flags(tiny_corpus, tmp_path / "base", run_dir, stage=stage, **settings))
+        pool.run(train, [*flags(tiny_corpus, tmp_path / "base", run_dir, stage=stage, **MOE), *chosen])
         assert list(losses(run_dir).values()) == approx(list(losses(tmp_path / "one").values()), rel=1e-4)
     before, after = open_source(tmp_path / "base"), open_source(tmp_path / "two3")
     for name in before.shapes:
-        assert torch.equal(before.read(name), after.read(name)) != LoRA(4, 8.0).has(name), name
+        assert torch.equal(before.read(name), after.read(name)) != LoRA(4, 8.0, targets).has(name), name
     load_model(tmp_path / "two3")
+    with pytest.raises(UserError, match="in several; export it merged"):
+        peft = ["--output", str(tmp_path / "peft"), "--format", "peft"]
+        export_main(["--run-dir", str(tmp_path / "one"), *peft])
     with pytest.raises(UserError, match=r"ep_size: .* leave ep_size out"):
-        train(flags(tiny_corpus, tmp_path / "base", tmp_path / "no", ep_size=1, **settings))
+        train(flags(tiny_corpus, tmp_path / "base", tmp_path / "no", ep_size=1, **MOE))

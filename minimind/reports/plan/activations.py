@@ -38,7 +38,9 @@ def activation_bytes(resolved: ResolvedRun, device_type: str) -> int:
         total += weight_casts(model)
     # Of each adapted matrix, the few numbers between its adapters.
     return total + tokens * compute * sum(
-        shape[0] for name, shape in resolved.trained.items() if name.endswith("lora_A")
+        shape[-2] * (1 if len(shape) == 2 else model.num_experts_per_tok)
+        for name, shape in resolved.trained.items()
+        if name.endswith("lora_A")
     )
 
 

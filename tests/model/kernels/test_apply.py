@@ -39,10 +39,11 @@ def make_case(plain, shape):
     if plain is Linear:
         return Linear(256, 72, 0.1, bias=shape[0] == 2), states, lambda module, x: module(x)
     if plain is LoRALinear:
-        linear = Linear(256, 72, 0.1, bias=shape[0] == 2)
-        add_adapters(nn.ModuleDict({"block": nn.ModuleDict({"q_proj": linear})}), LoRA(rank=8, alpha=16.0))
-        nn.init.normal_(linear.lora_B)
-        return linear, states, lambda module, x: module(x)
+        model = MiniMindForCausalLM(dataclasses.replace(CONFIG, attention_bias=shape[0] == 2))
+        add_adapters(model, LoRA(rank=8, alpha=16.0))
+        query = model.model.layers[0].self_attn.q_proj
+        nn.init.normal_(query.lora_B)
+        return query, states, lambda module, x: module(x)
     if plain is LMHead:
         labels = tokens.masked_fill(torch.rand(shape) < 0.3, -100)
         labels[0, 0] = 7
