@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What this machine's GPUs do, in one page: bash benchmarks/gpu.sh [--model NAME]... [--nodes]
-# Checks the machine, runs the tests marked `gpu` (equality with the CPU in fp32, bf16 and fp16, ZeRO 0-3, offload,
-# experts, kill and resume, memory beside the plan), then the benchmarks; made for 25 minutes on one H100. Installs nothing.
+# Checks the machine, runs the tests marked `gpu` (evaluation, export and server against the CPU, document masks, memory
+# beside the plan), then the benchmarks; made for 25 minutes on one H100. Installs nothing.
 # --nodes: inside a SLURM job, also over all its tasks. The page is benchmarks/gpu.md, or $BENCHMARKS_OUT/gpu.md.
 # A rehearsal where there is no GPU: .venv/bin/python tests/support/simulated_cuda bash benchmarks/gpu.sh --model tiny
 set -uo pipefail

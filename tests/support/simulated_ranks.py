@@ -5,9 +5,11 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from repository import ROOT
 from simulated_cuda import Machine, environment
 from training_runs import RankPool
 
@@ -25,6 +27,9 @@ class SimulatedRanks:
             env = dict(os.environ)
         else:
             env = environment(machine or Machine(devices=world_size))
+        # What is sent by name is imported there, and imports the project.
+        paths = [str(Path(__file__).parent), str(ROOT), env.get("PYTHONPATH", "")]
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         self._process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
