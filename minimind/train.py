@@ -5,6 +5,7 @@ Mistakes in flags, files and shards are reported before the process group is mad
 
 import functools
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,12 +18,19 @@ from minimind.config.resolved_run import ResolvedRun
 from minimind.data.dataset import Dataset, PackedDataset
 from minimind.distributed.collectives import log
 from minimind.distributed.cpu_tuning import keep_freed_memory
-from minimind.distributed.environment import RankEnvironment, find_device, is_first_rank, read_environment
+from minimind.distributed.environment import (
+    ALLOCATOR_VARIABLES,
+    RankEnvironment,
+    expand_segments,
+    find_device,
+    is_first_rank,
+    read_environment,
+)
 from minimind.distributed.launchers.caches import use_own_caches
 from minimind.distributed.launchers.mpi import find_master
 from minimind.distributed.launchers.watch import LauncherWatch
 from minimind.distributed.out_of_memory import explain_out_of_memory
-from minimind.distributed.process_group import process_group
+from minimind.distributed.process_group import count_threads, process_group
 from minimind.distributed.startup import join_ranks, report_startup_error
 from minimind.errors import EXIT_STOPPED, UserError, run_main
 from minimind.files import raise_open_files
@@ -41,6 +49,8 @@ def main(args: Sequence[str] | None = None) -> int:
     device = find_device(env, command.run.train.device)
     if device.type == "cpu" and not keep_freed_memory():
         log("malloc is left as it is (another C library, or MALLOC_* is set): freed memory may go back to the system")
+    if device.type == "cuda" and command.run.model.use_moe:
+        expand_segments()
     raise_open_files()
     env = find_master(env)
     use_own_caches(env)
@@ -80,6 +90,19 @@ def describe_packing(data: Dataset) -> str:
     return f" ({data.padding:.1%} padding, {data.num_cut:,} of {data.reader.manifest.total_documents:,} documents cut)"
 
 
+def describe_gpu(resolved: ResolvedRun, env: RankEnvironment) -> str:
+    """What is chosen for GPUs, and what the environment says to the libraries below."""
+    zero, environment = resolved.zero, os.environ
+    allocator = next((environment[name] for name in ALLOCATOR_VARIABLES if name in environment), "as torch has it")
+    nccl = [f"{name}={value}" for name, value in sorted(environment.items()) if name.startswith("NCCL_")]
+    return (
+        f"gpu       figures every {resolved.train.log_every} steps; gradients in buckets of "
+        f"{zero.reduce_bucket_size:,}, {'beside' if zero.overlap_comm and zero.stage > 1 else 'after'} the backward; "
+        f"TF32 off; allocator {allocator}; "
+        f"{count_threads(env)} host threads a rank; {' '.join(nccl) or 'no NCCL_* set'}"
+    )
+
+
 def describe(resolved: ResolvedRun, env: RankEnvironment, device: torch.device, data: RunData) -> str:
     """A run in a few lines: printed at its start, and by --dry-run."""
     train = resolved.train
@@ -100,6 +123,8 @@ def describe(resolved: ResolvedRun, env: RankEnvironment, device: torch.device, 
         "compile   " + settle_compilation(train.compile, device.type)[1],
         "memory    " + memory.summary(),
     ]
+    if device.type == "cuda":
+        lines.append(describe_gpu(resolved, env))
     lines += [f"note      {note}" for note in resolved.notes]
     return "\n".join(lines)
 

@@ -17,6 +17,7 @@ from minimind.files import read_json
 DEFAULT_DS_CONFIG: dict[str, Any] = {
     "bf16": {"enabled": "auto", "immediate_grad_update": True},
     "zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"},
+    "bf16": {"enabled": "auto", "immediate_grad_update": True},
     "data_types": {"grad_accum_dtype": "fp32"},
 }
 """The JSON of a run without `--ds-config`."""

@@ -4,11 +4,14 @@ import copy
 from typing import Any, Literal
 
 from minimind.errors import UserError
+from minimind.model.config import ModelConfig
 from minimind.schema import convert
 
 _BUCKET = {1: 200_000_000, 2: 200_000_000, 3: 50_000_000}
 # Stage 2 fills its buckets in every micro-batch: what a processor reduces at once should be near its caches.
 _BUCKET_ON_CPU = {**_BUCKET, 2: 20_000_000}
+_SMALLEST_BUCKET = 5_000_000
+"""On a GPU: 10 MB in 16 bit, below which a collective takes as long as a larger one."""
 
 AUTO = "auto"
 Auto = Literal["auto"]
@@ -98,30 +101,40 @@ def without_batch(ds: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
     return {**copy.deepcopy(ds), **dict.fromkeys(keys, AUTO)}, accumulation if isinstance(accumulation, int) else None
 
 
-def settle_communication(ds: dict[str, Any], *, dp_size: int, device_type: str, has_experts: bool) -> None:
+def settle_communication(ds: dict[str, Any], model: ModelConfig, *, dp_size: int, device_type: str) -> None:
     """Replace "auto" in `zero_optimization`, in place.
 
     | setting | GPU | CPU |
     |---|---|---|
     | `overlap_comm` | true | false: there is no second stream, only a second buffer |
     | `reduce_scatter` | true | false on a single rank without experts, where it copies every gradient once more |
-    | `reduce_bucket_size` | 200,000,000 (stage 3: 50,000,000) | the same, but at stage 2 20,000,000 |
+    | `reduce_bucket_size` | an eighth of the model, so that the first is sent early in the backward; 5,000,000 to \
+200,000,000 (stage 3: 50,000,000) | 200,000,000 (stage 2: 20,000,000; stage 3: 50,000,000) |
+    | `stage3_prefetch_bucket_size` | a block, at least 50,000,000: the next one is fetched while one computes | same |
+    | `stage3_max_live_parameters`, `stage3_max_reuse_distance` | three blocks, at least 1,000,000,000 | same |
 
     None of them changes a sum: on one rank there is nothing to sum, and they only decide when and how much at once.
 
     Args:
         dp_size: data-parallel ranks.
         device_type: "cuda", "cpu"...
-        has_experts: DeepSpeed reduces experts' gradients by reduce_scatter alone.
     """
     zero = ds.get("zero_optimization", {})
     on_cpu = device_type == "cpu"
     stage = zero_stage(ds)
-    choices = {
+    bucket = (_BUCKET_ON_CPU if on_cpu else _BUCKET).get(stage, _BUCKET[1])
+    if not on_cpu:
+        bucket = min(bucket, max(_SMALLEST_BUCKET, model.num_params() // 8))
+    choices: dict[str, Any] = {
         "overlap_comm": not on_cpu,
-        "reduce_scatter": has_experts or dp_size > 1 or not on_cpu,
-        "reduce_bucket_size": (_BUCKET_ON_CPU if on_cpu else _BUCKET).get(stage, _BUCKET[1]),
+        # DeepSpeed reduces experts' gradients by reduce_scatter alone.
+        "reduce_scatter": model.use_moe or dp_size > 1 or not on_cpu,
+        "reduce_bucket_size": bucket,
     }
+    if stage == 3:
+        block = model.num_params() // model.num_hidden_layers
+        choices["stage3_prefetch_bucket_size"] = max(50_000_000, block)
+        choices["stage3_max_live_parameters"] = choices["stage3_max_reuse_distance"] = max(1_000_000_000, 3 * block)
     for name, value in choices.items():
         if zero.get(name) == AUTO:
             zero[name] = value

@@ -15,7 +15,7 @@ from minimind.config.deepspeed_table import settle_table
 from minimind.config.expert_parallel import check_experts, take_experts, write_experts
 from minimind.config.overlaps import Overlaps, take_batch, take_optimizer, take_precision, take_schedule
 from minimind.config.resolved_run import ResolvedRun, ResolvedTrain
-from minimind.config.run_config import DTYPE_NAMES, RunConfig, TrainConfig, check_run
+from minimind.config.run_config import DTYPE_NAMES, Precision, RunConfig, TrainConfig, check_run
 from minimind.errors import UserError
 from minimind.model.config import ModelConfig
 from minimind.schema import check_fields
@@ -99,9 +99,11 @@ def resolve_run(
     check_run(run)
     _check_schedule_fields(run.train)
     values |= {**_resolve_length(run, num_samples), "ep_size": values["ep_size"] or 1}
+    # A GPU is given its work ahead: a reading is a collective and a line, and on a small model as long as a step.
+    values["log_every"] = run.train.log_every or (1 if device_type == "cpu" else 10)
     if run.train.min_lr_ratio is None:
         values["min_lr_ratio"] = DEFAULTS["min_lr_ratio"]
-    settle_communication(ds, dp_size=dp_size, device_type=device_type, has_experts=run.model.use_moe)
+    settle_communication(ds, run.model, dp_size=dp_size, device_type=device_type)
     notes += [f'{where}: "auto" left to DeepSpeed\'s default' for where in _drop_autos(ds)]
     settled = ResolvedTrain(**{**vars(run.train), **values})
     _write_back(ds, settled)
@@ -243,6 +245,8 @@ def _check_combinations(resolved: ResolvedRun, device_type: str) -> None:
         )
     if train.muon_lr is not None and train.optimizer != "muon":
         raise UserError(f"muon_lr: {train.muon_lr} has no effect on {train.optimizer}; leave it out, or use muon")
+    if train.moe_backend == "autoep" and device_type == "cuda":
+        _check_alignment(resolved.model, train.precision)
     if train.optimizer == "muon":
         _check_muon(resolved)
 
@@ -259,6 +263,18 @@ def _check_muon(resolved: ResolvedRun) -> None:
         if offload.get(key, off) != off:
             raise UserError(
                 f"DeepSpeed config: offload_optimizer.{key} is of DeepSpeed's Adam; remove it, or use adamw"
+            )
+
+
+def _check_alignment(model: ModelConfig, precision: Precision) -> None:
+    """torch's grouped product takes rows of whole 16 bytes."""
+    unit = 4 if precision == "fp32" else 8
+    sizes = {"hidden_size": model.hidden_size, "moe_intermediate_size": model.expert_feed_forward_size}
+    for name, size in sizes.items():
+        if size % unit:
+            raise UserError(
+                f"{name}: {size} is no multiple of {unit}, which the experts' product on a GPU asks for in "
+                f"{precision}; take {-(-size // unit) * unit}"
             )
 
 

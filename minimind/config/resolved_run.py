@@ -31,6 +31,7 @@ class ResolvedTrain(TrainConfig):
     schedule: Schedule
     min_lr_ratio: float
     precision: Precision
+    log_every: int
     ep_size: int
 
 

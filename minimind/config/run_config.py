@@ -167,7 +167,7 @@ class TrainConfig:
     """moe_backend deepspeed, two experts a token, in training: draw the second instead of taking the next best."""
     skip_bad_steps: Annotated[int, AT_LEAST_0] = 0
     """Skip up to this many steps whose loss or gradient is NaN or infinite; 0: stop at the first."""
-    log_every: Annotated[int, AT_LEAST_1] = 1
+    log_every: Annotated[int | None, _default("10 on a GPU, 1 on a CPU"), AT_LEAST_1] = None
     """Steps between two readings of loss and norm from the device; every step is in metrics.jsonl either way."""
     eval_every: Annotated[int, AT_LEAST_0] = 0
     """Steps between two evaluations on the validation split; 0: only at the end."""

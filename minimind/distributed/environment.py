@@ -26,6 +26,9 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 DEFAULT_MASTER_PORT = 29500
 NVIDIA_DEVICE = Path("/dev/nvidia0")
 
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Where torch reads the settings of its allocator; the second is an old name."""
+
 
 def node_name() -> str:
     """This host's name: the launcher's name for it, or else its own."""
@@ -131,6 +134,14 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
     if not text.isdecimal():
         raise UserError(f"{name}: {text!r} is no number; start the run with deepspeed, torchrun, srun or mpirun")
     return int(text)
+
+
+def expand_segments() -> None:
+    """Let CUDA's allocator grow the segments that it has: experts get other numbers of rows in every step, and memory
+    in pieces of fixed size breaks up. Before the first tensor on the device; the user's own settings take precedence.
+    """
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def find_device(env: RankEnvironment, wanted: str = "auto") -> torch.device:

@@ -93,8 +93,7 @@ def process_group(
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
-        share_cores(env)
+    share_cores(env)
     if store is None:
         is_alone = env.world_size == 1 and env.master_addr is None
         store = torch.distributed.HashStore() if is_alone else connect_store(env, timeout_minutes)
@@ -151,7 +150,14 @@ def _told_by_environment(env: RankEnvironment, device: torch.device) -> Iterator
 
 
 def share_cores(env: RankEnvironment) -> None:
-    """Give each local CPU rank its share of the cores, unless OMP_NUM_THREADS says otherwise."""
+    """Give each local rank its share of the cores (on CUDA for CPU Adam), unless OMP_NUM_THREADS says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // max(1, env.local_world_size)))
+        torch.set_num_threads(count_threads(env))
+
+
+def count_threads(env: RankEnvironment) -> int:
+    """Threads of a local rank: what OMP_NUM_THREADS says, or its share of the cores."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // max(1, env.local_world_size))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from minimind.data.dataset import Dataset
-from minimind.data.loader import Batch, eval_batches
+from minimind.data.loader import Batch, DeviceCopy, eval_batches
 from minimind.data.manifest import MANIFEST_NAME
 from minimind.data.shard_writer import ShardWriter
 from minimind.data.shards import ShardReader, open_split
@@ -125,12 +125,13 @@ def measure_loss(
     model.eval()
     total, num_targets = torch.zeros(1, dtype=torch.float64, device=device), 0
     names: list[str] = []
+    copy = DeviceCopy(device)
     try:
         for batch in eval_batches(dataset, micro_batch_size, dp_rank, dp_size, max_samples=num_samples):
             before_batch()
             if device.type == "cuda":
                 batch = batch.pin_memory()
-            found = sums(model, batch.to(device, non_blocking=True))
+            found = sums(model, copy(batch))
             names = list(found.figures)
             total = total + torch.stack([found.loss, *found.figures.values()]).double()
             num_targets += found.count

@@ -26,6 +26,7 @@ from minimind.model.kernels.compiled import Compiler
 from minimind.model.layers import FeedForward
 from minimind.model.lora import add_adapters, train_only
 from minimind.parallel.compilation import compile_model, settle_compilation
+from minimind.parallel.device_checks import leave_checks_on_device
 from minimind.parallel.experts import AUTOEP_EXPERTS, attach_router_hooks, only_own_experts, replace_experts
 from minimind.parallel.muon import Muon, attach_layouts
 from minimind.parallel.op_builds import build_ops
@@ -101,10 +102,12 @@ def build_engine(resolved: ResolvedRun, model: MiniMindForCausalLM) -> deepspeed
     )
     if isinstance(engine.basic_optimizer, Muon):
         attach_layouts(engine, engine.basic_optimizer)
+    if engine.device.type == "cuda":
+        leave_checks_on_device(engine.optimizer, resolved)
     if nothing_to_reduce(resolved, engine.optimizer):
         engine.enable_backward_allreduce = False
     attach_router_hooks(resolved, model)
-    apply_kernels(model, engine.device, [AUTOEP_EXPERTS])
+    apply_kernels(model, engine.device, AUTOEP_EXPERTS)
     if settle_compilation(train.compile, engine.device.type)[0]:
         compile_model(model, Compiler(log, required=train.compile == "on"))
     return engine

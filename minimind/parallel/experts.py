@@ -23,7 +23,7 @@ from minimind.config.expert_parallel import uses_random_routing
 from minimind.config.resolved_run import ResolvedRun
 from minimind.model import MiniMindForCausalLM
 from minimind.model.config import ModelConfig
-from minimind.model.kernels.apply import Kernel, on_cpu
+from minimind.model.kernels.apply import Kernel, on_cpu, on_gpu
 from minimind.model.kernels.experts import cpu_experts
 from minimind.model.moe import Experts, MoEFeedForward
 from minimind.model.router import BIAS_NAME, Router
@@ -131,7 +131,22 @@ class FastGroupedExperts(GroupedExperts):
         return cpu_experts(x, num_tokens_per_expert.tolist(), *weights)
 
 
-AUTOEP_EXPERTS = Kernel("experts", GroupedExperts, FastGroupedExperts, on_cpu)
+class CastGroupedExperts(GroupedExperts):
+    """AutoEP's experts under autocast (ZeRO stage 0): autocast does not know the grouped product, which would run in
+    float32, on a GPU as a loop."""
+
+    def forward(self, x: torch.Tensor, num_tokens_per_expert: torch.Tensor) -> torch.Tensor:
+        """(M, hidden_size) rows sorted by expert, `num_tokens_per_expert` (E,) -> the same shape."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))  # and with it the weights
+        return super().forward(x, num_tokens_per_expert)
+
+
+AUTOEP_EXPERTS = (
+    Kernel("experts", GroupedExperts, FastGroupedExperts, on_cpu),
+    Kernel("experts", GroupedExperts, CastGroupedExperts, on_gpu),
+)
 
 
 def split_groups(parameter_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -24,11 +24,12 @@ def balances_step(model: ModelConfig) -> bool:
 def read_expert_share(objective: Objective, engine: Any, batches: Sequence[Batch], dp_size: int) -> torch.Tensor:
     """Each expert's share of the whole step's choices, (num_moe_layers, num_experts). Every rank calls this.
 
-    It has to be known before the first backward, so every micro-batch is read once more before, without a gradient.
+    `batches` are on the device. It has to be known before the first backward, so every micro-batch is read once more
+    before, without a gradient.
     """
     shares = []
     for batch in batches:
-        parts = objective.loss(engine, batch.to(engine.device, non_blocking=True))
+        parts = objective.loss(engine, batch)
         assert parts.expert_share is not None
         shares.append(parts.expert_share)
     return mean_over_ranks(torch.stack(shares).mean(dim=0), dp_size)

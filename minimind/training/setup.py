@@ -220,6 +220,16 @@ def describe_device(device: torch.device, resolved: ResolvedRun) -> float:
         log(
             "this GPU has no variable-length attention (sm80 and newer have): documents are masked, rows computed whole"
         )
+    if device.type == "cuda" and resolved.train.moe_backend == "autoep":
+        major, minor = torch.cuda.get_device_capability(device)
+        # Below sm90 DeepSpeed has a kernel of its own, in Triton.
+        if major >= 9 and (dtype != torch.bfloat16 or major > 10):
+            log(
+                f"experts: torch multiplies all of a layer at once in bf16 on sm90 and sm100; in {precision} on "
+                f"sm{major}{minor} one after another, and the host waits for the device in each layer"
+            )
+    if device.type == "cuda" and precision == "fp32":
+        log("TF32 is off: fp32 products are computed in full; bf16 is the fast way")
     if device.type == "cpu" and dtype != torch.float32 and not has_fast_matmul(dtype):
         log(f"this processor has no matmul in {precision}: computed in float32 and rounded, at its speed")
     return peak

@@ -22,7 +22,7 @@ from minimind.checkpoints.saving import CheckpointSaver
 from minimind.config.expert_parallel import uses_random_routing
 from minimind.config.resolved_run import ResolvedRun
 from minimind.data.dataset import Dataset
-from minimind.data.loader import Batch, BatchLoader
+from minimind.data.loader import Batch, BatchLoader, DeviceCopy
 from minimind.distributed.collectives import all_reduce_ints, gather_objects
 from minimind.distributed.stop_requests import Requests
 from minimind.errors import UserError
@@ -71,6 +71,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.timer = StepTimer(self.engine.device)
+        self._copy = DeviceCopy(self.engine.device)
         self._tokens_per_step = self.loader.global_batch_size * self.resolved.data.seq_len
 
     def fit(self) -> bool:
@@ -115,6 +116,7 @@ class Trainer:
         self._seed_dropout(step)
         lr = self._set_learning_rate(step)
         num_targets = self._count_targets(batches)  # () of the whole step, on every rank
+        batches = list(map(self._copy, batches))
         # DeepSpeed divides by the accumulation and averages over the data-parallel ranks (dp_size, not all processes);
         # this undoes both and divides by the targets.
         scale = len(batches) * self.loader.dp_size / num_targets
@@ -125,9 +127,8 @@ class Trainer:
         share = self._read_expert_share(batches) if balances_step and len(batches) > 1 else None
         for batch in batches:
             self.control.report(step + 1, "forward and backward")
-            moved = batch.to(device, non_blocking=True)
             with self.timer.part("forward"):
-                parts = self.objective.loss(self.engine, moved)
+                parts = self.objective.loss(self.engine, batch)
             loss += parts.loss.detach() / num_targets
             for name, value in parts.figures.items():
                 figures[name] = figures.get(name, 0) + value / num_targets

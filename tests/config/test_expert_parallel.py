@@ -6,6 +6,8 @@ import pytest
 from expert_runs import DENSE, EXPERTS, resolve
 
 from minimind.config.expert_parallel import autoep_block
+from minimind.config.resolve import resolve_run
+from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
 from minimind.errors import UserError
 from minimind.model import ModelConfig
 
@@ -33,6 +35,18 @@ def test_a_dense_model_and_deepspeed_moe_have_no_block():
             resolved = resolve(1, 1, model, {"expert_parallel": block} if block else None, **train)
             assert "expert_parallel" not in resolved.ds
             assert resolved.train.moe_backend == train.get("moe_backend")
+
+
+@pytest.mark.parametrize(("precision", "size", "better"), [("bf16", 100, 104), ("fp32", 98, 100)])
+def test_sizes_that_the_product_of_a_gpu_does_not_take_are_one_line(precision, size, better):
+    run = RunConfig(
+        ModelConfig(**{**EXPERTS, "moe_intermediate_size": size}),
+        DataConfig(seq_len=16),
+        TrainConfig(precision=precision, micro_batch_size=1),
+    )
+    resolve_run(run, {}, dp_size=1, device_type="cpu")
+    with pytest.raises(UserError, match=f"moe_intermediate_size: {size} is no multiple of .* take {better}"):
+        resolve_run(run, {}, dp_size=1, device_type="cuda")
 
 
 def test_the_block_follows_the_model():

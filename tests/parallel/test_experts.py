@@ -14,6 +14,7 @@ from training_runs import MODEL, RankPool, flags_for, losses, rank_pool, read_me
 
 from minimind.model import MiniMindForCausalLM, ModelConfig
 from minimind.model.kernels.experts import cpu_experts
+from minimind.parallel.experts import CastGroupedExperts
 
 STEPS = 20
 MODELS = {None: DENSE, "autoep": EXPERTS, "deepspeed": EXPERTS}
@@ -232,6 +233,18 @@ def test_experts_of_rows_are_deepspeed_s_own(dtype, counts):
         assert found.dtype == wanted.dtype and found.shape == wanted.shape
         assert (found - wanted).norm() <= (1e-5 if dtype == torch.float32 else 2e-2) * wanted.norm()
     assert any(counts) == bool(ours.any()) and not ours[sum(counts) :].any()
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(GroupedExperts, torch.float32), (CastGroupedExperts, torch.bfloat16)])
+def test_under_autocast_experts_multiply_in_its_type(monkeypatch, kind, expected):
+    """Autocast does not know the grouped product: DeepSpeed's own hands it float32 rows."""
+
+    def product(rows, *_, **__):
+        raise RuntimeError(f"rows in {rows.dtype}")
+
+    monkeypatch.setattr(torch, "_grouped_mm", product)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match=f"rows in {expected}"):
+        kind(16, 24, num_experts=3)(torch.randn(6, 16), torch.tensor([1, 2, 3]))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

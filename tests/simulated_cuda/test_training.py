@@ -12,6 +12,7 @@ from simulated_runs import (
     count_waits,
     resume,
     run_out_of_memory,
+    spoil_a_step,
     train_on,
     train_seeing_one,
 )
@@ -99,6 +100,15 @@ def test_the_host_does_not_wait_for_the_device(one_gpu, tiny_corpus, tmp_path, f
     assert found["code"] == 0 and found["ours"] == {}
     assert sum(found["deepspeed"].values()) / 10 <= WAITS_OF_DEEPSPEED[file], found["deepspeed"]
     assert sum(found["all"].values()) == sum(found["deepspeed"].values())
+
+
+@pytest.mark.parametrize("file", WAITS_OF_DEEPSPEED)
+def test_a_nan_is_found_on_the_device_and_changes_nothing(two_gpus, tiny_corpus, tmp_path, file):
+    given = flags(tiny_corpus, tmp_path / "run", file, "bf16", steps=4, skip_bad_steps=1)
+    for printed, is_left_alone in two_gpus.run(spoil_a_step, given, 3):
+        assert is_left_alone
+        assert not printed or ("step 3: gradient norm is" in printed and "weights left as they were (1 of 1" in printed)
+    assert losses(tmp_path / "run")[4] < losses(tmp_path / "run")[1] + 0.2
 
 
 def test_an_old_gpu_trains_in_fp16_and_says_what_it_lacks(one_gpu, tiny_corpus, tmp_path):

@@ -79,6 +79,31 @@ def count_waits(flags: list[str], first: int, last: int) -> dict[str, Any]:
     }
 
 
+def spoil_a_step(flags: list[str], number: int) -> tuple[str, bool]:
+    """Train with NaN gradients in step `number`; what was printed, and whether that step left all weights alone."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from minimind.training.trainer import Trainer
+
+    step, same = Trainer.train_step, []
+
+    def weights(trainer: Trainer) -> list[torch.Tensor]:
+        return [safe_get_full_fp32_param(one).cpu().clone() for one in trainer.engine.module.parameters()]
+
+    def train_step(trainer: Trainer, batches: Any) -> None:
+        if trainer.state.step != number - 1:
+            return step(trainer, batches)
+        before, backward = weights(trainer), trainer.engine.backward
+        with unittest.mock.patch.object(trainer.engine, "backward", lambda loss: backward(loss * float("nan"))):
+            step(trainer, batches)
+        same.append(all(map(torch.equal, before, weights(trainer))))
+
+    with unittest.mock.patch.object(Trainer, "train_step", train_step):
+        code, printed = train(flags)
+    assert code == 0, printed
+    return printed, same == [True]
+
+
 def compile_without_triton(flags: list[str]) -> str:
     """Train with --compile on where there is no Triton; the error, which is a person's to read."""
     from minimind.errors import UserError

@@ -45,7 +45,8 @@ def on_cpu(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _on_gpu(device: torch.device) -> bool:
+def on_gpu(device: torch.device) -> bool:
+    """Whether the device is a GPU."""
     return device.type == "cuda"
 
 
@@ -60,10 +61,10 @@ KERNELS = (
     Kernel("loss", LMHead, FastLMHead, on_cpu),
     Kernel("norm", RMSNorm, FastRMSNorm, on_cpu),
     Kernel("swiglu", FeedForward, FastFeedForward, on_cpu),
-    Kernel("attention", Attention, FastAttention, lambda device: on_cpu(device) or _on_gpu(device)),
-    Kernel("attention", MiniMindModel, FastMiniMindModel, lambda device: on_cpu(device) or _on_gpu(device)),
+    Kernel("attention", Attention, FastAttention, lambda device: on_cpu(device) or on_gpu(device)),
+    Kernel("attention", MiniMindModel, FastMiniMindModel, lambda device: on_cpu(device) or on_gpu(device)),
     Kernel("experts", Experts, CpuExperts, on_cpu),
-    Kernel("experts", Experts, GroupedExperts, _on_gpu),
+    Kernel("experts", Experts, GroupedExperts, on_gpu),
 )
 NAMES = (*dict.fromkeys(kernel.name for kernel in KERNELS), "packed")
 """What can be chosen. `packed`: the layouts of `packed_weights.prepare_decoding`."""
