@@ -49,7 +49,7 @@ def main(args: Sequence[str] | None = None) -> int:
     device = find_device(env, command.run.train.device)
     if device.type == "cpu" and not keep_freed_memory():
         log("malloc is left as it is (another C library, or MALLOC_* is set): freed memory may go back to the system")
-    if device.type == "cuda" and command.run.model.use_moe:
+    if device.type == "cuda" and command.run.model.use_moe and torch.version.hip is None:
         expand_segments()
     raise_open_files()
     env = find_master(env)

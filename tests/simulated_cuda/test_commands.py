@@ -10,7 +10,7 @@ from repository import ROOT
 from simulated_cuda import Machine, environment
 from simulated_runs import evaluate_waits, generate_waits, run_command, use_export
 from tokenizers_for_tests import save_byte_level
-from training_runs import flags_for, train
+from training_runs import EXPERTS, flags_for, train
 
 from minimind.data.tokenizer import load_tokenizer
 from minimind.model import PRESETS, MiniMindForCausalLM
@@ -92,6 +92,19 @@ def test_a_start_says_nothing_that_is_not_the_run_s_own(tiny_corpus, tmp_path):
     lines = [line for line in (done.stdout + done.stderr).splitlines() if "triton not found" not in line]
     assert lines[0].startswith("run       ")
     assert not [line for line in lines if "WARNING" in line or "compatib" in line or "\x1b" in line], lines
+
+
+def test_a_dry_run_says_what_a_gpu_gets(one_gpu, tiny_corpus, tmp_path):
+    flags = [
+        *flags_for(tiny_corpus, tmp_path / "run", **EXPERTS, ds_config=ROOT / "ds_configs/zero2.json"),
+        "--dry-run",
+    ]
+    ((code, printed),) = one_gpu.run(run_command, "train", *flags)
+    lines = {line.partition(" ")[0]: line for line in printed.splitlines()}
+    assert code == 0 and "off: Triton (pip install triton) is missing" in lines["compile"]
+    said = ("figures every 10 steps", "buckets of 5,000,000, beside the backward", "TF32 off", "host threads a rank")
+    assert all(words in lines["gpu"] for words in said), lines["gpu"]
+    assert "allocator expandable_segments:True" in lines["gpu"]  # for the experts
 
 
 def test_tests_are_for_the_cpu_wherever_they_run():
