@@ -116,10 +116,10 @@ class Trainer:
         self._seed_dropout(step)
         lr = self._set_learning_rate(step)
         num_targets = self._count_targets(batches)  # () of the whole step, on every rank
-        batches = list(map(self._copy, batches))
         # DeepSpeed divides by the accumulation and averages over the data-parallel ranks (dp_size, not all processes);
         # this undoes both and divides by the targets.
         scale = len(batches) * self.loader.dp_size / num_targets
+        batches = list(map(self._copy, batches))
         loss, aux_loss = torch.zeros((), device=device), torch.zeros((), device=device)
         counts: torch.Tensor | None = None
         figures: dict[str, torch.Tensor] = {}
