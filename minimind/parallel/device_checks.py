@@ -140,11 +140,10 @@ class DeviceStage3(DeepSpeedZeroOptimizer_Stage3):
 
     def get_grad_norm_direct(self, gradients: Sequence[Tensor], params: Any, norm_type: int = 2) -> Tensor:
         """As DeepSpeed's, for parameters that are partitioned over all ranks; without a number sent to the device."""
-        group = self._get_param_partition_group(params[0])
-        if group is not self.dp_process_group or not gradients:  # experts, or a rank without a share
+        if self._autoep_expert_parallel_group(params) is not None or not gradients:
             return super().get_grad_norm_direct(gradients, params, norm_type)
         square = torch.stack(torch._foreach_norm(list(gradients), dtype=torch.float32)).square().sum()
-        deepspeed.comm.all_reduce(square, group=group)
+        deepspeed.comm.all_reduce(square, group=self._get_param_partition_group(params[0]))
         return square.sqrt()
 
     def independent_gradient_partition_epilogue(self) -> None:

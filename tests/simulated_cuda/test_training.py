@@ -25,9 +25,9 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
 KINDS: dict[str, dict] = {"dense": {}, "experts": EXPERTS}
 REFUSED = [("zero3_hpz", "experts")]
 CASES = [(file, kind) for file in FILES for kind in KINDS if (file, kind) not in REFUSED]
-# What DeepSpeed makes the host wait for in a step, and cannot be told to leave: norms and their checks are read on the
-# host; stage 2 synchronizes the device after its reductions, stage 3 two of its streams.
-WAITS_OF_DEEPSPEED = {"zero1": 3, "zero2": 7, "zero3": 5}
+# What DeepSpeed makes the host wait for in a step: at stage 3 on a single rank, where nothing is gathered, for the
+# stream that would have done it.
+WAITS_OF_DEEPSPEED = {"zero1": 0, "zero2": 0, "zero3": 1}
 
 
 def flags(corpus: Path, run_dir: Path, file: str, precision: str, kind: str = "dense", **others) -> list[str]:
@@ -105,9 +105,9 @@ def test_the_host_does_not_wait_for_the_device(one_gpu, tiny_corpus, tmp_path, f
 @pytest.mark.parametrize("file", WAITS_OF_DEEPSPEED)
 def test_a_nan_is_found_on_the_device_and_changes_nothing(two_gpus, tiny_corpus, tmp_path, file):
     given = flags(tiny_corpus, tmp_path / "run", file, "bf16", steps=4, skip_bad_steps=1)
-    for printed, is_left_alone in two_gpus.run(spoil_a_step, given, 3):
-        assert is_left_alone
-        assert not printed or ("step 3: gradient norm is" in printed and "weights left as they were (1 of 1" in printed)
+    (printed, *_), *others = found = two_gpus.run(spoil_a_step, given, 3)
+    assert len(others) == 1 and all(is_left_alone for _, is_left_alone in found)
+    assert "step 3: gradient norm is" in printed and "weights left as they were (1 of 1 allowed)" in printed
     assert losses(tmp_path / "run")[4] < losses(tmp_path / "run")[1] + 0.2
 
 
