@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
-import deepspeed.comm
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import bf16_optimizer
@@ -137,14 +136,6 @@ class DeviceStage3(DeepSpeedZeroOptimizer_Stage3):
         """As DeepSpeed's."""
         with _checks_on_device(self, stage3):
             super().step(closure)
-
-    def get_grad_norm_direct(self, gradients: Sequence[Tensor], params: Any, norm_type: int = 2) -> Tensor:
-        """As DeepSpeed's, for parameters that are partitioned over all ranks; without a number sent to the device."""
-        if self._autoep_expert_parallel_group(params) is not None or not gradients:
-            return super().get_grad_norm_direct(gradients, params, norm_type)
-        square = torch.stack(torch._foreach_norm(list(gradients), dtype=torch.float32)).square().sum()
-        deepspeed.comm.all_reduce(square, group=self._get_param_partition_group(params[0]))
-        return square.sqrt()
 
     def independent_gradient_partition_epilogue(self) -> None:
         """As DeepSpeed's."""
