@@ -15,7 +15,6 @@ from minimind.errors import UserError
 from minimind.files import read_json
 
 DEFAULT_DS_CONFIG: dict[str, Any] = {
-    "bf16": {"enabled": "auto", "immediate_grad_update": True},
     "zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"},
     "bf16": {"enabled": "auto", "immediate_grad_update": True},
     "data_types": {"grad_accum_dtype": "fp32"},
