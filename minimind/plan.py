@@ -4,11 +4,12 @@ Takes every flag of training beside its own, resolves the run as training would 
 prints arithmetic. Touches no device, unless `--find-micro-batch` asks for real steps.
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -45,7 +46,9 @@ def main(args: Sequence[str] | None = None) -> int:
     selection, base = read_selection(args, PROGRAM, lambda place: open_source(Path(place), hashes=False).config)
     default = _Flags(PlanOptions(), selection, base.data, base.train, base.model)
     flags = parse_flags(_Flags, args, default=default, prog=PROGRAM)
-    options = check_options(flags.plan)
+    # --device is a flag of the run, too; "auto" is planned as a GPU.
+    device: Literal["cuda", "cpu"] = "cpu" if flags.train.device == "cpu" else "cuda"
+    options = check_options(dataclasses.replace(flags.plan, device=device))
     run = RunConfig(model=flags.fields, data=flags.data, train=flags.train)
     check_run(run)
     if options.compute_optimal is not None:

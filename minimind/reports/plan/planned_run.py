@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 
 from minimind.config.deepspeed_keys import with_stage
 from minimind.config.resolve import resolve_run
@@ -34,7 +35,7 @@ class PlanOptions:
     """GPUs (or CPU ranks) of each node."""
     num_nodes: Annotated[int, AT_LEAST_1] = 1
     """Nodes."""
-    device: Literal["cuda", "cpu"] = "cuda"
+    device: Annotated[Literal["cuda", "cpu"], tyro.conf.Fixed] = "cuda"
     """What the ranks compute on."""
     gpu_memory: str | None = None
     """Memory of one GPU, such as 80GiB; the present GPU's, or 80GiB where there is none."""
