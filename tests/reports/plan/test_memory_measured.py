@@ -34,7 +34,6 @@ CASES = [
     case(1, "fp32", model={"num_hidden_layers": 10}, train={"micro_batch_size": 16, "activation_checkpointing": True}),
     case(1, "fp32", "minimind3-moe", model=EXPERTS),
     case(1, "fp32", model=WIDE, train={"lora_rank": 8}),
-    case(2, "bf16", model=WIDE, train={"lora_rank": 8}),
 ]
 
 
