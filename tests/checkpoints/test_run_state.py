@@ -19,7 +19,7 @@ def test_the_table_names_what_there_is():
     assert {AT_RESUME[name] for name in layout if name != "optimizer"} == {"topology"}
     assert {AT_RESUME[name] for name in (*sampling, "optimizer")} == {"fixed"}
     settings = {field.name for cls in (ModelConfig, DataConfig, TrainConfig) for field in dataclasses.fields(cls)}
-    assert set(AT_RESUME) <= settings | set(layout) | {"world_size", "zero_stage", "tokenizer"}
+    assert set(AT_RESUME) <= settings | set(layout) | {"world_size", "zero_stage", "tokenizer", "base"}
 
 
 def test_what_changes_a_weight_or_a_sample_is_fixed():
