@@ -178,6 +178,7 @@ def test_every_configuration_field_is_described_in_chinese_and_only_those():
         "none",
         "nothing",
         "twice the rank",
+        "10 on a GPU, 1 on a CPU",
         "as many as --epochs asks for",
         "2% of the run, at least 1",
     }
@@ -387,7 +388,7 @@ def find_flags() -> set[str]:
 
 
 # Flags of other programs, and the placeholder that explains how booleans are written.
-FOREIGN_FLAGS = {"--name", "--config"}
+FOREIGN_FLAGS = {"--name", "--config", "--gpu-bind"}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
