@@ -35,7 +35,7 @@ class PlanOptions:
     """GPUs (or CPU ranks) of each node."""
     num_nodes: Annotated[int, AT_LEAST_1] = 1
     """Nodes."""
-    device: Annotated[Literal["cuda", "cpu"], tyro.conf.Fixed] = "cuda"
+    device: Annotated[Literal["cuda", "cpu"], tyro.conf.Fixed, tyro.conf.arg(name="planned-device")] = "cuda"
     """What the ranks compute on."""
     gpu_memory: str | None = None
     """Memory of one GPU, such as 80GiB; the present GPU's, or 80GiB where there is none."""
