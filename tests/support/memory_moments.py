@@ -2,7 +2,7 @@
 
 python tests/support/memory_moments.py > benchmarks/memory.md       all of them, as a page; some minutes
 
-tests/simulated_cuda/test_memory.py holds a few of them.
+tests/simulated_cuda/test_memory_moments.py holds a few of them.
 """
 
 import contextlib

@@ -91,7 +91,7 @@ ADVICE = {
     "the micro-batch may grow": ["--gradient-accumulation-steps", "8"],
     "the run fits without it": ["--activation-checkpointing"],
     "fp32 runs many times slower": ["--precision", "fp32"],
-    "whatever the micro-batch": ["--model", "large", "--gpu-memory", "6GiB", "--micro-batch-size", "1"],
+    "whatever the micro-batch": ["--model", "large", "--gpu-memory", "7GiB", "--micro-batch-size", "1"],
 }
 
 
