@@ -119,7 +119,7 @@ def run(flags: EvaluateFlags, env: RankEnvironment, device: torch.device, dtype:
                 ("tokens", f"{found.num_targets:,} in {found.num_samples:,} windows of {flags.seq_len}"),
             ]
             if reader.manifest.is_pairs:  # the loss is that of the preferred answers, a mean over the pairs
-                rows = [(name.replace("_", " "), f"{value:.4f}") for name, value in found.figures.items()]
+                rows = [(name.replace("_per_", "/"), f"{value:.4f}") for name, value in found.figures.items()]
                 rows += [("chosen loss", f"{found.loss:.4f}"), ("pairs", f"{found.num_targets:,}")]
             values = {**asdict(found), "data_fingerprint": reader.fingerprint}
             values |= values.pop("figures")
