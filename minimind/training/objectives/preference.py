@@ -125,7 +125,8 @@ class Preference:
             UserError: the run is not new, and they are not there or are not of these pairs.
         """
         for split, dataset in datasets.items() if self._needs_reference else ():
-            path = run_dir / REFERENCE_NAME / f"{split}.npy"
+            # Named by the pairs too: on other shards a continued run must not take these for theirs.
+            path = run_dir / REFERENCE_NAME / f"{split}_{dataset.reader.fingerprint[:12]}.npy"
             if is_new:
                 log(f"log-probabilities of {len(dataset):,} windows of {split} pairs before training ...")
                 dataset.reference = measure_answers(engine, dataset, self._train.micro_batch_size or 1)

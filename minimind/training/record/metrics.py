@@ -116,14 +116,16 @@ class RunRecord(NullRecord):
 
     def log_evaluation(self, record: EvaluationRecord) -> None:
         """Write the record of an evaluation, and show it."""
-        bits = record["eval_bits_per_byte"]
-        self.log(
-            f"step {record['step']}  eval loss {record['eval_loss']:.4f}  "
-            + (f"bits/byte {bits:.4f}  " if bits is not None and math.isfinite(bits) else "")
-            + (f"reward accuracy {record['eval_reward_accuracy']:.1%}  " if "eval_reward_accuracy" in record else "")
-            + (f"teacher KL {record['eval_teacher_kl']:.4f}  " if "eval_teacher_kl" in record else "")
-            + f"perplexity {record['eval_perplexity']:.2f}"
-        )
+        words = [f"step {record['step']}", f"eval loss {record['eval_loss']:.4f}"]
+        if (bits := record["eval_bits_per_byte"]) is not None and math.isfinite(bits):
+            words.append(f"bits/byte {bits:.4f}")
+        if "eval_reward_accuracy" in record:
+            words.append(f"reward accuracy {record['eval_reward_accuracy']:.1%}")
+        elif "eval_teacher_kl" in record:
+            words.append(f"teacher KL {record['eval_teacher_kl']:.4f}")
+        else:  # of no other loss is it one
+            words.append(f"perplexity {record['eval_perplexity']:.2f}")
+        self.log("  ".join(words))
         self._write(record)
 
     def log_event(self, event: str, step: int, message: str) -> None:
