@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 from tables import TABLES  # noqa: E402 - the folder has to be on the path first
 
-_EXCERPT = re.compile(r"(<!-- excerpt: (?P<what>.+?) -->\n)(?:```python\n.*?\n```\n)?", re.DOTALL)
+_EXCERPT = re.compile(r"(<!-- excerpt: (?P<what>.+?) -->\n)(?:```python\n(?:.*?\n)??```\n)?", re.DOTALL)
 _GENERATED = re.compile(r"(<!-- generated: (?P<name>\S+) -->\n)(?:.*?)(<!-- end -->)", re.DOTALL)
 
 
