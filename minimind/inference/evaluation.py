@@ -52,14 +52,18 @@ class Sums:
     figures: dict[str, torch.Tensor] = field(default_factory=dict)  # each () float32
 
 
-def sum_loss(model: Any, batch: Batch) -> CausalLMOutput:
-    """Forward of a model or an engine, with the loss summed over the targets of `batch`, which is on its device."""
+def sum_loss(model: Any, batch: Batch, **options: Any) -> CausalLMOutput:
+    """Forward of a model or an engine, with the loss summed over the targets of `batch`, which is on its device.
+
+    Args:
+        options: others of the forward, such as `weigh`, or another `loss_reduction`.
+    """
     return model(
         batch.input_ids,
         batch.labels,
         position_ids=batch.position_ids,
         cu_seqlens=batch.cu_seqlens,
-        loss_reduction="sum",
+        **{"loss_reduction": "sum", **options},
     )
 
 
@@ -81,13 +85,8 @@ def pair_sums(model: Any, batch: Batch) -> Sums:
 
 def answer_log_probs(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability and number of tokens of each answer of a batch of pairs, (2 * num_pairs,) float32."""
-    losses = model(
-        batch.input_ids,
-        batch.labels,
-        position_ids=batch.position_ids,
-        cu_seqlens=batch.cu_seqlens,
-        loss_reduction="none",
-    ).loss
+    losses = sum_loss(model, batch, loss_reduction="none").loss
+    assert losses is not None
     return sum_answers(losses, batch)
 
 

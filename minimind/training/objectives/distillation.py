@@ -20,6 +20,7 @@ from minimind.data.loader import Batch
 from minimind.distributed.collectives import log
 from minimind.errors import UserError
 from minimind.files import hash_file
+from minimind.inference.evaluation import sum_loss
 from minimind.model import MiniMindForCausalLM
 from minimind.training.objectives.objective import LossParts
 
@@ -78,14 +79,7 @@ class Distillation:
             figures["teacher_agreement"] += agreement
             return loss, gradient
 
-        output = engine(
-            batch.input_ids,
-            batch.labels,
-            position_ids=batch.position_ids,
-            cu_seqlens=batch.cu_seqlens,
-            loss_reduction="sum",
-            loss_of_chunk=loss_of_chunk,
-        )
+        output = sum_loss(engine, batch, loss_of_chunk=loss_of_chunk)
         return LossParts.of(output)._replace(figures=figures)
 
     def _chunk(self, logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -22,7 +22,7 @@ from minimind.data.loader import Batch, eval_batches
 from minimind.distributed.collectives import all_reduce_sum, log, on_first_rank
 from minimind.errors import UserError
 from minimind.files import disk_errors, replace_file
-from minimind.inference.evaluation import answer_log_probs, sum_answers
+from minimind.inference.evaluation import answer_log_probs, sum_answers, sum_loss
 from minimind.training.objectives.objective import LossParts
 
 REFERENCE_NAME = "reference"
@@ -155,14 +155,8 @@ class Preference:
             # d loss / d log-probability of a token is that of its answer, and the cross-entropy is minus the latter.
             return -F.pad(gradient.detach(), (1, 0))[batch.answers + 1]
 
-        output = engine(
-            batch.input_ids,
-            batch.labels,
-            position_ids=batch.position_ids,
-            cu_seqlens=batch.cu_seqlens,
-            loss_reduction="sum",
-            weigh=weigh,
-        )
+        output = sum_loss(engine, batch, weigh=weigh)
+        assert output.loss is not None
         value, *figures = found
         # The number of the objective with the gradient of the weighted sum.
         output = output._replace(loss=output.loss + (value - output.loss).detach())
