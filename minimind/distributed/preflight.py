@@ -26,6 +26,8 @@ from minimind.files import ROOT, raise_open_files
 from minimind.units import format_bytes, format_table
 
 NOTICE_SECONDS = 30.0
+ROUND_SECONDS = 2.0
+"""How long rank 0 waits without looking at its clock; Ctrl-C waits as long."""
 SIGHT_SECONDS = 15.0
 """How long a new file may take to become visible on another host."""
 FAREWELL_SECONDS = 5.0
@@ -77,7 +79,7 @@ def hash_source(folder: Path) -> str:
 
 def announce_failure(env: RankEnvironment, store: torch.distributed.Store, error: UserError) -> None:
     """Report to rank 0 that this rank failed before its preflight."""
-    _send(store, {"rank": env.rank, "host": node_name(), "error": str(error)})
+    _send(env, store, {"rank": env.rank, "host": node_name(), "error": str(error)})
 
 
 def run_preflight(
@@ -113,7 +115,7 @@ def run_preflight(
         probe = _get(store, "preflight/probe", join_minutes * 60)
         if probe and "sees_run_folder" in report:
             report["sees_run_folder"] = _sees(run_dir, *json.loads(probe))
-        _send(store, report)
+        _send(env, store, report)
         problem = _get(store, "preflight/problem", join_minutes * 60 + SIGHT_SECONDS * 2)
         store.add("preflight/heard", 1)
     if problem:
@@ -204,11 +206,13 @@ def _gather_reports(
     others = range(1, env.world_size)
     began = noticed = time.monotonic()
     while True:
-        # Two questions a round, however many ranks there are; only a line about those that are missing asks for each.
-        is_failed, now = store.check(["preflight/failed"]), time.monotonic()
-        is_late, is_due = now - began > join_minutes * 60, now - noticed > NOTICE_SECONDS
-        if is_failed or store.add("preflight/reports", 0) == len(others):
+        # One question a round, however many ranks there are; only a line about those that are missing asks for each.
+        with contextlib.suppress(torch.distributed.DistStoreError):
+            store.wait(["preflight/gathered"], datetime.timedelta(seconds=ROUND_SECONDS))
+            is_failed = store.check(["preflight/failed"])
             return _read_reports(store, [int(store.get("preflight/failed"))] if is_failed else others)
+        now = time.monotonic()
+        is_late, is_due = now - began > join_minutes * 60, now - noticed > NOTICE_SECONDS
         if is_late or is_due:
             noticed = now
             came = [rank for rank in others if store.check([f"preflight/report/{rank}"])]
@@ -220,7 +224,6 @@ def _gather_reports(
                     "launcher's output for the other hosts"
                 )
             log(f"waiting for rank {missing} for {now - began:.0f} s; {here}")
-        time.sleep(0.05 if now - began < 5 else 0.5)
 
 
 def _read_reports(store: torch.distributed.Store, ranks: Iterable[int]) -> list[Report]:
@@ -243,11 +246,13 @@ def _sees(run_dir: Path, depth: int, name: str) -> bool:
     return seen
 
 
-def _send(store: torch.distributed.Store, report: Report) -> None:
-    store.set(f"preflight/report/{report['rank']}", json.dumps(report))
+def _send(env: RankEnvironment, store: torch.distributed.Store, report: Report) -> None:
+    """Leave the report for rank 0, which the last one wakes, and the first that tells an error."""
+    store.set(f"preflight/report/{env.rank}", json.dumps(report))
     if "error" in report:
-        store.compare_set("preflight/failed", "", str(report["rank"]))
-    store.add("preflight/reports", 1)
+        store.compare_set("preflight/failed", "", str(env.rank))
+    if store.add("preflight/reports", 1) == env.world_size - 1 or "error" in report:
+        store.set("preflight/gathered", "")
 
 
 def _get(store: torch.distributed.Store, key: str, seconds: float) -> str:

@@ -113,6 +113,7 @@ def test_gloo_founds_no_teams_of_threads(pool_name: str, request: pytest.Fixture
 
 def gather_by_deepspeed() -> bool:
     with process_group(read_environment(), torch.device("cpu")):
+        dist.barrier()  # rank 0 holds the store: it must not leave before the others came
         return deepspeed.comm.comm.cdb.all_gather_function is gather_in_place
 
 
