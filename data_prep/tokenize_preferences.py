@@ -1,4 +1,5 @@
-"""Pairs of a preferred and a rejected answer to shards: python -m data_prep.tokenize_preferences.
+"""Pairs of a preferred and a rejected answer, or answers with a label, to shards: python -m
+data_prep.tokenize_preferences.
 
 Prepared like conversations; a pair is one document, which no split, shard or window divides.
 """

@@ -109,6 +109,10 @@ def run(flags: EvaluateFlags, env: RankEnvironment, device: torch.device, dtype:
             else:
                 reader = open_shards(flags.shards, flags.split)
             check_vocabulary(model, reader)
+            if reader.manifest.kind == "feedback":
+                raise UserError(
+                    f"shards: {flags.shards} holds judged answers, which compare no two; give pairs of answers"
+                )
             stack.enter_context(ranks)
             dataset = open_dataset(reader, flags.seq_len, flags.document_mask, keep_tail=True)
             found = measure(model, dataset, flags, env)

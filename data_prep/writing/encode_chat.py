@@ -13,8 +13,8 @@ from data_prep.reading.byte_stream import Source
 from data_prep.reading.records import FormedText, Rejected, TxtDocuments
 from data_prep.writing.encode_chunk import CorpusOptions, Encoded
 from minimind.data.chat_template import ChatTemplate, UntrainableTemplate, load_chat_template
-from minimind.data.conversations import ConversationForm, find_conversation, find_preference
-from minimind.data.manifest import REJECTED_START, REJECTED_TARGET
+from minimind.data.conversations import ConversationForm, find_conversation, find_feedback, find_preference
+from minimind.data.manifest import DISLIKED_TARGET, REJECTED_START, REJECTED_TARGET, DocumentKind
 from minimind.data.tokenizer import Tokenizer
 from minimind.errors import UserError
 from minimind.schema import AT_LEAST_1
@@ -53,9 +53,9 @@ class ChatOptions(CorpusOptions):
         """The tokens and targets of each conversation, or why the template refuses it."""
         template = _load_chat_template(tokenizer)
         documents: list[Encoded | Rejected] = []
-        for text in texts:
+        for record in self.read_texts(texts):
             try:
-                token_ids, targets = self.encode_record(template, **json.loads(text))
+                token_ids, targets = self.encode_record(template, **record)
             except UserError as error:
                 documents.append(Rejected(str(error)))
                 continue
@@ -83,6 +83,10 @@ class ChatOptions(CorpusOptions):
     def read_record(self, record: Any) -> dict[str, Any]:
         """What of a record becomes tokens. Raises `UserError`: why there is none."""
         return find_conversation(record, self.form)
+
+    def read_texts(self, texts: list[str]) -> list[dict[str, Any]]:
+        """What each text of a chunk says."""
+        return list(map(json.loads, texts))
 
     def encode_record(
         self, template: ChatTemplate, messages: list[dict[str, Any]], tools: Any
@@ -113,21 +117,37 @@ def _written(message: dict[str, Any]) -> str:
 class PreferenceOptions(ChatOptions):
     """With the inputs, what decides the contents of prepared preferences."""
 
-    kind: ClassVar[Literal["preferences"] | None] = "preferences"
+    unpaired: bool = False
+    """The records are single answers with a label, true (liked) or false, and not pairs."""
 
     # Of no meaning here.
     form: Annotated[ConversationForm | None, tyro.conf.Suppress] = None
     train_on: Annotated[Literal["all", "last"], tyro.conf.Suppress] = "all"
 
     def read_record(self, record: Any) -> dict[str, Any]:
-        """The two conversations. Raises `UserError`: why there are none."""
-        return find_preference(record)
+        """The two conversations, or the judged one. Raises `UserError`: why there are none."""
+        return find_feedback(record) if self.unpaired else find_preference(record)
+
+    def read_texts(self, texts: list[str]) -> list[dict[str, Any]]:
+        """The pairs of a chunk; of feedback each question with its own answer, and with that of the next record."""
+        records = super().read_texts(texts)
+        others = [record["chosen"][-1] for record in records] if self.unpaired else []
+        for record, other in zip(records, [*others[1:], *others[:1]], strict=False):
+            record["rejected"] = [*record["chosen"][:-1], other]
+        return records
 
     def encode_record(  # type: ignore[override]
-        self, template: ChatTemplate, chosen: list[dict[str, Any]], rejected: list[dict[str, Any]], tools: Any
+        self,
+        template: ChatTemplate,
+        chosen: list[dict[str, Any]],
+        rejected: list[dict[str, Any]],
+        tools: Any,
+        label: bool = True,
     ) -> tuple[list[int], list[int]]:
-        """Both conversations, one after the other; only answers in which they differ are targets."""
-        shared = next(i for i, (a, b) in enumerate(zip([*chosen, None], [*rejected, None])) if a != b)  # noqa: B905
+        """Both conversations, one after the other; only answers in which they differ are targets, of feedback the
+        last."""
+        differ = (i for i, (a, b) in enumerate(zip([*chosen, None], [*rejected, None])) if a != b)  # noqa: B905
+        shared = len(chosen) - 1 if self.unpaired else next(differ)
         sides = [
             [{**message, "train": place >= shared} for place, message in enumerate(side)] for side in (chosen, rejected)
         ]
@@ -137,4 +157,10 @@ class PreferenceOptions(ChatOptions):
         values = [REJECTED_TARGET * target for target in rejected_targets]
         if rejected_targets[0]:
             raise UserError("the chat template writes nothing before an answer")
-        return chosen_ids + rejected_ids, [*chosen_targets, REJECTED_START, *values[1:]]
+        first = chosen_targets if label else [DISLIKED_TARGET * target for target in chosen_targets]
+        return chosen_ids + rejected_ids, [*first, REJECTED_START, *values[1:]]
+
+    @property
+    def kind(self) -> DocumentKind:
+        """Pairs, or single answers with a label."""
+        return "feedback" if self.unpaired else "preferences"

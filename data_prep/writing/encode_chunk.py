@@ -9,13 +9,14 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from data_prep.reading.byte_stream import Source
 from data_prep.reading.chunks import Chunk
 from data_prep.reading.documents import parse_chunk
 from data_prep.reading.records import FormedText, ReadOptions, Rejected
 from data_prep.writing.digests import DIGEST_BYTES
+from minimind.data.manifest import DocumentKind
 from minimind.data.shard_writer import DEFAULT_SHARD_TOKENS
 from minimind.data.tokenizer import Tokenizer, load_tokenizer
 from minimind.schema import AT_LEAST_1, Limits
@@ -47,8 +48,6 @@ class CorpusOptions(ReadOptions):
     shard_tokens: Annotated[int, AT_LEAST_1] = DEFAULT_SHARD_TOKENS
     """Tokens in a shard."""
 
-    kind: ClassVar[Literal["preferences"] | None] = None
-
     def encode(self, tokenizer: Tokenizer, texts: list[str]) -> "list[Encoded | Rejected]":
         """The tokens of each text, or why there are none."""
         packed = tokenizer.encode_packed(texts, allow_special=self.special_text == "special")
@@ -57,6 +56,11 @@ class CorpusOptions(ReadOptions):
 
     def template_text(self, tokenizer: Tokenizer) -> str | None:
         """The chat template that conversations are written with."""
+        return None
+
+    @property
+    def kind(self) -> DocumentKind | None:
+        """What a document is, where it is more than one text."""
         return None
 
     def check_sources(self, sources: list[Source]) -> None:

@@ -36,6 +36,7 @@ AT_RESUME: dict[str, Change] = {
     # Which samples a step takes, and what the optimizer's state means.
     **dict.fromkeys((*_SAMPLING, "shards", "tokenizer", "optimizer"), "fixed"),
     **dict.fromkeys(("objective", "beta", "label_smoothing", "length_normalised", "target_margin"), "fixed"),
+    **dict.fromkeys(("desirable_weight", "undesirable_weight"), "fixed"),
     # Which weights the files hold, and on which others they stand.
     **dict.fromkeys((*_TRAINED, "base"), "fixed"),
     **dict.fromkeys(("teacher", "distill_alpha", "distill_temperature", "distill_kl"), "fixed"),

@@ -24,8 +24,8 @@ DTYPE_NAMES: dict[Precision, str] = {"fp32": "float32", "bf16": "bfloat16", "fp1
 """torch's name of the type that each precision computes in."""
 Schedule = Literal["cosine", "linear", "constant", "wsd", "step", "exponential", "deepspeed"]
 OptimizerName = Literal["adamw", "muon", "deepspeed"]
-PreferenceObjective = Literal["dpo", "ipo", "orpo", "simpo"]
-ObjectiveName = Literal["pretrain", "distill", "dpo", "ipo", "orpo", "simpo"]
+PreferenceObjective = Literal["dpo", "ipo", "orpo", "simpo", "kto"]
+ObjectiveName = Literal["pretrain", "distill", "dpo", "ipo", "orpo", "simpo", "kto"]
 MoeBackend = Literal["autoep", "deepspeed"]
 CompileMode = Literal["auto", "on", "off"]
 GateNoise = Literal["none", "jitter", "rsample"]
@@ -69,10 +69,10 @@ class TrainConfig:
     init_from: Annotated[str | None, _default("fresh weights")] = None
     """Begin with the weights (and, without --model, the shape) of a run, a checkpoint, an export, a Hugging Face folder
     or a .pth; a resumed run has its own."""
-    objective: Annotated[ObjectiveName | None, _default("pretrain; dpo on preferences")] = None
+    objective: Annotated[ObjectiveName | None, _default("pretrain; dpo on preferences, kto on feedback")] = None
     """What is minimised. pretrain: the loss of the next token, of conversations that of the answers. distill: with it,
     the divergence from a teacher (arXiv 1503.02531). The others learn from pairs of answers (arXiv 2305.18290,
-    2310.12036, 2403.07691, 2405.14734)."""
+    2310.12036, 2403.07691, 2405.14734), kto from single judged ones (arXiv 2402.01306)."""
     teacher: Annotated[str | None, _default("none")] = None
     """distill: a run, a checkpoint or an export with the tokenizer of the shards; whole on every rank."""
     distill_alpha: Annotated[float, SHARE] = 0.5
@@ -82,7 +82,7 @@ class TrainConfig:
     distill_kl: Literal["forward", "reverse"] = "forward"
     """distill: forward covers all that the teacher finds likely, reverse keeps to it (arXiv 2306.08543)."""
     beta: Annotated[float, ABOVE_0] = 0.1
-    """Preferences: how far the model may leave its start (dpo, ipo); weight of the odds (orpo); scale (simpo: 2 or
+    """Preferences: how far the model may leave its start (dpo, ipo, kto); weight of the odds (orpo); scale (simpo: 2 or
     more)."""
     label_smoothing: Annotated[float, Limits(at_least=0, below=0.5)] = 0.0
     """dpo: share of pairs that are taken to be the wrong way round."""
@@ -90,6 +90,10 @@ class TrainConfig:
     """dpo: compare log-probabilities a token, so that longer answers have no advantage."""
     target_margin: Annotated[float, AT_LEAST_0] = 0.5
     """simpo: by how much, a token, the preferred answer should be the more probable one (gamma / beta)."""
+    desirable_weight: Annotated[float, AT_LEAST_0] = 1.0
+    """kto: weight of answers that were liked."""
+    undesirable_weight: Annotated[float, AT_LEAST_0] = 1.0
+    """kto: weight of the others; weight times number should be about the same for both."""
     lora_rank: Annotated[int, AT_LEAST_0] = 0
     """Train low-rank adapters of this rank (arXiv 2106.09685) on the frozen weights of --init-from; 0: train all."""
     lora_alpha: Annotated[float | None, _default("twice the rank"), ABOVE_0] = None

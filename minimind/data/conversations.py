@@ -2,7 +2,7 @@
 
 Known are `messages` (OpenAI) and `conversations` (MiniMind) of role and content, `conversations` of from and value
 (ShareGPT), and instruction, input and output (Alpaca). A question alone may be a `prompt`. A preference is two
-conversations that begin alike.
+conversations that begin alike, feedback one with a label.
 """
 
 import json
@@ -108,6 +108,33 @@ def find_preference(record: Any) -> dict[str, Any]:
     if chosen["messages"][0] != rejected["messages"][0]:
         raise UserError("chosen and rejected begin with different messages")
     return {"chosen": chosen["messages"], "rejected": rejected["messages"], "tools": chosen["tools"]}
+
+
+def find_feedback(record: Any) -> dict[str, Any]:
+    """The judged conversation of a parsed record: its messages as `chosen`, `label` (whether its last answer was liked)
+    and `tools`.
+
+    Args:
+        record: a conversation of any form of `find_conversation`, or a `prompt` with a `completion` (texts or messages,
+            as trl has them); and a `label`, true or false.
+
+    Raises:
+        UserError: why there is none.
+    """
+    label = record.get("label") if isinstance(record, dict) else None
+    if label not in (True, False):
+        names = ", ".join(map(repr, list(record)[:8])) if isinstance(record, dict) else type(record).__name__
+        raise UserError(f"no feedback: it needs a label, true or false (it has {names})")
+    answer = record.get("completion")
+    if answer is None:
+        found = find_conversation(record)
+    else:
+        question = find_question({key: value for key, value in record.items() if key != "completion"})
+        side = answer if isinstance(answer, list) else [_as_answer(answer)]
+        found = _read_conversation([*question["messages"], *side], question["tools"])
+        if found["messages"][-1]["role"] != "assistant":
+            raise UserError("completion is no answer")
+    return {"chosen": found["messages"], "label": bool(label), "tools": found["tools"], "form": "feedback"}
 
 
 def _as_answer(side: Any) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minimind.data.manifest import REJECTED_START, REJECTED_TARGET, TARGET, ShardError
+from minimind.data.manifest import DISLIKED_TARGET, REJECTED_START, REJECTED_TARGET, TARGET, ShardError
 from minimind.data.packing import pack
 from minimind.data.shards import ShardReader, open_split
 
@@ -29,6 +29,7 @@ class Sample:
     document_starts: np.ndarray | None = None  # (num_starts,) int64
     pairs: np.ndarray | None = None  # (num_pairs,) int64 of preferences: the documents
     answers: np.ndarray | None = None  # (T,) int64 of preferences: 2 * pair + (1 if rejected), -1 without a label
+    liked: np.ndarray | None = None  # (num_pairs,) bool of preferences: False for feedback against the first answer
 
 
 class TokenDataset:
@@ -129,6 +130,7 @@ class PackedDataset:
         documents = self._order[self._bounds[index] : self._bounds[index + 1]]
         is_pairs = self.reader.manifest.is_pairs
         answers = np.full(self.seq_len, -1, dtype=np.int64)
+        liked = np.ones(len(documents), dtype=bool)
         ends, end = [], 0
         for pair, document in enumerate(documents):
             start, length = int(self._starts[document]), int(self._lengths[document])
@@ -137,14 +139,15 @@ class PackedDataset:
             input_ids[here], labels[here] = tokens[:-1], tokens[1:]
             if self.reader.manifest.is_chat:
                 targets = self.reader.read_targets(start + 1, len(tokens) - 1)
-                is_target = (targets == TARGET) | (targets == REJECTED_TARGET)
+                is_target = np.isin(targets, (TARGET, REJECTED_TARGET, DISLIKED_TARGET))
                 labels[here][~is_target] = IGNORED_LABEL
                 answers[here][is_target] = 2 * pair + (targets[is_target] == REJECTED_TARGET)
+                liked[pair] = DISLIKED_TARGET not in targets
                 if is_pairs:  # the second conversation's first token is an input one position after it is a label
                     ends.append(end + 1 + int(np.argmax(targets == REJECTED_START)))
             ends.append(end := end + length)
         starts = np.array([offset for offset in ends if offset < self.seq_len], dtype=np.int64)
-        return Sample(input_ids, labels, starts, *((documents, answers) if is_pairs else ()))
+        return Sample(input_ids, labels, starts, *((documents, answers, liked) if is_pairs else ()))
 
 
 Dataset = TokenDataset | PackedDataset

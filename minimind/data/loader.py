@@ -31,6 +31,7 @@ class Batch:
     # Preferences only:
     answers: torch.Tensor | None = None  # (B, T) int64: which of the batch's answers a label is of, -1: none
     pairs: tuple[int, ...] = ()  # document of each pair; pair i has the answers 2i and 2i + 1 (rejected)
+    liked: torch.Tensor | None = None  # (num_pairs,) bool, see `Sample`
     reference: torch.Tensor | None = None  # (2 * num_pairs,) float32 log-probability of each answer before training
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
@@ -42,8 +43,8 @@ class Batch:
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, function: Any) -> "Batch":
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Batch(**{name: function(v) if isinstance(v, torch.Tensor) else v for name, v in values.items()})
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(self, **{name: function(value) for name, value in tensors.items()})
 
 
 class DeviceCopy:
@@ -182,12 +183,20 @@ def _with_pairs(batch: Batch, samples: Sequence[Sample], reference: np.ndarray |
     """The batch with its pairs, numbered from window to window."""
     answers: list[np.ndarray] = []
     pairs: list[int] = []
+    liked: list[np.ndarray] = []
     for sample in samples:
-        assert sample.answers is not None and sample.pairs is not None
+        assert sample.answers is not None and sample.pairs is not None and sample.liked is not None
         answers.append(np.where(sample.answers < 0, -1, sample.answers + 2 * len(pairs)))
         pairs += sample.pairs.tolist()
+        liked.append(sample.liked)
     values = None if reference is None else torch.from_numpy(reference[pairs].reshape(-1))
-    return dataclasses.replace(batch, answers=torch.from_numpy(np.stack(answers)), pairs=tuple(pairs), reference=values)
+    return dataclasses.replace(
+        batch,
+        answers=torch.from_numpy(np.stack(answers)),
+        pairs=tuple(pairs),
+        liked=torch.from_numpy(np.concatenate(liked)),
+        reference=values,
+    )
 
 
 def _take(dataset: Dataset, position: int, last: int) -> Sample:
@@ -195,6 +204,7 @@ def _take(dataset: Dataset, position: int, last: int) -> Sample:
         return dataset[position]
     sample = dataset[last]
     labels = np.full_like(sample.labels, IGNORED_LABEL)
-    if sample.pairs is None:
+    if sample.pairs is None or sample.liked is None:
         return dataclasses.replace(sample, labels=labels)
-    return dataclasses.replace(sample, labels=labels, pairs=sample.pairs[:0], answers=np.full_like(labels, -1))
+    nothing = {"pairs": sample.pairs[:0], "answers": np.full_like(labels, -1), "liked": sample.liked[:0]}
+    return dataclasses.replace(sample, labels=labels, **nothing)

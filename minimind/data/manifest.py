@@ -18,9 +18,11 @@ from minimind.files import replace_file
 FORMAT_VERSION: Literal[2] = 2
 """Of conversations, which have targets; corpora of text are written as version 1, and read alike."""
 MANIFEST_NAME = "manifest.json"
-TARGET, REJECTED_TARGET, REJECTED_START = 1, 2, 3
+TARGET, REJECTED_TARGET, REJECTED_START, DISLIKED_TARGET = 1, 2, 3, 4
 """Values of the targets file, 0 for all other tokens: a trained token (of a pair: of the preferred answer), one of the
-rejected answer, and the token that begins the rejected conversation."""
+rejected answer, and the token that begins the rejected conversation. Feedback has an answer that was liked (1) or not
+(4), and in place of the rejected conversation the question with the answer to another one."""
+DocumentKind = Literal["preferences", "feedback"]
 
 
 class ShardError(UserError):
@@ -97,7 +99,7 @@ class Manifest:
     total_bytes: Count
     shards: tuple[ShardInfo, ...]
     chat_template_sha256: Sha256 | None = None
-    kind: Literal["preferences"] | None = None
+    kind: DocumentKind | None = None
     """Each document is a pair of conversations; None: it is one, or plain text."""
 
     @model_validator(mode="after")
@@ -111,7 +113,7 @@ class Manifest:
         if {is_chat} != {self.chat_template_sha256 is not None, *(s.targets_file is not None for s in self.shards)}:
             raise ValueError("targets and a chat template come with format_version 2, and only with it")
         if self.kind is not None and not is_chat:
-            raise ValueError("preferences have targets and a chat template")
+            raise ValueError(f"{self.kind}: has targets and a chat template")
         files = [name for shard in self.shards for name in shard.files]
         if len(set(files)) < len(files):
             raise ValueError(f"shards name {max(files, key=files.count)} twice; every file must be named once")
@@ -128,8 +130,8 @@ class Manifest:
 
     @property
     def is_pairs(self) -> bool:
-        """Whether a document is two conversations, the preferred one first: see `TARGET` and what follows it."""
-        return self.kind == "preferences"
+        """Whether a document is two conversations: see `TARGET` and what follows it."""
+        return self.kind is not None
 
     @property
     def bytes_per_token(self) -> float:

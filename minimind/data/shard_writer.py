@@ -5,13 +5,20 @@ Holds one document in memory, whatever the corpus.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from minimind.data.array_file import ArrayFile, check_array_file
 from minimind.data.chat_template import TEMPLATE_NAME
-from minimind.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, ShardError, ShardInfo, TokenizerInfo
+from minimind.data.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    DocumentKind,
+    Manifest,
+    ShardError,
+    ShardInfo,
+    TokenizerInfo,
+)
 from minimind.files import fsync_folder, hash_file, replace_file
 
 DEFAULT_SHARD_TOKENS = 1 << 26
@@ -36,7 +43,7 @@ class ShardWriter:
         shard_tokens: int = DEFAULT_SHARD_TOKENS,
         shards: Sequence[ShardInfo] = (),
         chat_template: str | None = None,
-        kind: Literal["preferences"] | None = None,
+        kind: DocumentKind | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.shards = list(shards)

@@ -22,7 +22,7 @@ from minimind.config.command_line import CommandLine
 from minimind.config.deepspeed_file import load_ds_config
 from minimind.config.resolve import resolve_run
 from minimind.config.resolved_run import FrozenBase, ResolvedRun
-from minimind.config.run_config import DTYPE_NAMES, RunConfig
+from minimind.config.run_config import DTYPE_NAMES, ObjectiveName, RunConfig
 from minimind.data.dataset import Dataset, PackedDataset, open_dataset
 from minimind.data.loader import BatchLoader
 from minimind.data.shards import find_split, open_split
@@ -126,11 +126,11 @@ def open_data(run: RunConfig, *, check: bool = True) -> RunData:
         )
     if (run.train.objective == "distill") != (run.train.teacher is not None):
         raise UserError(f"teacher: {run.train.teacher}; --objective distill and --teacher PATH are given together")
-    is_pairs, objective = train.manifest.is_pairs, run.train.objective
-    if objective is not None and is_pairs != (objective in LOSSES):
-        kinds = ("pairs of answers", "texts or conversations")
-        there, wanted = kinds if is_pairs else kinds[::-1]
-        raise UserError(f"objective: {objective} learns from {wanted}, and {folder} holds {there}")
+    kind, objective = train.manifest.kind, run.train.objective
+    wanted = "feedback" if objective == "kto" else "preferences" if objective in LOSSES else None
+    if objective is not None and kind != wanted:
+        words = {"preferences": "pairs of answers", "feedback": "judged answers", None: "texts or conversations"}
+        raise UserError(f"objective: {objective} learns from {words[wanted]}, and {folder} holds {words[kind]}")
     seq_len, mask, packed = run.data.seq_len, run.data.document_mask, run.data.packing == "whole-documents"
     return RunData(
         open_dataset(train, seq_len, mask, packed=packed),
@@ -251,7 +251,8 @@ def load_state(
 
 def make_objective(resolved: ResolvedRun, data: RunData, device: torch.device) -> Objective:
     """What the run minimises."""
-    name = resolved.train.objective or ("dpo" if data.train.reader.manifest.is_pairs else "pretrain")
+    by_kind: dict[str | None, ObjectiveName] = {"preferences": "dpo", "feedback": "kto", None: "pretrain"}
+    name = resolved.train.objective or by_kind[data.train.reader.manifest.kind]
     if name == "pretrain":
         return Pretrain()
     train = resolved.train

@@ -26,7 +26,7 @@ from minimind.data.loader import Batch, BatchLoader, DeviceCopy
 from minimind.distributed.collectives import all_reduce_ints, gather_objects
 from minimind.distributed.stop_requests import Requests
 from minimind.errors import UserError
-from minimind.inference.evaluation import Sums, measure_loss
+from minimind.inference.evaluation import measure_loss
 from minimind.parallel.loss_scale import loss_scale
 from minimind.parallel.optimizer import optimizer_step, set_learning_rate
 from minimind.training import expert_balance
@@ -115,6 +115,9 @@ class Trainer:
         step, device = self.state.step, self.engine.device
         self._seed_dropout(step)
         lr = self._set_learning_rate(step)
+        self.control.report(step + 1, "making the batch")
+        with self.timer.part("rollout"):
+            batches = self.objective.roll_out(self.engine, batches, step)
         num_targets = self._count_targets(batches)  # () of the whole step, on every rank
         # DeepSpeed divides by the accumulation and averages over the data-parallel ranks (dp_size, not all processes);
         # this undoes both and divides by the targets.
@@ -256,7 +259,7 @@ class Trainer:
             dp_rank=self.loader.dp_rank,
             dp_size=self.loader.dp_size,
             before_batch=lambda: self.control.report(step, "evaluating"),
-            sums=self._sums,
+            sums=self.objective.evaluate,
         )
         record: EvaluationRecord = {
             "step": step,
@@ -269,10 +272,6 @@ class Trainer:
         self.record.log_evaluation(cast(EvaluationRecord, {**record, **figures}))
         self.timer.restart()
         return found.loss
-
-    def _sums(self, engine: Any, batch: Batch) -> Sums:
-        parts = self.objective.loss(engine, batch)
-        return Sums(parts.loss, self.objective.count_targets([batch]), dict(parts.figures))
 
     def _agree(self) -> tuple[Requests, int]:
         """The requests of all ranks, and how many of the sent figures all of them have; also takes a running save

@@ -2,7 +2,7 @@
 
 import pytest
 
-from minimind.data.conversations import find_preference
+from minimind.data.conversations import find_feedback, find_preference
 from minimind.errors import UserError
 
 USER = {"role": "user", "content": "q"}
@@ -44,3 +44,34 @@ def test_every_form_is_the_same_pair(record: dict[str, object]) -> None:
 def test_what_is_no_pair_says_why(record: object, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         find_preference(record)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [USER, GOOD], "label": True},
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "good"}], "label": 1},
+        {"prompt": "q", "completion": "good", "label": True},
+        {"prompt": [USER], "completion": [GOOD], "label": True},
+    ],
+)
+def test_every_form_is_the_same_feedback(record: dict[str, object]) -> None:
+    expected = {"chosen": [USER, GOOD], "label": True, "tools": None, "form": "feedback"}
+    assert find_feedback(record) == expected
+    assert find_feedback({**record, "label": False}) == {**expected, "label": False}
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": [USER, GOOD]}, "needs a label, true or false .it has 'messages'"),
+        ({"messages": [USER, GOOD], "label": "good"}, "needs a label"),
+        ({"messages": [USER], "label": True}, "ends without an answer"),
+        ({"prompt": "q", "completion": [], "label": True}, "completion is no answer"),
+        ({"prompt": "q", "completion": "", "label": True}, "empty answer"),
+        ({"completion": "good", "label": True}, "no conversation"),
+    ],
+)
+def test_what_is_no_feedback_says_why(record: object, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        find_feedback(record)

@@ -1,4 +1,5 @@
-"""Learning from pairs: the formulas of the papers, gradients of an independent loop, any ranks and stage, a stop."""
+"""Learning from pairs and from judged answers: the formulas of the papers, gradients of an independent loop, any ranks
+and stage, a stop."""
 
 import itertools
 import json
@@ -96,6 +97,22 @@ def test_losses_and_their_derivatives_are_those_of_the_papers(name, flags, paper
             assert slope[pair].item() == approx((paper(*up) - paper(*down)) / 2e-5, rel=1e-5, abs=1e-9)
 
 
+def test_kto_is_that_of_the_paper() -> None:
+    """Value function and gradient of section 4 of arXiv 2402.01306, the reference point z a constant."""
+    liked, other = [True, False, False], [0.0, 0.0, 0.0]
+    rows = [torch.tensor(row, dtype=torch.float64) for row in (CHOSEN, other, CHOSEN_REFERENCE, other, other, other)]
+    rows[0].requires_grad_()
+    answers = Answers(*rows, liked=torch.tensor(liked), baseline=0.75)  # type: ignore[arg-type]
+    ours = LOSSES["kto"](answers, TrainConfig(beta=0.3, desirable_weight=1.5, undesirable_weight=0.5))
+    (slopes,) = torch.autograd.grad(ours.sum(), rows[0])
+    for place, (policy, reference, good) in enumerate(zip(CHOSEN, CHOSEN_REFERENCE, liked, strict=True)):
+        reward, weight = math.log(math.exp(policy) / math.exp(reference)), 1.5 if good else 0.5
+        value = weight * (sigmoid(0.3 * (reward - 0.75)) if good else sigmoid(0.3 * (0.75 - reward)))
+        assert ours[place].item() == approx(weight - value, rel=1e-6)
+        steepness = sigmoid(0.3 * (reward - 0.75)) * sigmoid(0.3 * (0.75 - reward))
+        assert slopes[place].item() == approx((-1 if good else 1) * weight * 0.3 * steepness, rel=1e-6)
+
+
 def make_pairs(count: int) -> list[dict[str, object]]:
     """The preferred answer is the word again, the other one something longer."""
     words = random.Random(0).sample(["".join(letters) for letters in itertools.product("abcdef", repeat=3)], count)
@@ -116,6 +133,75 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = {"input": (str(source),), "tokenizer": tokenizer, "output": folder / "shards", "val_fraction": 0.2}
     prepare(TokenizePreferencesFlags(**names, val_input=(), workers=1), PreferenceOptions)
     return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The answers of the pairs one by one, each with its label."""
+    folder = tmp_path_factory.mktemp("feedback")
+    tokenizer = save_byte_level(folder / "tokenizer")
+    pairs = [(pair[name], name == "chosen") for pair in make_pairs(20) for name in ("chosen", "rejected")]
+    records = [{"messages": messages, "label": label} for messages, label in pairs]
+    (folder / "judged.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    names = {"tokenizer": tokenizer, "output": folder / "shards", "val_fraction": 0.2, "unpaired": True}
+    prepare(TokenizePreferencesFlags(input=(str(folder / "judged.jsonl"),), workers=1, **names), PreferenceOptions)
+    return folder / "shards"
+
+
+def test_feedback_is_each_answer_and_the_question_with_another_one(judged: Path) -> None:
+    dataset, tokenizer = load_shards(judged, seq_len=128), load_tokenizer(judged / "train")
+    num_liked = num_disliked = 0
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        assert sample.answers is not None and sample.pairs is not None and sample.liked is not None
+        for place in range(len(sample.pairs)):
+            own, other = (
+                tokenizer.decode(sample.labels[sample.answers == 2 * place + side].tolist()) for side in (0, 1)
+            )
+            assert own != other and own.startswith("no ") is not bool(sample.liked[place])
+        num_liked += int(sample.liked.sum())
+        num_disliked += int((~sample.liked).sum())
+    assert min(num_liked, num_disliked) > 10 and num_liked + num_disliked == dataset.reader.manifest.total_documents
+
+
+def test_the_gradient_of_kto_is_that_of_a_plain_loop(judged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The baseline is the mean over the answers to other questions of all micro-batches, and has no gradient."""
+    monkeypatch.setattr("minimind.training.objectives.preference.all_reduce_sum", lambda tensor: tensor)
+    torch.manual_seed(0)
+    config = ModelConfig(**{**MODEL, "vocab_size": 400, "max_position_embeddings": 128, "initializer_range": 0.3})
+    model = MiniMindForCausalLM(config)
+    model.device = torch.device("cpu")
+    dataset = load_shards(judged, seq_len=128)
+    settings = TrainConfig(beta=0.2, desirable_weight=1.2)
+    reference = np.random.default_rng(0).normal(-90, 9, (dataset.reader.manifest.total_documents, 2)).astype(np.float32)
+    batches = [collate([dataset[index]], [index], reference) for index in range(3)]
+    objective = Preference(settings, "kto")
+    parts = [objective.loss(model, batch) for batch in objective.roll_out(model, batches, 0)]
+    sum(part.loss for part in parts).backward()  # type: ignore[union-attr]
+    ours = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}  # type: ignore[union-attr]
+    model.zero_grad()
+    moved, other, liked = [], [], []
+    for batch in batches:
+        logits = model(batch.input_ids, position_ids=batch.position_ids, cu_seqlens=batch.cu_seqlens).logits
+        found = -F.cross_entropy(logits[0], batch.labels[0], reduction="none")
+        for place, document in enumerate(batch.pairs):
+            own, foreign = (found[batch.answers[0] == 2 * place + side].sum() for side in (0, 1))  # type: ignore[index]
+            moved.append(own - float(reference[document, 0]))
+            other.append(foreign.item() - float(reference[document, 1]))
+            liked.append(bool(batch.liked[place]))  # type: ignore[index]
+    baseline = max(sum(other) / len(other), 0.0)
+    assert baseline > 1, "it does not matter here"
+    signed = [(r - baseline) * (1 if good else -1) for r, good in zip(moved, liked, strict=True)]
+    weights_ = [1.2 if good else 1.0 for good in liked]
+    total = sum(w * (1 - torch.sigmoid(0.2 * r)) for w, r in zip(weights_, signed, strict=True))
+    total.backward()  # type: ignore[union-attr]
+    assert sum(part.loss.item() for part in parts) == approx(total.item(), rel=1e-5)  # type: ignore[union-attr]
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert (ours[key] - parameter.grad).abs().max() <= 1e-5 * parameter.grad.abs().max() + 1e-7, key
+    means = {name: sum(part.figures[name] for part in parts).item() / len(liked) for name in parts[0].figures}  # type: ignore[union-attr]
+    assert means["kl"] == approx(baseline, rel=1e-4)
+    assert means["reward_accuracy"] == approx(sum(r > 0 for r in signed) / len(liked))
 
 
 def encode_pairs(shards: Path) -> list[list[tuple[list[int], list[int]]]]:
@@ -222,12 +308,19 @@ def test_a_run_begins_without_a_preference_and_learns_one(plain: Path) -> None:
     assert evaluation["eval_reward_accuracy"] > 0.5 and evaluation["eval_targets"] >= 1
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks_of_any_stage_give_the_same_losses(
-    pool: RankPool, plain: Path, shards: Path, tmp_path: Path, stage: int
+@pytest.mark.parametrize("name", LOSSES)
+def test_any_stage_and_ranks_give_the_same_losses(
+    pool: RankPool, shards: Path, judged: Path, tmp_path: Path, name: str
 ) -> None:
-    pool.run(train, flags(shards, tmp_path, stage=stage))
-    assert list(losses(tmp_path).values()) == approx(list(losses(plain).values()), rel=1e-4)
+    corpus, expected = judged if name == "kto" else shards, None
+    for ranks, run in ((1, train), (2, pool.run)):
+        for stage in (1, 2, 3):
+            run_dir = tmp_path / f"{ranks}_{stage}"
+            line = flags(corpus, run_dir, objective=name, stage=stage, steps=3, save_every=0, eval_every=3, beta=0.5)
+            run(*((line,) if run is train else (train, line)))
+            found = [record.get("loss", record.get("eval_loss")) for record in read_metrics(run_dir)]
+            expected = expected or found
+            assert len(found) == 4 and found == approx(expected, rel=1e-4), (ranks, stage)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(plain: Path, shards: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ The teacher reads the same batch without a gradient. Its logits and the student'
 time, inside the student's output matrix (see `LMHead.forward`, `loss_of_chunk`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from minimind.errors import UserError
 from minimind.files import hash_file
 from minimind.inference.evaluation import sum_loss
 from minimind.model import MiniMindForCausalLM
-from minimind.training.objectives.objective import LossParts
+from minimind.training.objectives.objective import LossParts, Objective
 
 
 class Divergence(NamedTuple):
@@ -48,7 +48,7 @@ def reverse_kl(log_p: Tensor, log_q: Tensor) -> Divergence:
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Divergence]] = {"forward": forward_kl, "reverse": reverse_kl}
 
 
-class Distillation:
+class Distillation(Objective):
     r"""The objective $\alpha\,\mathrm{CE} + (1 - \alpha)\,\tau^2\,\mathrm{KL}$ a token, where both models' logits are
     divided by the temperature $\tau$ in the divergence."""
 
@@ -56,13 +56,6 @@ class Distillation:
         self._train = train
         self._teacher = teacher
         self._divergence = DIVERGENCES[train.distill_kl]
-
-    def prepare(self, engine: Any, datasets: Mapping[str, Dataset], run_dir: Path, *, is_new: bool) -> None:
-        """Nothing."""
-
-    def count_targets(self, batches: Sequence[Batch]) -> int:
-        """Tokens with a label."""
-        return sum(batch.num_targets for batch in batches)
 
     def loss(self, engine: Any, batch: Batch) -> LossParts:
         """The loss summed over the labels of `batch`, and the figures of a step. Every rank calls this."""

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
 from minimind.data.dataset import Dataset
 from minimind.data.loader import Batch
+from minimind.inference.evaluation import Sums
 from minimind.model.transformer import CausalLMOutput
 
 
@@ -38,7 +39,7 @@ class LossParts(NamedTuple):
         return cls(output.loss, output.aux_loss, counts, output.expert_share, output.expert_score)
 
 
-class Objective(Protocol):
+class Objective:
     """What a run minimises. The loop divides the summed loss by the targets of the whole step, over all ranks."""
 
     def prepare(self, engine: Any, datasets: Mapping[str, Dataset], run_dir: Path, *, is_new: bool) -> None:
@@ -49,8 +50,19 @@ class Objective(Protocol):
             is_new: no step has been taken yet.
         """
 
+    def roll_out(self, engine: Any, batches: list[Batch], step: int) -> list[Batch]:
+        """What a step trains on, one for each of this rank's micro-batches. Every rank calls this."""
+        return batches
+
     def count_targets(self, batches: Sequence[Batch]) -> int:
         """Targets of a step on this rank."""
+        return sum(batch.num_targets for batch in batches)
 
     def loss(self, engine: Any, batch: Batch) -> LossParts:
         """Forward of one micro-batch, already on the device. Every rank calls this."""
+        raise NotImplementedError
+
+    def evaluate(self, engine: Any, batch: Batch) -> Sums:
+        """What an evaluation adds up of a batch of the validation split, on the device. Every rank calls this."""
+        parts = self.loss(engine, batch)
+        return Sums(parts.loss, self.count_targets([batch]), dict(parts.figures))

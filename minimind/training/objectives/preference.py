@@ -1,10 +1,11 @@
-"""Learning from pairs of a preferred and a rejected answer: DPO, IPO, ORPO, SimPO.
+"""Learning from pairs of a preferred and a rejected answer, DPO, IPO, ORPO, SimPO, and from single judged ones, KTO.
 
 Each loss is a function of the two answers' log-probabilities. Its derivative by them, taken on these few numbers,
 weighs the cross-entropy of every token: the gradient of the model is then that of the objective (see
 `MiniMindForCausalLM.forward`, `weigh`), at the price of one more pass through the output matrix.
 """
 
+import dataclasses
 import functools
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +23,8 @@ from minimind.data.loader import Batch, eval_batches
 from minimind.distributed.collectives import all_reduce_sum, log, on_first_rank
 from minimind.errors import UserError
 from minimind.files import disk_errors, replace_file
-from minimind.inference.evaluation import answer_log_probs, sum_answers, sum_loss
-from minimind.training.objectives.objective import LossParts
+from minimind.inference.evaluation import Sums, answer_log_probs, sum_answers, sum_loss
+from minimind.training.objectives.objective import LossParts, Objective
 
 REFERENCE_NAME = "reference"
 """Folder in a run's: log-probabilities of the answers under the model that training began with."""
@@ -32,7 +33,7 @@ REFERENCE_NAME = "reference"
 FIGURES = ("reward_accuracy", "reward_margin", "chosen_log_prob", "rejected_log_prob", "kl")
 """Means over the pairs: share in which the chosen answer has the larger reward; by how much; log-probability
 a token of both; how much less probable, a token, the answers are than under the reference, which estimates the
-divergence on these texts."""
+divergence on these texts. Of feedback: against the baseline of `kto_loss`, which is the last, in nats."""
 
 
 class Answers(NamedTuple):
@@ -44,6 +45,9 @@ class Answers(NamedTuple):
     rejected_reference: Tensor
     chosen_length: Tensor
     rejected_length: Tensor
+    # Of feedback, whose one answer is the first, and the second that of another question:
+    liked: Tensor | None = None  # (n,) bool
+    baseline: Tensor | float = 0.0  # () reward of the whole step's second answers, divided by beta
 
 
 def dpo_loss(answers: Answers, train: TrainConfig) -> Tensor:
@@ -77,13 +81,30 @@ def simpo_loss(answers: Answers, train: TrainConfig) -> Tensor:
     return -F.logsigmoid(train.beta * (answers.chosen - answers.rejected - train.target_margin))
 
 
+def kto_loss(answers: Answers, train: TrainConfig) -> Tensor:
+    r"""Kahneman-Tversky optimisation (arXiv 2402.01306), (n,): $\lambda(1 - \sigma(\pm\beta(r - z)))$ of single
+    answers, plus where it was liked, minus where not, each with its $\lambda$. r is how much more probable the model
+    finds the answer than the reference does; z the same, and at least 0, in the mean over answers to other questions,
+    which estimates how far the model has moved and has no gradient."""
+    assert answers.liked is not None
+    weight = torch.where(answers.liked, train.desirable_weight, train.undesirable_weight)
+    return weight * torch.sigmoid(-train.beta * _surplus(answers))
+
+
+def _surplus(answers: Answers) -> Tensor:
+    """By how much the answers' log-probability has moved, against the baseline, to where they should go: (n,)."""
+    moved = answers.chosen - answers.chosen_reference - answers.baseline
+    return torch.where(answers.liked, moved, -moved) if answers.liked is not None else moved
+
+
 LOSSES: dict[PreferenceObjective, Callable[[Answers, TrainConfig], Tensor]] = {
     "dpo": dpo_loss,
     "ipo": ipo_loss,
     "orpo": orpo_loss,
     "simpo": simpo_loss,
+    "kto": kto_loss,
 }
-_WITH_REFERENCE = ("dpo", "ipo")
+_WITH_REFERENCE = ("dpo", "ipo", "kto")
 
 
 def per_token(answers: Answers) -> Answers:
@@ -109,13 +130,16 @@ def _log1mexp(log_prob: Tensor) -> Tensor:
     return torch.where(log_prob > -0.693, torch.log(-torch.expm1(log_prob)), torch.log1p(-log_prob.exp()))
 
 
-class Preference:
-    """The objective of a run on pairs; the loss is a mean over the pairs of a step."""
+class Preference(Objective):
+    """The objective of a run on pairs, or on feedback; the loss is a mean over the pairs, or answers, of a step."""
 
     def __init__(self, train: TrainConfig, name: PreferenceObjective) -> None:
         self._train = train
+        self._name = name
         self._loss = LOSSES[name]
         self._needs_reference = name in _WITH_REFERENCE
+        self._baseline: Tensor | float = 0.0  # of feedback, and so the next
+        self._shares: Sequence[Tensor | float] = (1.0, 1.0)  # of liked and other answers in the step
 
     def prepare(self, engine: Any, datasets: Mapping[str, Dataset], run_dir: Path, *, is_new: bool) -> None:
         """Let each of `datasets`, by the name of its split, know the log-probabilities of its answers under the model
@@ -139,18 +163,38 @@ class Preference:
         """Pairs."""
         return sum(len(batch.pairs) for batch in batches)
 
+    @torch.no_grad()
+    def roll_out(self, engine: Any, batches: list[Batch], step: int) -> list[Batch]:
+        """The batches, which KTO reads first: its baseline is a mean over the whole step. Every rank calls this."""
+        if self._name == "kto":
+            total = torch.zeros(3, device=engine.device)  # the second answers' movement, number of answers, liked ones
+            engine.eval()
+            for batch in (one.to(engine.device) for one in batches):
+                reference, liked = self._read_reference(batch), batch.liked
+                assert reference is not None and liked is not None
+                moved = (answer_log_probs(engine, batch)[0] - reference)[1::2]
+                total += torch.stack([moved.sum(), torch.ones_like(moved).sum(), liked.float().sum()])
+            engine.train()
+            moved, count, num_liked = all_reduce_sum(total)
+            self._baseline = (moved / count.clamp(min=1)).clamp(min=0)
+            self._shares = [part.clamp(min=1) / count.clamp(min=1) for part in (num_liked, count - num_liked)]
+        return batches
+
     def loss(self, engine: Any, batch: Batch) -> LossParts:
         """The loss summed over the pairs of `batch`, and the figures of a step. Every rank calls this."""
         found: list[Tensor] = []
+        reference = self._read_reference(batch)
 
         def weigh(losses: Tensor) -> Tensor:
             sums, lengths = sum_answers(losses, batch)
             with torch.enable_grad():
                 sums.requires_grad_()
-                answers = pair_up(sums, lengths, batch.reference)
+                answers = pair_up(sums, lengths, reference)
+                if self._name == "kto":
+                    answers = answers._replace(liked=batch.liked, baseline=self._baseline)
                 value = self._loss(answers, self._train).sum()
                 (gradient,) = torch.autograd.grad(value, sums) if len(sums) else (sums,)
-            found.extend([value.detach(), *_figures(answers, self._train, self._needs_reference)])
+            found.extend([value.detach(), *self._figures(answers)])
             assert batch.answers is not None
             # d loss / d log-probability of a token is that of its answer, and the cross-entropy is minus the latter.
             return -F.pad(gradient.detach(), (1, 0))[batch.answers + 1]
@@ -162,16 +206,32 @@ class Preference:
         output = output._replace(loss=output.loss + (value - output.loss).detach())
         return LossParts.of(output)._replace(figures=dict(zip(FIGURES, figures, strict=True)))
 
+    def evaluate(self, engine: Any, batch: Batch) -> Sums:
+        """As in a step; of feedback without the figures that compare answers of the whole step."""
+        sums = super().evaluate(engine, batch)
+        kept = FIGURES if self._name != "kto" else FIGURES[:2]
+        return dataclasses.replace(sums, figures={name: sums.figures[name] for name in kept})
 
-def _figures(answers: Answers, train: TrainConfig, has_reference: bool) -> list[Tensor]:
-    with torch.no_grad():
-        mean = per_token(answers)
-        if has_reference:
-            margin = _margin(answers, train)
+    def _read_reference(self, batch: Batch) -> Tensor | None:
+        return batch.reference
+
+    @torch.no_grad()
+    def _figures(self, answers: Answers) -> list[Tensor]:
+        mean, beta = per_token(answers), self._train.beta
+        chosen, rejected = mean.chosen.sum(), mean.rejected.sum()
+        if answers.liked is not None:
+            margin = _surplus(answers)
+            kl = answers.baseline * torch.ones_like(margin).sum()
+            sides = (answers.liked, ~answers.liked)
+            chosen, rejected = (
+                mean.chosen[side].sum() / share for side, share in zip(sides, self._shares, strict=True)
+            )
+        elif self._needs_reference:
+            margin = _margin(answers, self._train)
             kl = (mean.chosen_reference - mean.chosen + mean.rejected_reference - mean.rejected).sum() / 2
         else:
             margin, kl = mean.chosen - mean.rejected, answers.chosen.new_zeros(())
-        return [(margin > 0).sum().float(), train.beta * margin.sum(), mean.chosen.sum(), mean.rejected.sum(), kl]
+        return [(margin > 0).sum().float(), beta * margin.sum(), chosen, rejected, kl]
 
 
 def pair_up(sums: Tensor, lengths: Tensor, reference: Tensor | None) -> Answers:
