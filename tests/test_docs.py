@@ -174,7 +174,7 @@ def test_every_configuration_field_is_described_in_chinese_and_only_those():
         "bf16 on a GPU that has it, fp16 on an older one, fp32 on a CPU",
         "ZeRO stage 1",
         "fresh weights",
-        "pretrain; dpo on preferences",
+        "pretrain; dpo on preferences, kto on feedback",
         "none",
         "nothing",
         "twice the rank",
