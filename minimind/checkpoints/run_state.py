@@ -39,7 +39,7 @@ AT_RESUME: dict[str, Change] = {
     **dict.fromkeys(("desirable_weight", "undesirable_weight"), "fixed"),
     # Which weights the files hold, and on which others they stand.
     **dict.fromkeys((*_TRAINED, "base"), "fixed"),
-    **dict.fromkeys(("teacher", "distill_alpha", "distill_temperature", "distill_kl"), "fixed"),
+    **dict.fromkeys(("teacher", "teacher_int8", "distill_alpha", "distill_temperature", "distill_kl"), "fixed"),
     **dict.fromkeys(("run_dir", "resume", "device", "ds_config", "num_workers", "timeout_minutes"), "silent"),
     **dict.fromkeys(("log_every", "tensorboard", "wandb_project", "preflight", "profile_steps"), "silent"),
 }

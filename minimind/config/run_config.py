@@ -74,7 +74,10 @@ class TrainConfig:
     the divergence from a teacher (arXiv 1503.02531). The others learn from pairs of answers (arXiv 2305.18290,
     2310.12036, 2403.07691, 2405.14734), kto from single judged ones (arXiv 2402.01306)."""
     teacher: Annotated[str | None, _default("none")] = None
-    """distill: a run, a checkpoint or an export with the tokenizer of the shards; whole on every rank."""
+    """distill: a run, a checkpoint or an export with the tokenizer of the shards; whole on every rank, at ZeRO stage 3
+    partitioned."""
+    teacher_int8: bool = False
+    """distill: on a CPU, the teacher's matrices in 8 bits: a quarter of the memory of fp32, slightly less exact."""
     distill_alpha: Annotated[float, SHARE] = 0.5
     """distill: share of the loss of the next token; the rest is the divergence from the teacher."""
     distill_temperature: Annotated[float, ABOVE_0] = 1.0
@@ -84,6 +87,9 @@ class TrainConfig:
     beta: Annotated[float, ABOVE_0] = 0.1
     """Preferences: how far the model may leave its start (dpo, ipo, kto); weight of the odds (orpo); scale (simpo: 2 or
     more)."""
+    reference: Literal["stored", "live"] = "stored"
+    """dpo, ipo, kto: log-probabilities of the model that training begins with, computed once and stored; or that model
+    (--init-from) live in memory, at ZeRO stage 3 partitioned."""
     label_smoothing: Annotated[float, Limits(at_least=0, below=0.5)] = 0.0
     """dpo: share of pairs that are taken to be the wrong way round."""
     length_normalised: bool = False

@@ -9,11 +9,13 @@ from pathlib import Path
 import deepspeed
 import torch
 
+from minimind.checkpoints.formats.frozen_model import FrozenModel
 from minimind.checkpoints.formats.init_from import (
     check_init_checkpoint,
     find_init_checkpoint,
     load_init_checkpoint,
 )
+from minimind.checkpoints.formats.source import open_source
 from minimind.checkpoints.loading import load_checkpoint
 from minimind.checkpoints.manifest import TrainState
 from minimind.checkpoints.run_state import DataFingerprint
@@ -22,7 +24,7 @@ from minimind.config.command_line import CommandLine
 from minimind.config.deepspeed_file import load_ds_config
 from minimind.config.resolve import resolve_run
 from minimind.config.resolved_run import FrozenBase, ResolvedRun
-from minimind.config.run_config import DTYPE_NAMES, ObjectiveName, RunConfig
+from minimind.config.run_config import DTYPE_NAMES, ObjectiveName, RunConfig, TrainConfig
 from minimind.data.dataset import Dataset, PackedDataset, open_dataset
 from minimind.data.loader import BatchLoader
 from minimind.data.shards import find_split, open_split
@@ -38,9 +40,9 @@ from minimind.parallel.compilation import settle_compilation
 from minimind.parallel.deepspeed_check import check_ds_config, check_ops
 from minimind.parallel.engine import build_engine, build_model
 from minimind.training.control import hold_run
-from minimind.training.objectives.distillation import Distillation, check_teacher, load_teacher
+from minimind.training.objectives.distillation import Distillation, check_teacher
 from minimind.training.objectives.objective import Objective
-from minimind.training.objectives.preference import LOSSES, Preference
+from minimind.training.objectives.preference import LOSSES, WITH_REFERENCE, Preference
 from minimind.training.objectives.pretrain import Pretrain
 from minimind.training.peak_flops import peak_flops
 from minimind.training.profiler import StepProfiler
@@ -99,10 +101,24 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
         raise UserError(f"{flag}: frozen weights are those of a trained model; give it by --init-from")
     if run.train.teacher is not None:
         check_teacher(Path(run.train.teacher), data.train, run.model.vocab_size)
+    if run.train.reference == "live":
+        check_live_reference(run, data.train)
     if run.train.init_from is not None:
         trained = resolved.trained if run.train.keeps_frozen else None
         check_init_checkpoint(run.model, Path(run.train.init_from), trained)
     return resolved, data
+
+
+def check_live_reference(run: RunConfig, dataset: Dataset) -> None:
+    """Refuse a reference in memory that there is not, that nothing asks, or that lacks tokens. Raises `UserError`."""
+    name, init_from = choose_objective(run.train, dataset), run.train.init_from
+    if init_from is None:
+        raise UserError("reference: live is the model that --init-from names; give it, or leave --reference out")
+    if name not in WITH_REFERENCE:
+        raise UserError(f"reference: live has no effect on {name}, which compares with no reference; leave it out")
+    if (there := open_source(Path(init_from), hashes=False).config.vocab_size) != run.model.vocab_size:
+        here = run.model.vocab_size
+        raise UserError(f"reference: {init_from} has {there} tokens, this run {here}; leave out --reference live")
 
 
 def open_data(run: RunConfig, *, check: bool = True) -> RunData:
@@ -249,17 +265,28 @@ def load_state(
     return state
 
 
+def choose_objective(train: TrainConfig, dataset: Dataset) -> ObjectiveName:
+    """The objective that is asked for, or that of the data."""
+    by_kind: dict[str | None, ObjectiveName] = {"preferences": "dpo", "feedback": "kto", None: "pretrain"}
+    return train.objective or by_kind[dataset.reader.manifest.kind]
+
+
 def make_objective(resolved: ResolvedRun, data: RunData, device: torch.device) -> Objective:
     """What the run minimises."""
-    by_kind: dict[str | None, ObjectiveName] = {"preferences": "dpo", "feedback": "kto", None: "pretrain"}
-    name = resolved.train.objective or by_kind[data.train.reader.manifest.kind]
+    name = choose_objective(resolved.train, data.train)
     if name == "pretrain":
         return Pretrain()
     train = resolved.train
     if name == "distill":
         assert train.teacher is not None, "as checked when the data was opened"
-        return Distillation(train, load_teacher(Path(train.teacher), train.precision, device))
-    return Preference(train, name)
+        return Distillation(
+            train, FrozenModel("teacher", Path(train.teacher), resolved, device, int8=train.teacher_int8)
+        )
+    reference = None
+    if train.reference == "live":
+        assert train.init_from is not None, "as checked when the data was opened"
+        reference = FrozenModel("reference", Path(train.init_from), resolved, device)
+    return Preference(train, name, reference)
 
 
 def make_loader(

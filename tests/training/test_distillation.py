@@ -8,15 +8,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pytest import approx
-from training_runs import MODEL, RankPool, flags_for, losses, rank_pool, read_metrics, train, weights
+from training_runs import EXPERTS, MODEL, RankPool, flags_for, losses, rank_pool, read_metrics, train, weights
 
 from minimind.checkpoints.folder import list_checkpoints
+from minimind.checkpoints.formats.frozen_model import FrozenModel
 from minimind.config.run_config import TrainConfig
 from minimind.data.dataset import load_shards
 from minimind.data.loader import collate
 from minimind.errors import UserError
 from minimind.model import MiniMindForCausalLM, ModelConfig
 from minimind.training.objectives.distillation import Distillation
+
+
+def as_frozen(model: MiniMindForCausalLM) -> FrozenModel:
+    """A model in memory, whole."""
+    frozen = FrozenModel.__new__(FrozenModel)
+    frozen.model, frozen._body, frozen._is_partitioned = model.requires_grad_(False), model.model, False
+    return frozen
 
 
 @pytest.mark.parametrize("kl", ["forward", "reverse"])
@@ -31,7 +39,7 @@ def test_loss_and_gradients_are_those_of_the_formulas(tiny_corpus: Path, kl: str
     batch = collate([dataset[index] for index in range(3)], range(3))
     settings = TrainConfig(distill_alpha=alpha, distill_temperature=2.0, distill_kl=kl)  # type: ignore[arg-type]
     try:
-        parts = Distillation(settings, teacher.requires_grad_(False)).loss(student, batch)
+        parts = Distillation(settings, as_frozen(teacher)).loss(student, batch)
     finally:
         type(student.lm_head).chunk_logits = before
     parts.loss.backward()
@@ -84,11 +92,32 @@ def test_a_student_comes_closer_to_its_teacher(plain: Path) -> None:
     assert next(record for record in records if "eval_loss" in record)["eval_teacher_kl"] > 0
 
 
-def test_two_ranks_of_stage_3_give_the_same_losses(
-    pool: RankPool, plain: Path, teacher: Path, tiny_corpus: Path, tmp_path: Path
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_any_stage_and_ranks_give_the_same_losses(
+    pool: RankPool, plain: Path, teacher: Path, tiny_corpus: Path, tmp_path: Path, ranks: int
 ) -> None:
-    pool.run(train, flags(tiny_corpus, tmp_path, teacher, stage=3))
-    assert list(losses(tmp_path).values()) == approx(list(losses(plain).values()), rel=1e-4)
+    for stage in (1, 2, 3):
+        line = flags(tiny_corpus, tmp_path / str(stage), teacher, stage=stage, save_every=0)
+        _, printed = train(line) if ranks == 1 else pool.run(train, line)[0]
+        assert ("partitioned over the ranks" if stage == 3 else "whole on every rank") in printed
+        assert list(losses(tmp_path / str(stage)).values()) == approx(list(losses(plain).values()), rel=1e-4)
+
+
+def test_a_teacher_with_experts_is_partitioned_too(pool: RankPool, tiny_corpus: Path, tmp_path: Path) -> None:
+    """Which experts a rank uses depends on its tokens; the gathering must not."""
+    train(flags_for(tiny_corpus, tmp_path / "teacher", steps=2, **EXPERTS))
+    for stage in (1, 3):
+        pool.run(train, flags(tiny_corpus, tmp_path / str(stage), tmp_path / "teacher", stage=stage, steps=3))
+    assert list(losses(tmp_path / "3").values()) == approx(list(losses(tmp_path / "1").values()), rel=1e-4)
+
+
+def test_a_teacher_in_8_bits_teaches_nearly_the_same(
+    plain: Path, teacher: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    _, printed = train(flags(tiny_corpus, tmp_path, teacher, teacher_int8=True))
+    assert "matrices in 8 bits" in printed
+    assert list(losses(tmp_path).values()) == approx(list(losses(plain).values()), rel=0.02)
+    assert losses(tmp_path) != losses(plain)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(plain: Path, teacher: Path, tiny_corpus: Path, tmp_path: Path) -> None:

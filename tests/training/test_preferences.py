@@ -323,6 +323,34 @@ def test_any_stage_and_ranks_give_the_same_losses(
             assert len(found) == 4 and found == approx(expected, rel=1e-4), (ranks, stage)
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_live_reference_gives_what_the_stored_one_does(
+    pool: RankPool, plain: Path, shards: Path, judged: Path, tmp_path: Path, stage: int
+) -> None:
+    for name, corpus in (("dpo", shards), ("kto", judged)):
+        found = {}
+        for form in ("stored", "live"):
+            run_dir = tmp_path / f"{name}_{form}"
+            others = {"init_from": plain, "objective": name, "reference": form, "beta": 0.5, "eval_every": 4}
+            printed = pool.run(train, flags(corpus, run_dir, stage=stage, save_every=0, **others))[0][1]
+            assert (
+                "partitioned over the ranks" if stage == 3 else "whole on every rank"
+            ) in printed or form == "stored"
+            found[form] = [record.get("loss", record.get("eval_loss")) for record in read_metrics(run_dir)]
+            assert (run_dir / "reference").exists() == (form == "stored")
+        assert found["live"] == approx(found["stored"], rel=1e-5), name
+        assert len(found["live"]) == 5 and found["live"][-1] != approx(found["live"][0], rel=1e-3)
+
+
+def test_a_live_reference_that_cannot_be_is_refused(plain: Path, shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="live is the model that --init-from names"):
+        train(flags(shards, tmp_path, reference="live"))
+    with pytest.raises(UserError, match="live has no effect on orpo"):
+        train(flags(shards, tmp_path, reference="live", init_from=plain, objective="orpo"))
+    with pytest.raises(UserError, match="400 tokens, this run 401"):
+        train(flags(shards, tmp_path, reference="live", init_from=plain, vocab_size=401))
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(plain: Path, shards: Path, tmp_path: Path) -> None:
     shutil.copytree(plain, tmp_path / "run")
     shutil.rmtree(list_checkpoints(tmp_path / "run")[-1])

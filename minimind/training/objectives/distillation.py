@@ -12,16 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.checkpoints.formats.load_model import find_tokenizer_file, load_model
+from minimind.checkpoints.formats.frozen_model import FrozenModel
+from minimind.checkpoints.formats.load_model import find_tokenizer_file
 from minimind.checkpoints.formats.source import open_source
-from minimind.config.run_config import DTYPE_NAMES, Precision, TrainConfig
+from minimind.config.run_config import TrainConfig
 from minimind.data.dataset import IGNORED_LABEL, Dataset
 from minimind.data.loader import Batch
-from minimind.distributed.collectives import log
 from minimind.errors import UserError
 from minimind.files import hash_file
 from minimind.inference.evaluation import sum_loss
-from minimind.model import MiniMindForCausalLM
 from minimind.training.objectives.objective import LossParts, Objective
 
 
@@ -52,27 +51,27 @@ class Distillation(Objective):
     r"""The objective $\alpha\,\mathrm{CE} + (1 - \alpha)\,\tau^2\,\mathrm{KL}$ a token, where both models' logits are
     divided by the temperature $\tau$ in the divergence."""
 
-    def __init__(self, train: TrainConfig, teacher: MiniMindForCausalLM) -> None:
+    def __init__(self, train: TrainConfig, teacher: FrozenModel) -> None:
         self._train = train
         self._teacher = teacher
         self._divergence = DIVERGENCES[train.distill_kl]
 
     def loss(self, engine: Any, batch: Batch) -> LossParts:
         """The loss summed over the labels of `batch`, and the figures of a step. Every rank calls this."""
-        teacher = self._teacher
-        with torch.no_grad():
-            states = teacher.model(batch.input_ids, batch.position_ids, batch.cu_seqlens).flatten(0, 1)
+        inputs = (batch.input_ids, batch.position_ids, batch.cu_seqlens)
+        states = self._teacher.hidden_states(*inputs).flatten(0, 1)
         labels = batch.labels.flatten()
         figures = {"teacher_kl": states.new_zeros((), dtype=torch.float32)}
         figures["teacher_agreement"] = torch.zeros_like(figures["teacher_kl"])
 
         def loss_of_chunk(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-            loss, gradient, kl, agreement = self._chunk(logits, teacher.lm_head(states[rows]), labels[rows])
+            loss, gradient, kl, agreement = self._chunk(logits, head(states[rows]), labels[rows])
             figures["teacher_kl"] += kl
             figures["teacher_agreement"] += agreement
             return loss, gradient
 
-        output = sum_loss(engine, batch, loss_of_chunk=loss_of_chunk)
+        with self._teacher.head() as head:
+            output = sum_loss(engine, batch, loss_of_chunk=loss_of_chunk)
         return LossParts.of(output)._replace(figures=figures)
 
     def _chunk(self, logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -113,11 +112,3 @@ def check_teacher(path: Path, dataset: Dataset, vocab_size: int) -> None:
             f"teacher: {path} has another tokenizer ({tokenizer_file}) than the shards ({dataset.reader.folder}): its "
             "tokens mean something else; prepare the shards with the teacher's tokenizer"
         )
-
-
-def load_teacher(path: Path, precision: Precision, device: torch.device) -> MiniMindForCausalLM:
-    """The teacher of a run, whole on every rank, in the run's precision. Raises `UserError` if it cannot be loaded."""
-    teacher, _ = load_model(path, dtype=getattr(torch, DTYPE_NAMES[precision]), device=device)
-    size = sum(parameter.numel() for parameter in teacher.parameters())
-    log(f"teacher   {path}: {size:,} parameters, whole on every rank")
-    return teacher.requires_grad_(False)

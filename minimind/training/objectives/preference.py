@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind.checkpoints.formats.frozen_model import FrozenModel
 from minimind.config.run_config import PreferenceObjective, TrainConfig
 from minimind.data.dataset import Dataset
 from minimind.data.loader import Batch, eval_batches
@@ -104,7 +105,7 @@ LOSSES: dict[PreferenceObjective, Callable[[Answers, TrainConfig], Tensor]] = {
     "simpo": simpo_loss,
     "kto": kto_loss,
 }
-_WITH_REFERENCE = ("dpo", "ipo", "kto")
+WITH_REFERENCE = ("dpo", "ipo", "kto")
 
 
 def per_token(answers: Answers) -> Answers:
@@ -133,11 +134,12 @@ def _log1mexp(log_prob: Tensor) -> Tensor:
 class Preference(Objective):
     """The objective of a run on pairs, or on feedback; the loss is a mean over the pairs, or answers, of a step."""
 
-    def __init__(self, train: TrainConfig, name: PreferenceObjective) -> None:
+    def __init__(self, train: TrainConfig, name: PreferenceObjective, reference: FrozenModel | None = None) -> None:
         self._train = train
         self._name = name
         self._loss = LOSSES[name]
-        self._needs_reference = name in _WITH_REFERENCE
+        self._needs_reference = name in WITH_REFERENCE
+        self._reference = reference  # None: its log-probabilities are stored
         self._baseline: Tensor | float = 0.0  # of feedback, and so the next
         self._shares: Sequence[Tensor | float] = (1.0, 1.0)  # of liked and other answers in the step
 
@@ -148,7 +150,8 @@ class Preference(Objective):
         Raises:
             UserError: the run is not new, and they are not there or are not of these pairs.
         """
-        for split, dataset in datasets.items() if self._needs_reference else ():
+        is_stored = self._needs_reference and self._reference is None
+        for split, dataset in datasets.items() if is_stored else ():
             # Named by the pairs too: on other shards a continued run must not take these for theirs.
             path = run_dir / REFERENCE_NAME / f"{split}_{dataset.reader.fingerprint[:12]}.npy"
             if is_new:
@@ -213,7 +216,7 @@ class Preference(Objective):
         return dataclasses.replace(sums, figures={name: sums.figures[name] for name in kept})
 
     def _read_reference(self, batch: Batch) -> Tensor | None:
-        return batch.reference
+        return batch.reference if self._reference is None else answer_log_probs(self._reference, batch)[0]
 
     @torch.no_grad()
     def _figures(self, answers: Answers) -> list[Tensor]:
