@@ -107,7 +107,7 @@ def answer_questions(
     rows = make_rows(model, tokenizer, flags, answers.numbers)
     with tqdm(total=num_questions, desc="answering", unit="answer", disable=not sys.stderr.isatty()) as bar:
         bar.update(len(answers.numbers))
-        for row in complete_in_turn(model, tokenizer, rows, flags.max_batch_size):
+        for row in complete_in_turn(model, tokenizer.vocab_size, rows, flags.max_batch_size):
             answers.add(row.question, row.response())
             bar.update()
     answers.publish()

@@ -183,7 +183,7 @@ def test_every_configuration_field_is_described_in_chinese_and_only_those():
         "2% of the run, at least 1",
     }
     words |= {"micro batch x accumulation x ranks", "bf16 on a GPU that has it, otherwise fp32"}
-    words |= {"autoep, for a model with experts"}
+    words |= {"autoep, for a model with experts", "1 each"}
     fields = set()
     for cls, file in (
         (ModelConfig, "model/config.py"),

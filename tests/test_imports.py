@@ -12,8 +12,8 @@ from repository import ROOT
 # From the ground up. A room within another (`model/kernels`) follows the room that it lies in.
 ROOMS = [
     "ground", "model", "model/kernels", "data", "config", "distributed", "distributed/launchers", "parallel",
-    "inference", "checkpoints", "checkpoints/formats", "training/record", "training/objectives", "training",
-    "reports/plan", "reports/doctor", "reports/run", "reports", "commands",
+    "inference", "checkpoints", "checkpoints/formats", "training/record", "training/rewards",
+    "training/objectives", "training", "reports/plan", "reports/doctor", "reports/run", "reports", "commands",
 ]  # fmt: skip
 COMMANDS = {
     "train", "generate", "answer", "evaluate", "export", "serve", "plan", "doctor", "status", "report", "checkpoint",

@@ -37,10 +37,13 @@ AT_RESUME: dict[str, Change] = {
     **dict.fromkeys((*_SAMPLING, "shards", "tokenizer", "optimizer"), "fixed"),
     **dict.fromkeys(("objective", "beta", "label_smoothing", "length_normalised", "target_margin"), "fixed"),
     **dict.fromkeys(("desirable_weight", "undesirable_weight"), "fixed"),
+    **dict.fromkeys(("reward", "reward_weights", "group_size", "max_new_tokens", "policy_loss"), "fixed"),
+    **dict.fromkeys(("clip_low", "clip_high", "loss_average", "advantage_scale", "kl_coef"), "fixed"),
     # Which weights the files hold, and on which others they stand.
     **dict.fromkeys((*_TRAINED, "base"), "fixed"),
     **dict.fromkeys(("teacher", "teacher_int8", "distill_alpha", "distill_temperature", "distill_kl"), "fixed"),
     **dict.fromkeys(("run_dir", "resume", "device", "ds_config", "num_workers", "timeout_minutes"), "silent"),
+    **dict.fromkeys(("reward_seconds", "reward_workers", "skip_bad_rewards"), "silent"),
     **dict.fromkeys(("log_every", "tensorboard", "wandb_project", "preflight", "profile_steps"), "silent"),
 }
 """What a continuation may change. fixed: with another value it is another run. topology: through the portable form.

@@ -25,7 +25,7 @@ DTYPE_NAMES: dict[Precision, str] = {"fp32": "float32", "bf16": "bfloat16", "fp1
 Schedule = Literal["cosine", "linear", "constant", "wsd", "step", "exponential", "deepspeed"]
 OptimizerName = Literal["adamw", "muon", "deepspeed"]
 PreferenceObjective = Literal["dpo", "ipo", "orpo", "simpo", "kto"]
-ObjectiveName = Literal["pretrain", "distill", "dpo", "ipo", "orpo", "simpo", "kto"]
+ObjectiveName = Literal["pretrain", "distill", "grpo", "dpo", "ipo", "orpo", "simpo", "kto"]
 MoeBackend = Literal["autoep", "deepspeed"]
 CompileMode = Literal["auto", "on", "off"]
 GateNoise = Literal["none", "jitter", "rsample"]
@@ -71,8 +71,9 @@ class TrainConfig:
     or a .pth; a resumed run has its own."""
     objective: Annotated[ObjectiveName | None, _default("pretrain; dpo on preferences, kto on feedback")] = None
     """What is minimised. pretrain: the loss of the next token, of conversations that of the answers. distill: with it,
-    the divergence from a teacher (arXiv 1503.02531). The others learn from pairs of answers (arXiv 2305.18290,
-    2310.12036, 2403.07691, 2405.14734), kto from single judged ones (arXiv 2402.01306)."""
+    the divergence from a teacher (arXiv 1503.02531). grpo: rewards of sampled answers to the questions of conversations
+    (arXiv 2402.03300). The others learn from pairs of answers (arXiv 2305.18290, 2310.12036, 2403.07691, 2405.14734),
+    kto from single judged ones (arXiv 2402.01306)."""
     teacher: Annotated[str | None, _default("none")] = None
     """distill: a run, a checkpoint or an export with the tokenizer of the shards; whole on every rank, at ZeRO stage 3
     partitioned."""
@@ -100,6 +101,37 @@ class TrainConfig:
     """kto: weight of answers that were liked."""
     undesirable_weight: Annotated[float, AT_LEAST_0] = 1.0
     """kto: weight of the others; weight times number should be about the same for both."""
+    reward: Annotated[tuple[str, ...], _default("none, must be given")] = ()
+    """grpo: what an answer earns: `module:function`, or the name of a ready one (minimind.training.rewards.ready)."""
+    reward_weights: Annotated[tuple[float, ...], _default("1 each")] = ()
+    """grpo: what each of several rewards counts in their sum."""
+    reward_seconds: Annotated[float, ABOVE_0] = 10.0
+    """grpo: a reward that takes longer for one answer has failed."""
+    reward_workers: Annotated[int, AT_LEAST_1] = 2
+    """grpo: processes of a rank that compute rewards."""
+    skip_bad_rewards: Annotated[int, AT_LEAST_0] = 0
+    """grpo: go on after up to this many answers whose reward raised, took too long or was not finite, leaving out all
+    answers to their questions; 0: stop at the first."""
+    group_size: Annotated[int, Limits(at_least=2)] = 8
+    """grpo: answers sampled for a question."""
+    max_new_tokens: Annotated[int, AT_LEAST_1] = 64
+    """grpo: longest sampled answer, in tokens."""
+    rollout_batch_size: Annotated[int, AT_LEAST_1] = 64
+    """grpo: answers that a rank decodes together."""
+    policy_loss: Literal["clip", "cispo"] = "clip"
+    """grpo: clip takes the gradient of a token whose ratio has left the range; cispo (arXiv 2506.13585) its weight."""
+    clip_low: Annotated[float, SHARE] = 0.2
+    """grpo: how far below 1 a token's ratio to the sampler's probability counts."""
+    clip_high: Annotated[float, AT_LEAST_0] = 0.2
+    """grpo: how far above 1; DAPO (arXiv 2503.14476) takes 0.28."""
+    loss_average: Literal["answer", "token", "constant"] = "answer"
+    """grpo: mean over the tokens of each answer, over all tokens of a step (DAPO), or tokens divided by max_new_tokens,
+    so that an answer's length has no influence (Dr. GRPO, arXiv 2503.20783)."""
+    advantage_scale: Literal["std", "none"] = "std"
+    """grpo: divide advantages by the standard deviation of their group's rewards, or not (Dr. GRPO)."""
+    kl_coef: Annotated[float, AT_LEAST_0] = 0.0
+    """grpo: weight of the divergence from the model of --init-from, then in memory too, at ZeRO stage 3
+    partitioned; 0: none."""
     lora_rank: Annotated[int, AT_LEAST_0] = 0
     """Train low-rank adapters of this rank (arXiv 2106.09685) on the frozen weights of --init-from; 0: train all."""
     lora_alpha: Annotated[float | None, _default("twice the rank"), ABOVE_0] = None

@@ -82,7 +82,8 @@ class PackedDataset:
 
     The first token of a document is no target; of a conversation only what the assistant wrote is one. A document
     longer than a window is cut at its end. What is left of a window is one more segment, of end tokens without labels.
-    A pair of conversations takes two segments of one window; one longer than a window is left out.
+    A pair of conversations takes two segments of one window; one longer than a window is left out. With `alone` each
+    conversation has a window of its own, or is left out too.
     """
 
     document_mask = True
@@ -90,7 +91,7 @@ class PackedDataset:
     """(num_documents, 2) float32 of preferences: log-probability of the preferred and of the rejected answer under the
     model that training began with. Set by an objective that compares with it."""
 
-    def __init__(self, reader: ShardReader, seq_len: int) -> None:
+    def __init__(self, reader: ShardReader, seq_len: int, *, alone: bool = False) -> None:
         self.reader = reader
         self.seq_len = seq_len
         self._starts = np.append(reader.document_starts(0, reader.num_tokens), reader.num_tokens)
@@ -101,12 +102,14 @@ class PackedDataset:
         self.num_cut = int(np.count_nonzero(lengths > seq_len))
         """Documents whose end does not fit a window; of pairs, those that are left out."""
         self._lengths = np.minimum(lengths, seq_len)
-        kept = np.flatnonzero(lengths <= seq_len) if reader.manifest.is_pairs else np.arange(len(lengths))
+        is_pairs = reader.manifest.is_pairs
+        kept = np.flatnonzero(lengths <= seq_len) if is_pairs or alone else np.arange(len(lengths))
         if not kept.size:
+            one = "pair" if is_pairs else "conversation"
             raise ShardError(
-                f"{reader.folder}: no pair fits a window of seq_len {seq_len}: the shortest takes {lengths.min()}"
+                f"{reader.folder}: no {one} fits a window of seq_len {seq_len}: the shortest takes {lengths.min()}"
             )
-        order, self._bounds = pack(lengths[kept], seq_len)
+        order, self._bounds = pack(np.full(len(kept), seq_len) if alone else lengths[kept], seq_len)
         self._order = kept[order]
 
     def __len__(self) -> int:
@@ -166,13 +169,19 @@ def load_shards(
 
 
 def open_dataset(
-    reader: ShardReader, seq_len: int, document_mask: bool = False, *, packed: bool = False, keep_tail: bool = False
+    reader: ShardReader,
+    seq_len: int,
+    document_mask: bool = False,
+    *,
+    packed: bool = False,
+    keep_tail: bool = False,
+    alone: bool = False,
 ) -> Dataset:
-    """The windows of one shard folder; arguments as of `load_shards` and `TokenDataset`.
+    """The windows of one shard folder; arguments as of `load_shards`, `TokenDataset` and `PackedDataset`.
 
     Raises:
         ShardError: it is too small for a single window.
     """
     if packed or reader.manifest.is_chat:
-        return PackedDataset(reader, seq_len)
+        return PackedDataset(reader, seq_len, alone=alone)
     return TokenDataset(reader, seq_len, document_mask, keep_tail=keep_tail)

@@ -168,13 +168,22 @@ class Decoding:
             [row.tokens for row in rows],
             self._vocab_size,
         )
-        for i, (row, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
-            if row.num_logprobs is not None:
-                logprobs = logits[i, : self._vocab_size].float().log_softmax(dim=-1)
-                values, ids = logprobs.topk(row.num_logprobs)
-                likeliest = list(zip(ids.tolist(), values.tolist(), strict=True))
-                row.logprobs.append(TokenLogprobs(token, float(logprobs[token]), likeliest))
+        self._keep_logprobs(logits, rows, drawn)
+        for row, token in zip(rows, drawn.tolist(), strict=True):
             row.take(token)
+
+    def _keep_logprobs(self, logits: Tensor, rows: list[Row], drawn: Tensor) -> None:
+        wanted = {place: row.num_logprobs for place, row in enumerate(rows) if row.num_logprobs is not None}
+        if not wanted:
+            return
+        places = list(wanted)
+        logprobs = logits[places].float().log_softmax(dim=-1)
+        own = logprobs.gather(1, drawn[places].unsqueeze(1))[:, 0]
+        values, ids = logprobs[:, : self._vocab_size].topk(max(wanted.values()))
+        columns = (drawn[places].tolist(), own.tolist(), ids.tolist(), values.tolist())
+        for place, token, logprob, *likeliest in zip(places, *columns, strict=True):
+            pairs = list(zip(*likeliest, strict=True))[: wanted[place]]
+            rows[place].logprobs.append(TokenLogprobs(token, logprob, pairs))
 
     def _settle(self) -> None:
         """Bring the rows that have not ended into one cache as long as the longest of them."""

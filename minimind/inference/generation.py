@@ -56,7 +56,7 @@ class Continuation(Row):
         return Completion(self._stream.text, tuple(self.new_tokens), self.reason)
 
 
-R = TypeVar("R", bound=Continuation)
+R = TypeVar("R", bound=Row)
 
 
 def complete(
@@ -82,7 +82,7 @@ def complete(
 
 
 def complete_in_turn(
-    model: MiniMindForCausalLM, tokenizer: Tokenizer, rows: Iterable[R], max_batch_size: int
+    model: MiniMindForCausalLM, vocab_size: int, rows: Iterable[R], max_batch_size: int
 ) -> Iterator[R]:
     """Continue rows, so many at a time: where one has ended, the next joins. Yields each when it has ended.
 
@@ -91,7 +91,7 @@ def complete_in_turn(
     Raises:
         UserError: a row cannot be continued.
     """
-    decoding = Decoding(model, tokenizer.vocab_size)
+    decoding = Decoding(model, vocab_size)
     left, running = iter(rows), list[R]()
     while True:
         joining = list(itertools.islice(left, max_batch_size - len(running)))

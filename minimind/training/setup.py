@@ -28,6 +28,7 @@ from minimind.config.run_config import DTYPE_NAMES, ObjectiveName, RunConfig, Tr
 from minimind.data.dataset import Dataset, PackedDataset, open_dataset
 from minimind.data.loader import BatchLoader
 from minimind.data.shards import find_split, open_split
+from minimind.data.tokenizer import load_tokenizer
 from minimind.distributed.collectives import gather_objects, lead_from_first_rank, log, on_first_rank
 from minimind.distributed.environment import RankEnvironment
 from minimind.distributed.launchers.watch import LauncherWatch
@@ -41,6 +42,7 @@ from minimind.parallel.deepspeed_check import check_ds_config, check_ops
 from minimind.parallel.engine import build_engine, build_model
 from minimind.training.control import hold_run
 from minimind.training.objectives.distillation import Distillation, check_teacher
+from minimind.training.objectives.grpo import GroupRelative
 from minimind.training.objectives.objective import Objective
 from minimind.training.objectives.preference import LOSSES, WITH_REFERENCE, Preference
 from minimind.training.objectives.pretrain import Pretrain
@@ -48,6 +50,7 @@ from minimind.training.peak_flops import peak_flops
 from minimind.training.profiler import StepProfiler
 from minimind.training.record.metrics import NullRecord, RunRecord
 from minimind.training.record.wandb import WandbLog, check_wandb
+from minimind.training.rewards.pool import check_rewards
 from minimind.training.run_folder import Resume, check_run_folder, identify, open_run_folder, settle_aux_loss_scope
 from minimind.training.trainer import Trainer
 
@@ -99,6 +102,7 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
     if run.train.keeps_frozen and run.train.init_from is None:
         flag = "lora_rank" if run.train.lora_rank else "freeze"
         raise UserError(f"{flag}: frozen weights are those of a trained model; give it by --init-from")
+    check_rewards(run.train)
     if run.train.teacher is not None:
         check_teacher(Path(run.train.teacher), data.train, run.model.vocab_size)
     if run.train.reference == "live":
@@ -147,10 +151,13 @@ def open_data(run: RunConfig, *, check: bool = True) -> RunData:
     if objective is not None and kind != wanted:
         words = {"preferences": "pairs of answers", "feedback": "judged answers", None: "texts or conversations"}
         raise UserError(f"objective: {objective} learns from {words[wanted]}, and {folder} holds {words[kind]}")
+    alone = objective == "grpo"
+    if alone and not train.manifest.is_chat:
+        raise UserError(f"objective: grpo learns from questions in conversations, and {folder} holds texts")
     seq_len, mask, packed = run.data.seq_len, run.data.document_mask, run.data.packing == "whole-documents"
     return RunData(
-        open_dataset(train, seq_len, mask, packed=packed),
-        None if val is None else open_dataset(val, seq_len, mask, packed=packed, keep_tail=True),
+        open_dataset(train, seq_len, mask, packed=packed, alone=alone),
+        None if val is None else open_dataset(val, seq_len, mask, packed=packed, keep_tail=True, alone=alone),
     )
 
 
@@ -186,6 +193,7 @@ def run_rank(
         stack.callback(engine.destroy)
         state = load_state(engine, resolved, resume, corpus)
         objective = make_objective(resolved, data, device)
+        stack.callback(objective.close)
         splits = {"train": data.train} if data.val is None else {"train": data.train, "val": data.val}
         objective.prepare(engine, splits, run_dir, is_new=resume is None)
         saver = CheckpointSaver(engine, resolved, corpus, asynchronous=train.async_save)
@@ -282,6 +290,10 @@ def make_objective(resolved: ResolvedRun, data: RunData, device: torch.device) -
         return Distillation(
             train, FrozenModel("teacher", Path(train.teacher), resolved, device, int8=train.teacher_int8)
         )
+    if name == "grpo":
+        reader, start = data.train.reader, find_start(resolved) if train.kl_coef else None
+        reference = None if start is None else FrozenModel("reference", Path(start.path), resolved, device)
+        return GroupRelative(resolved, load_tokenizer(reader.folder / reader.manifest.tokenizer.file), reference)
     reference = None
     if train.reference == "live":
         assert train.init_from is not None, "as checked when the data was opened"

@@ -32,7 +32,7 @@ from minimind.parallel.optimizer import optimizer_step, set_learning_rate
 from minimind.training import expert_balance
 from minimind.training.control import RunControl
 from minimind.training.lr_schedule import learning_rate
-from minimind.training.objectives.objective import Objective
+from minimind.training.objectives.objective import Objective, UnmadeStep
 from minimind.training.profiler import StepProfiler
 from minimind.training.record.metrics import NullRecord
 from minimind.training.record.run_files import EvaluationRecord, StepRecord
@@ -87,7 +87,11 @@ class Trainer:
         self.timer.restart()
         with contextlib.closing(self._batches()) as steps:
             while self.state.step < train.steps:
-                self.train_step(self._next(steps))
+                try:
+                    self.train_step(self._next(steps))
+                except UnmadeStep:
+                    self._keep_made_steps()
+                    raise
                 step = self.state.step
                 requests, num_here = self._agree()
                 is_last = step == train.steps or requests.stop
@@ -108,6 +112,14 @@ class Trainer:
                     return step == train.steps
         self.record.log_event("finish", self.state.step, "reached its last step")
         return True
+
+    def _keep_made_steps(self) -> None:
+        """Save what no checkpoint has. Every rank calls this, with the weights of the last step."""
+        self._send_figures()
+        self._log_figures(len(self._arriving))
+        self._note_saved(self.saver.wait())
+        if self.state.step > (step_of(self.last_checkpoint) if self.last_checkpoint else 0):
+            self._save(None, wait=True)
 
     def train_step(self, batches: list[Batch]) -> None:
         """One optimizer step from this rank's micro-batches, without waiting for the device. Every rank calls this."""

@@ -18,6 +18,7 @@ PAGES = (
     "fine_tuning.md",
     "preferences.md",
     "distillation.md",
+    "rewards.md",
     "configuration.md",
     "data_format.md",
     "python.md",

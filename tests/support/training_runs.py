@@ -70,7 +70,7 @@ def flags_for(corpus: Path, run_dir: Path, *, stage: int = 1, precision: str = "
         if isinstance(value, bool):
             flags.append(flag if value else flag.replace("--", "--no-", 1))
         else:
-            flags += [flag, str(value)]
+            flags += [flag, *map(str, value if isinstance(value, tuple) else [value])]
     return flags
 
 

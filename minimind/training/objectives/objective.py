@@ -8,6 +8,7 @@ import torch
 
 from minimind.data.dataset import Dataset
 from minimind.data.loader import Batch
+from minimind.errors import UserError
 from minimind.inference.evaluation import Sums
 from minimind.model.transformer import CausalLMOutput
 
@@ -39,6 +40,10 @@ class LossParts(NamedTuple):
         return cls(output.loss, output.aux_loss, counts, output.expert_share, output.expert_score)
 
 
+class UnmadeStep(UserError):
+    """A step could not be made, on any rank; the weights are those before it."""
+
+
 class Objective:
     """What a run minimises. The loop divides the summed loss by the targets of the whole step, over all ranks."""
 
@@ -57,6 +62,9 @@ class Objective:
     def count_targets(self, batches: Sequence[Batch]) -> int:
         """Targets of a step on this rank."""
         return sum(batch.num_targets for batch in batches)
+
+    def close(self) -> None:
+        """Let go of what is beside the model."""
 
     def loss(self, engine: Any, batch: Batch) -> LossParts:
         """Forward of one micro-batch, already on the device. Every rank calls this."""

@@ -49,6 +49,10 @@ _TENSORBOARD_NAMES = {
     "teacher_kl": "distillation/kl",
     "teacher_agreement": "distillation/agreement",
     "eval_teacher_kl": "eval/teacher_kl",
+    **{name: f"reward/{name}" for name in ("reward", "reward_std", "no_signal", "answer_length", "cut_share")},
+    **{name: f"reward/{name}" for name in ("ratio", "log_prob_gap", "clip_fraction")},
+    "eval_reward": "eval/reward",
+    "eval_answer_length": "eval/answer_length",
     "tokens_per_second": "speed/tokens_per_second",
     "mfu": "speed/mfu",
     "step_seconds": "speed/step_seconds",
@@ -121,6 +125,8 @@ class RunRecord(NullRecord):
             words.append(f"bits/byte {bits:.4f}")
         if "eval_reward_accuracy" in record:
             words.append(f"reward accuracy {record['eval_reward_accuracy']:.1%}")
+        elif "eval_reward" in record:
+            words.append(f"reward {record['eval_reward']:.4f}")
         elif "eval_teacher_kl" in record:
             words.append(f"teacher KL {record['eval_teacher_kl']:.4f}")
         else:  # of no other loss is it one

@@ -55,6 +55,16 @@ class StepRecord(_AtStep, total=False):
     # Distillation only, means over the targets: in nats, and share of the tokens with the same best choice.
     teacher_kl: float | None
     teacher_agreement: float | None
+    # grpo only: see `minimind.training.objectives.grpo`. Means over the answers...
+    reward: float | None
+    reward_std: float | None  # within a group
+    no_signal: float | None  # share of the answers whose group has earned alike
+    answer_length: float | None  # tokens
+    cut_share: float | None  # share of the answers that were cut at max_new_tokens
+    # ... and over their tokens.
+    ratio: float | None
+    log_prob_gap: float | None
+    clip_fraction: float | None
     # On steps that read the device. A rank's own time is its wait for data and its forward passes.
     data_seconds: float | None  # longest wait for data of any rank
     slowest_rank: int  # several ranks only, and so the next two
@@ -79,6 +89,8 @@ class EvaluationRecord(_AtStep, total=False):
     eval_reward_accuracy: float | None  # preferences only
     eval_reward_margin: float | None
     eval_teacher_kl: float | None  # distillation only
+    eval_reward: float | None  # grpo only, and so the next: of the likeliest answers
+    eval_answer_length: float | None  # tokens
 
 
 Record = StepRecord | EvaluationRecord

@@ -1,0 +1,126 @@
+"""Answers sampled from the model in training: their questions, a group of answers each, and the batch to learn from.
+
+The tokens that were drawn are the tokens that are trained: nothing is decoded and encoded again.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from minimind.data.dataset import IGNORED_LABEL, Sample
+from minimind.data.loader import Batch, collate
+from minimind.data.packing import pack
+from minimind.data.tokenizer import Tokenizer
+from minimind.inference.decoding import Row
+from minimind.inference.generation import complete_in_turn, end_tokens
+from minimind.inference.sampling import GenerationOptions
+from minimind.model import MiniMindForCausalLM
+from minimind.training.rewards.ready import Answer
+
+
+class Question(NamedTuple):
+    """A conversation up to its last answer, and that answer."""
+
+    token_ids: list[int]
+    expected: list[int]
+    position: int
+    """Of its window in the global order."""
+
+
+def find_questions(batch: Batch) -> list[Question]:
+    """The questions of a batch of conversations, each alone in its window. What fills a batch up has none."""
+    questions = []
+    for input_ids, labels, position in zip(batch.input_ids, batch.labels, batch.positions, strict=True):
+        targets = (labels != IGNORED_LABEL).nonzero().flatten().tolist()
+        if not targets:
+            continue
+        first = last = targets[-1]
+        for place in reversed(targets):
+            first = place if first - place <= 1 else first
+        questions.append(Question(input_ids[: first + 1].tolist(), labels[first : last + 1].tolist(), position))
+    return questions
+
+
+class Rollout(Row):
+    """A sampled answer. Its draws depend on `key` alone.
+
+    Args:
+        num_tokens: at most so many.
+    """
+
+    def __init__(
+        self, question: Question, tokenizer: Tokenizer, num_tokens: int, *, temperature: float, key: str
+    ) -> None:
+        options = GenerationOptions(temperature=temperature, top_p=None, max_new_tokens=num_tokens)
+        super().__init__(question.token_ids, options, end_tokens(tokenizer), num_logprobs=0)
+        self.random = Random(key)
+        self.question = question
+        self._tokenizer = tokenizer
+        self.reward: float | None = None
+        self.advantage = 0.0
+
+    @property
+    def answer_ids(self) -> list[int]:
+        """The tokens drawn, with the one that closes the answer."""
+        return [logprob.token for logprob in self.logprobs]
+
+    def answer(self) -> Answer:
+        """What a reward is given."""
+        decode, expected, ends = self._tokenizer.decode, self.question.expected, end_tokens(self._tokenizer)
+        text = decode(self.question.token_ids), decode(self.new_tokens), decode(t for t in expected if t not in ends)
+        return Answer(*text, len(self.logprobs), self.reason == "stop")
+
+
+def sample_answers(model: MiniMindForCausalLM, rows: Iterable[Rollout], vocab_size: int, max_batch_size: int) -> None:
+    """Let every row grow to its end, so many together."""
+    for _ in complete_in_turn(model, vocab_size, rows, max_batch_size):
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutBatch(Batch):
+    """Sampled answers behind their questions, packed into windows; the labels are the tokens that were drawn."""
+
+    advantages: torch.Tensor  # (B, T) float32 of the answer that a label is of
+    sampled: torch.Tensor  # (B, T) float32 log-probability of a label when it was drawn
+    share: torch.Tensor  # (B, T) float32: weight of a label in the sum, 0 without one
+    num_answers: int
+    figures: dict[str, float]  # sums over the answers
+
+
+def collate_rollouts(
+    rollouts: Sequence[Rollout], seq_len: int, padding_id: int, *, by_answer: bool, figures: dict[str, float]
+) -> RolloutBatch:
+    """As many windows of `seq_len` tokens as the answers need, at least one.
+
+    Args:
+        by_answer: a label weighs 1 / length of its answer; else 1.
+    """
+    lengths = np.array([len(row.question.token_ids) + len(row.answer_ids) - 1 for row in rollouts], dtype=np.int64)
+    order, bounds = pack(lengths, seq_len) if len(rollouts) else (np.empty(0, dtype=np.int64), np.zeros(2, dtype=int))
+    samples, columns = [], np.zeros((3, len(bounds) - 1, seq_len), dtype=np.float32)
+    for window in range(len(bounds) - 1):
+        input_ids = np.full(seq_len, padding_id, dtype=np.int64)
+        labels = np.full(seq_len, IGNORED_LABEL, dtype=np.int64)
+        ends, end = [], 0
+        for number in order[bounds[window] : bounds[window + 1]]:
+            row, start = rollouts[number], end
+            ids = np.array([*row.question.token_ids, *row.answer_ids])
+            end = start + len(ids) - 1
+            here = slice(start + len(row.question.token_ids) - 1, end)
+            input_ids[start:end], labels[here] = ids[:-1], row.answer_ids
+            columns[0, window, here] = row.advantage
+            columns[1, window, here] = [logprob.logprob for logprob in row.logprobs]
+            columns[2, window, here] = 1 / len(row.logprobs) if by_answer else 1
+            ends.append(end)
+        starts = np.array([place for place in ends if place < seq_len], dtype=np.int64)
+        samples.append(Sample(input_ids, labels, starts))
+    batch = collate(samples, range(len(samples)))
+    advantages, sampled, share = torch.from_numpy(columns)
+    return RolloutBatch(
+        **vars(batch), advantages=advantages, sampled=sampled, share=share, num_answers=len(rollouts), figures=figures
+    )
