@@ -3,23 +3,24 @@
 python benchmarks/deepspeed_overhead.py [--precision fp32] [--micro-batches 8]
 """
 
+import functools
 import itertools
 import math
 import os
 import sys
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
-from harness import OUT, Claim, build_engine, core_threads, engine_step, joined, ratios, report, synchronize, workspace
+from harness import OUT, Claim, build_engine, core_threads, joined, ratios, report, synchronize, workspace
 from turns import Contestant, started, take_turns
 
 from minimind import openmp_environment
 from minimind.config.run_config import preset
 from minimind.model import MiniMindForCausalLM
 from minimind.model.kernels.apply import apply_kernels
-from minimind.parallel.optimizer import parameter_groups
+from minimind.parallel.optimizer import optimizer_step, parameter_groups
 
 TARGETS = {"cpu": {1: 0.95, 2: 0.95, 3: 0.85}, "cuda": {1: 0.97, 2: 0.95, 3: 0.9}}
 
@@ -66,12 +67,21 @@ def train(kind: str, precision: str, model: str, shape: tuple[int, int, int], co
         else:
             run = {"run_dir": str(folder), "micro_batch_size": shape[1], "gradient_accumulation_steps": shape[0]}
             run |= {"seq_len": shape[2], "precision": precision, "compile": "on" if compile else "off"}
-            engine = build_engine(preset(model), env, device, stage=int(kind), **run)
-            make_step = engine_step(batches.to(device), *engine)
+            engine, resolved = build_engine(preset(model), env, device, stage=int(kind), **run)
+            make_step = functools.partial(engine_step, batches.to(device), engine, resolved)
         for step in itertools.count(1):
             make_step()
             synchronize()
             print(f"step {step}", flush=True)
+
+
+def engine_step(batches: torch.Tensor, engine: Any, resolved: Any) -> None:
+    """As `minimind.train` takes it."""
+    for number, tokens in enumerate(batches):
+        engine.backward(engine(tokens, tokens).loss)
+        if number + 1 < len(batches):
+            engine.step()
+    optimizer_step(engine, resolved)
 
 
 def bare_step(batches: torch.Tensor, precision: str, model: str, compile: bool) -> Callable[[], None]:

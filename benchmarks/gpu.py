@@ -9,6 +9,7 @@ import json
 import os
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import tyro
 from harness import OUT, Claim, environment, format_table, joined, report, time_rounds
 
+from minimind.parallel.compilation import find_missing_compiler
 from minimind.training.peak_flops import data_sheet_peak
 
 REHEARSAL = "**A rehearsal on a simulated GPU: no figure below was measured on a GPU, and none means anything.**"
@@ -37,9 +39,8 @@ def main(megabytes: int = 256, size: int = 8192, rounds: int = 5, page: Path | N
         write_page(page)
         return
     with joined() as (env, device):
-        claims = measure_products(device, size, rounds) + measure_copies(device, megabytes << 20, rounds)
-        if env.world_size > 1:
-            claims.append(measure_collective(device, megabytes << 20, rounds, env.world_size))
+        claims = measure_products(device, size, rounds)
+        claims += measure_transfers(device, megabytes << 20, rounds, env.world_size)
         if env.is_first:
             report(f"device_{env.world_size}", claims, {})
 
@@ -57,25 +58,22 @@ def measure_products(device: torch.device, size: int, rounds: int) -> list[Claim
     return claims
 
 
-def measure_copies(device: torch.device, size: int, rounds: int) -> list[Claim]:
-    """From pinned memory and back, and on the device, which reads and writes."""
+def measure_transfers(device: torch.device, size: int, rounds: int, ranks: int) -> list[Claim]:
+    """From pinned memory and back, on the device, which reads and writes, and what each rank of a ring sends."""
     pinned = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    here, there = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
-    ways = {"to the device": lambda: here.copy_(pinned, non_blocking=True), "on the device": lambda: there.copy_(here)}
-    ways["to the host"] = lambda: pinned.copy_(here, non_blocking=True)
-    moved = {"on the device": 2 * size}
+    here, there = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    ways: dict[str, tuple[float, Callable[[], Any]]] = {
+        "copy to the device": (1, lambda: here.copy_(pinned, non_blocking=True)),
+        "copy to the host": (1, lambda: pinned.copy_(here, non_blocking=True)),
+        "copy on the device": (2, lambda: there.copy_(here)),
+    }
+    if ranks > 1:
+        shares, numbers = 2 * (ranks - 1) / ranks, there.view(torch.bfloat16)
+        ways[f"all-reduce over {ranks} ranks, a rank"] = (shares, lambda: torch.distributed.all_reduce(numbers))
     return [
-        Claim(f"copy {way}", [moved.get(way, size) / 1e9 / taken for taken in seconds], unit="GB/s")
-        for way, seconds in time_rounds(ways, rounds).items()
+        Claim(way, [ways[way][0] * size / 1e9 / taken for taken in seconds], unit="GB/s")
+        for way, seconds in time_rounds({way: move for way, (_, move) in ways.items()}, rounds).items()
     ]
-
-
-def measure_collective(device: torch.device, size: int, rounds: int, ranks: int) -> Claim:
-    """An all-reduce: the bytes that each rank of a ring sends, a second."""
-    tensor = torch.zeros(size // 2, dtype=torch.bfloat16, device=device)
-    seconds = time_rounds({"reduce": lambda: torch.distributed.all_reduce(tensor)}, rounds)["reduce"]
-    sent = 2 * (ranks - 1) / ranks * size / 1e9
-    return Claim(f"all-reduce over {ranks} ranks", [sent / taken for taken in seconds], unit="GB/s a rank")
 
 
 def read_tests(path: Path) -> list[dict[str, Any]]:
@@ -92,7 +90,7 @@ def write_page(page: Path) -> None:
     """The page, and beside it one JSON with all of it."""
     tests, is_rehearsal = read_tests(OUT / "tests.xml"), "SIMULATED_CUDA" in os.environ
     scripts = [json.loads(path.read_text()) for path in sorted(OUT.glob("*.json")) if path != page.with_suffix(".json")]
-    failed = (OUT / "failed.txt").read_text().splitlines()
+    failed, missing = (OUT / "failed.txt").read_text().splitlines(), find_missing_compiler("cuda")
     content = {"rehearsal": is_rehearsal, "environment": environment(), "failed": failed, "tests": tests}
     page.with_suffix(".json").write_text(json.dumps({**content, "scripts": scripts}, indent=1) + "\n")
     promised = [row for script in scripts for row in script["claims"] if row["target"] is not None]
@@ -101,7 +99,8 @@ def write_page(page: Path) -> None:
         reached=sum(row["passed"] for row in promised), promised=len(promised),
         passed=sum(test["outcome"] == "passed" for test in tests),
         tests=sum(test["outcome"] != "skipped" for test in tests),
-        failed="".join(f"\n- failed or not run: {line}" for line in failed),
+        failed="".join(f"\n- failed or not run: {line}" for line in failed)
+        + (f"\n- not measured compiled: {missing} is missing" if missing else ""),
     )  # fmt: skip
     parts = [head]
     for script in scripts:

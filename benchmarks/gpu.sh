@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What this machine's GPUs do, in one page: bash benchmarks/gpu.sh [--model NAME]... [--nodes]
-# Checks the machine, runs the tests marked `gpu` (evaluation, export and server against the CPU, document masks, memory
-# beside the plan), then the benchmarks; made for 25 minutes on one H100. Installs nothing.
+# Checks the machine, runs the tests marked `gpu` (losses of every file of ds_configs/, dense and with experts, in fp32,
+# bf16 and fp16 against the CPU's; a run killed and continued; evaluation, export and server; memory beside the plan),
+# then the benchmarks; made for 25 minutes on one H100. Installs nothing.
 # --nodes: inside a SLURM job, also over all its tasks. The page is benchmarks/gpu.md, or $BENCHMARKS_OUT/gpu.md.
 # A rehearsal where there is no GPU: .venv/bin/python tests/support/simulated_cuda bash benchmarks/gpu.sh --model tiny
 set -uo pipefail
@@ -35,7 +36,7 @@ product=(--megabytes 256 --size 8192) shape=(--seq-len 2048) overhead=(--seq-len
 decoding=(--new-tokens 256) first="${models[0]:-minimind3}" tests=(-m gpu)
 if [ "${models[*]}" = tiny ]; then
   product=(--megabytes 8 --size 256 --rounds 2) shape=(--seq-len 64 --micro-batch-size 2 --steps 3)
-  overhead=(--seq-len 64 --rounds 2) experts=(--tokens 256 --rounds 2 --hidden-size 64) decoding=(--new-tokens 8 --repeats 2)
+  overhead=(--seq-len 64 --rounds 2) experts=(--tokens 256 --rounds 2 --hidden-size 64) decoding=(--new-tokens 8 --repeats 2 --waiting 60 --clients 4)
 fi
 export BENCHMARKS_OUT="${BENCHMARKS_OUT:-$root/benchmarks/out/gpu}"
 page="$BENCHMARKS_OUT/gpu.md"

@@ -108,7 +108,6 @@ def environment() -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "machine": f"{cores} cores, {cpu_name()}, {device}; Python {platform.python_version()}, {versions}",
-        "cores": cores,
         "device": device,
         "load_at_start": round(LOAD_AT_START, 2),
         "threads": os.environ.get("OMP_NUM_THREADS", "torch's default"),
@@ -132,11 +131,9 @@ def has_fast_bf16() -> bool:
 
     from minimind.model.kernels.matmul import has_fast_matmul
 
-    return (
-        torch.cuda.is_bf16_supported(including_emulation=False)
-        if torch.cuda.is_available()
-        else has_fast_matmul(torch.bfloat16)
-    )
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return has_fast_matmul(torch.bfloat16)
 
 
 def core_threads() -> dict[str, str]:
@@ -218,20 +215,6 @@ def build_engine(model: Any, env: Any, device: Any, **run: Any) -> Any:
 
     resolved = resolve(model, env, device, **run)
     return engine.build_engine(resolved, engine.build_model(resolved, device)), resolved
-
-
-def engine_step(batches: Sequence[Any], engine: Any, resolved: Any) -> Callable[[], None]:
-    """A function that takes an optimizer step on micro-batches of tokens (B, T), as `minimind.train` does."""
-    from minimind.parallel.optimizer import optimizer_step
-
-    def step() -> None:
-        for number, tokens in enumerate(batches):
-            engine.backward(engine(tokens, tokens).loss)
-            if number + 1 < len(batches):
-                engine.step()
-        optimizer_step(engine, resolved)
-
-    return step
 
 
 def transformers_model(config: Any, **options: Any) -> Any:

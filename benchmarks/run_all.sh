@@ -39,21 +39,21 @@ run() {
   timeout --kill-after=60 "${2}m" "$python" "benchmarks/$1" "${@:3}" || failed+=("$1 ${*:3}")
 }
 
-run start.py 4 "${start[@]}"
+run command.py 4 start "${start[@]}"
 run data.py 4 "${data[@]}"
 run step.py 5 --precision "$precision" --seq-len 340 --micro-batch-size 4 --steps 3 --ways plain "without kernels"
 run experts.py 7 "${experts[@]}"
 [ "$precision" = bf16 ] && run deepspeed_overhead.py 7 --precision bf16 --rounds 11 --minutes 6
 run deepspeed_overhead.py 8 --precision fp32 --rounds 5 --minutes 6 "${stages[@]}"
 if [ ${#peer[@]} -gt 0 ]; then
-  run train.py 12 "${peer[@]}" --rounds 2 --minutes 7 "${train[@]}" "${text[@]}"
+  run reference.py 12 speed "${peer[@]}" --rounds 2 --minutes 7 "${train[@]}" "${text[@]}"
   run step.py 8 "${peer[@]}" --precision bf16 --vocab-size 32000 --seq-len 340 --micro-batch-size 32 --steps 1 \
     --ways plain --name memory
-  run learning.py 9 "${peer[@]}" --minutes 6 "${learning[@]}" "${text[@]}"
+  run reference.py 9 learning "${peer[@]}" --minutes 6 "${learning[@]}" "${text[@]}"
 else
-  failed+=("train.py, learning.py, memory beside the reference: not run, they need --peer DIR")
+  failed+=("reference.py, memory beside the reference: not run, they need --peer DIR")
 fi
-run weak_scaling.py 6 --precision "$precision" --minutes 4 "${scaling[@]}" "${text[@]}"
+run command.py 6 scaling --precision "$precision" --minutes 4 "${scaling[@]}" "${text[@]}"
 run scaling.py 1
 run tokenize_corpus.py 6 --repeats 2
 run generate.py 6 "${decoding[@]}"

@@ -3,8 +3,7 @@
 python benchmarks/tokenize_corpus.py [--megabytes 50] [--repeats 5] [--memory-megabytes 50 500]
 """
 
-import contextlib
-import json
+import itertools
 import os
 import shutil
 import subprocess
@@ -12,11 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import sentencepiece
 import tyro
 from harness import ROOT, Claim, make_tokenizer, ratios, read_texts, report, run_module, workspace
-from turns import family
+from turns import family, sum_up
 
 BATCH = 1000
 
@@ -54,16 +52,12 @@ def main(megabytes: int = 50, repeats: int = 5, memory_megabytes: tuple[int, ...
 
 
 def repeat_corpus(base: Path, target: Path, num_bytes: int) -> int:
-    """Write lines of `base` over and over until the file has `num_bytes`; returns the UTF-8 bytes of their texts."""
-    lines = base.read_bytes().splitlines(keepends=True)
-    sizes = [len(json.loads(line)["text"].encode()) for line in lines]
-    written = text_bytes = index = 0
+    """Write `base` over and over until the file has `num_bytes`; returns the UTF-8 bytes of its texts."""
+    content = base.read_bytes()
+    repeats = -(-num_bytes // len(content))
     with target.open("wb") as file:
-        while written < num_bytes:
-            written += file.write(lines[index % len(lines)])
-            text_bytes += sizes[index % len(lines)]
-            index += 1
-    return text_bytes
+        file.writelines(itertools.repeat(content, repeats))
+    return repeats * sum(len(text.encode()) for text in read_texts(base))
 
 
 def run_library(source: Path, tokenizer: Path) -> float:
@@ -84,20 +78,12 @@ def run_tool(source: Path, tokenizer: Path, output: Path, measure_memory: bool =
         [*map(str, command), "--output", str(output)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     while measure_memory and process.poll() is None:
-        peak = max(peak, read_memory(process.pid))
+        # Shared pages once.
+        peak = max(peak, sum_up(family(process.pid), lambda one: one.memory_full_info().pss / 1e6))
         time.sleep(0.1)
     if process.wait():
         raise SystemExit(f"{' '.join(map(str, command))} failed")
     return time.perf_counter() - start, peak
-
-
-def read_memory(pid: int) -> float:
-    """MB of a process and all its descendants, shared pages counted once (pss)."""
-    total = 0.0
-    for process in family(pid):
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            total += process.memory_full_info().pss / 1e6
-    return total
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ import contextlib
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,12 +135,7 @@ class Contestant:
         return [int(match.groupdict().get("step") or 0) for match in found if match]
 
     def _cpu_time(self) -> float:
-        total = 0.0
-        for process in self._family():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                times = process.cpu_times()
-                total += times.user + times.system
-        return total
+        return sum_up(self._family(), lambda process: sum(process.cpu_times()[:2]))
 
 
 def family(pid: int) -> list[psutil.Process]:
@@ -149,6 +143,15 @@ def family(pid: int) -> list[psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
         return [(root := psutil.Process(pid)), *root.children(recursive=True)]
     return []
+
+
+def sum_up(processes: Sequence[psutil.Process], read: Callable[[psutil.Process], float]) -> float:
+    """Of those that are still there."""
+    total = 0.0
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            total += read(process)
+    return total
 
 
 @contextlib.contextmanager
@@ -206,44 +209,3 @@ def train_command(run_dir: Path, *flags: object, launcher: Sequence[str] = ()) -
     """`python -m minimind.train` under ZeRO-1 with document masks."""
     command = [*(launcher or [sys.executable]), "-m", "minimind.train", "--run-dir", run_dir, "--document-mask"]
     return list(map(str, [*command, "--ds-config", ROOT / "ds_configs" / "zero1.json", *flags]))
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A copy of a checkout of the reference trainer, ready to run."""
-
-    folder: Path
-    pattern = r"Epoch:\[1/1\]\((?P<step>\d+)/\d+\)"  # the line that it prints after each micro-batch
-
-    @classmethod
-    def copied(cls, checkout: Path, folder: Path) -> "Peer":
-        """Copy what its trainer needs. Exits with one line when `checkout` is no checkout of it."""
-        if not (checkout / "trainer" / "train_pretrain.py").is_file():
-            raise SystemExit(
-                f"--peer {checkout}: no checkout of jingyaogong/minimind (trainer/train_pretrain.py missing)"
-            )
-        for part in ("model", "trainer", "dataset"):
-            shutil.copytree(checkout / part, folder / part)
-        return cls(folder)
-
-    @property
-    def tokenizer(self) -> Path:
-        """Its tokenizer, for our shards of the same text."""
-        return self.folder / "model" / "tokenizer.json"
-
-    def command(self, text: Path, length: int, batch: int, accumulation: int, *more: object) -> list[str]:
-        """Its own trainer on `text` (JSONL), on the CPU or the first GPU; start it in `folder / "trainer"`."""
-        flags: list[object] = ["--data_path", text, "--max_seq_len", length, "--batch_size", batch, "--epochs", 1]
-        flags += ["--accumulation_steps", accumulation, "--log_interval", 1, "--num_workers", 1]
-        flags += ["--save_dir", self.folder / "out", "--save_interval", 10**9, *more]
-        return [sys.executable, "train_pretrain.py", *map(str, flags)]
-
-    def read_tokens(self, texts: Sequence[str], length: int) -> list[list[int]]:
-        """Each text as its dataset gives it to the model, without the padding."""
-        from transformers import AutoTokenizer
-
-        if not texts:  # transformers' tokenizer takes no empty batch
-            return []
-        tokenizer = AutoTokenizer.from_pretrained(self.folder / "model")
-        encoded = tokenizer(list(texts), add_special_tokens=False, max_length=length - 2, truncation=True).input_ids
-        return [[tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id] for tokens in encoded]

@@ -237,6 +237,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     device_count = count;
     capacity = bytes;
   });
+  m.def("set_has_flash", [](bool value) { has_flash = value; });
   m.def("capacity", [] { return capacity; });
   m.def("set_capacity", [](size_t bytes) { capacity = bytes; });
   m.def("current_device", [] { return int(current); });

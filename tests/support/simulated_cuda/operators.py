@@ -110,6 +110,70 @@ def _flash_in_place(out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return lse
 
 
+# Causal or full attention over whole sequences.
+
+
+def _repeat_heads(query: Tensor, *others: Tensor) -> list[Tensor]:
+    """All on the host in float32, keys and values once for each query head. (B, heads, T, head_size)"""
+    wide = [as_host(query).float()]
+    return wide + [as_host(one).float().repeat_interleave(query.shape[1] // one.shape[1], 1) for one in others]
+
+
+def _sdpa_forward(
+    query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False, *_: Any,
+    scale: float | None = None, **__: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    wide, reads = _repeat_heads(query, key, value), [query, key, value]
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*wide, 0.0, is_causal, scale=scale)
+    name = "aten::_scaled_dot_product_flash_attention"
+    # The heads of a token lie side by side.
+    made = _fill(query, out.to(query.dtype).transpose(1, 2).contiguous(), name, reads).transpose(1, 2)
+    seed, nothing = torch.empty(2, dtype=torch.uint64, device=query.device), query.new_empty(0)
+    lengths = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32)
+    return made, _fill(query, lse, name, reads), *lengths, query.shape[2], key.shape[2], seed, nothing, nothing
+
+
+def _sdpa_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, cum_seq_q: Tensor,
+    cum_seq_k: Tensor, max_q: int, max_k: int, dropout_p: float, is_causal: bool, philox_seed: Tensor,
+    philox_offset: Tensor, *, scale: float | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    wide = _repeat_heads(query, key, value)
+    made = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*wide, 0.0, is_causal, scale=scale)
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        as_host(grad_out).float().contiguous(), *wide, *made, 0.0, is_causal, scale=scale
+    )
+    reads, name = [grad_out, query, key, value, out], "aten::_scaled_dot_product_flash_attention_backward"
+    narrow = [grad.unflatten(1, (one.shape[1], -1)).sum(2) for grad, one in zip(grads, reads[1:4], strict=True)]
+    return tuple(_fill(query, grad.to(query.dtype), name, reads) for grad in narrow)
+
+
+# The norm, which keeps its input and a number a row.
+
+
+def _norm(input: Tensor, shape: list[int], weight: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
+    x, dims = as_host(input).float(), tuple(range(-len(shape), 0))
+    rstd = (x.square().mean(dims, keepdim=True) + (torch.finfo(x.dtype).eps if eps is None else eps)).rsqrt()
+    y = (x * rstd * (1.0 if weight is None else as_host(weight).float())).to(input.dtype)
+    reads = [input] if weight is None else [input, weight]
+    return tuple(_fill(input, made, "aten::_fused_rms_norm", reads) for made in (y, rstd))  # type: ignore[return-value]
+
+
+def _norm_backward(
+    grad_out: Tensor, input: Tensor, shape: list[int], rstd: Tensor, weight: Tensor | None, output_mask: list[bool]
+) -> tuple[Tensor, Tensor | None]:
+    grad, inverse, dims = as_host(grad_out).float(), as_host(rstd), tuple(range(-len(shape), 0))
+    normed = as_host(input).float() * inverse
+    weighted = grad * (1.0 if weight is None else as_host(weight).float())
+    slope = inverse * (weighted - normed * (weighted * normed).mean(dims, keepdim=True))
+    reads, name = [grad_out, input, rstd], "aten::_fused_rms_norm_backward"
+    of_input = _fill(input, slope.to(input.dtype), name, reads)
+    if weight is None or not output_mask[1]:
+        return of_input, None
+    of_weight = (grad * normed).flatten(0, -len(shape) - 1).sum(0).to(weight.dtype)
+    return of_input, _fill(input, of_weight, name, reads)
+
+
 # A softmax that reads 16 bits and gives float32.
 
 
@@ -120,6 +184,14 @@ def _softmax(function: Callable[..., Tensor]) -> Callable[[Tensor, int, bool], T
         return _fill(self, made, str(function), [self])
 
     return call
+
+
+# A histogram of whole numbers.
+
+
+def _histc(self: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:
+    made = torch.histc(as_host(self).double(), bins, min, max)
+    return _fill(self, made.to(self.dtype), "aten::histc", [self])
 
 
 # Products of groups of rows with a matrix each.
@@ -163,6 +235,11 @@ def install() -> None:
     _registrations.impl("_flash_attention_backward", _flash_backward, "CUDA")
     if hasattr(torch.ops.aten, "_flash_attention_forward_no_dropout_inplace"):
         _registrations.impl("_flash_attention_forward_no_dropout_inplace", _flash_in_place, "CUDA")
+    _registrations.impl("_scaled_dot_product_flash_attention", _sdpa_forward, "CUDA")
+    _registrations.impl("_scaled_dot_product_flash_attention_backward", _sdpa_backward, "CUDA")
+    _registrations.impl("_fused_rms_norm", _norm, "CUDA")
+    _registrations.impl("_fused_rms_norm_backward", _norm_backward, "CUDA")
+    _registrations.impl("histc", _histc, "CUDA")
     _registrations.impl("_softmax", _softmax(torch.ops.aten._softmax), "CUDA")
     _registrations.impl("_log_softmax", _softmax(torch.ops.aten._log_softmax), "CUDA")
     _registrations.impl("_grouped_mm", _grouped_mm, "CUDA")

@@ -216,8 +216,14 @@ inline void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     }
 }
 
-inline int64_t choose_attention(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, bool,
+inline bool has_flash = true;  // from Ampere on
+
+inline int64_t choose_attention(const Tensor& query, const Tensor& key, const Tensor&,
+                                const std::optional<Tensor>& mask, double dropout, bool is_causal,
                                 std::optional<double>, bool) {
-  return 0;  // the plain form: products and a softmax
+  bool fits = (query.scalar_type() == at::kHalf || query.scalar_type() == at::kBFloat16) && query.size(-1) <= 256;
+  bool is_square = !is_causal || query.size(-2) == key.size(-2);
+  // Flash attention, or the plain form: products and a softmax.
+  return has_flash && fits && is_square && !mask.has_value() && dropout == 0.0 ? 1 : 0;
 }
 }  // namespace simulated

@@ -33,6 +33,7 @@ def use(machine: Machine, visible: str | None = None) -> None:
     """Put this process on `machine`."""
     state.machine, state.visible = machine, machine.visible(visible)
     device.set_devices(len(state.visible), machine.memory_of_each)
+    device.set_has_flash(machine.profile.capability >= (8, 0))
     torch.cuda.default_generators = tuple(map(device.default_generator, range(len(state.visible))))
     is_amd = machine.profile.is_amd
     torch.version.cuda, torch.version.hip = (None, "7.0") if is_amd else ("13.0", None)
