@@ -137,6 +137,8 @@ ROWS = (
      lambda n: n * (2 * SHARDS + 174), lambda n: 2 * SHARDS + n / 8 * 174 + n, 5_000_000),
     ("GB that one rank hashes at the resume of 70B (828 GB)", None, lambda n: 828, lambda n: 828 / n, 900),
     ("the same of 671B (8 TB)", None, lambda n: 8000, lambda n: 8000 / n, 900),
+    ("bytes a parameter that one rank reads and writes, on 3/4 of the ranks", ("resume on fewer ranks", "most", "read"),
+     lambda n: 48, lambda n: 16 / n, 13),
 )  # fmt: skip
 SHARDS = 14_901  # 10^12 tokens in shards of the default size
 MOST_RANKS = 1 << 17
@@ -150,10 +152,11 @@ def rank_table() -> str:
     for what, path, before, now, most in ROWS:
         cells = []
         for name, formula in (("before", before), ("now", now)):
-            found = [counts[name][size][path[0]][path[1]][path[2]] for size in ("64", "512")] if path else []
+            there = path and path[0] in counts[name]["64"]
+            found = [counts[name][size][path[0]][path[1]][path[2]] for size in ("64", "512")] if there else []
             figures = [f"{value:,}" for value in found]
             by_formula = [formula(n) for n in (64, 512, 4096)[len(found) :]]
-            figures += [f"{round(value, 1 if value < 100 else None):,}*" for value in by_formula]
+            figures += [f"{round(value, 4 if value < 0.1 else 1 if value < 100 else None):,}*" for value in by_formula]
             is_fine = formula(MOST_RANKS) <= most
             stops = None if is_fine else next(n for n in range(2, MOST_RANKS) if formula(n) > most)
             cells.append(f" {', '.join(figures)} | {f'{stops:,}' if stops else 'beyond 131,072'} |")

@@ -1,14 +1,17 @@
-"""Whole tensors, by MiniMind's names, from DeepSpeed's files: ZeRO 0 to 3, any number of ranks, either expert backend.
+"""Tensors by MiniMind's names, whole or in part, from DeepSpeed's files: ZeRO 0 to 3, any ranks, either expert backend.
 
-Files are mapped, not read: a tensor costs memory while it is used. Works without DeepSpeed.
+A rank's file is opened when it is first needed and mapped, not read: a tensor costs memory while it is used. Works
+without DeepSpeed.
 """
 
 import fnmatch
 import functools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,6 +49,22 @@ class _Tensor:
         for part, tensors, name in self.parts:
             whole[part.index] = tensors.read(name, key)
         return whole
+
+    def read_range(self, index: Index, key: str, start: int, stop: int) -> torch.Tensor:
+        """The elements from `start` to `stop` of `whole[index]`, laid flat."""
+        _, tensors, name = self.parts[0]
+        if not index:
+            return tensors.read_range(name, key, start, stop)
+        first, found = _experts(index)[0], []
+        for part, tensors, name in sorted(self.parts, key=lambda item: _experts(item[0].index)):
+            if part.index[1:] == index[1:]:  # the same of an expert's matrices
+                begin, end = _experts(part.index)
+                size = math.prod(tensors.shapes[name]) // (end - begin)
+                low, high = max(start, (begin - first) * size), min(stop, (end - first) * size)
+                if low < high:
+                    place = (begin - first) * size
+                    found.append(tensors.read_range(name, key, low - place, high - place))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 class TrainingCheckpoint:
@@ -88,6 +107,10 @@ class TrainingCheckpoint:
         """One parameter's weight, or a tensor of its optimizer state, whole: float32, of the parameter's shape."""
         return self._tensors[name].read(key)
 
+    def read_range(self, part: EnginePart, key: str, start: int, stop: int) -> torch.Tensor:
+        """The elements from `start` to `stop` of a part of what `read` gives, laid flat; no others are read."""
+        return self._tensors[part.name].read_range(part.index, key, start, stop)
+
     def buffers(self) -> dict[str, torch.Tensor]:
         """What the model carries beside its parameters, by name."""
         module = self.model_states["module"]
@@ -122,7 +145,10 @@ class TrainingCheckpoint:
             raise CheckpointError(
                 f"{self.folder}: its optimizer state is in NVMe swap files, which cannot be read outside DeepSpeed"
             )
-        states = [read_states(path)["optimizer_state_dict"] for path in self._files("*_optim_states.pt")]
+        # Opened when they are needed: of thousands, a rank that loads reads a few.
+        states = [
+            functools.cache(functools.partial(_read_optimizer, path)) for path in self._files("*_optim_states.pt")
+        ]
         world_size, ep_size = self.manifest.world_size, self.manifest.ep_size
         if len(states) != world_size:
             raise CheckpointError(f"{self.folder}: {len(states)} optimizer files of {world_size} ranks")
@@ -184,6 +210,16 @@ class TrainingCheckpoint:
         if not found:
             raise CheckpointError(f"{self.folder}: no {pattern} in it")
         return sorted(found, key=_rank_of)
+
+
+def _read_optimizer(path: Path) -> Mapping[str, Any]:
+    return read_states(path)["optimizer_state_dict"]
+
+
+def _experts(index: Index) -> tuple[int, int]:
+    """The first expert of a part, and the one behind its last."""
+    experts = index[0]
+    return (experts, experts + 1) if isinstance(experts, int) else (experts.start, experts.stop)
 
 
 def _read_saved(saved: Mapping[str, torch.Tensor], name: str, experts: int | slice) -> torch.Tensor:

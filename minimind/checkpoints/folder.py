@@ -11,7 +11,7 @@ from minimind.files import replace_file
 
 LATEST_NAME = "latest"
 PORTABLE_PREFIX = "neutral_"
-"""What released versions call the portable form on disk; retention must find theirs too."""
+"""Earlier versions wrote a checkpoint anew, beside it, for another topology; such folders go with it."""
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -35,7 +35,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def portable_folder(folder: Path) -> Path:
-    """Where the portable form of a checkpoint is kept, beside it."""
+    """Where an earlier version may have written a checkpoint anew, beside it."""
     return folder.with_name(f"{PORTABLE_PREFIX}{step_of(folder):08d}")
 
 

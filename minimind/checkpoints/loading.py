@@ -1,7 +1,7 @@
 """Resume: choose a checkpoint of a run folder and load it into an engine.
 
 On the same ranks, ZeRO stage and precision DeepSpeed loads its own files, and the run continues bit for bit; otherwise
-the state goes through the portable form.
+each rank reads its part of them (`reshard`).
 """
 
 import contextlib
@@ -23,13 +23,14 @@ from minimind.checkpoints.manifest import (
     TrainState,
     read_manifest,
 )
-from minimind.checkpoints.portable_loading import load_portable, part_of
 from minimind.checkpoints.probe import check_probe_loss, probe_loss
+from minimind.checkpoints.reshard import load_resharded, part_of
 from minimind.config.resolved_run import ResolvedRun
 from minimind.distributed.collectives import gather_objects, log
 from minimind.distributed.share import Share
 from minimind.errors import UserError, first_line
 from minimind.parallel.loss_scale import set_grad_scaler
+from minimind.parallel.optimizer_state import drop_states
 
 
 def find_resume(run_dir: Path, resume: str, share: Share, report: Callable[[str], Any] = log) -> Path | None:
@@ -69,17 +70,18 @@ def load_checkpoint(
     resolved: ResolvedRun,
     folder: Path,
     manifest: CheckpointManifest,
-    portable: Path | None,
+    *,
+    is_resharded: bool,
 ) -> TrainState:
     """Bring a verified checkpoint into the engine, and check its probe loss. Every rank calls this.
 
     Args:
-        portable: the checkpoint's portable form, where the topology has changed.
+        is_resharded: it was saved on another topology.
 
     Raises:
         CheckpointError: DeepSpeed refuses it, or the engine does not compute what it computed when it was saved.
     """
-    if portable is None:
+    if not is_resharded:
         # A scheduler of DeepSpeed's moves betas and momentum, so there the saved ones count.
         own = (
             ("eps", "weight_decay")
@@ -95,7 +97,7 @@ def load_checkpoint(
             raise CheckpointError(f"{folder}: DeepSpeed could not load it")
         set_grad_scaler(engine, client_state[CLIENT_STATE_KEY].get("grad_scaler"))
     else:
-        load_portable(engine, portable, resolved)
+        load_resharded(engine, TrainingCheckpoint(folder, manifest), resolved)
     check_probe_loss(
         folder,
         manifest,
@@ -116,8 +118,9 @@ def prove_resumable(engine: deepspeed.DeepSpeedEngine, resolved: ResolvedRun, fo
     if "nvme" in (resolved.zero.offload_optimizer, resolved.zero.offload_param):
         return  # it would overwrite swap files that are in use
     failure = None
+    drop_states(engine)
     try:
-        load_checkpoint(engine, resolved, folder, read_manifest(folder), None)
+        load_checkpoint(engine, resolved, folder, read_manifest(folder), is_resharded=False)
     except Exception as error:  # whatever DeepSpeed stumbles over
         failure = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
     failures = [reason for reason in gather_objects(failure) if reason]

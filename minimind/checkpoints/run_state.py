@@ -31,7 +31,7 @@ AT_RESUME: dict[str, Change] = {
     **dict.fromkeys(("flash_attn", "dropout", "attention_dropout", "initializer_range"), "free"),
     **dict.fromkeys(("router_aux_loss_coef", "router_z_loss_coef", "seq_aux", "aux_loss_scope"), "free"),
     "rope_original_max_position_embeddings": "free",  # a run notes it by itself
-    # How DeepSpeed's files are cut: the portable form carries the state over.
+    # How DeepSpeed's files are cut: each rank reads its part of what others wrote.
     **dict.fromkeys(("world_size", "zero_stage", "ep_size", "precision", *_LAYOUT), "topology"),
     # Which samples a step takes, and what the optimizer's state means.
     **dict.fromkeys((*_SAMPLING, "shards", "tokenizer", "optimizer"), "fixed"),
@@ -46,7 +46,7 @@ AT_RESUME: dict[str, Change] = {
     **dict.fromkeys(("reward_seconds", "reward_workers", "skip_bad_rewards"), "silent"),
     **dict.fromkeys(("log_every", "tensorboard", "wandb_project", "preflight", "profile_steps"), "silent"),
 }
-"""What a continuation may change. fixed: with another value it is another run. topology: through the portable form.
+"""What a continuation may change. fixed: with another value it is another run. topology: the files are cut anew.
 free (every setting that is not here): noted in the log. silent: not worth a log line."""
 
 

@@ -1,7 +1,6 @@
-"""Set the weights and the optimizer state of an engine, in any ZeRO stage, from whole tensors.
+"""Set the weights and the optimizer state of an engine, in any ZeRO stage: each rank what it holds itself.
 
-DeepSpeed's own functions set one parameter at a time; the optimizer's state, which only its first step would make,
-is made before (`make_states`).
+One parameter at a time; the optimizer's state, which only its first step would make, is made before (`make_states`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,15 +8,19 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import (
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
-from torch import Tensor, nn
+import torch.distributed
+from deepspeed.moe.utils import is_moe_param
+from torch import Tensor
 
 from minimind.errors import UserError
+
+
+def drop_states(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Forget the optimizer's states before others are loaded: both at once would need twice the memory."""
+    for parameter in engine.module.parameters():
+        if getattr(parameter, "_hp_mapping", None) is not None:
+            parameter._hp_mapping.optim_fragment = None  # views of them
+    getattr(engine.optimizer, "optimizer", engine.optimizer).state.clear()
 
 
 def make_states(
@@ -56,58 +59,72 @@ def _first_attribute(optimizer: Any, names: Sequence[str]) -> Any:
     for name in names:
         if hasattr(optimizer, name):
             return getattr(optimizer, name)
-    raise UserError(f"{type(optimizer).__name__}: not an optimizer whose state can be set from a portable checkpoint")
+    raise UserError(f"{type(optimizer).__name__}: not an optimizer whose state can be set from another topology")
 
 
+@torch.no_grad()
 def set_parameter(
     engine: deepspeed.DeepSpeedEngine,
-    parameter: nn.Parameter,
-    weight: Tensor,
-    states: Mapping[str, Tensor],
+    parameter: Any,
+    owner: int,
+    keys: Sequence[str],
+    read: Callable[[str | None, int, int], Tensor],
     *,
     stage: int,
     scalars: Mapping[str, float],
 ) -> None:
-    """Set a parameter and its optimizer state from whole float32 tensors (of experts: this rank's part). Every rank
-    calls this, and `finish_parameters` after the last; under stages 1 to 3 `make_states` before the first."""
+    """Set what this rank has of a parameter (of experts: of its own) and of its optimizer state. Every rank calls this,
+    and `finish_parameters` after the last; under stages 1 to 3 `make_states` before the first.
+
+    Args:
+        owner: where every rank has all of it, the number of the rank that reads it for the others, modulo their number.
+        keys: the tensors of its optimizer state.
+        read: gives the elements from one to another of the float32 weight (None) or of a state, laid flat.
+    """
     if stage == 0:  # the optimizer holds the parameters themselves
-        parameter.data.copy_(weight)
+        group = _holders(engine, parameter)
+        source = torch.distributed.get_global_rank(group, owner % torch.distributed.get_world_size(group))
+        states = {key: torch.empty_like(parameter) for key in keys}
+        for key, held in ((None, parameter.data), *states.items()):
+            if torch.distributed.get_rank() == source:
+                held.copy_(read(key, 0, held.numel()).view(held.shape))
+            torch.distributed.broadcast(held, source, group=group)
         counts = {key: torch.tensor(value, device=parameter.device) for key, value in scalars.items()}
-        moved = {key: tensor.to(parameter.device) for key, tensor in states.items()}
-        engine.optimizer.state[parameter] = {**counts, **moved}
+        engine.optimizer.state[parameter] = {**counts, **states}
     elif stage == 3:
-        _set_split(parameter, weight, states)
-    else:  # this rank's part of the parameter, which may be none
-        safe_set_full_fp32_param(parameter, weight)
-        for key, tensor in states.items():
-            safe_set_full_optimizer_state(parameter, tensor, key)
+        _set_split(parameter, keys, read)
+    elif parameter._hp_mapping is not None:  # this rank's part of the parameter
+        part = parameter._hp_mapping.lp_fragment_address
+        for key in (None, *keys):
+            parameter._hp_mapping.get_hp_fragment(key).copy_(read(key, part.start, part.start + part.numel))
+
+
+def _holders(engine: deepspeed.DeepSpeedEngine, parameter: Any) -> Any:
+    """The ranks that have the same parameter at stage 0, as DeepSpeed's broadcast of the first weights knows them."""
+    if is_moe_param(parameter):
+        return engine.expert_data_parallel_group[parameter.group_name]
+    return engine.seq_data_parallel_group
 
 
 def finish_parameters(engine: deepspeed.DeepSpeedEngine, *, stage: int) -> None:
-    """Round the float32 weights of stages 1 and 2 to those that forward uses."""
+    """Round the float32 weights of stages 1 to 3 to those that forward uses. Every rank calls this."""
+    optimizer = engine.optimizer
     if stage in (1, 2):
-        engine.optimizer.update_lp_params()
+        optimizer.update_lp_params()
+    elif stage == 3:  # as after a step: what stayed gathered is gathered anew
+        optimizer.checkpoint_event_prologue()
+        for number in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(number)
+        optimizer.checkpoint_event_epilogue()
 
 
-def _set_split(parameter: Any, weight: Tensor, states: Mapping[str, Tensor]) -> None:
-    """Stage 3: the weight that forward gathers, and this rank's part of everything.
-
-    DeepSpeed's functions for whole tensors fail where the parts do not divide a parameter evenly, so the parts are cut
-    here.
-    """
-    group = parameter.ds_process_group
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):  # its group's first rank
-        if torch.distributed.get_rank(group) == 0:
-            parameter.data.copy_(weight)
-    length = parameter.ds_tensor.ds_numel
-    start = length * parameter._z3_optimizer._get_param_partition_rank(parameter)
-
-    def own_part(tensor: Tensor) -> Tensor:
+def _set_split(parameter: Any, keys: Sequence[str], read: Callable[[str | None, int, int], Tensor]) -> None:
+    """Stage 3: this rank's part of everything. The last ranks' parts may be filled up, or empty."""
+    length, end = parameter.ds_tensor.ds_numel, parameter.ds_numel
+    start = min(end, length * parameter._z3_optimizer._get_param_partition_rank(parameter))
+    stop = min(end, start + length)
+    for key in (None, *keys):
         part = torch.zeros(length)
-        piece = tensor.reshape(-1)[start : start + length]
-        part[: piece.numel()] = piece
-        return part
-
-    safe_set_local_fp32_param(parameter, own_part(weight))
-    for key, tensor in states.items():
-        safe_set_local_optimizer_state(parameter, own_part(tensor), key)
+        if start < stop:
+            part[: stop - start] = read(key, start, stop)
+        parameter._z3_optimizer.set_local_hp_param(part, parameter, key)

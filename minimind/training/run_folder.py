@@ -9,10 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from minimind.checkpoints.consolidate import TrainingCheckpoint
 from minimind.checkpoints.folder import checkpoint_name, checkpoints_folder, step_of
 from minimind.checkpoints.loading import find_resume
 from minimind.checkpoints.manifest import CheckpointError, CheckpointManifest, read_manifest
-from minimind.checkpoints.portable import make_portable
 from minimind.checkpoints.retention import clear_partials
 from minimind.checkpoints.run_state import DataFingerprint, compare, describe_run, find_obstacles, settings_of
 from minimind.config.resolved_run import ResolvedRun
@@ -30,11 +30,12 @@ from minimind.training.record.run_files import DS_CONFIG_NAME, RUN_CONFIG_NAME
 
 @dataclass(frozen=True)
 class Resume:
-    """A checkpoint to continue from; `portable` is its portable form, where the topology has changed."""
+    """A checkpoint to continue from."""
 
     folder: Path
     manifest: CheckpointManifest
-    portable: Path | None
+    is_resharded: bool
+    """It was saved on another topology."""
 
 
 def identify(reader: ShardReader) -> DataFingerprint:
@@ -145,7 +146,7 @@ def _plan_resume(folder: Path, resolved: ResolvedRun, corpus: DataFingerprint, n
     if others:
         log(f"{folder.name} was saved by other libraries ({'; '.join(others)}): losses may differ in their last digits")
     changes = [f"{name} {before} -> {now}" for name, before, now in compare(there, here, "topology")]
-    if not changes:
-        return Resume(folder, manifest, None)
-    log(f"{folder.name}: {'; '.join(changes)}: continuing through its portable form")
-    return Resume(folder, manifest, make_portable(folder))
+    if changes:
+        TrainingCheckpoint(folder, manifest)  # one line, before the model is built, for what cannot be read
+        log(f"{folder.name}: {'; '.join(changes)}: every rank reads its part of the files")
+    return Resume(folder, manifest, bool(changes))

@@ -214,7 +214,7 @@ def run_rank(
             profiler=profiler,
             state=state,
             last_checkpoint=resume.folder if resume is not None else None,
-            proven=resume is not None and resume.portable is None,
+            proven=resume is not None and not resume.is_resharded,
         )
         try:
             # Inside the one of train.main, so that the run's events get the line too.
@@ -265,7 +265,7 @@ def load_state(
     """Load the checkpoint to resume from, if any, and give the run's position. Every rank calls this."""
     if resume is None:
         return TrainState()
-    state = load_checkpoint(engine, resolved, resume.folder, resume.manifest, resume.portable)
+    state = load_checkpoint(engine, resolved, resume.folder, resume.manifest, is_resharded=resume.is_resharded)
     log(f"resumed from {resume.folder} at step {state.step}")
     if resume.manifest.shard_fingerprint != fingerprint.fingerprint:
         state = dataclasses.replace(state, data_start_step=state.step)

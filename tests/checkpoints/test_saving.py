@@ -14,20 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 from repository import ROOT
-from training_runs import RankPool, flags_for, rank_pool, train, weights
+from training_runs import RankPool, flags_for, rank_pool, train
 
 from minimind import checkpoint
-from minimind.checkpoints import portable
 from minimind.checkpoints.consolidate import TrainingCheckpoint
 from minimind.checkpoints.engine_files import HashedFile, HostCopies, count_bytes
-from minimind.checkpoints.folder import checkpoints_folder, list_checkpoints, portable_folder, verify_checkpoint
+from minimind.checkpoints.folder import checkpoints_folder, list_checkpoints, verify_checkpoint
 from minimind.checkpoints.formats.load_model import load_model
 from minimind.checkpoints.manifest import CheckpointError, read_manifest
-from minimind.checkpoints.portable import PortableCheckpoint, make_portable
 from minimind.distributed.stop_requests import SAME_REQUEST_SECONDS, listen
 from minimind.errors import UserError
 from minimind.files import hash_file
-from minimind.parallel.expert_names import EnginePart
 from minimind.training.run_lock import hold_run_folder
 
 
@@ -158,31 +155,6 @@ def test_host_copies_no_longer_change_keep_ties_and_use_their_memory_again():
     assert count_bytes({"a.pt": {"embed": weight, "head": weight}}) == 64 + (1 << 20)
 
 
-def test_an_interrupted_conversion_leaves_nothing_that_looks_whole(run, tmp_path):
-    folder = checkpoints_folder(tmp_path) / list_checkpoints(run)[-1].name
-    shutil.copytree(list_checkpoints(run)[-1], folder)
-    written = []
-
-    def write_one(path, *args):
-        if written:
-            raise KeyboardInterrupt
-        written.append(path)
-        path.write_bytes(b"half")
-
-    with unittest.mock.patch.object(portable, "write_safetensors", write_one), pytest.raises(KeyboardInterrupt):
-        make_portable(folder)
-    assert not portable_folder(folder).exists()
-    made = make_portable(folder)
-    before = made.stat().st_mtime_ns
-    assert make_portable(folder) == made and made.stat().st_mtime_ns == before  # once
-    source = PortableCheckpoint(made)
-    for name, tensor in weights(tmp_path).items():
-        assert torch.equal(source.read(EnginePart(name, ()), "fp32"), tensor)
-    (made / "exp_avg.safetensors").write_bytes(b"")
-    verify_again = make_portable(folder)
-    assert PortableCheckpoint(verify_again).read(EnginePart("model.norm.weight", ()), "exp_avg").shape == (16,)
-
-
 def test_a_probe_that_differs_names_the_tensors(tiny_corpus, run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
 
@@ -199,12 +171,10 @@ def test_a_probe_that_differs_names_the_tensors(tiny_corpus, run, tmp_path):
     def misread(self, name, key="fp32"):
         return read(self, name, key) * (1.1 if name == "model.norm.weight" else 1)
 
-    with unittest.mock.patch.object(TrainingCheckpoint, "read", misread):
-        for load in (load_model, lambda folder: checkpoint.main(["convert", str(folder)])):
-            with pytest.raises(CheckpointError, match=r"probe batch .* tensors that differ: model.norm.weight$"):
-                load(tmp_path / "run")
-            shutil.rmtree(portable_folder(list_checkpoints(tmp_path / "run")[-1]), ignore_errors=True)
-    assert checkpoint.main(["convert", str(tmp_path / "run")]) == 0
+    refused = pytest.raises(CheckpointError, match=r"probe batch .* tensors that differ: model.norm.weight$")
+    with unittest.mock.patch.object(TrainingCheckpoint, "read", misread), refused:
+        load_model(tmp_path / "run")
+    load_model(tmp_path / "run")
 
 
 def test_command_lists_verifies_and_compares(run, tmp_path, capsys):

@@ -21,12 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed
+from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state, link_hp_params
 
 from minimind import files
-from minimind.checkpoints import manifest
+from minimind.checkpoints import manifest, zero_partitions
+from minimind.checkpoints.consolidate import TrainingCheckpoint
 from minimind.checkpoints.manifest import TrainState
+from minimind.checkpoints.reshard import load_resharded
 from minimind.checkpoints.run_state import DataFingerprint
 from minimind.checkpoints.saving import CheckpointSaver
+from minimind.checkpoints.zero_partitions import read_cut
 from minimind.config.resolve import resolve_run
 from minimind.config.run_config import RunConfig
 from minimind.data.shard_writer import ShardWriter
@@ -36,6 +40,8 @@ from minimind.distributed.collectives import lead_from_first_rank
 from minimind.distributed.environment import RankEnvironment
 from minimind.distributed.stop_requests import StopRequests
 from minimind.distributed.watchdog import Watchdog
+from minimind.model.config import ModelConfig
+from minimind.model.transformer import MiniMindForCausalLM
 from minimind.training import run_folder
 from minimind.training.run_folder import open_run_folder
 
@@ -189,14 +195,16 @@ def count(size: int, folder: Path) -> dict[str, dict[str, Counts]]:
     """What happens, in the order of a run; of each count the most of any rank and the sum over all."""
     world = World(size)
     shards = write_shards(folder / "shards")
-    run = RunConfig.from_dict(
-        {"model": MODEL, "train": {"run_dir": str(folder / "run"), "steps": 9, "warmup_steps": 1}}
+    train = {"run_dir": str(folder / "run"), "steps": 9, "warmup_steps": 1, "global_batch_size": 24 * size}
+    run = RunConfig.from_dict({"model": MODEL, "train": train})
+    resolved, on_fewer = (
+        resolve_run(run, {"zero_optimization": {"stage": 1}}, dp_size=ranks, local_world_size=GPUS_A_HOST)
+        for ranks in (size, size * 3 // 4)
     )
-    resolved = resolve_run(run, {"zero_optimization": {"stage": 1}}, dp_size=size, local_world_size=GPUS_A_HOST)
     with world.in_place_of_torch(), world.counting():
         found = dict(start(world, ShardReader(shards, check=False), resolved))
         found["a step's agreement"] = world.run(lambda rank: StopRequests(None).all_reduce((0, 0, 0)))
-        found |= save_and_resume(world, shards, resolved)
+        found |= save_and_resume(world, shards, resolved, on_fewer)
         found["connections to other ranks"] = {"most": {"open": max(map(len, world.peers))}, "sum": {}}
         reader = ShardReader(shards, check=False)
 
@@ -253,25 +261,63 @@ def start(world: World, reader: ShardReader, resolved: Any) -> Iterator[tuple[st
 
 
 class Engine(SimpleNamespace):
-    """Saves what a ZeRO-1 engine would: a file a rank, and rank 0 one more."""
+    """A rank's ZeRO-1 engine as far as it is saved and loaded: each weight is its number in the flat vector, and the
+    moments are a quarter and a half more."""
+
+    def __init__(self) -> None:
+        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        with torch.device("meta"):
+            module = MiniMindForCausalLM(ModelConfig.from_dict(MODEL))
+        parameters = dict(module.named_parameters())
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        self.start, self.total = 0, sum(map(torch.Tensor.numel, parameters.values()))
+        length = -(-self.total // size)
+        self.start, self.flat = rank * length, torch.zeros(length)
+        states: Any = collections.defaultdict(dict)
+        group = list(parameters.values())
+        link_hp_params(group, self.flat, {}, None, False, 0, self.start, length, None)
+        optimizer = SimpleNamespace(
+            bit16_groups=[group],
+            fp32_groups_flat_partition=[self.flat],
+            optimizer=SimpleNamespace(state=states),
+            update_lp_params=lambda: None,
+            _lazy_init_hp_params_optimizer_state=lambda: lazy_init_hp_params_optimizer_state(group, self.flat, states),
+        )
+        names = {parameter: name for name, parameter in parameters.items()}
+        super().__init__(checkpoint_engine=None, module=module, optimizer=optimizer, param_names=names)
+        self.lr_scheduler = None
+
+    @property
+    def wanted(self) -> torch.Tensor:
+        return torch.arange(self.start, self.start + len(self.flat)).float()
 
     def save_checkpoint(self, root: str, tag: str, client_state: Any, **flags: bool) -> None:
         assert not any(flags.values())
-        rank = torch.distributed.get_rank()
-        states = torch.full((1000,), float(rank))
-        self.checkpoint_engine.save({"a": states}, f"{root}/{tag}/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        rank, flat = torch.distributed.get_rank(), self.wanted
+        state = {"step": torch.tensor(2.0), "exp_avg": flat + 0.25, "exp_avg_sq": flat + 0.5}
+        own = {"base_optimizer_state": {"state": {0: state}}, "single_partition_of_fp32_groups": [flat]}
+        path = f"{root}/{tag}/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        self.checkpoint_engine.save({"optimizer_state_dict": own}, path)
         if rank == 0:
-            self.checkpoint_engine.save({"b": states, **client_state}, f"{root}/{tag}/mp_rank_00_model_states.pt")
+            counters = dict.fromkeys(("global_steps", "global_samples", "skipped_steps"), 2)
+            content = {"module": {}, "buffer_names": [], "param_shapes": [self.shapes], **counters, **client_state}
+            self.checkpoint_engine.save(content, f"{root}/{tag}/mp_rank_00_model_states.pt")
+
+    def check_loaded(self) -> None:
+        """Raise where something is not what was saved."""
+        here = max(0, min(len(self.flat), self.total - self.start))
+        state = self.optimizer.optimizer.state[self.flat]
+        for tensor, more in ((self.flat, 0), (state["exp_avg"], 0.25), (state["exp_avg_sq"], 0.5)):
+            assert torch.equal(tensor[:here], self.wanted[:here] + more)
 
 
-def save_and_resume(world: World, shards: Path, resolved: Any) -> dict[str, dict[str, Counts]]:
+def save_and_resume(world: World, shards: Path, resolved: Any, on_fewer: Any) -> dict[str, dict[str, Counts]]:
     """A checkpoint from all ranks, and what they read before they continue from it."""
     run_dir, corpus = Path(resolved.train.run_dir), DataFingerprint("f", "t")
     run_dir.mkdir()
 
     def save(rank: int) -> None:
-        engine = Engine(checkpoint_engine=None, module=SimpleNamespace(), optimizer=None)
-        saver = CheckpointSaver(engine, resolved, corpus, asynchronous=False)  # type: ignore[arg-type]
+        saver = CheckpointSaver(Engine(), resolved, corpus, asynchronous=False)  # type: ignore[arg-type]
         saver.start(TrainState(2))
         saver.wait()
         saver.close()
@@ -289,4 +335,29 @@ def save_and_resume(world: World, shards: Path, resolved: Any) -> dict[str, dict
         found["resume"] = world.run(
             lambda rank: lead_from_first_rank(lambda share: open_run_folder(resolved, reader, [], share))
         )
+        found["resume on fewer ranks"] = resume_on_fewer(World(on_fewer.dp_size), reader, on_fewer)
     return found
+
+
+def resume_on_fewer(fewer: World, reader: ShardReader, resolved: Any) -> dict[str, Counts]:
+    """What they read of a checkpoint of more; bytes of weights and moments for each parameter of the model."""
+
+    def load(rank: int) -> None:
+        resume = lead_from_first_rank(lambda share: open_run_folder(resolved, reader, [], share))
+        assert resume is not None and resume.is_resharded
+        engine: Any = Engine()
+        load_resharded(engine, TrainingCheckpoint(resume.folder, resume.manifest), resolved)
+        engine.check_loaded()
+
+    def count_and_read(piece: Any, size: int, place: int, start: int, stop: int) -> torch.Tensor:
+        fewer.count("read", 4 * (stop - start))
+        return read_cut(piece, size, place, start, stop)
+
+    with (
+        fewer.in_place_of_torch(),
+        fewer.counting(),
+        unittest.mock.patch.object(zero_partitions, "read_cut", count_and_read),
+    ):
+        found = fewer.run(load)
+    total = Engine().total
+    return {which: {**counts, "read": round(counts["read"] / total, 4)} for which, counts in found.items()}

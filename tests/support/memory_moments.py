@@ -93,8 +93,7 @@ def measure_moments(settings: list[Setting], folder: str) -> list[dict[str, int]
 def _measure(one: Setting, env: Any, device: Any, folder: Path) -> dict[str, int]:
     import torch
 
-    from minimind.checkpoints.loading import load_checkpoint
-    from minimind.checkpoints.manifest import read_manifest
+    from minimind.checkpoints.loading import prove_resumable
     from minimind.config.deepspeed_file import load_ds_config
     from minimind.config.resolve import resolve_run
     from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
@@ -114,7 +113,7 @@ def _measure(one: Setting, env: Any, device: Any, folder: Path) -> dict[str, int
                            bf16_supported=True)  # fmt: skip
     gc.collect()
     plan = estimate_memory(resolved, device.type)
-    base, found = trial.held_bytes(device), {"planned": plan.total, "states": plan.optimizer}
+    base, found = trial.held_bytes(device), {"planned": plan.total}
 
     @contextlib.contextmanager
     def moment(name: str) -> Iterator[None]:
@@ -136,7 +135,7 @@ def _measure(one: Setting, env: Any, device: Any, folder: Path) -> dict[str, int
         trainer.saver.start(trainer.state)
         saved = trainer.saver.wait()
     with moment("load"):
-        load_checkpoint(trainer.engine, resolved, saved, read_manifest(saved), None)
+        prove_resumable(trainer.engine, resolved, saved)
     trainer.saver.close()
     trainer.engine.destroy()
     del trainer
@@ -170,10 +169,9 @@ PAGE = """# Memory of a GPU at each moment, beside the plan
 `python tests/support/memory_moments.py`, {date}, torch {torch}, DeepSpeed {deepspeed}: MiB allocated on **simulated**
 devices, the most at each moment of rank 0; nothing here was measured on a GPU. Models of {sizes} million parameters
 (dense, experts), 2 x 128 tokens a micro-batch unless a row says more. The plan is what `python -m minimind.plan` gives
-for the peak of a step. Loading is done over states that are there, as after a run's first save: for a moment Adam's
-moments stand there twice. {verdict}
+for the peak of a step. Loading is that of a run's first save. {verdict}
 
-| setting | plan | start | step | evaluation | save | load | highest but for load, over plan |
+| setting | plan | start | step | evaluation | save | load | highest, over plan |
 |---|---|---|---|---|---|---|---|
 {rows}
 """
@@ -187,7 +185,7 @@ def write_page() -> str:
 
     rows, off = [], 0
     for one, found in zip(SETTINGS, measure_all(SETTINGS), strict=True):
-        highest = max(found[name] for name in MOMENTS if name != "load")
+        highest = max(found[name] for name in MOMENTS)
         off += not is_as_planned(highest, found["planned"])
         cells = [f"{found[name] / MIB:.0f}" for name in ("planned", *MOMENTS)]
         rows.append(f"| {title(one)} | {' | '.join(cells)} | {highest / found['planned']:.2f} |")

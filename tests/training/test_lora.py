@@ -14,7 +14,7 @@ from training_runs import EXPERTS, RankPool, flags_for, losses, rank_pool, train
 
 from minimind.checkpoint import main as checkpoint_main
 from minimind.checkpoints.consolidate import TrainingCheckpoint
-from minimind.checkpoints.folder import list_checkpoints, portable_folder
+from minimind.checkpoints.folder import list_checkpoints
 from minimind.checkpoints.formats.load_model import load_model, load_weights
 from minimind.checkpoints.formats.source import open_source
 from minimind.checkpoints.manifest import CheckpointError, read_manifest
@@ -84,11 +84,11 @@ def test_ranks_and_stages_give_the_same_losses_and_a_resume_is_exact(
     shutil.rmtree(newest(tmp_path / "run"))
     pool.run(train, flags(tiny_corpus, base, tmp_path / "run", **settings))
     assert_same(tmp_path / "whole", tmp_path / "run")
-    # And on one rank of another stage, through the portable form.
+    # And on one rank of another stage, cut anew.
     shutil.rmtree(newest(tmp_path / "run"))
     settings["stage"] = (stage + 2) % 4
     code, printed = train(flags(tiny_corpus, base, tmp_path / "run", **settings))
-    assert code == 0 and "portable form" in printed
+    assert code == 0 and "its part of the files" in printed
     assert list(losses(tmp_path / "run").values()) == expected
     assert hash_file(newest(base) / "manifest.json") == sealed
 
@@ -121,9 +121,6 @@ def test_every_command_reads_base_and_adapters(
         assert torch.equal(load_weights(tmp_path / form)(tokens).logits, expected)
     export_main(["--run-dir", str(plain), "--output", str(tmp_path / "peft"), "--format", "peft"])
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["r"] == 4
-    assert checkpoint_main(["convert", str(plain)]) == 0
-    assert portable_folder(newest(plain)).is_dir()
-    shutil.rmtree(portable_folder(newest(plain)))
     checkpoint_main(["average", *map(str, list_checkpoints(plain)), "--output", str(tmp_path / "mean")])
     assert load_weights(tmp_path / "mean").model.embed_tokens.weight.shape == (256, 16)
     # A new run begins where it stopped: its adapters merged, new ones beside them. Every file is hashed once.

@@ -15,7 +15,6 @@ from minimind.checkpoints.formats.averaging import write_average
 from minimind.checkpoints.formats.load_model import load_model
 from minimind.checkpoints.formats.pth import read_pth
 from minimind.checkpoints.formats.source import open_source
-from minimind.checkpoints.portable import PortableCheckpoint
 from minimind.checkpoints.safetensors import SafetensorsFolder
 from minimind.data.tokenizer import load_tokenizer
 from minimind.errors import UserError
@@ -93,7 +92,6 @@ def test_code_in_a_file_of_any_name_is_not_run(kind, name, sound, tmp_path, monk
         refuse(MiniMindForCausalLM.from_pretrained, folder)
         refuse(SafetensorsFolder, folder)
     if name == "manifest.json":
-        refuse(PortableCheckpoint, folder)
         refuse(write_average, [folder], tmp_path / "out")
     if name.startswith("tokenizer"):
         refuse(load_tokenizer, folder / name)
