@@ -44,10 +44,7 @@ def test_a_resume_is_read_by_all_ranks_and_a_window_opens_nothing_twice(found):
 def test_another_number_of_ranks_reads_each_byte_once_from_the_files_that_have_it(found):
     resume = found["resume on fewer ranks"]
     assert resume["sum"]["read"] == 12  # a weight and two moments of float32
-    assert (
-        resume["most"]["read"] <= 12.1 * 4 / 3 / RANKS
-        and resume["most"]["hashed"] <= 4 * resume["sum"]["hashed"] / RANKS
-    )
+    assert resume["most"]["read"] <= 12.1 * 4 / 3 / RANKS
     assert resume["sum"]["opened"] <= 12 * RANKS, "a rank opens files of ranks whose parts it does not hold"
 
 
