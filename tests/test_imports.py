@@ -17,6 +17,7 @@ ROOMS = [
 ]  # fmt: skip
 COMMANDS = {
     "train", "generate", "answer", "evaluate", "export", "serve", "plan", "doctor", "status", "report", "checkpoint",
+    "tune",
 }  # fmt: skip
 GROUND = {"__init__", "errors", "schema", "files", "units", "cli"}
 # `config` asks the model for nothing but its shape.
