@@ -61,7 +61,8 @@ def test_vllm_reads_the_same_tokens_and_writes_the_same_text(name, save_tokenize
     main(["--checkpoint", str(tmp_path / "own"), "--output", str(tmp_path / "out")])
     model, tokenizer = load_model(tmp_path / "own")[0], load_tokenizer(tmp_path / "own")
     texts = collect_texts()
-    rows = [Row(tokenizer.encode(text), GenerationOptions(temperature=0.0, max_new_tokens=NEW_TOKENS)) for text in texts]
+    options = GenerationOptions(temperature=0.0, max_new_tokens=NEW_TOKENS)
+    rows = [Row(tokenizer.encode(text), options) for text in texts]
     for _ in decode(model, rows):
         pass
     engine = vllm.LLM(str(tmp_path / "out"), dtype="float32", max_model_len=LONGEST, enforce_eager=True)
