@@ -41,7 +41,9 @@ AT_RESUME: dict[str, Change] = {
     **dict.fromkeys(("clip_low", "clip_high", "loss_average", "advantage_scale", "kl_coef"), "fixed"),
     # Which weights the files hold, and on which others they stand.
     **dict.fromkeys((*_TRAINED, "base"), "fixed"),
-    **dict.fromkeys(("teacher", "teacher_int8", "distill_alpha", "distill_temperature", "distill_kl"), "fixed"),
+    **dict.fromkeys(
+        ("teacher", "teacher_int8", "teacher_top_k", "distill_alpha", "distill_temperature", "distill_kl"), "fixed"
+    ),
     **dict.fromkeys(("run_dir", "resume", "device", "ds_config", "num_workers", "timeout_minutes"), "silent"),
     **dict.fromkeys(("reward_seconds", "reward_workers", "skip_bad_rewards"), "silent"),
     **dict.fromkeys(("log_every", "tensorboard", "wandb_project", "preflight", "profile_steps"), "silent"),

@@ -79,6 +79,9 @@ class TrainConfig:
     partitioned."""
     teacher_int8: bool = False
     """distill: on a CPU, the teacher's matrices in 8 bits: a quarter of the memory of fp32, slightly less exact."""
+    teacher_top_k: Annotated[int, AT_LEAST_0] = 0
+    """distill: compute the teacher's so many most likely tokens a position once, before training, and store them in the
+    run's folder: training then holds no teacher. 0: all tokens, with the teacher in memory."""
     distill_alpha: Annotated[float, SHARE] = 0.5
     """distill: share of the loss of the next token; the rest is the divergence from the teacher."""
     distill_temperature: Annotated[float, ABOVE_0] = 1.0

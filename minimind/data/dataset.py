@@ -13,6 +13,7 @@ import numpy as np
 from minimind.data.manifest import DISLIKED_TARGET, REJECTED_START, REJECTED_TARGET, TARGET, ShardError
 from minimind.data.packing import pack
 from minimind.data.shards import ShardReader, open_split
+from minimind.data.soft_labels import SoftLabels
 
 IGNORED_LABEL = -100
 
@@ -29,6 +30,8 @@ class Sample:
     document_starts: np.ndarray | None = None  # (num_starts,) int64
     pairs: np.ndarray | None = None  # (num_pairs,) int64 of preferences: the documents
     answers: np.ndarray | None = None  # (T,) int64 of preferences: 2 * pair + (1 if rejected), -1 without a label
+    soft_ids: np.ndarray | None = None  # (T, k) int64, see `minimind.data.soft_labels`
+    soft_log_probs: np.ndarray | None = None  # (T, k) float32
     liked: np.ndarray | None = None  # (num_pairs,) bool of preferences: False for feedback against the first answer
 
 
@@ -42,6 +45,7 @@ class TokenDataset:
     """
 
     reference = None
+    soft_labels: SoftLabels | None = None
 
     def __init__(
         self, reader: ShardReader, seq_len: int, document_mask: bool = False, *, keep_tail: bool = False
@@ -90,6 +94,8 @@ class PackedDataset:
     reference: np.ndarray | None = None
     """(num_documents, 2) float32 of preferences: log-probability of the preferred and of the rejected answer under the
     model that training began with. Set by an objective that compares with it."""
+    soft_labels: SoftLabels | None = None
+    """Of the windows, where an objective has set them."""
 
     def __init__(self, reader: ShardReader, seq_len: int, *, alone: bool = False) -> None:
         self.reader = reader
@@ -150,7 +156,9 @@ class PackedDataset:
                     ends.append(end + 1 + int(np.argmax(targets == REJECTED_START)))
             ends.append(end := end + length)
         starts = np.array([offset for offset in ends if offset < self.seq_len], dtype=np.int64)
-        return Sample(input_ids, labels, starts, *((documents, answers, liked) if is_pairs else ()))
+        if not is_pairs:
+            return Sample(input_ids, labels, starts)
+        return Sample(input_ids, labels, starts, documents, answers, liked=liked)
 
 
 Dataset = TokenDataset | PackedDataset

@@ -28,6 +28,8 @@ class Batch:
     cu_seqlens: torch.Tensor | None  # (num_segments + 1,) int32 boundaries over the B*T tokens; None without a mask
     positions: tuple[int, ...]  # place of each window in the global order (or of the evaluated windows); -1: filling
     num_targets: int  # labels that count
+    soft_ids: torch.Tensor | None = None  # (B, T, k) int64, see `minimind.data.soft_labels`
+    soft_log_probs: torch.Tensor | None = None  # (B, T, k) float32
     # Preferences only:
     answers: torch.Tensor | None = None  # (B, T) int64: which of the batch's answers a label is of, -1: none
     pairs: tuple[int, ...] = ()  # document of each pair; pair i has the answers 2i and 2i + 1 (rejected)
@@ -114,7 +116,7 @@ class BatchLoader:
         positions = start + np.arange(self.gradient_accumulation_steps)[:, None] * together + np.arange(micro)
         batches = []
         for places, indices in zip(positions.tolist(), self.order[positions].tolist(), strict=True):
-            batch = collate([self.dataset[index] for index in indices], places, self.dataset.reference)
+            batch = collate([_read(self.dataset, index) for index in indices], places, self.dataset.reference)
             batches.append(batch.pin_memory() if self._pin_memory else batch)
         return batches
 
@@ -176,6 +178,10 @@ def collate(samples: Sequence[Sample], positions: Iterable[int], reference: np.n
         tuple(positions),
         int(np.count_nonzero(labels != IGNORED_LABEL)),
     )
+    soft = [(sample.soft_ids, sample.soft_log_probs) for sample in samples if sample.soft_ids is not None]
+    if soft:
+        soft_ids, soft_log_probs = (torch.from_numpy(np.stack(values)) for values in zip(*soft, strict=True))
+        batch = dataclasses.replace(batch, soft_ids=soft_ids, soft_log_probs=soft_log_probs)
     return batch if samples[0].pairs is None else _with_pairs(batch, samples, reference)
 
 
@@ -199,10 +205,18 @@ def _with_pairs(batch: Batch, samples: Sequence[Sample], reference: np.ndarray |
     )
 
 
+def _read(dataset: Dataset, index: int) -> Sample:
+    sample = dataset[index]
+    if dataset.soft_labels is None:
+        return sample
+    soft_ids, soft_log_probs = dataset.soft_labels[index]
+    return dataclasses.replace(sample, soft_ids=soft_ids, soft_log_probs=soft_log_probs)
+
+
 def _take(dataset: Dataset, position: int, last: int) -> Sample:
+    sample = _read(dataset, position if position >= 0 else last)
     if position >= 0:
-        return dataset[position]
-    sample = dataset[last]
+        return sample
     labels = np.full_like(sample.labels, IGNORED_LABEL)
     if sample.pairs is None or sample.liked is None:
         return dataclasses.replace(sample, labels=labels)

@@ -104,7 +104,7 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
         raise UserError(f"{flag}: frozen weights are those of a trained model; give it by --init-from")
     check_rewards(run.train)
     if run.train.teacher is not None:
-        check_teacher(Path(run.train.teacher), data.train, run.model.vocab_size)
+        check_teacher(run.train, data.train, run.model.vocab_size)
     if run.train.reference == "live":
         check_live_reference(run, data.train)
     if run.train.init_from is not None:
@@ -287,9 +287,8 @@ def make_objective(resolved: ResolvedRun, data: RunData, device: torch.device) -
     train = resolved.train
     if name == "distill":
         assert train.teacher is not None, "as checked when the data was opened"
-        return Distillation(
-            train, FrozenModel("teacher", Path(train.teacher), resolved, device, int8=train.teacher_int8)
-        )
+        where = ("teacher", Path(train.teacher), resolved, device)
+        return Distillation(train, lambda: FrozenModel(*where, int8=train.teacher_int8))
     if name == "grpo":
         reader, start = data.train.reader, find_start(resolved) if train.kl_coef else None
         reference = None if start is None else FrozenModel("reference", Path(start.path), resolved, device)

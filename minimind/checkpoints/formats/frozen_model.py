@@ -13,13 +13,15 @@ import torch
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
+from minimind.checkpoints.base import hash_weights
 from minimind.checkpoints.formats.init_from import load_init_checkpoint
 from minimind.checkpoints.formats.load_model import load_model
 from minimind.checkpoints.formats.source import open_source
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import DTYPE_NAMES
-from minimind.distributed.collectives import log
+from minimind.distributed.collectives import log, on_first_rank
 from minimind.errors import UserError
+from minimind.files import disk_errors, replace_file
 from minimind.model import MiniMindForCausalLM
 from minimind.model.kernels.apply import apply_kernels
 from minimind.model.kernels.packed_weights import quantize_int8
@@ -86,6 +88,29 @@ class FrozenModel:
         states = self.hidden_states(input_ids, position_ids, cu_seqlens)
         with self.head() as head:
             return CausalLMOutput(loss=head(states, labels, loss_reduction))
+
+
+def keep_weights(record: Path, path: Path, *, is_new: bool) -> str:
+    """The sha256 of a model's weights, noted in the file `record` by a new run. Every rank calls this.
+
+    Raises:
+        UserError: the run is not new, and they are others now.
+    """
+
+    def compare() -> str:
+        now = hash_weights(open_source(path).place.resolve())
+        before = record.read_text().strip() if record.exists() and not is_new else now
+        if before != now:
+            raise UserError(
+                f"{path}: its weights are others than when this run began ({record}); bring those back, name the very "
+                "checkpoint, or begin anew with --resume never"
+            )
+        with disk_errors(record):
+            record.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(record, now + "\n")
+        return now
+
+    return on_first_rank(compare)
 
 
 def _load_partitioned(path: Path, resolved: ResolvedRun, device: torch.device) -> tuple[MiniMindForCausalLM, Any]:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.checkpoints.formats.frozen_model import FrozenModel
+from minimind.checkpoints.formats.frozen_model import FrozenModel, keep_weights
 from minimind.config.run_config import PreferenceObjective, TrainConfig
 from minimind.data.dataset import Dataset
 from minimind.data.loader import Batch, eval_batches
@@ -150,6 +150,8 @@ class Preference(Objective):
         Raises:
             UserError: the run is not new, and they are not there or are not of these pairs.
         """
+        if self._reference is not None:
+            keep_weights(run_dir / REFERENCE_NAME / "weights.sha256", Path(str(self._train.init_from)), is_new=is_new)
         is_stored = self._needs_reference and self._reference is None
         for split, dataset in datasets.items() if is_stored else ():
             # Named by the pairs too: on other shards a continued run must not take these for theirs.
