@@ -6,7 +6,10 @@
 #   deepspeed [launcher flags] launch/pretrain.sh FLAGS    through the deepspeed launcher, on this machine
 #   launch/deepspeed --hostfile FILE launch/pretrain.sh FLAGS    the same over several hosts, checked
 # FLAGS are those of `python -m minimind.train`. DRY_RUN=1 prints the command instead of running it.
-# bash reads the next line and leaves; Python, which the deepspeed launcher calls, takes all this for a string.
+# The other names of this file (dpo.sh, distill.sh ...) say which --objective is meant; sft.sh is a plain one.
+# bash reads the next lines and leaves; Python, which the deepspeed launcher calls, takes all this for a string.
+name="$(basename "$0" .sh)"
+case "$name" in dpo | ipo | orpo | simpo | kto | distill | grpo) set -- --objective "$name" "$@" ;; esac
 exec bash "$(dirname "${BASH_SOURCE[0]}")/local.sh" "$@"
 ":"""
 
@@ -15,6 +18,8 @@ import sys
 from pathlib import Path
 
 LAUNCH = Path(__file__).resolve().parent
+if (name := Path(__file__).stem) in ("dpo", "ipo", "orpo", "simpo", "kto", "distill", "grpo"):
+    sys.argv[1:1] = ["--objective", name]
 
 if "MINIMIND_SITE" not in os.environ:
     # A launcher has started this rank on a host where env.sh has not been read.

@@ -9,13 +9,7 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from minimind.checkpoints.formats.frozen_model import FrozenModel
-from minimind.checkpoints.formats.init_from import (
-    check_init_checkpoint,
-    find_init_checkpoint,
-    load_init_checkpoint,
-)
-from minimind.checkpoints.formats.source import open_source
+from minimind.checkpoints.formats.init_from import check_init_checkpoint, load_init_checkpoint
 from minimind.checkpoints.loading import load_checkpoint
 from minimind.checkpoints.manifest import TrainState
 from minimind.checkpoints.run_state import DataFingerprint
@@ -23,13 +17,12 @@ from minimind.checkpoints.saving import CheckpointSaver
 from minimind.config.command_line import CommandLine
 from minimind.config.deepspeed_file import load_ds_config
 from minimind.config.resolve import resolve_run
-from minimind.config.resolved_run import FrozenBase, ResolvedRun
-from minimind.config.run_config import DTYPE_NAMES, ObjectiveName, RunConfig, TrainConfig
+from minimind.config.resolved_run import ResolvedRun
+from minimind.config.run_config import DTYPE_NAMES, RunConfig
 from minimind.data.dataset import Dataset, PackedDataset, open_dataset
 from minimind.data.loader import BatchLoader
 from minimind.data.shards import find_split, open_split
-from minimind.data.tokenizer import load_tokenizer
-from minimind.distributed.collectives import gather_objects, lead_from_first_rank, log, on_first_rank
+from minimind.distributed.collectives import gather_objects, lead_from_first_rank, log
 from minimind.distributed.environment import RankEnvironment
 from minimind.distributed.launchers.watch import LauncherWatch
 from minimind.distributed.out_of_memory import explain_out_of_memory
@@ -40,17 +33,12 @@ from minimind.model.kernels.matmul import has_fast_matmul
 from minimind.parallel.compilation import settle_compilation
 from minimind.parallel.deepspeed_check import check_ds_config, check_ops
 from minimind.parallel.engine import build_engine, build_model
+from minimind.training.choose_objective import check_kind, check_objective, find_start, make_objective
 from minimind.training.control import hold_run
-from minimind.training.objectives.distillation import Distillation, check_teacher
-from minimind.training.objectives.grpo import GroupRelative
-from minimind.training.objectives.objective import Objective
-from minimind.training.objectives.preference import LOSSES, WITH_REFERENCE, Preference
-from minimind.training.objectives.pretrain import Pretrain
 from minimind.training.peak_flops import peak_flops
 from minimind.training.profiler import StepProfiler
 from minimind.training.record.metrics import NullRecord, RunRecord
 from minimind.training.record.wandb import WandbLog, check_wandb
-from minimind.training.rewards.pool import check_rewards
 from minimind.training.run_folder import Resume, check_run_folder, identify, open_run_folder, settle_aux_loss_scope
 from minimind.training.trainer import Trainer
 
@@ -102,27 +90,11 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
     if run.train.keeps_frozen and run.train.init_from is None:
         flag = "lora_rank" if run.train.lora_rank else "freeze"
         raise UserError(f"{flag}: frozen weights are those of a trained model; give it by --init-from")
-    check_rewards(run.train)
-    if run.train.teacher is not None:
-        check_teacher(run.train, data.train, run.model.vocab_size)
-    if run.train.reference == "live":
-        check_live_reference(run, data.train)
+    check_objective(run, data.train)
     if run.train.init_from is not None:
         trained = resolved.trained if run.train.keeps_frozen else None
         check_init_checkpoint(run.model, Path(run.train.init_from), trained)
     return resolved, data
-
-
-def check_live_reference(run: RunConfig, dataset: Dataset) -> None:
-    """Refuse a reference in memory that there is not, that nothing asks, or that lacks tokens. Raises `UserError`."""
-    name, init_from = choose_objective(run.train, dataset), run.train.init_from
-    if init_from is None:
-        raise UserError("reference: live is the model that --init-from names; give it, or leave --reference out")
-    if name not in WITH_REFERENCE:
-        raise UserError(f"reference: live has no effect on {name}, which compares with no reference; leave it out")
-    if (there := open_source(Path(init_from), hashes=False).config.vocab_size) != run.model.vocab_size:
-        here = run.model.vocab_size
-        raise UserError(f"reference: {init_from} has {there} tokens, this run {here}; leave out --reference live")
 
 
 def open_data(run: RunConfig, *, check: bool = True) -> RunData:
@@ -144,16 +116,7 @@ def open_data(run: RunConfig, *, check: bool = True) -> RunData:
             f"vocab_size: the shards of {folder} have {vocab} tokens and the model only {run.model.vocab_size}; pass "
             f"--vocab-size {vocab}"
         )
-    if (run.train.objective == "distill") != (run.train.teacher is not None):
-        raise UserError(f"teacher: {run.train.teacher}; --objective distill and --teacher PATH are given together")
-    kind, objective = train.manifest.kind, run.train.objective
-    wanted = "feedback" if objective == "kto" else "preferences" if objective in LOSSES else None
-    if objective is not None and kind != wanted:
-        words = {"preferences": "pairs of answers", "feedback": "judged answers", None: "texts or conversations"}
-        raise UserError(f"objective: {objective} learns from {words[wanted]}, and {folder} holds {words[kind]}")
-    alone = objective == "grpo"
-    if alone and not train.manifest.is_chat:
-        raise UserError(f"objective: grpo learns from questions in conversations, and {folder} holds texts")
+    alone = check_kind(run.train, train)
     seq_len, mask, packed = run.data.seq_len, run.data.document_mask, run.data.packing == "whole-documents"
     return RunData(
         open_dataset(train, seq_len, mask, packed=packed, alone=alone),
@@ -192,7 +155,7 @@ def run_rank(
         engine = build_engine(resolved, model)
         stack.callback(engine.destroy)
         state = load_state(engine, resolved, resume, corpus)
-        objective = make_objective(resolved, data, device)
+        objective = make_objective(resolved, data.train, device)
         stack.callback(objective.close)
         splits = {"train": data.train} if data.val is None else {"train": data.train, "val": data.val}
         objective.prepare(engine, splits, run_dir, is_new=resume is None)
@@ -224,14 +187,6 @@ def run_rank(
         except UserError as error:
             record.log_event("fail", trainer.state.step, str(error))
             raise
-
-
-def find_start(resolved: ResolvedRun) -> FrozenBase:
-    """The model that `init_from` names, as rank 0 finds and verifies it. Every rank calls this."""
-    train = resolved.train
-    assert train.init_from is not None
-    path = Path(train.init_from)
-    return on_first_rank(lambda: find_init_checkpoint(resolved.model, path, keeps_frozen=train.keeps_frozen))
 
 
 def describe_device(device: torch.device, resolved: ResolvedRun) -> float:
@@ -271,33 +226,6 @@ def load_state(
         state = dataclasses.replace(state, data_start_step=state.step)
         log(f"the shards are new: their order begins at step {state.step}")
     return state
-
-
-def choose_objective(train: TrainConfig, dataset: Dataset) -> ObjectiveName:
-    """The objective that is asked for, or that of the data."""
-    by_kind: dict[str | None, ObjectiveName] = {"preferences": "dpo", "feedback": "kto", None: "pretrain"}
-    return train.objective or by_kind[dataset.reader.manifest.kind]
-
-
-def make_objective(resolved: ResolvedRun, data: RunData, device: torch.device) -> Objective:
-    """What the run minimises."""
-    name = choose_objective(resolved.train, data.train)
-    if name == "pretrain":
-        return Pretrain()
-    train = resolved.train
-    if name == "distill":
-        assert train.teacher is not None, "as checked when the data was opened"
-        where = ("teacher", Path(train.teacher), resolved, device)
-        return Distillation(train, lambda: FrozenModel(*where, int8=train.teacher_int8))
-    if name == "grpo":
-        reader, start = data.train.reader, find_start(resolved) if train.kl_coef else None
-        reference = None if start is None else FrozenModel("reference", Path(start.path), resolved, device)
-        return GroupRelative(resolved, load_tokenizer(reader.folder / reader.manifest.tokenizer.file), reference)
-    reference = None
-    if train.reference == "live":
-        assert train.init_from is not None, "as checked when the data was opened"
-        reference = FrozenModel("reference", Path(train.init_from), resolved, device)
-    return Preference(train, name, reference)
 
 
 def make_loader(

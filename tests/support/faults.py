@@ -3,8 +3,11 @@
     python tests/support/faults.py --kills 200 --corruptions 200          the whole proof, about a quarter of an hour
     python tests/support/faults.py --kills 8 --corruptions 12             what CI runs
 
+    python tests/support/faults.py --kinds dpo ipo orpo simpo kto distill --corruptions 0     other objectives
+
 Tiny runs, dense and with experts under AutoEP (ep size 2 on two ranks), on one and on two ranks, are killed with
-SIGKILL (one rank or all) at random moments of training and saving and started again, until they end. Their losses
+SIGKILL (one rank or all) at random moments of training and saving, and while log-probabilities of a reference or a
+teacher's tokens are computed before it, and started again, until they end. Their losses
 must be, bit for bit, those of a run that nobody killed. Then random files of checkpoints are flipped, cut, emptied,
 deleted and swapped: each time the run must name the damage and continue from the older checkpoint, bit for bit again.
 Exit code 1 when anything was lost.
@@ -29,6 +32,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
 import tyro  # noqa: E402
+from comparison_shards import write_comparisons  # noqa: E402
 from structured_corpus import write_corpus  # noqa: E402
 from training_runs import EXPERTS, PRELOAD, RankPool, flags_for, losses, train, train_rank  # noqa: E402
 
@@ -37,7 +41,12 @@ from minimind.distributed.launchers.local import find_free_port  # noqa: E402
 
 STEPS = 30
 SECONDS_TO_WAIT = 120.0
+OBJECTIVES = ("dpo", "ipo", "orpo", "simpo", "kto")
 KINDS: dict[str, dict[str, Any]] = {"dense": {}, "experts": EXPERTS, "chat": {"seq_len": 64}}
+KINDS |= {name: {"objective": name, "seq_len": 64, "vocab_size": 400, "lr": 1e-2} for name in OBJECTIVES}
+KINDS |= {"distill": {"objective": "distill", "teacher_top_k": 4}}
+PREPARING = ("windows of train pairs before training", "tokens of the teacher for")
+"""What a run says before it computes what lasts from one start to the next."""
 
 
 @dataclass
@@ -51,7 +60,7 @@ class Flags:
     seed: int = 0
     """Of the random moments and places."""
     kinds: tuple[str, ...] = ("dense", "experts")
-    """What is killed: dense, experts, chat (fine-tuning)."""
+    """What is killed: dense, experts, chat (fine-tuning), or an objective."""
     stage: int = 1
     """ZeRO stage of the runs that are killed."""
 
@@ -62,6 +71,7 @@ class Report:
 
     kills: int = 0
     in_saves: int = 0
+    in_preparation: int = 0
     runs: int = 0
     lost: list[str] = field(default_factory=list)
     corruptions: int = 0
@@ -102,9 +112,15 @@ def ended(ranks: list[Any], seconds: float) -> bool:
 
 
 def alive_at_random_moment(ranks: list[Any], run_dir: Path, rng: random.Random) -> bool:
-    """Wait for a random moment of the start, or after a random step; whether the run still goes on then."""
-    if rng.random() < 0.1:
+    """Wait for a random moment of the start, of what is computed before training, or after a random step; whether the
+    run still goes on then."""
+    draw, log = rng.random(), run_dir / "rank0.log"
+    if draw < 0.1:
         time.sleep(rng.uniform(0, 2))
+    elif draw < 0.4 and not last_step(run_dir):
+        while not prepares(log) and not last_step(run_dir) and not ended(ranks, 0):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.2))
     else:
         step = last_step(run_dir) + rng.randint(0, STEPS // 3)
         deadline = time.monotonic() + SECONDS_TO_WAIT
@@ -112,6 +128,12 @@ def alive_at_random_moment(ranks: list[Any], run_dir: Path, rng: random.Random) 
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.05))
     return not ended(ranks, 0)
+
+
+def prepares(log: Path) -> bool:
+    """Whether the last line that a run has printed is one of `PREPARING`."""
+    last = log.read_text().strip().rpartition("\n")[2] if log.exists() else ""
+    return any(words in last for words in PREPARING)
 
 
 def last_step(run_dir: Path) -> int:
@@ -136,6 +158,7 @@ def run_to_end(context: Any, flags: list[str], world_size: int, folder: Path) ->
 def kill_runs(context: Any, corpus: Path, folder: Path, flags: Flags, rng: random.Random, report: Report) -> None:
     """Kill runs until there were enough kills; every run is then taken to its end and compared."""
     every = [("experts", 2), ("dense", 1), ("chat", 2), ("dense", 2), ("experts", 1), ("chat", 1)]
+    every += [(name, ranks) for name in (*OBJECTIVES, "distill") for ranks in (1, 2)]
     settings = [(kind, world_size) for kind, world_size in every if kind in flags.kinds]
     references: dict[tuple[str, int], dict[int, float]] = {}
     while report.kills < flags.kills:
@@ -154,6 +177,7 @@ def kill_runs(context: Any, corpus: Path, folder: Path, flags: Flags, rng: rando
             ranks = start(context, line, world_size, path)
             if not alive_at_random_moment(ranks, path, rng):
                 break
+            report.in_preparation += prepares(path / "rank0.log")
             kill_some(ranks, rng)
             report.kills += 1
             report.in_saves += any(checkpoints_folder(path).glob("step_*.partial"))
@@ -175,7 +199,10 @@ def kill_runs(context: Any, corpus: Path, folder: Path, flags: Flags, rng: rando
 def command(corpus: Path, run_dir: Path, kind: str, world_size: int, flags: Flags) -> list[str]:
     """A run that saves at every second step."""
     settings = {**KINDS[kind], **({"ep_size": world_size} if kind == "experts" else {})}
-    corpus = corpus.with_name("chat") if kind == "chat" else corpus
+    own = {"chat": "chat", "kto": "judged"} | dict.fromkeys(OBJECTIVES[:-1], "pairs")
+    if kind == "distill":
+        settings["teacher"] = corpus.with_name("teacher")
+    corpus = corpus.with_name(own.get(kind, corpus.name))
     return flags_for(
         corpus, run_dir, stage=flags.stage, steps=STEPS, save_every=2, keep_last=2, dropout=0.1, **settings
     )
@@ -269,13 +296,17 @@ def main() -> int:
         folder = Path(name)
         corpus = write_corpus(folder / "corpus", tokens=6000)
         write_corpus(folder / "chat", tokens=6000, chat_template="{{ messages[0].content }}")
+        if {"distill", *OBJECTIVES} & set(flags.kinds):
+            write_comparisons(folder)
+            train(flags_for(corpus, folder / "teacher", num_hidden_layers=2, steps=4))
         if flags.kills:
             kill_runs(context, corpus, folder, flags, rng, report)
         if flags.corruptions:
             corrupt_runs(corpus, folder, flags, rng, report)
     print(", ".join(f"{name} {count}" for name, count in sorted(report.harms.items())))
     print(
-        f"{report.kills} kills ({report.in_saves} of them in a save) over {report.runs} runs; "
+        f"{report.kills} kills ({report.in_saves} in a save, {report.in_preparation} before training) over "
+        f"{report.runs} runs; "
         f"{report.corruptions} corruptions, {report.found} found, {report.continued} continued from the older "
         f"checkpoint; lost: {len(report.lost)}; {time.monotonic() - began:.0f} s"
     )

@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pytest import approx
 from stream_hash import hash_stream
 from training_runs import ROOT, RankPool, flags_for, losses, rank_pool, read_metrics, train
 
+from minimind.config.run_config import ObjectiveName
 from minimind.distributed.launchers.local import find_free_port
 
 BIN = Path(sys.executable).parent
@@ -167,6 +169,14 @@ def test_dry_runs_of_the_script_show_the_command(tmp_path, environment, expected
     code, out, err = run(command, DRY_RUN="1", **environment)
     assert (code, err) == (0, "")
     assert out.count("\n") == 1 and expected in out and "--run-dir a\\ b" in out
+
+
+@pytest.mark.parametrize("name", [name for name in get_args(ObjectiveName) if name != "pretrain"])
+@pytest.mark.parametrize("program", ["bash", sys.executable])
+def test_every_objective_has_its_script(program, name):
+    code, out, err = run([program, str(ROOT / "launch" / f"{name}.sh"), "--steps", "3"], DRY_RUN="1", NUM_RANKS="1")
+    assert (code, err) == (0, "")
+    assert out.strip().endswith(f"launch/pretrain.sh --objective {name} --steps 3")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,97 @@
+"""Which objective a run has, whether its data, flags and other models fit it, and how it is put together."""
+
+from pathlib import Path
+
+import torch
+
+from minimind.checkpoints.formats.frozen_model import FrozenModel
+from minimind.checkpoints.formats.init_from import find_init_checkpoint
+from minimind.checkpoints.formats.source import open_source
+from minimind.config.resolved_run import FrozenBase, ResolvedRun
+from minimind.config.run_config import ObjectiveName, RunConfig, TrainConfig
+from minimind.data.dataset import Dataset
+from minimind.data.shards import ShardReader
+from minimind.data.tokenizer import load_tokenizer
+from minimind.distributed.collectives import on_first_rank
+from minimind.errors import UserError
+from minimind.training.objectives.distillation import Distillation, check_teacher
+from minimind.training.objectives.grpo import GroupRelative
+from minimind.training.objectives.objective import Objective
+from minimind.training.objectives.preference import LOSSES, WITH_REFERENCE, Preference
+from minimind.training.objectives.pretrain import Pretrain
+from minimind.training.rewards.pool import check_rewards
+
+
+def check_kind(train: TrainConfig, reader: ShardReader) -> bool:
+    """Refuse shards that the objective cannot learn from; whether each window is to hold one conversation alone.
+
+    Raises:
+        UserError: naming the objective, and what the shards hold.
+    """
+    if (train.objective == "distill") != (train.teacher is not None):
+        raise UserError(f"teacher: {train.teacher}; --objective distill and --teacher PATH are given together")
+    folder, kind, objective = reader.folder, reader.manifest.kind, train.objective
+    wanted = "feedback" if objective == "kto" else "preferences" if objective in LOSSES else None
+    if objective is not None and kind != wanted:
+        words = {"preferences": "pairs of answers", "feedback": "judged answers", None: "texts or conversations"}
+        raise UserError(f"objective: {objective} learns from {words[wanted]}, and {folder} holds {words[kind]}")
+    alone = objective == "grpo"
+    if alone and not reader.manifest.is_chat:
+        raise UserError(f"objective: grpo learns from questions in conversations, and {folder} holds texts")
+    return alone
+
+
+def check_objective(run: RunConfig, dataset: Dataset) -> None:
+    """Refuse rewards, a teacher or a reference that cannot be. Raises `UserError`."""
+    check_rewards(run.train)
+    if run.train.teacher is not None:
+        check_teacher(run.train, dataset, run.model.vocab_size)
+    if run.train.reference == "live":
+        check_live_reference(run, dataset)
+
+
+def check_live_reference(run: RunConfig, dataset: Dataset) -> None:
+    """Refuse a reference in memory that there is not, that nothing asks, or that lacks tokens. Raises `UserError`."""
+    name, init_from = choose_objective(run.train, dataset), run.train.init_from
+    if init_from is None:
+        raise UserError("reference: live is the model that --init-from names; give it, or leave --reference out")
+    if name not in WITH_REFERENCE:
+        raise UserError(f"reference: live has no effect on {name}, which compares with no reference; leave it out")
+    if (there := open_source(Path(init_from), hashes=False).config.vocab_size) != run.model.vocab_size:
+        here = run.model.vocab_size
+        raise UserError(f"reference: {init_from} has {there} tokens, this run {here}; leave out --reference live")
+
+
+def find_start(resolved: ResolvedRun) -> FrozenBase:
+    """The model that `init_from` names, as rank 0 finds and verifies it. Every rank calls this."""
+    train = resolved.train
+    assert train.init_from is not None
+    path = Path(train.init_from)
+    return on_first_rank(lambda: find_init_checkpoint(resolved.model, path, keeps_frozen=train.keeps_frozen))
+
+
+def choose_objective(train: TrainConfig, dataset: Dataset) -> ObjectiveName:
+    """The objective that is asked for, or that of the data."""
+    by_kind: dict[str | None, ObjectiveName] = {"preferences": "dpo", "feedback": "kto", None: "pretrain"}
+    return train.objective or by_kind[dataset.reader.manifest.kind]
+
+
+def make_objective(resolved: ResolvedRun, dataset: Dataset, device: torch.device) -> Objective:
+    """What the run minimises."""
+    name = choose_objective(resolved.train, dataset)
+    if name == "pretrain":
+        return Pretrain()
+    train = resolved.train
+    if name == "distill":
+        assert train.teacher is not None, "as checked when the data was opened"
+        where = ("teacher", Path(train.teacher), resolved, device)
+        return Distillation(train, lambda: FrozenModel(*where, int8=train.teacher_int8))
+    if name == "grpo":
+        reader, start = dataset.reader, find_start(resolved) if train.kl_coef else None
+        reference = None if start is None else FrozenModel("reference", Path(start.path), resolved, device)
+        return GroupRelative(resolved, load_tokenizer(reader.folder / reader.manifest.tokenizer.file), reference)
+    reference = None
+    if train.reference == "live":
+        assert train.init_from is not None, "as checked when the data was opened"
+        reference = FrozenModel("reference", Path(train.init_from), resolved, device)
+    return Preference(train, name, reference)
