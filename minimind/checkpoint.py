@@ -1,7 +1,7 @@
-"""Manage a run's checkpoints: list, verify, prune, compare, average: the command.
+"""Manage a run's checkpoints: list, verify, prune, compare, convert, average: the command.
 
 python -m minimind.checkpoint list|verify|prune RUN
-python -m minimind.checkpoint diff A B | average STEP... --output DIR
+python -m minimind.checkpoint diff A B | convert STEP | average STEP... --output DIR
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import tyro
 
 from minimind.checkpoints.folder import find_checkpoint
 from minimind.checkpoints.formats.averaging import write_average
+from minimind.checkpoints.formats.portable import convert
 from minimind.checkpoints.inspect import diff, find_damages, list_run, run_checkpoints, verify_all
 from minimind.checkpoints.retention import prune, remove_checkpoint
 from minimind.cli import parse_flags
@@ -69,6 +70,14 @@ class Diff:
 
 
 @dataclass(frozen=True)
+class Convert:
+    """Write the weights and the optimizer's state in float32 as safetensors files, beside the checkpoint."""
+
+    path: tyro.conf.Positional[Path]
+    """A checkpoint, or a run's folder for its newest."""
+
+
+@dataclass(frozen=True)
 class Average:
     """Write the mean of the weights of checkpoints (or those of one) as an exported folder."""
 
@@ -83,6 +92,7 @@ Command = (
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Prune, tyro.conf.subcommand("prune")]
     | Annotated[Diff, tyro.conf.subcommand("diff")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Average, tyro.conf.subcommand("average")]
 )
 
@@ -99,6 +109,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return prune_run(command)
     if isinstance(command, Diff):
         return diff(_find(command.a), _find(command.b), optimizer=command.optimizer)
+    if isinstance(command, Convert):
+        print(f"wrote {convert(_find(command.path))}")
+        return 0
     write_average([_find(path) for path in command.paths], command.output)
     print(f"wrote {command.output}")
     return 0

@@ -25,6 +25,9 @@ Index = tuple[int | slice, ...]
 _EXPERT_NUMBER = re.compile(r"(\.deepspeed_experts\.)\d+\.")
 _RANK = re.compile(r"(?:zero_pp_rank|expp_rank)_(\d+)_")
 
+ENGINE_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+"""What DeepSpeed's own load sets on the engine beside tensors."""
+
 
 @dataclass
 class _Tensor:

@@ -11,7 +11,7 @@ from minimind.files import replace_file
 
 LATEST_NAME = "latest"
 PORTABLE_PREFIX = "neutral_"
-"""Earlier versions wrote a checkpoint anew, beside it, for another topology; such folders go with it."""
+"""What the portable form is called on disk."""
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -35,7 +35,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def portable_folder(folder: Path) -> Path:
-    """Where an earlier version may have written a checkpoint anew, beside it."""
+    """Where the portable form of a checkpoint is kept, beside it."""
     return folder.with_name(f"{PORTABLE_PREFIX}{step_of(folder):08d}")
 
 

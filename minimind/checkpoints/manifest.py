@@ -77,7 +77,7 @@ class CheckpointManifest(TrainState):
     (`base`, `base_from_run`, `base_sha256`). Empty: the checkpoint holds the whole model."""
     versions: Mapping = dataclasses.field(default_factory=dict)
     conversion: Mapping = dataclasses.field(default_factory=dict)
-    """Stands in manifests of earlier versions alone."""
+    """Of a portable form: what it was made from, and the engine state that is no tensor."""
     files: tuple[FileRecord, ...] = ()
     format_version: int = FORMAT_VERSION
 

@@ -7,16 +7,13 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from minimind.checkpoints.consolidate import TrainingCheckpoint
+from minimind.checkpoints.consolidate import ENGINE_COUNTERS, TrainingCheckpoint
 from minimind.checkpoints.manifest import CLIENT_STATE_KEY, CheckpointError
 from minimind.checkpoints.zero_partitions import WEIGHT
 from minimind.config.resolved_run import ResolvedRun
 from minimind.parallel.expert_names import EnginePart, find_part
 from minimind.parallel.loss_scale import set_grad_scaler, set_loss_scaler
 from minimind.parallel.optimizer_state import finish_parameters, make_states, set_parameter
-
-# What DeepSpeed's own load sets on the engine beside tensors.
-_ENGINE_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 def load_resharded(engine: deepspeed.DeepSpeedEngine, checkpoint: TrainingCheckpoint, resolved: ResolvedRun) -> None:
@@ -50,7 +47,7 @@ def load_resharded(engine: deepspeed.DeepSpeedEngine, checkpoint: TrainingCheckp
         set_parameter(engine, parameter, number, keys[name], read, stage=stage, scalars=scalars)
     finish_parameters(engine, stage=stage)
     states = checkpoint.model_states
-    for counter in _ENGINE_COUNTERS:
+    for counter in ENGINE_COUNTERS:
         setattr(engine, counter, states[counter])
     if engine.lr_scheduler is not None and states.get("lr_scheduler") is not None:
         engine.lr_scheduler.load_state_dict(states["lr_scheduler"])

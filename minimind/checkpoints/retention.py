@@ -21,7 +21,7 @@ from minimind.files import PARTIAL_SUFFIX, fsync_folder, partial_folder
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint, and what an earlier version made of it for another topology."""
+    """Delete a checkpoint, and its portable form if there is one."""
     for path in (portable_folder(folder), folder):
         if path.exists():
             _remove(path)
@@ -46,7 +46,7 @@ def prune(
 ) -> list[Path]:
     """Delete old checkpoints and give them, oldest first: all but the newest `keep_last` (0: all stay), the multiples
     of `keep_every`, the `keep_best` of lowest evaluation loss, and `newest_valid`, the newest whose hashes were
-    compared. What an earlier version made of checkpoints that are no more goes too.
+    compared. Portable forms of checkpoints that are no more go too.
 
     Only those whose files are there in full count, so damaged ones never push out a valid one; they stay themselves.
     """

@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from repository import ROOT
+from safetensors.torch import load_file
 from training_runs import RankPool, flags_for, rank_pool, train
 
 from minimind import checkpoint
 from minimind.checkpoints.consolidate import TrainingCheckpoint
 from minimind.checkpoints.engine_files import HashedFile, HostCopies, count_bytes
-from minimind.checkpoints.folder import checkpoints_folder, list_checkpoints, verify_checkpoint
+from minimind.checkpoints.folder import checkpoints_folder, list_checkpoints, portable_folder, verify_checkpoint
+from minimind.checkpoints.formats import portable
 from minimind.checkpoints.formats.load_model import load_model
 from minimind.checkpoints.manifest import CheckpointError, read_manifest
 from minimind.distributed.stop_requests import SAME_REQUEST_SECONDS, listen
@@ -155,6 +157,32 @@ def test_host_copies_no_longer_change_keep_ties_and_use_their_memory_again():
     assert count_bytes({"a.pt": {"embed": weight, "head": weight}}) == 64 + (1 << 20)
 
 
+def test_an_interrupted_conversion_leaves_nothing_that_looks_whole(run, tmp_path, capsys):
+    folder = checkpoints_folder(tmp_path) / list_checkpoints(run)[-1].name
+    shutil.copytree(list_checkpoints(run)[-1], folder)
+    written = []
+
+    def write_one(path, *args):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        path.write_bytes(b"half")
+
+    with unittest.mock.patch.object(portable, "write_safetensors", write_one), pytest.raises(KeyboardInterrupt):
+        portable.convert(folder)
+    assert not portable_folder(folder).exists()
+    assert checkpoint.main(["convert", str(folder)]) == 0 and "neutral_" in capsys.readouterr().out
+    made, source = portable_folder(folder), TrainingCheckpoint(folder)
+    before = made.stat().st_mtime_ns
+    assert portable.convert(folder) == made and made.stat().st_mtime_ns == before  # once
+    for key in ("fp32", "exp_avg", "exp_avg_sq"):
+        tensors = load_file(made / f"{key}.safetensors")
+        assert tensors.keys() == source.shapes.keys()
+        assert all(torch.equal(tensor, source.read(name, key)) for name, tensor in tensors.items())
+    (made / "exp_avg.safetensors").write_bytes(b"")
+    assert portable.convert(folder) == made and load_file(made / "exp_avg.safetensors").keys() == source.shapes.keys()
+
+
 def test_a_probe_that_differs_names_the_tensors(tiny_corpus, run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
 
@@ -171,10 +199,12 @@ def test_a_probe_that_differs_names_the_tensors(tiny_corpus, run, tmp_path):
     def misread(self, name, key="fp32"):
         return read(self, name, key) * (1.1 if name == "model.norm.weight" else 1)
 
-    refused = pytest.raises(CheckpointError, match=r"probe batch .* tensors that differ: model.norm.weight$")
-    with unittest.mock.patch.object(TrainingCheckpoint, "read", misread), refused:
-        load_model(tmp_path / "run")
-    load_model(tmp_path / "run")
+    with unittest.mock.patch.object(TrainingCheckpoint, "read", misread):
+        for load in (load_model, lambda folder: checkpoint.main(["convert", str(folder)])):
+            with pytest.raises(CheckpointError, match=r"probe batch .* tensors that differ: model.norm.weight$"):
+                load(tmp_path / "run")
+    assert not portable_folder(list_checkpoints(tmp_path / "run")[-1]).exists()
+    assert checkpoint.main(["convert", str(tmp_path / "run")]) == 0
 
 
 def test_command_lists_verifies_and_compares(run, tmp_path, capsys):

@@ -110,12 +110,14 @@ def open_checkpoint(
     folder: Path,
     tokenizer_file: Path | None = None,
     *,
+    read: Callable[[str], Tensor] | None = None,
     hashes: bool = True,
 ) -> ModelSource:
     """The model of a verified training checkpoint. Weights that were frozen are read from the model that it stands on,
     and adapters are merged into them, tensor by tensor.
 
     Args:
+        read: gives what the checkpoint itself holds, in place of its own files.
         hashes: compare the sha256 of the frozen weights.
     """
     checkpoint = TrainingCheckpoint(folder)
@@ -123,10 +125,10 @@ def open_checkpoint(
     shapes = {**checkpoint.shapes, **{name: tuple(buffer.shape) for name, buffer in buffers.items()}}
     config = ModelConfig.from_dict(checkpoint.manifest.model)
 
-    def read(name: str) -> Tensor:
+    def read_files(name: str) -> Tensor:
         return buffers[name] if name in buffers else checkpoint.read(name)
 
-    held = ModelSource(folder, config, shapes, read, tokenizer_file, checkpoint)
+    held = ModelSource(folder, config, shapes, read or read_files, tokenizer_file, checkpoint)
     if checkpoint.manifest.trained:
         return _stand_on_base(held, checkpoint, hashes=hashes)
     _check_size(folder, config, "fused", shapes)
