@@ -1,7 +1,15 @@
 """Pairs of answers: the forms that people publish, and what is no pair."""
 
-import pytest
+import json
+from pathlib import Path
 
+import pytest
+from prepared_corpus import find_unfinished, interrupt_at, read_folder
+from tokenizers_for_tests import save_byte_level
+
+from data_prep.tokenize_corpus import prepare
+from data_prep.tokenize_preferences import TokenizePreferencesFlags
+from data_prep.writing.encode_chat import PreferenceOptions
 from minimind.data.conversations import find_feedback, find_preference
 from minimind.errors import UserError
 
@@ -75,3 +83,30 @@ def test_every_form_is_the_same_feedback(record: dict[str, object]) -> None:
 def test_what_is_no_feedback_says_why(record: object, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         find_feedback(record)
+
+
+@pytest.mark.parametrize("unpaired", [False, True])
+def test_interrupted_it_ends_with_the_same_bytes(
+    tmp_path: Path, small_chunks: None, monkeypatch: pytest.MonkeyPatch, unpaired: bool
+) -> None:
+    """Which answer to another question stands beside a judged one depends on the inputs alone."""
+    words = [f"{number:03d}" for number in range(300)]
+    pairs = [{"prompt": f"say {word}", "chosen": word, "rejected": f"no {word}"} for word in words]
+    judged = [{"prompt": f"say {word}", "completion": word, "label": word < "150"} for word in words]
+    source, tokenizer = tmp_path / "records.jsonl", save_byte_level(tmp_path / "tokenizer")
+    source.write_text("".join(json.dumps(record) + "\n" for record in (judged if unpaired else pairs)))
+
+    def run(output: Path) -> None:
+        flags = {"input": (str(source),), "tokenizer": tokenizer, "shard_tokens": 3000, "val_fraction": 0.1}
+        flags |= {"unpaired": unpaired, "workers": 1, "output": output}
+        prepare(TokenizePreferencesFlags(**flags), PreferenceOptions)  # type: ignore[arg-type]
+
+    run(tmp_path / "whole")
+    for chunk in (2, 4):
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, chunk)
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path / "out")
+        assert find_unfinished(tmp_path / "out")
+    run(tmp_path / "out")
+    assert read_folder(tmp_path / "out") == read_folder(tmp_path / "whole")

@@ -15,9 +15,11 @@ from training_runs import EXPERTS, MODEL, RankPool, flags_for, losses, rank_pool
 from minimind.checkpoints.folder import list_checkpoints
 from minimind.checkpoints.formats.frozen_model import FrozenModel
 from minimind.config.run_config import TrainConfig
-from minimind.data.dataset import load_shards
+from minimind.data.dataset import load_shards, open_dataset
 from minimind.data.loader import collate
+from minimind.data.shards import open_split
 from minimind.errors import UserError
+from minimind.inference.evaluation import measure_loss
 from minimind.model import MiniMindForCausalLM, ModelConfig
 from minimind.training.objectives.distillation import DIVERGENCES, Distillation, spread_rest
 
@@ -142,12 +144,16 @@ def plain(tiny_corpus: Path, teacher: Path, tmp_path_factory: pytest.TempPathFac
     return run_dir
 
 
-def test_a_student_comes_closer_to_its_teacher(plain: Path) -> None:
+def test_a_student_comes_closer_to_its_teacher(plain: Path, tiny_corpus: Path) -> None:
     records = read_metrics(plain)
     steps = [record for record in records if "loss" in record]
     assert steps[-1]["teacher_kl"] < 0.7 * steps[0]["teacher_kl"]
     assert 0 <= steps[-1]["teacher_agreement"] <= 1
-    assert next(record for record in records if "eval_loss" in record)["eval_teacher_kl"] > 0
+    evaluation = next(record for record in records if "eval_loss" in record)
+    assert evaluation["eval_teacher_kl"] > 0
+    model = MiniMindForCausalLM.from_pretrained(plain)
+    found = measure_loss(model, open_dataset(open_split(tiny_corpus, "val"), 16, keep_tail=True), torch.device("cpu"))
+    assert evaluation["eval_loss"] == approx(found.loss, rel=1e-5), "that of the next token alone"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -366,7 +366,29 @@ def test_a_resumed_run_is_the_uninterrupted_one(plain: Path, shards: Path, tmp_p
         train(flags(shards, tmp_path / "run", beta=0.2))
 
 
-def test_the_objective_must_fit_the_data(shards: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "dpo"])
+def test_a_resumed_run_of_any_objective_is_the_uninterrupted_one(
+    shards: Path, judged: Path, tmp_path: Path, name: str
+) -> None:
+    line = flags(judged if name == "kto" else shards, tmp_path, objective=name, eval_every=2, dropout=0.1)
+    train(line)
+    whole, last = read_metrics(tmp_path), weights(tmp_path)
+    shutil.rmtree(list_checkpoints(tmp_path)[-1])
+    train(line)
+    kept = ("step", "loss", "kl", "chosen_log_prob", "eval_loss", "eval_reward_margin")
+    there, here = ([[record.get(key) for key in kept] for record in one] for one in (whole, read_metrics(tmp_path)))
+    assert here == there and all(torch.equal(value, last[key]) for key, value in weights(tmp_path).items())
+
+
+def test_the_objective_must_fit_the_data(
+    shards: Path, judged: Path, plain: Path, tiny_corpus: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"dpo learns from pairs of answers, and .* holds judged answers"):
+        train(flags(judged, tmp_path, objective="dpo"))
+    with pytest.raises(UserError, match=r"kto learns from judged answers, and .* holds pairs of answers"):
+        train(flags(shards, tmp_path, objective="kto"))
+    with pytest.raises(UserError, match="holds judged answers, which compare no two; give pairs"):
+        evaluate_main(["--checkpoint", str(plain), "--shards", str(judged), "--seq-len", "64"])
     with pytest.raises(UserError, match=r"pretrain learns from texts or conversations, and .* holds pairs of answers"):
         train(flags(shards, tmp_path, objective="pretrain"))
     with pytest.raises(UserError, match=r"simpo learns from pairs of answers, and .* holds texts or conversations"):

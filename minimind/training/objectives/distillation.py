@@ -6,6 +6,7 @@ before, and training needs no teacher.
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
@@ -26,7 +27,7 @@ from minimind.data.soft_labels import SoftLabels, SoftLabelWriter, is_complete, 
 from minimind.distributed.collectives import gather_objects, log, on_first_rank
 from minimind.errors import UserError
 from minimind.files import hash_file
-from minimind.inference.evaluation import sum_loss
+from minimind.inference.evaluation import Sums, sum_loss, token_sums
 from minimind.model.loss import LMHead
 from minimind.training.objectives.objective import LossParts, Objective
 
@@ -115,6 +116,10 @@ class Distillation(Objective):
 
             output = sum_loss(engine, batch, loss_of_chunk=loss_of_chunk)
         return LossParts.of(output)._replace(figures=figures)
+
+    def evaluate(self, engine: Any, batch: Batch) -> Sums:
+        """The loss of the next token alone, as any run has it, beside the figures of a step."""
+        return dataclasses.replace(super().evaluate(engine, batch), loss=token_sums(engine, batch).loss)
 
     def _chunk(self, logits: Tensor, log_q: Tensor, log_p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, gradient by `logits`, divergence) of (n, vocab_size) logits."""
