@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from data_prep.train_tokenizer import save_tokenizer, train_tokenizer
 from minimind.data.tokenizer import BLANK, SPECIAL_TOKENS
@@ -62,6 +62,23 @@ def save_byte_level(folder: Path, vocab_size: int = 400) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
+
+
+def save_qwen(folder: Path, vocab_size: int = 400) -> Path:
+    """`tokenizer.json` with byte-level BPE that cuts texts as Qwen2's does."""
+    file = save_byte_level(folder, vocab_size)
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    tokenizer.normalizer = normalizers.NFC()
+    words = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    cut = pre_tokenizers.Split(tokenizers.Regex(words), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.save(str(file))
+    return file
 
 
 def save_metaspace(folder: Path, vocab_size: int = 400) -> Path:

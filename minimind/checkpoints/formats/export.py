@@ -21,7 +21,7 @@ from minimind.checkpoints.formats.gguf import (
     write_gguf,
 )
 from minimind.checkpoints.formats.huggingface_config import choose_architecture, to_huggingface
-from minimind.checkpoints.formats.huggingface_tokenizer import tokenizer_files
+from minimind.checkpoints.formats.huggingface_tokenizer import cuts_as_qwen, tokenizer_files
 from minimind.checkpoints.formats.layout import LAYOUTS, Layout, cut_part, lay_out
 from minimind.checkpoints.formats.load_model import find_tokenizer_file
 from minimind.checkpoints.formats.pth import EMBEDDING, choose_form
@@ -119,6 +119,12 @@ def write_huggingface(source: ModelSource, flags: ExportFlags, folder: Path) -> 
     write_json(folder / "generation_config.json", generation_config(source.config, tokenizer_file))
     for name, content in files.items():
         replace_file(folder / name, content)
+    if kind == "qwen2" and not cuts_as_qwen(tokenizer_file):
+        print(
+            "note: in a folder of kind qwen2 AutoTokenizer and vLLM cut texts as Qwen's tokenizer does, and this one "
+            "does not: give them its ids (PreTrainedTokenizerFast.from_pretrained), or use --format gguf",
+            file=sys.stderr,
+        )
     return kind
 
 

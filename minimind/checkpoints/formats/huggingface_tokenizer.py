@@ -26,6 +26,10 @@ from minimind.data.tokenizer import (
 from minimind.errors import UserError
 
 _END_OF_DOCUMENT, _START, _END = SPECIAL_TOKENS
+# How Qwen's tokenizers cut a text before they look for pieces.
+_QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def tokenizer_files(file: Path, max_length: int) -> dict[str, bytes]:
@@ -56,6 +60,17 @@ def tokenizer_files(file: Path, max_length: int) -> dict[str, bytes]:
     if (template := find_chat_template(tokenizer)) is not None:
         settings |= {**template.named_tokens, "chat_template": template.text}
     return files | {CONFIG_NAME: _dump(settings)}
+
+
+def cuts_as_qwen(file: Path) -> bool:
+    """Whether a tokenizer cuts and normalises texts as Qwen2's does. transformers 5 does so in a folder whose
+    `model_type` is qwen2 whatever its tokenizer.json says."""
+    if file.suffix != ".json":
+        return False
+    content = json.loads(file.read_bytes())
+    cutter = content.get("pre_tokenizer") or {}
+    patterns = [step.get("pattern", {}).get("Regex") for step in cutter.get("pretokenizers", [cutter])]
+    return content.get("normalizer") == {"type": "NFC"} and _QWEN_WORDS in patterns
 
 
 def _strip(data: bytes) -> bytes:

