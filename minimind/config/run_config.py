@@ -121,6 +121,9 @@ class TrainConfig:
     """grpo: longest sampled answer, in tokens."""
     rollout_batch_size: Annotated[int, AT_LEAST_1] = 64
     """grpo: answers that a rank decodes together."""
+    rollout_steps: Annotated[int, AT_LEAST_1] = 1
+    """grpo: steps whose questions are answered together, by the weights before the first of them: fewer, larger
+    samplings, and ratios that leave 1."""
     policy_loss: Literal["clip", "cispo"] = "clip"
     """grpo: clip takes the gradient of a token whose ratio has left the range; cispo (arXiv 2506.13585) its weight."""
     clip_low: Annotated[float, SHARE] = 0.2

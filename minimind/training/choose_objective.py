@@ -10,6 +10,7 @@ from minimind.checkpoints.formats.source import open_source
 from minimind.config.resolved_run import FrozenBase, ResolvedRun
 from minimind.config.run_config import ObjectiveName, RunConfig, TrainConfig
 from minimind.data.dataset import Dataset
+from minimind.data.loader import BatchLoader
 from minimind.data.shards import ShardReader
 from minimind.data.tokenizer import load_tokenizer
 from minimind.distributed.collectives import on_first_rank
@@ -76,7 +77,7 @@ def choose_objective(train: TrainConfig, dataset: Dataset) -> ObjectiveName:
     return train.objective or by_kind[dataset.reader.manifest.kind]
 
 
-def make_objective(resolved: ResolvedRun, dataset: Dataset, device: torch.device) -> Objective:
+def make_objective(resolved: ResolvedRun, dataset: Dataset, device: torch.device, loader: BatchLoader) -> Objective:
     """What the run minimises."""
     name = choose_objective(resolved.train, dataset)
     if name == "pretrain":
@@ -89,7 +90,8 @@ def make_objective(resolved: ResolvedRun, dataset: Dataset, device: torch.device
     if name == "grpo":
         reader, start = dataset.reader, find_start(resolved) if train.kl_coef else None
         reference = None if start is None else FrozenModel("reference", Path(start.path), resolved, device)
-        return GroupRelative(resolved, load_tokenizer(reader.folder / reader.manifest.tokenizer.file), reference)
+        tokenizer = load_tokenizer(reader.folder / reader.manifest.tokenizer.file)
+        return GroupRelative(resolved, tokenizer, loader, reference)
     reference = None
     if train.reference == "live":
         assert train.init_from is not None, "as checked when the data was opened"

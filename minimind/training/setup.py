@@ -155,7 +155,8 @@ def run_rank(
         engine = build_engine(resolved, model)
         stack.callback(engine.destroy)
         state = load_state(engine, resolved, resume, corpus)
-        objective = make_objective(resolved, data.train, device)
+        loader = make_loader(resolved, data.train, env, state, pin_memory=device.type == "cuda")
+        objective = make_objective(resolved, data.train, device, loader)
         stack.callback(objective.close)
         splits = {"train": data.train} if data.val is None else {"train": data.train, "val": data.val}
         objective.prepare(engine, splits, run_dir, is_new=resume is None)
@@ -169,7 +170,7 @@ def run_rank(
             resolved=resolved,
             engine=engine,
             objective=objective,
-            loader=make_loader(resolved, data.train, env, state, pin_memory=device.type == "cuda"),
+            loader=loader,
             val=data.val,
             saver=saver,
             record=record,

@@ -149,7 +149,7 @@ def test_gradients_are_those_of_a_plain_loop(shards: Path, options: dict[str, An
     tokenizer = load_tokenizer(next((shards / "train").glob("tokenizer*")))
     settings = TrainConfig(reward=("exact",), group_size=3, **options)
     resolved: Any = SimpleNamespace(train=settings, data=SimpleNamespace(seq_len=16), model=config)
-    objective, rows = GroupRelative(resolved, tokenizer, start), make_rollouts(tokenizer)  # type: ignore[arg-type]
+    objective, rows = GroupRelative(resolved, tokenizer, None, start), make_rollouts(tokenizer)  # type: ignore[arg-type]
     batch = objective._make_batch([rows[:3], rows[3:]])
     objective._totals = (6, 21)
     assert len(batch.input_ids) < 6, "the answers are not packed"
@@ -217,7 +217,7 @@ def flags(shards: Path, run_dir: Path, start: Path, **others: object) -> list[st
 @pytest.fixture(scope="module")
 def plain(shards: Path, start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "plain"
-    train(flags(shards, run_dir, start, kl_coef=0.1))
+    train(flags(shards, run_dir, start, kl_coef=0.1, rollout_steps=3))
     return run_dir
 
 
@@ -226,15 +226,17 @@ def test_the_sampler_is_the_model_that_is_trained(plain: Path) -> None:
     assert steps[0]["ratio"] == approx(1, abs=1e-3) and steps[0]["log_prob_gap"] < 1e-4
     assert steps[0]["kl"] == approx(0, abs=1e-5)
     assert any(record["reward_std"] > 0 for record in steps)
+    assert steps[3]["log_prob_gap"] < 1e-4 < steps[4]["log_prob_gap"], "the fourth step begins a rollout"
     samples = [json.loads(line) for line in (plain / SAMPLES_NAME).read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [1, 2, 3, 4, 5, 6]
     assert all(len(sample["answers"]) == 4 for sample in samples)
 
 
-def test_two_ranks_of_stage_3_give_the_same_losses(
-    pool: RankPool, plain: Path, start: Path, shards: Path, tmp_path: Path
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_of_another_stage_give_the_same_losses(
+    pool: RankPool, plain: Path, start: Path, shards: Path, tmp_path: Path, stage: int
 ) -> None:
-    pool.run(train, flags(shards, tmp_path, start, stage=3, kl_coef=0.1))
+    pool.run(train, flags(shards, tmp_path, start, stage=stage, kl_coef=0.1, rollout_steps=3))
     assert list(losses(tmp_path).values()) == approx(list(losses(plain).values()), abs=1e-4)
     theirs, ours = ([record["reward"] for record in read_metrics(run) if "loss" in record] for run in (plain, tmp_path))
     assert ours == approx(theirs)
@@ -243,13 +245,13 @@ def test_two_ranks_of_stage_3_give_the_same_losses(
 def test_a_resumed_run_is_the_uninterrupted_one(plain: Path, start: Path, shards: Path, tmp_path: Path) -> None:
     shutil.copytree(plain, tmp_path / "run")
     shutil.rmtree(list_checkpoints(tmp_path / "run")[-1])
-    train(flags(shards, tmp_path / "run", start, kl_coef=0.1))
+    train(flags(shards, tmp_path / "run", start, kl_coef=0.1, rollout_steps=3))  # in the midst of a rollout
     assert losses(tmp_path / "run") == losses(plain)
     assert (tmp_path / "run" / SAMPLES_NAME).read_text() == (plain / SAMPLES_NAME).read_text()
     there, here = weights(plain), weights(tmp_path / "run")
     assert all(torch.equal(here[name], there[name]) for name in there)
     with pytest.raises(UserError, match=r"group_size 4 there, 6 here"):
-        train(flags(shards, tmp_path / "run", start, kl_coef=0.1, group_size=6))
+        train(flags(shards, tmp_path / "run", start, kl_coef=0.1, rollout_steps=3, group_size=6))
 
 
 def test_experts_on_other_ranks_take_part_in_the_rollouts(pool: RankPool, shards: Path, tmp_path: Path) -> None:

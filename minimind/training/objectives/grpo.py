@@ -15,7 +15,7 @@ from torch import Tensor
 from minimind.checkpoints.formats.frozen_model import FrozenModel
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import DTYPE_NAMES, TrainConfig
-from minimind.data.loader import Batch
+from minimind.data.loader import Batch, BatchLoader
 from minimind.data.tokenizer import Tokenizer
 from minimind.distributed.collectives import gather_objects, log, on_first_rank
 from minimind.inference.evaluation import Sums, sum_loss
@@ -24,12 +24,16 @@ from minimind.training.objectives.objective import LossParts, Objective, UnmadeS
 from minimind.training.record.run_files import append_object, keep_until
 from minimind.training.rewards.pool import RewardPool
 from minimind.training.rewards.rollout import (
+    MadeStep,
     Question,
     Rollout,
     RolloutBatch,
     collate_rollouts,
+    describe_group,
     find_questions,
+    load_rollouts,
     sample_answers,
+    save_rollouts,
 )
 
 
@@ -80,11 +84,16 @@ class GroupRelative(Objective):
 
     Args:
         tokenizer: that of the shards.
+        loader: gives the questions of later steps.
         reference: the model that training began with, where the run keeps near it.
     """
 
-    def __init__(self, resolved: ResolvedRun, tokenizer: Tokenizer, reference: FrozenModel | None) -> None:
+    def __init__(
+        self, resolved: ResolvedRun, tokenizer: Tokenizer, loader: BatchLoader, reference: FrozenModel | None
+    ) -> None:
         self._resolved, self._train, self._tokenizer, self._reference = resolved, resolved.train, tokenizer, reference
+        self._loader = loader
+        self._made: dict[int, MadeStep] = {}
         self._loss = LOSSES[self._train.policy_loss]
         self._pool = RewardPool(self._train.reward, self._train.reward_seconds, self._train.reward_workers)
         self._totals = (1, 1)  # answers and tokens of the step, over all ranks
@@ -96,29 +105,55 @@ class GroupRelative(Objective):
         self._pool.close()
 
     def roll_out(self, engine: Any, batches: list[Batch], step: int) -> list[Batch]:
-        """A group of answers to each question, with what they have earned.
+        """A group of answers to each question, with what they have earned: sampled for this step and those that share
+        its rollout, or kept from when that was done.
 
         Raises:
             UnmadeStep: on every rank: a reward failed.
         """
+        later = step % self._train.rollout_steps
+        if step not in self._made and later:
+            found = load_rollouts(Path(self._train.run_dir), step - later)
+            self._made = found if all(gather_objects(step in found)) else {}
+        if step not in self._made:
+            if later:
+                log(f"step {step + 1}: its rollout is not here, or of other ranks: answers are sampled anew")
+            end = min(step - later + self._train.rollout_steps, self._resolved.train.steps)
+            ahead = [self._loader.step_batches(number) for number in range(step + 1, end)]
+            self._made = self._make_steps(engine, [batches, *ahead], step)
+            if self._train.rollout_steps > 1:
+                save_rollouts(Path(self._train.run_dir), step - later, self._made)
+        made = self._made[step]
+        self._totals = made.totals
+        on_first_rank(lambda: self._keep_sample(made.sample, step))
+        return list(made.batches)
+
+    def _make_steps(self, engine: Any, steps: list[list[Batch]], first: int) -> dict[int, MadeStep]:
+        """What the steps from `first` on train on, by the engine's present weights."""
         size, seed = self._train.group_size, self._train.seed
         begun = [
             [
-                [self._begin(question, 1.0, f"{seed} {step} {question.position} {sample}") for sample in range(size)]
-                for question in find_questions(batch)
+                [
+                    [self._begin(question, 1.0, f"{seed} {step} {question.position} {place}") for place in range(size)]
+                    for question in find_questions(batch)
+                ]
+                for batch in batches
             ]
-            for batch in batches
+            for step, batches in enumerate(steps, first)
         ]
-        rows = [row for groups in begun for group in groups for row in group]
+        rows = [row for batches in begun for groups in batches for group in groups for row in group]
         self._answer(engine, rows)
         failures = self._reward(rows)
-        made = [self._make_batch([group for group in groups if is_rewarded(group)]) for groups in begun]
-        everywhere = gather_objects((failures, [(batch.num_answers, batch.num_targets) for batch in made]))
-        self._check_failures([failure for part, _ in everywhere for failure in part], step)
-        answers, tokens = (sum(count[i] for _, counts in everywhere for count in counts) for i in (0, 1))
-        self._totals = (max(1, answers), max(1, tokens))
-        on_first_rank(lambda: self._keep_samples(rows[:size], step))
-        return list(made)
+        made = [[self._make_batch(list(filter(is_rewarded, groups))) for groups in batches] for batches in begun]
+        counts = [[(batch.num_answers, batch.num_targets) for batch in batches] for batches in made]
+        everywhere = gather_objects((failures, [list(map(sum, zip(*step, strict=True))) for step in counts]))
+        self._check_failures([failure for part, _ in everywhere for failure in part], first)
+        found = {}
+        for place, batches in enumerate(made):
+            answers, tokens = map(sum, zip(*(part[place] for _, part in everywhere), strict=True))
+            group = next((group for groups in begun[place] for group in groups), [])
+            found[first + place] = MadeStep(batches, (max(1, answers), max(1, tokens)), describe_group(group))
+        return found
 
     def count_targets(self, batches: Sequence[Batch]) -> int:
         """What the sum over the tokens is divided by."""
@@ -231,17 +266,13 @@ class GroupRelative(Objective):
         by_name = {"answer": answers, "token": tokens, "constant": answers * self._train.max_new_tokens}
         return by_name[self._train.loss_average]
 
-    def _keep_samples(self, group: list[Rollout], step: int) -> None:
-        """Append the first group of a step to the run's file, for people to read. Rank 0 alone."""
+    def _keep_sample(self, sample: dict[str, Any], step: int) -> None:
+        """Append what a step's answers to one question were to the run's file, for people to read. Rank 0 alone."""
         path = Path(self._train.run_dir) / SAMPLES_NAME
         if not self._is_cut:
             keep_until(path, step)
             self._is_cut = True
-        answers = [row.answer() for row in group]
-        for answer in answers[:1]:
-            shown = [{"text": one.text, "reward": row.reward} for one, row in zip(answers, group, strict=True)]
-            content = {"step": step + 1, "prompt": answer.prompt, "expected": answer.expected, "answers": shown}
-            append_object(path, content)
+        append_object(path, {"step": step + 1, **sample})
 
 
 def is_rewarded(group: list[Rollout]) -> bool:

@@ -3,18 +3,24 @@
 The tokens that were drawn are the tokens that are trained: nothing is decoded and encoded again.
 """
 
+import io
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from minimind.checkpoints.folder import list_checkpoints, step_of
 from minimind.data.dataset import IGNORED_LABEL, Sample
 from minimind.data.loader import Batch, collate
 from minimind.data.packing import pack
 from minimind.data.tokenizer import Tokenizer
+from minimind.errors import UserError, first_line
+from minimind.files import disk_errors, replace_file
 from minimind.inference.decoding import Row
 from minimind.inference.generation import complete_in_turn, end_tokens
 from minimind.inference.sampling import GenerationOptions
@@ -124,3 +130,52 @@ def collate_rollouts(
     return RolloutBatch(
         **vars(batch), advantages=advantages, sampled=sampled, share=share, num_answers=len(rollouts), figures=figures
     )
+
+
+class MadeStep(NamedTuple):
+    """What a step trains on."""
+
+    batches: list[RolloutBatch]
+    totals: tuple[int, int]  # answers and tokens, over all ranks
+    sample: dict[str, Any]  # `describe_group` of this rank's first question
+
+
+def describe_group(group: Sequence[Rollout]) -> dict[str, Any]:
+    """The answers to a question with their rewards, for a person."""
+    answers = [row.answer() for row in group]
+    if not answers:
+        return {}
+    shown = [{"text": one.text, "reward": row.reward} for one, row in zip(answers, group, strict=True)]
+    return {"prompt": answers[0].prompt, "expected": answers[0].expected, "answers": shown}
+
+
+def save_rollouts(run_dir: Path, first: int, steps: dict[int, MadeStep]) -> None:
+    """Keep what this rank trains on from step `first` on, for a resume in between, and delete what no checkpoint needs
+    any more."""
+    path, content = _rollout_file(run_dir, first), io.BytesIO()
+    torch.save({step: ([vars(batch) for batch in made.batches], *made[1:]) for step, made in steps.items()}, content)
+    oldest = min((step_of(folder) for folder in list_checkpoints(run_dir)), default=0)
+    with disk_errors(path):
+        path.parent.mkdir(exist_ok=True)
+        replace_file(path, content.getvalue())
+        here = sorted(path.parent.glob(f"step_*{path.name[len('step_00000000') :]}"))
+        for file, following in itertools.pairwise(here):
+            if int(following.name[5:13]) <= oldest:
+                file.unlink()
+
+
+def load_rollouts(run_dir: Path, first: int) -> dict[int, MadeStep]:
+    """What `save_rollouts` has kept on as many ranks; empty without it. Raises `UserError` when the file is damaged."""
+    path = _rollout_file(run_dir, first)
+    try:
+        steps = torch.load(path, weights_only=True)
+    except FileNotFoundError:
+        return {}
+    except Exception as error:  # whatever a damaged file makes torch stumble over
+        raise UserError(f"{path} is damaged: {first_line(error)}; delete it to sample those answers anew") from None
+    return {step: MadeStep([RolloutBatch(**one) for one in batches], *rest) for step, (batches, *rest) in steps.items()}
+
+
+def _rollout_file(run_dir: Path, first: int) -> Path:
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return run_dir / "rollouts" / f"step_{first:08d}_rank_{rank}_of_{size}.pt"
