@@ -38,6 +38,7 @@ AT_RESUME: dict[str, Change] = {
     **dict.fromkeys(("objective", "beta", "label_smoothing", "length_normalised", "target_margin"), "fixed"),
     **dict.fromkeys(("desirable_weight", "undesirable_weight"), "fixed"),
     **dict.fromkeys(("reward", "reward_weights", "group_size", "max_new_tokens", "policy_loss"), "fixed"),
+    **dict.fromkeys(("environment", "max_turns"), "fixed"),
     **dict.fromkeys(("clip_low", "clip_high", "loss_average", "advantage_scale", "kl_coef", "rollout_steps"), "fixed"),
     # Which weights the files hold, and on which others they stand.
     **dict.fromkeys((*_TRAINED, "base"), "fixed"),

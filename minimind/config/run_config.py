@@ -112,6 +112,11 @@ class TrainConfig:
     """grpo: a reward that takes longer for one answer has failed."""
     reward_workers: Annotated[int, AT_LEAST_1] = 2
     """grpo: processes of a rank that compute rewards."""
+    environment: Annotated[str | None, _default("none")] = None
+    """grpo: what answers the model's turns, until it has nothing to say: `module:class` with `reset` and `step`, or the
+    name of a ready one (minimind.training.rewards.environments)."""
+    max_turns: Annotated[int, AT_LEAST_1] = 4
+    """grpo: turns of the model in a conversation with an environment."""
     skip_bad_rewards: Annotated[int, AT_LEAST_0] = 0
     """grpo: go on after up to this many answers whose reward raised, took too long or was not finite, leaving out all
     answers to their questions; 0: stop at the first."""

@@ -49,18 +49,26 @@ def check_objective(run: RunConfig, dataset: Dataset) -> None:
         check_teacher(run.train, dataset, run.model.vocab_size)
     if run.train.reference == "live":
         check_live_reference(run, dataset)
+    if run.train.reference == "live" or run.train.kl_coef:
+        check_start_vocabulary(run)
 
 
 def check_live_reference(run: RunConfig, dataset: Dataset) -> None:
-    """Refuse a reference in memory that there is not, that nothing asks, or that lacks tokens. Raises `UserError`."""
+    """Refuse a reference in memory that there is not, or that nothing asks. Raises `UserError`."""
     name, init_from = choose_objective(run.train, dataset), run.train.init_from
     if init_from is None:
         raise UserError("reference: live is the model that --init-from names; give it, or leave --reference out")
     if name not in WITH_REFERENCE:
         raise UserError(f"reference: live has no effect on {name}, which compares with no reference; leave it out")
-    if (there := open_source(Path(init_from), hashes=False).config.vocab_size) != run.model.vocab_size:
-        here = run.model.vocab_size
-        raise UserError(f"reference: {init_from} has {there} tokens, this run {here}; leave out --reference live")
+
+
+def check_start_vocabulary(run: RunConfig) -> None:
+    """Refuse to compare with a model that has more or fewer tokens. Raises `UserError`."""
+    assert run.train.init_from is not None, "as checked before"
+    there, here = open_source(Path(run.train.init_from), hashes=False).config.vocab_size, run.model.vocab_size
+    if there != here:
+        flag = "--kl-coef" if run.train.kl_coef else "--reference live"
+        raise UserError(f"reference: {run.train.init_from} has {there} tokens, this run {here}; leave out {flag}")
 
 
 def find_start(resolved: ResolvedRun) -> FrozenBase:

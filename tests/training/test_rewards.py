@@ -1,12 +1,14 @@
 """Learning from rewards: the papers' formulas, gradients of a plain loop, any ranks and stage, a stop, bad rewards."""
 
+import http.server
 import json
 import math
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -34,8 +36,9 @@ from minimind.training.objectives.grpo import (
     group_advantages,
     kl_estimate,
 )
-from minimind.training.rewards.ready import Answer, exact, length, number, thinking
-from minimind.training.rewards.rollout import Question, Rollout, find_questions
+from minimind.training.rewards.environments import Calculator
+from minimind.training.rewards.ready import Answer, exact, judge, length, number, thinking
+from minimind.training.rewards.rollout import Question, Rollout, encode_observation, find_questions
 
 VOCAB = 400
 LOG_PROBS, SAMPLED = (-1.0, -0.5, -3.0, -2.0, -1.5), (-1.1, -1.0, -2.5, -2.01, -0.9)
@@ -274,6 +277,84 @@ def test_ready_rewards() -> None:
     assert length(answer._replace(text="4444")) == 0.25 and length(answer._replace(is_finished=False)) == 0
 
 
+class FakeJudge(http.server.BaseHTTPRequestHandler):
+    grade = "I give it 7."
+    asked: ClassVar[list[dict[str, Any]]] = []
+
+    def do_POST(self) -> None:
+        self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"choices": [{"message": {"content": self.grade}}]}).encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_judge_is_asked_over_http(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = Answer("What is 2 plus 2?", "five", "4", 2, True)
+    with http.server.HTTPServer(("127.0.0.1", 0), FakeJudge) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MINIMIND_JUDGE_URL", f"http://127.0.0.1:{server.server_port}/v1/")
+        monkeypatch.setenv("MINIMIND_JUDGE_MODEL", "large")
+        assert judge(answer) == 0.7
+        monkeypatch.setattr(FakeJudge, "grade", "no idea")
+        with pytest.raises(ValueError, match="the judge gave no grade from 0 to 10: 'no idea'"):
+            judge(answer)
+        server.shutdown()
+    asked = FakeJudge.asked[0]
+    assert asked["model"] == "large"
+    assert all(text in asked["messages"][0]["content"] for text in ("What is 2 plus 2?", "five", "4"))
+
+
+def test_calculator() -> None:
+    def ask(expression: str) -> str | None:
+        call = json.dumps({"name": "calculator", "arguments": {"expression": expression}})
+        return Calculator().step(f"Let me see.\n<tool_call>\n{call}\n</tool_call>")
+
+    assert [ask("2 * (3 + 4)"), ask("-7 / 2"), ask("1/0")] == ["14", "-3.5", "error: ZeroDivisionError"]
+    assert [ask("2 ** 9"), ask("open('x')"), ask("(" * 5)] == ["error: ValueError"] * 2 + ["error: SyntaxError"]
+    assert Calculator().step("<tool_call>12</tool_call>") == "error: TypeError"
+    assert Calculator().step("It is 14.") is None
+
+
+def test_what_a_tool_says_stands_between_answers_as_in_a_history(shards: Path) -> None:
+    tokenizer = load_tokenizer(next((shards / "train").glob("tokenizer*")))
+    template, question = load_chat_template(tokenizer), {"role": "user", "content": "1+2"}
+    answer, tool = {"role": "assistant", "content": "wait"}, {"role": "tool", "content": "3\n-4"}
+    begun, closed = template.encode_prompt([question]), tokenizer.encode("wait<|im_end|>")
+    expected = template.encode_prompt([question, answer, tool])
+    assert [*begun, *closed, *encode_observation(tokenizer, "3\n-4")] == expected
+
+
+def test_turns_with_an_environment_are_trained_without_what_it_says(
+    shards: Path, start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "patient.py").write_text(PATIENT)
+    monkeypatch.syspath_prepend(tmp_path)
+    given = {"environment": "patient:Patient", "reward": "patient:shown", "max_new_tokens": 3, "steps": 2}
+    train(flags(shards, tmp_path / "run", start, **given))
+    steps = [record for record in read_metrics(tmp_path / "run") if "loss" in record]
+    assert steps[0]["ratio"] == approx(1, abs=1e-3) and steps[0]["log_prob_gap"] < 1e-4
+    # The reward is the number of times that the environment stands in the prompt: twice, unless a turn was cut.
+    samples = [json.loads(line) for line in (tmp_path / "run" / SAMPLES_NAME).read_text().splitlines()]
+    rewards = [answer["reward"] for sample in samples for answer in sample["answers"]]
+    assert max(rewards) == 2 and steps[0]["answer_length"] > 3
+    with pytest.raises(UserError, match=r"reward: patient:Nobody cannot be imported: AttributeError"):
+        train(flags(shards, tmp_path / "other", start, **{**given, "environment": "patient:Nobody"}))
+
+
+PATIENT = """
+class Patient:
+    def reset(self, prompt): self.prompt, self.count = prompt, 0
+    def step(self, text):
+        assert self.prompt.startswith("<|im_start|>user")
+        self.count += 1
+        return "again" if self.count < 3 else None
+def shown(answer): return answer.prompt.count("<|im_start|>tool\\nagain<|im_end|>")
+"""
+
+
 BAD = """
 import time
 calls = 0
@@ -336,7 +417,7 @@ def test_nothing_is_lost_when_a_reward_fails(shards: Path, start: Path, tmp_path
 def test_what_cannot_be_is_refused_before_the_run(shards: Path, start: Path, tiny_corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for given, message in (
-        ({"reward": "exactly"}, r"reward: exactly cannot be imported: AttributeError.*; give module:function"),
+        ({"reward": "exactly"}, r"reward: exactly cannot be imported: AttributeError.*; give module:name"),
         ({"reward": "nowhere:f"}, r"reward: nowhere:f cannot be imported: ModuleNotFoundError"),
         ({"reward_weights": (1, 2)}, r"reward_weights: 2 weights for 1 rewards; give one for each"),
         ({"objective": "pretrain"}, r"reward: number; --objective grpo and --reward NAME are given together"),

@@ -5,6 +5,7 @@ that earns less becomes less so. Why that follows the expected reward, $\nabla\,
 \nabla\ln\pi]$ for any b that does not depend on the answer, is derived in docs/en/rewards.md.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ class GroupRelative(Objective):
         self._loader = loader
         self._made: dict[int, MadeStep] = {}
         self._loss = LOSSES[self._train.policy_loss]
-        self._pool = RewardPool(self._train.reward, self._train.reward_seconds, self._train.reward_workers)
+        self._pool = RewardPool(self._train)
         self._totals = (1, 1)  # answers and tokens of the step, over all ranks
         self._num_failed = 0
         self._is_cut = False  # the file of samples: what an interrupted job wrote beyond the checkpoint
@@ -142,8 +143,9 @@ class GroupRelative(Objective):
             for step, batches in enumerate(steps, first)
         ]
         rows = [row for batches in begun for groups in batches for group in groups for row in group]
-        self._answer(engine, rows)
-        failures = self._reward(rows)
+        rows = self._answer(engine, rows)
+        failures, last = self._reward(rows), iter(rows)
+        begun = [[[list(itertools.islice(last, size)) for _ in groups] for groups in batches] for batches in begun]
         made = [[self._make_batch(list(filter(is_rewarded, groups))) for groups in batches] for batches in begun]
         counts = [[(batch.num_answers, batch.num_targets) for batch in batches] for batches in made]
         everywhere = gather_objects((failures, [list(map(sum, zip(*step, strict=True))) for step in counts]))
@@ -200,32 +202,36 @@ class GroupRelative(Objective):
         """The rewards of the likeliest answers, their sum taken negative as a loss; an answer whose reward fails is
         left out."""
         rows = [self._begin(question, 0.0, "") for question in find_questions(batch)]
-        self._answer(engine, rows)
+        rows = self._answer(engine, rows)
         self._reward(rows)
         rows = [row for row in rows if row.reward is not None]
         zero = torch.zeros((), device=engine.device)
-        rewards, length = zero + sum(row.reward or 0.0 for row in rows), zero + sum(len(row.logprobs) for row in rows)
+        rewards, length = zero + sum(row.reward or 0.0 for row in rows), zero + sum(row.num_drawn for row in rows)
         return Sums(-rewards, len(rows), {"reward": rewards, "answer_length": length})
 
+    @property
+    def _places(self) -> int:
+        """Tokens that a question and its answer may have."""
+        return min(self._resolved.data.seq_len + 1, self._resolved.model.max_position_embeddings)
+
     def _begin(self, question: Question, temperature: float, key: str) -> Rollout:
-        places = min(self._resolved.data.seq_len + 1, self._resolved.model.max_position_embeddings)
-        num_tokens = min(self._train.max_new_tokens, places - len(question.token_ids))
+        num_tokens = min(self._train.max_new_tokens, self._places - len(question.token_ids))
         return Rollout(question, self._tokenizer, num_tokens, temperature=temperature, key=key)
 
-    def _answer(self, engine: Any, rows: list[Rollout]) -> None:
-        """Let every row grow to its end, by the engine's present weights. Every rank calls this."""
+    def _answer(self, engine: Any, rows: list[Rollout]) -> list[Rollout]:
+        """The last turns of what begins with `rows`, by the engine's present weights. Every rank calls this."""
         model = gather_model(engine, self._resolved)
         dtype = getattr(torch, DTYPE_NAMES[self._train.precision])
         with torch.autocast(engine.device.type, dtype, enabled=self._resolved.zero.autocast):
-            sample_answers(model, rows, self._tokenizer.vocab_size, self._train.rollout_batch_size)
+            return sample_answers(model, rows, self._tokenizer.vocab_size, self._train, self._pool, self._places)
 
     def _reward(self, rows: list[Rollout]) -> list[str]:
         """Set the rewards of answers, None where one fails. Gives the failures in words."""
         weights = self._train.reward_weights or (1.0,) * len(self._train.reward)
         answers, failures = [row.answer() for row in rows], []
         for row, answer, score in zip(rows, answers, self._pool.score(answers), strict=True):
-            if score.error:
-                failures.append(f"{score.error} (answer {answer.text[:60]!r})")
+            if error := row.failure or score.error:
+                failures.append(f"{error} (answer {answer.text[:60]!r})")
             else:
                 row.reward = sum(weight * value for weight, value in zip(weights, score.values, strict=True))
         return failures
@@ -255,7 +261,7 @@ class GroupRelative(Objective):
                 row.advantage = advantage
             deviations = rewards.std(dim=1) * train.group_size
             no_signal = (deviations == 0).sum() * train.group_size
-            length, cut = sum(len(row.logprobs) for row in rows), sum(row.reason == "length" for row in rows)
+            length, cut = sum(row.num_drawn for row in rows), sum(row.reason == "length" for row in rows)
             sums = (float(rewards.sum()), float(deviations.sum()), float(no_signal), float(length), float(cut))
             figures = dict(zip(ANSWER_FIGURES, sums, strict=True))
         by_answer = train.loss_average == "answer"

@@ -28,23 +28,25 @@ class Score(NamedTuple):
 
 
 class RewardPool:
-    """Computes rewards in `num_workers` processes, which are started when they are needed.
+    """Rewards and environment of a run, in `reward_workers` processes that are started when they are needed."""
 
-    Args:
-        names: `module:function`, found from the current folder, or a name of `ready`.
-        seconds: for one answer and all rewards.
-    """
-
-    def __init__(self, names: Sequence[str], seconds: float, num_workers: int) -> None:
-        self._names = names
+    def __init__(self, train: TrainConfig) -> None:
+        self._names = train.reward
+        num_workers = train.reward_workers
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="rewards")
         self._workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for _ in range(num_workers):
-            self._workers.put(_Worker(names, seconds))
+            self._workers.put(_Worker(train))
 
     def score(self, answers: Sequence[Answer]) -> list[Score]:
         """The rewards of each answer, in order."""
-        return list(self._threads.map(self._score, answers))
+        return [self._read_score(reply) for reply in self._threads.map(self._ask, [one._asdict() for one in answers])]
+
+    def observe(self, conversations: Sequence[tuple[str, list[str]]]) -> list[dict[str, str | None]]:
+        """What the environment says to the last of the model's texts after a prompt: the `observation`, or an
+        `error`."""
+        requests = [{"prompt": prompt, "texts": texts} for prompt, texts in conversations]
+        return list(self._threads.map(self._ask, requests))
 
     def close(self) -> None:
         """End the processes."""
@@ -52,14 +54,16 @@ class RewardPool:
         while not self._workers.empty():
             self._workers.get().close()
 
-    def _score(self, answer: Answer) -> Score:
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         worker = self._workers.get()
         try:
-            reply = worker.ask(answer)
+            return worker.ask(request)
         except UserError as error:
-            return Score((), str(error))
+            return {"error": str(error)}
         finally:
             self._workers.put(worker)
+
+    def _read_score(self, reply: dict[str, Any]) -> Score:
         if "error" in reply:
             return Score((), reply["error"])
         for name, value in zip(self._names, reply["values"], strict=True):
@@ -77,8 +81,10 @@ def check_rewards(train: TrainConfig) -> None:
         raise UserError(f"reward_weights: {len(weights)} weights for {len(names)} rewards; give one for each")
     if train.kl_coef and train.init_from is None:
         raise UserError(f"kl_coef: {train.kl_coef:g} is the divergence from a trained model; give it by --init-from")
+    if train.environment is not None and train.objective != "grpo":
+        raise UserError(f"environment: {train.environment} has no effect without --objective grpo; leave it out")
     if names:
-        worker = _Worker(names, train.reward_seconds)
+        worker = _Worker(train)
         worker.start()
         worker.close()
 
@@ -86,17 +92,19 @@ def check_rewards(train: TrainConfig) -> None:
 class _Worker:
     """One process, started when it is needed and again after it was killed."""
 
-    def __init__(self, names: Sequence[str], seconds: float) -> None:
-        self._names = names
-        self._seconds = seconds
+    def __init__(self, train: TrainConfig) -> None:
+        self._seconds = train.reward_seconds
+        self._names = [*train.reward]
+        if train.environment is not None:
+            self._names += ["--environment", train.environment]
         self._process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, answer: Answer) -> dict[str, Any]:
-        """`values`, or an `error`."""
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What the process replies, or an `error`."""
         process = self._process or self.start()
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended: said below
-            process.stdin.write(json.dumps(answer._asdict()).encode() + b"\n")
+            process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
         return self._read(self._seconds)
 

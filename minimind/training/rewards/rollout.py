@@ -5,7 +5,7 @@ The tokens that were drawn are the tokens that are trained: nothing is decoded a
 
 import io
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from minimind.checkpoints.folder import list_checkpoints, step_of
+from minimind.config.run_config import TrainConfig
+from minimind.data.chat_template import load_chat_template
 from minimind.data.dataset import IGNORED_LABEL, Sample
 from minimind.data.loader import Batch, collate
 from minimind.data.packing import pack
@@ -25,6 +27,7 @@ from minimind.inference.decoding import Row
 from minimind.inference.generation import complete_in_turn, end_tokens
 from minimind.inference.sampling import GenerationOptions
 from minimind.model import MiniMindForCausalLM
+from minimind.training.rewards.pool import RewardPool
 from minimind.training.rewards.ready import Answer
 
 
@@ -52,39 +55,104 @@ def find_questions(batch: Batch) -> list[Question]:
 
 
 class Rollout(Row):
-    """A sampled answer. Its draws depend on `key` alone.
+    """A sampled answer, or one turn of it. Its draws depend on `key` alone.
 
     Args:
         num_tokens: at most so many.
+        earlier: the turn before, which the question includes; its draws go on.
     """
 
     def __init__(
-        self, question: Question, tokenizer: Tokenizer, num_tokens: int, *, temperature: float, key: str
+        self,
+        question: Question,
+        tokenizer: Tokenizer,
+        num_tokens: int,
+        *,
+        temperature: float,
+        key: str = "",
+        earlier: "Rollout | None" = None,
     ) -> None:
         options = GenerationOptions(temperature=temperature, top_p=None, max_new_tokens=num_tokens)
         super().__init__(question.token_ids, options, end_tokens(tokenizer), num_logprobs=0)
-        self.random = Random(key)
+        self.random = Random(key) if earlier is None else earlier.random
         self.question = question
+        self.turns: list[Rollout] = [self] if earlier is None else [*earlier.turns, self]
+        """Up to this one."""
         self._tokenizer = tokenizer
+        self.failure = ""
         self.reward: float | None = None
         self.advantage = 0.0
 
     @property
-    def answer_ids(self) -> list[int]:
-        """The tokens drawn, with the one that closes the answer."""
-        return [logprob.token for logprob in self.logprobs]
+    def token_ids(self) -> list[int]:
+        """The question, and the tokens drawn, with the one that closes the answer."""
+        return [*self.question.token_ids, *(logprob.token for logprob in self.logprobs)]
+
+    @property
+    def num_drawn(self) -> int:
+        """Tokens drawn, in all turns."""
+        return sum(len(turn.logprobs) for turn in self.turns)
 
     def answer(self) -> Answer:
-        """What a reward is given."""
+        """What a reward is given: of several turns the last."""
         decode, expected, ends = self._tokenizer.decode, self.question.expected, end_tokens(self._tokenizer)
         text = decode(self.question.token_ids), decode(self.new_tokens), decode(t for t in expected if t not in ends)
-        return Answer(*text, len(self.logprobs), self.reason == "stop")
+        return Answer(*text, self.num_drawn, self.reason == "stop")
+
+    def conversation(self) -> tuple[str, list[str]]:
+        """The prompt and what the model has written, a text for each turn."""
+        decode = self._tokenizer.decode
+        return decode(self.turns[0].question.token_ids), [decode(turn.new_tokens) for turn in self.turns]
+
+    def go_on(self, observation: str, max_new_tokens: int, places: int) -> "Rollout | None":
+        """The next turn, after a tool has spoken; None where fewer than one of `places` tokens is left."""
+        token_ids = [*self.token_ids, *encode_observation(self._tokenizer, observation)]
+        num_tokens = min(max_new_tokens, places - len(token_ids))
+        question, temperature = self.question._replace(token_ids=token_ids), self.options.temperature
+        if num_tokens < 1:
+            return None
+        return Rollout(question, self._tokenizer, num_tokens, temperature=temperature, earlier=self)
 
 
-def sample_answers(model: MiniMindForCausalLM, rows: Iterable[Rollout], vocab_size: int, max_batch_size: int) -> None:
-    """Let every row grow to its end, so many together."""
-    for _ in complete_in_turn(model, vocab_size, rows, max_batch_size):
-        pass
+def encode_observation(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens between an answer's closing one and the next answer, when a tool says `text` between them."""
+    template = load_chat_template(tokenizer)
+    before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    targets = template.encode(before).targets
+    closed = len(targets) - targets[::-1].index(True)
+    return template.encode_prompt([*before, {"role": "tool", "content": text}])[closed:]
+
+
+def sample_answers(
+    model: MiniMindForCausalLM,
+    rows: Sequence[Rollout],
+    vocab_size: int,
+    train: TrainConfig,
+    pool: RewardPool,
+    places: int,
+) -> list[Rollout]:
+    """Let every row grow to its end, turn after turn where there is an environment; gives the last turn of each.
+
+    Args:
+        places: tokens that a whole conversation may have.
+    """
+    last, growing = list(rows), list(range(len(rows)))
+    for turn in range(train.max_turns if train.environment is not None else 1):
+        for _ in complete_in_turn(model, vocab_size, [last[place] for place in growing], train.rollout_batch_size):
+            pass
+        growing = [place for place in growing if last[place].reason == "stop"]
+        if train.environment is None or turn == train.max_turns - 1:
+            break
+        replies = pool.observe([last[place].conversation() for place in growing])
+        spoken = dict(zip(growing, replies, strict=True))
+        growing = []
+        for place, reply in spoken.items():
+            last[place].failure = reply.get("error") or ""
+            observation = reply.get("observation")
+            if observation is not None and (following := last[place].go_on(observation, train.max_new_tokens, places)):
+                last[place] = following
+                growing.append(place)
+    return last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +174,7 @@ def collate_rollouts(
     Args:
         by_answer: a label weighs 1 / length of its answer; else 1.
     """
-    lengths = np.array([len(row.question.token_ids) + len(row.answer_ids) - 1 for row in rollouts], dtype=np.int64)
+    lengths = np.array([len(row.token_ids) - 1 for row in rollouts], dtype=np.int64)
     order, bounds = pack(lengths, seq_len) if len(rollouts) else (np.empty(0, dtype=np.int64), np.zeros(2, dtype=int))
     samples, columns = [], np.zeros((3, len(bounds) - 1, seq_len), dtype=np.float32)
     for window in range(len(bounds) - 1):
@@ -115,13 +183,16 @@ def collate_rollouts(
         ends, end = [], 0
         for number in order[bounds[window] : bounds[window + 1]]:
             row, start = rollouts[number], end
-            ids = np.array([*row.question.token_ids, *row.answer_ids])
+            ids = row.token_ids
             end = start + len(ids) - 1
-            here = slice(start + len(row.question.token_ids) - 1, end)
-            input_ids[start:end], labels[here] = ids[:-1], row.answer_ids
-            columns[0, window, here] = row.advantage
-            columns[1, window, here] = [logprob.logprob for logprob in row.logprobs]
-            columns[2, window, here] = 1 / len(row.logprobs) if by_answer else 1
+            input_ids[start:end] = ids[:-1]
+            for turn in row.turns:
+                first = len(turn.question.token_ids)
+                here = slice(start + first - 1, start + first - 1 + len(turn.logprobs))
+                labels[here] = ids[first : first + len(turn.logprobs)]
+                columns[0, window, here] = row.advantage
+                columns[1, window, here] = [logprob.logprob for logprob in turn.logprobs]
+                columns[2, window, here] = 1 / row.num_drawn if by_answer else 1
             ends.append(end)
         starts = np.array([place for place in ends if place < seq_len], dtype=np.int64)
         samples.append(Sample(input_ids, labels, starts))

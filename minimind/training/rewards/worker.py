@@ -9,7 +9,6 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable
 from typing import Any
 
 from minimind.training.rewards.ready import Answer
@@ -20,26 +19,38 @@ def main(names: list[str]) -> None:
     os.dup2(2, 1)  # what a reward prints must not stand among the replies
     lines: queue.Queue[str] = queue.Queue()
     threading.Thread(target=read_lines, args=(lines,), daemon=True).start()
-    functions = []
 
     def reply(**content: Any) -> None:
         replies.write(json.dumps(content) + "\n")
         replies.flush()
 
-    for name in names:
+    if has_environment := "--environment" in names:
+        names.remove("--environment")
+    functions = []
+    for place, name in enumerate(names):
+        is_environment = has_environment and place == len(names) - 1
         try:
-            functions.append(find_function(name))
+            functions.append(find(name, "environments" if is_environment else "ready"))
         except BaseException as error:
             return reply(error=f"{name} cannot be imported: {describe(error)}")
-    reply(values=[])
+    environment = functions.pop() if has_environment else None
+    reply()
     while True:
-        answer, values = Answer(**json.loads(lines.get())), []
+        request = json.loads(lines.get())
+        values: list[float] = []
         try:
-            for function in functions:
-                values.append(float(function(answer)))
-            reply(values=values)
+            if environment is not None and "texts" in request:
+                conversation, observation = environment(), None
+                conversation.reset(request["prompt"])
+                for text in request["texts"]:
+                    observation = conversation.step(text)
+                reply(observation=None if observation is None else str(observation))
+            else:
+                for function in functions:
+                    values.append(float(function(Answer(**request))))
+                reply(values=values)
         except Exception as error:
-            reply(error=f"{names[len(values)]} raised {describe(error)}")
+            reply(error=f"{names[-1] if 'texts' in request else names[len(values)]} raised {describe(error)}")
 
 
 def read_lines(lines: queue.Queue[str]) -> None:
@@ -49,10 +60,10 @@ def read_lines(lines: queue.Queue[str]) -> None:
     os._exit(0)
 
 
-def find_function(name: str) -> Callable[[Answer], float]:
-    """The function `module:function`, or the ready one of that name."""
+def find(name: str, ready: str) -> Any:
+    """What `module:name` names, or the ready one of that name."""
     module, _, function = name.rpartition(":")
-    return getattr(importlib.import_module(module or "minimind.training.rewards.ready"), function)
+    return getattr(importlib.import_module(module or f"minimind.training.rewards.{ready}"), function)
 
 
 def describe(error: BaseException) -> str:
