@@ -45,7 +45,8 @@ class LMHead(Linear):
         """Logits (..., vocab_size) of hidden states (..., hidden_size), or with labels (...) a float32 scalar.
 
         The loss is the cross-entropy over the labels that are not -100: their sum, or their mean (0 when there are
-        none). In training mode it includes the z-loss, z_loss_coef * logsumexp(logits)**2 a token (arXiv 2204.02311).
+        none). In training mode it includes the z-loss, z_loss_coef * logsumexp(logits)**2 a token (arXiv 2204.02311),
+        but not with weights: a negative one would turn it round.
         With reduction "none" it is that of each label, (...) float32, without a gradient and without the z-loss.
 
         Args:
@@ -62,7 +63,7 @@ class LMHead(Linear):
         is_trained = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
         targets = labels.flatten()
         counts = targets != IGNORE_INDEX if weights is None else weights.flatten() * (targets != IGNORE_INDEX)
-        z_loss_coef = self.z_loss_coef if self.training else 0.0
+        z_loss_coef = self.z_loss_coef if self.training and weights is None else 0.0
 
         def cross_entropy(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
             return self.chunk_loss(logits, targets[rows], counts[rows], z_loss_coef, is_trained)

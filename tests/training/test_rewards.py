@@ -146,7 +146,7 @@ def make_rollouts(tokenizer: Any) -> list[Rollout]:
 def test_gradients_are_those_of_a_plain_loop(shards: Path, options: dict[str, Any]) -> None:
     """Answers packed into windows, weights from the derivative; against every answer alone and autograd."""
     torch.manual_seed(0)
-    config = ModelConfig(**{**MODEL, "vocab_size": VOCAB, "initializer_range": 0.3})
+    config = ModelConfig(**{**MODEL, "vocab_size": VOCAB, "initializer_range": 0.3, "z_loss_coef": 0.01})
     model = MiniMindForCausalLM(config)
     start = MiniMindForCausalLM(config).requires_grad_(False) if "kl_coef" in options else None
     tokenizer = load_tokenizer(next((shards / "train").glob("tokenizer*")))
@@ -264,6 +264,12 @@ def test_experts_on_other_ranks_take_part_in_the_rollouts(pool: RankPool, shards
     pool.run(train, flags_for(shards, tmp_path, **given))
     steps = [record for record in read_metrics(tmp_path) if "loss" in record]
     assert steps[0]["ratio"] == approx(1, abs=1e-3) and steps[1]["log_prob_gap"] < 1e-4
+
+
+def test_adapters_take_part_in_the_rollouts(shards: Path, start: Path, tmp_path: Path) -> None:
+    train(flags(shards, tmp_path, start, lora_rank=2, stage=3, lr=0.1, steps=2))
+    steps = [record for record in read_metrics(tmp_path) if "loss" in record]
+    assert steps[0]["log_prob_gap"] < 1e-4 and steps[1]["log_prob_gap"] < 1e-4
 
 
 def test_ready_rewards() -> None:
