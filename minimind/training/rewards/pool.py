@@ -120,9 +120,7 @@ class _Worker:
         )
         if error := self._read(_SECONDS_TO_START).get("error"):
             self.close()
-            raise UserError(
-                f"reward: {error}; give module:function, or a ready one: see minimind.training.rewards.ready"
-            )
+            raise UserError(f"reward: {error}; give module:name, or one of minimind.training.rewards")
         return self._process
 
     def close(self) -> None:
