@@ -22,6 +22,16 @@ from minimind.training.objectives.preference import LOSSES, WITH_REFERENCE, Pref
 from minimind.training.objectives.pretrain import Pretrain
 from minimind.training.rewards.pool import check_rewards
 
+_DISTILL = ("teacher_int8", "teacher_top_k", "distill_alpha", "distill_temperature", "distill_kl")
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(_DISTILL, ("distill",)),
+    **dict.fromkeys(("label_smoothing", "length_normalised"), ("dpo",)),
+    **dict.fromkeys(("desirable_weight", "undesirable_weight"), ("kto",)),
+    "target_margin": ("simpo",),
+    "reference": WITH_REFERENCE,
+}
+"""Settings that only these objectives read."""
+
 
 def check_kind(train: TrainConfig, reader: ShardReader) -> bool:
     """Refuse shards that the objective cannot learn from; whether each window is to hold one conversation alone.
@@ -43,23 +53,22 @@ def check_kind(train: TrainConfig, reader: ShardReader) -> bool:
 
 
 def check_objective(run: RunConfig, dataset: Dataset) -> None:
-    """Refuse rewards, a teacher or a reference that cannot be. Raises `UserError`."""
+    """Refuse rewards, a teacher or a reference that cannot be, and what the objective would not read. Raises
+    `UserError`."""
+    objective, defaults = choose_objective(run.train, dataset), TrainConfig()
+    for name, objectives in _OPTIONS.items():
+        value = getattr(run.train, name)
+        if objective not in objectives and value != getattr(defaults, name):
+            raise UserError(
+                f"{name}: {value} has no effect on {objective}, only on {', '.join(objectives)}; leave it out"
+            )
     check_rewards(run.train)
     if run.train.teacher is not None:
         check_teacher(run.train, dataset, run.model.vocab_size)
-    if run.train.reference == "live":
-        check_live_reference(run, dataset)
+    if run.train.reference == "live" and run.train.init_from is None:
+        raise UserError("reference: live is the model that --init-from names; give it, or leave --reference out")
     if run.train.reference == "live" or run.train.kl_coef:
         check_start_vocabulary(run)
-
-
-def check_live_reference(run: RunConfig, dataset: Dataset) -> None:
-    """Refuse a reference in memory that there is not, or that nothing asks. Raises `UserError`."""
-    name, init_from = choose_objective(run.train, dataset), run.train.init_from
-    if init_from is None:
-        raise UserError("reference: live is the model that --init-from names; give it, or leave --reference out")
-    if name not in WITH_REFERENCE:
-        raise UserError(f"reference: live has no effect on {name}, which compares with no reference; leave it out")
 
 
 def check_start_vocabulary(run: RunConfig) -> None:

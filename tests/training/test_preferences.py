@@ -347,6 +347,8 @@ def test_a_live_reference_that_cannot_be_is_refused(plain: Path, shards: Path, t
         train(flags(shards, tmp_path, reference="live"))
     with pytest.raises(UserError, match="live has no effect on orpo"):
         train(flags(shards, tmp_path, reference="live", init_from=plain, objective="orpo"))
+    with pytest.raises(UserError, match="length_normalised: True has no effect on ipo, only on dpo; leave it out"):
+        train(flags(shards, tmp_path, objective="ipo", length_normalised=True))
     with pytest.raises(UserError, match="400 tokens, this run 401"):
         train(flags(shards, tmp_path, reference="live", init_from=plain, vocab_size=401))
 

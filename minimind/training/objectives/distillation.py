@@ -79,7 +79,7 @@ class Distillation(Objective):
         weights = keep_weights(folder / "weights.sha256", Path(str(train.teacher)), is_new=is_new)
         for split, dataset in datasets.items() if train.teacher_top_k else ():
             settings = [weights, train.distill_temperature, train.teacher_top_k, train.teacher_int8, dataset.seq_len]
-            key = [*settings, dataset.document_mask, dataset.reader.fingerprint]
+            key = [*settings, type(dataset).__name__, dataset.document_mask, dataset.reader.fingerprint]
             place = folder / f"{split}_{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}"
             if not on_first_rank(functools.partial(is_complete, place)):
                 self._teacher = self._teacher or self._load_teacher()

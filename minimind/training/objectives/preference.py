@@ -174,7 +174,7 @@ class Preference(Objective):
         if self._name == "kto":
             total = torch.zeros(3, device=engine.device)  # the second answers' movement, number of answers, liked ones
             engine.eval()
-            for batch in (one.to(engine.device) for one in batches):
+            for batch in (one.to(engine.device, non_blocking=True) for one in batches):
                 reference, liked = self._read_reference(batch), batch.liked
                 assert reference is not None and liked is not None
                 moved = (answer_log_probs(engine, batch)[0] - reference)[1::2]
@@ -229,7 +229,7 @@ class Preference(Objective):
             kl = answers.baseline * torch.ones_like(margin).sum()
             sides = (answers.liked, ~answers.liked)
             chosen, rejected = (
-                mean.chosen[side].sum() / share for side, share in zip(sides, self._shares, strict=True)
+                (mean.chosen * side).sum() / share for side, share in zip(sides, self._shares, strict=True)
             )
         elif self._needs_reference:
             margin = _margin(answers, self._train)
