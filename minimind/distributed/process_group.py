@@ -106,6 +106,9 @@ def process_group(
                 rank=env.rank,
                 world_size=env.world_size,
                 timeout=datetime.timedelta(minutes=timeout_minutes, seconds=later),
+                # NCCL connects now, where a failure is one line, and later groups are cut out of this one. DeepSpeed
+                # leaves it out on a single rank, which has nobody to connect to.
+                device_id=device if device.type == "cuda" and env.world_size > 1 else None,
             )
         except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
             reason = first_line(error)

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.ops.triton_ops import is_triton_available
 from torch import nn
 
+from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import CompileMode
 from minimind.errors import UserError
 from minimind.model import MiniMindForCausalLM
@@ -54,6 +56,21 @@ def settle_compilation(mode: CompileMode, device_type: str) -> tuple[bool, str]:
     if mode == "on":
         raise UserError(f"compile: on, and {missing} is missing; install it, or take --compile off")
     return False, f"off: {missing} is missing"
+
+
+def check_expert_kernels(resolved: ResolvedRun, device_type: str) -> None:
+    """AutoEP computes with Triton wherever it is installed, which compiles at the first step.
+
+    Raises:
+        UserError: it could not.
+    """
+    if device_type == "cuda" and resolved.train.moe_backend == "autoep" and is_triton_available():
+        missing = find_missing_compiler(device_type)
+        if missing is not None:
+            raise UserError(
+                f"moe_backend: autoep compiles kernels, and {missing} is missing; install it, or take --moe-backend "
+                "deepspeed"
+            )
 
 
 def compile_model(model: MiniMindForCausalLM, compiler: Compiler) -> None:

@@ -27,7 +27,13 @@ from minimind.model.layers import FeedForward
 from minimind.model.lora import add_adapters, train_only
 from minimind.parallel.compilation import compile_model, settle_compilation
 from minimind.parallel.device_checks import leave_checks_on_device
-from minimind.parallel.experts import AUTOEP_EXPERTS, attach_router_hooks, only_own_experts, replace_experts
+from minimind.parallel.experts import (
+    AUTOEP_EXPERTS,
+    attach_router_hooks,
+    choose_grouped_product,
+    only_own_experts,
+    replace_experts,
+)
 from minimind.parallel.muon import Muon, attach_layouts
 from minimind.parallel.op_builds import build_ops
 from minimind.parallel.optimizer import clips_here, own_optimizer, parameter_groups
@@ -107,6 +113,7 @@ def build_engine(resolved: ResolvedRun, model: MiniMindForCausalLM) -> deepspeed
     if nothing_to_reduce(resolved, engine.optimizer):
         engine.enable_backward_allreduce = False
     attach_router_hooks(resolved, model)
+    choose_grouped_product(resolved, model, engine.device)
     apply_kernels(model, engine.device, AUTOEP_EXPERTS)
     if settle_compilation(train.compile, engine.device.type)[0]:
         compile_model(model, Compiler(log, required=train.compile == "on"))

@@ -16,11 +16,13 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.ep_experts import GroupedExperts
 from deepspeed.moe.ep_repack import repack_expert_weights
 from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
+from deepspeed.ops.triton_ops import is_triton_available
 from deepspeed.utils import groups
 from torch import nn
 
 from minimind.config.expert_parallel import uses_random_routing
 from minimind.config.resolved_run import ResolvedRun
+from minimind.config.run_config import Precision
 from minimind.model import MiniMindForCausalLM
 from minimind.model.config import ModelConfig
 from minimind.model.kernels.apply import Kernel, on_cpu, on_gpu
@@ -141,6 +143,27 @@ class CastGroupedExperts(GroupedExperts):
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))  # and with it the weights
         return super().forward(x, num_tokens_per_expert)
+
+
+def find_grouped_product(precision: Precision, major: int) -> str:
+    """What multiplies the experts of a layer on a GPU of compute capability `major`.x: "torch" at once, in bf16 on sm90
+    and sm100 alone; "triton", a kernel of DeepSpeed's, which would compute fp32 in TF32; else "loop", torch's over the
+    experts, whose sizes it reads on the host."""
+    if precision == "bf16" and major in (9, 10):
+        return "torch"
+    return "triton" if is_triton_available() and precision != "fp32" and major >= 7 else "loop"
+
+
+def choose_grouped_product(resolved: ResolvedRun, model: nn.Module, device: torch.device) -> None:
+    """Let AutoEP's experts take the product of `find_grouped_product`, unless the JSON says which; DeepSpeed itself
+    takes its kernel below sm90 alone, and there in fp32 too."""
+    told = resolved.ds.get("expert_parallel", {}).keys() & {"gate_up_impl", "disable_triton_grouped_mm"}
+    if device.type == "cuda" and not told and torch.version.hip is None:
+        major, _ = torch.cuda.get_device_capability(device)
+        product = find_grouped_product(resolved.train.precision, major)
+        for module in model.modules():
+            if isinstance(module, GroupedExperts) and module.use_grouped_mm:
+                module.use_triton_grouped_mm = product == "triton"
 
 
 AUTOEP_EXPERTS = (

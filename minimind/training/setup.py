@@ -30,9 +30,10 @@ from minimind.distributed.watchdog import Watchdog
 from minimind.errors import UserError
 from minimind.model.kernels.attention import has_varlen_attention
 from minimind.model.kernels.matmul import has_fast_matmul
-from minimind.parallel.compilation import settle_compilation
+from minimind.parallel.compilation import check_expert_kernels, settle_compilation
 from minimind.parallel.deepspeed_check import check_ds_config, check_ops
 from minimind.parallel.engine import build_engine, build_model
+from minimind.parallel.experts import find_grouped_product
 from minimind.training.choose_objective import check_kind, check_objective, find_start, make_objective
 from minimind.training.control import hold_run
 from minimind.training.peak_flops import peak_flops
@@ -85,6 +86,7 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
     check_ds_config(resolved.ds)
     check_ops(resolved.ds)
     settle_compilation(run.train.compile, device.type)
+    check_expert_kernels(resolved, device.type)
     check_wandb(run.train.wandb_project)
     check_run_folder(resolved, identify(data.train.reader))
     if run.train.keeps_frozen and run.train.init_from is None:
@@ -202,11 +204,10 @@ def describe_device(device: torch.device, resolved: ResolvedRun) -> float:
         )
     if device.type == "cuda" and resolved.train.moe_backend == "autoep":
         major, minor = torch.cuda.get_device_capability(device)
-        # Below sm90 DeepSpeed has a kernel of its own, in Triton.
-        if major >= 9 and (dtype != torch.bfloat16 or major > 10):
+        if find_grouped_product(precision, major) == "loop":
             log(
-                f"experts: torch multiplies all of a layer at once in bf16 on sm90 and sm100; in {precision} on "
-                f"sm{major}{minor} one after another, and the host waits for the device in each layer"
+                f"experts: in {precision} on sm{major}{minor} a layer's are multiplied one after another, and the host "
+                "waits for the device in each layer; all at once in bf16, and in fp16 where Triton is"
             )
     if device.type == "cuda" and precision == "fp32":
         log("TF32 is off: fp32 products are computed in full; bf16 is the fast way")

@@ -147,6 +147,23 @@ def test_a_group_of_one_needs_no_port_and_can_be_made_again(clean_environment):
         assert not torch.distributed.is_initialized() and not deepspeed.comm.is_initialized()
 
 
+def test_nccl_is_told_its_device_where_there_are_several_ranks(monkeypatch, clean_environment):
+    given = []
+
+    def init(backend: str, *, device_id: torch.device | None, **options: object) -> None:
+        given.append(device_id)
+        raise torch.distributed.DistNetworkError("not here")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    second, cpu = torch.device("cuda", 1), torch.device("cpu")
+    for size, device in ((1, second), (2, second), (2, cpu)):
+        env, store = RankEnvironment(world_size=size), torch.distributed.HashStore()
+        with pytest.raises(UserError, match="not here"), process_group(env, device, store=store):
+            pass
+    assert given == [None, second, None]
+
+
 def test_the_group_is_left_when_the_run_fails(clean_environment):
     with pytest.raises(ZeroDivisionError), process_group(RankEnvironment(), torch.device("cpu")):
         raise ZeroDivisionError

@@ -3,6 +3,7 @@
 import functools
 import shutil
 import unittest.mock
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from minimind.model.attention_mask import AttentionMask
 from minimind.model.kernels.compiled import Compiler, fused_chunk_loss
 from minimind.model.loss import LMHead
 from minimind.model.rope import rotary_tables
-from minimind.parallel.compilation import settle_compilation
+from minimind.parallel.compilation import check_expert_kernels, settle_compilation
 
 # What a run compiles, as it says so; the graphs that this takes; and where one ends within a module.
 DENSE = (["3 blocks", "the loss"], 2, 0)
@@ -81,6 +82,14 @@ def test_without_a_compiler_auto_goes_on_and_on_ends(monkeypatch):
         settle_compilation("on", "cuda")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert settle_compilation("auto", "cuda") == (False, "off: a C compiler (gcc) is missing")
+    # AutoEP's experts compute with Triton wherever it is.
+    run = SimpleNamespace(train=SimpleNamespace(moe_backend="autoep"))
+    check_expert_kernels(run, "cuda")
+    monkeypatch.setattr("minimind.parallel.compilation.is_triton_available", lambda: True)
+    check_expert_kernels(run, "cpu")
+    check_expert_kernels(SimpleNamespace(train=SimpleNamespace(moe_backend=None)), "cuda")
+    with pytest.raises(UserError, match=r"autoep compiles kernels, and a C compiler .* is missing"):
+        check_expert_kernels(run, "cuda")
 
 
 def test_what_cannot_be_compiled_is_said_and_runs(monkeypatch):

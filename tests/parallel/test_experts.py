@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,12 +10,13 @@ from deepspeed.moe.ep_experts import GroupedExperts
 from expert_runs import DENSE, EXPERTS, collapse_routers, spoil, train_plainly, walk
 from pytest import approx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 from training_runs import EXPERTS as TRAINED_EXPERTS
 from training_runs import MODEL, RankPool, flags_for, losses, rank_pool, read_metrics, train
 
 from minimind.model import MiniMindForCausalLM, ModelConfig
 from minimind.model.kernels.experts import cpu_experts
-from minimind.parallel.experts import CastGroupedExperts
+from minimind.parallel.experts import CastGroupedExperts, choose_grouped_product, find_grouped_product
 
 STEPS = 20
 MODELS = {None: DENSE, "autoep": EXPERTS, "deepspeed": EXPERTS}
@@ -245,6 +247,24 @@ def test_under_autocast_experts_multiply_in_its_type(monkeypatch, kind, expected
     monkeypatch.setattr(torch, "_grouped_mm", product)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match=f"rows in {expected}"):
         kind(16, 24, num_experts=3)(torch.randn(6, 16), torch.tensor([1, 2, 3]))
+
+
+@pytest.mark.parametrize(
+    ("precision", "major", "expected"),
+    [("bf16", 8, "triton"), ("bf16", 9, "torch"), ("bf16", 10, "torch"), ("bf16", 12, "triton"), ("fp16", 7, "triton"),
+     ("fp16", 9, "triton"), ("fp16", 6, "loop"), ("fp32", 8, "loop"), ("fp32", 12, "loop")],
+)  # fmt: skip
+def test_each_gpu_gets_the_product_of_experts_that_it_has(monkeypatch, precision, major, expected):
+    monkeypatch.setattr("minimind.parallel.experts.is_triton_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    assert find_grouped_product(precision, major) == expected
+    layer, train = GroupedExperts(16, 24, num_experts=3), SimpleNamespace(precision=precision)
+    for ds, taken in ({}, expected == "triton"), ({"expert_parallel": {"disable_triton_grouped_mm": True}}, False):
+        layer.use_triton_grouped_mm = False
+        choose_grouped_product(SimpleNamespace(ds=ds, train=train), nn.Sequential(layer), torch.device("cuda"))
+        assert layer.use_triton_grouped_mm == taken
+    monkeypatch.setattr("minimind.parallel.experts.is_triton_available", lambda: False)
+    assert find_grouped_product(precision, major) == ("torch" if expected == "torch" else "loop")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

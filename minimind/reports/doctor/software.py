@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from minimind.errors import first_line
 from minimind.files import ROOT
 from minimind.model.kernels.matmul import has_fast_matmul
+from minimind.parallel.compilation import find_missing_compiler
 from minimind.reports.doctor.check import Check, Status
 from minimind.reports.doctor.machine import find_program
 from minimind.units import format_bytes
@@ -84,7 +85,7 @@ def check_ops(build: Sequence[str]) -> list[Check]:
         check_tool(
             "C++ compiler",
             compiler,
-            "install one (apt-get install g++): offload needs it; on a GPU so do experts and --compile",
+            "install one (apt-get install g++); offload needs it",
         ),
         check_tool("ninja", "ninja", "pip install ninja; only offload needs it"),
     ]
@@ -92,6 +93,11 @@ def check_ops(build: Sequence[str]) -> list[Check]:
         home = importlib.import_module("torch.utils.cpp_extension").CUDA_HOME
         fix = "install the CUDA toolkit and set CUDA_HOME; only DeepSpeed's own GPU ops need it"
         found.append(check_tool("nvcc", "nvcc", fix, *([f"{home}/bin"] if home else [])))
+        missing = find_missing_compiler("cuda")
+        kernels = Check("kernels", "ok", "Triton can compile them")
+        if missing is not None:
+            kernels = Check("kernels", "warn", f"{missing} is missing", "install it: experts and --compile need it")
+        found.append(kernels)
     named = os.environ.get("TORCH_EXTENSIONS_DIR")
     found += check_locks(Path(named) if named else Path.home() / ".cache" / "torch_extensions")
     try:
