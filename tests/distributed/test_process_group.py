@@ -2,6 +2,7 @@
 
 import os
 import socket
+from datetime import timedelta
 
 import deepspeed
 import pytest
@@ -12,6 +13,7 @@ from minimind.distributed import collectives
 from minimind.distributed import environment as rank_environment
 from minimind.distributed.environment import RankEnvironment, find_device, read_environment
 from minimind.distributed.process_group import process_group, share_cores
+from minimind.distributed.watchdog import MARGIN_SECONDS
 from minimind.errors import UserError
 
 TORCHRUN = {
@@ -147,11 +149,11 @@ def test_a_group_of_one_needs_no_port_and_can_be_made_again(clean_environment):
         assert not torch.distributed.is_initialized() and not deepspeed.comm.is_initialized()
 
 
-def test_nccl_is_told_its_device_where_there_are_several_ranks(monkeypatch, clean_environment):
+def test_nccl_is_told_its_device_and_fails_after_the_watchdog(monkeypatch, clean_environment):
     given = []
 
-    def init(backend: str, *, device_id: torch.device | None, **options: object) -> None:
-        given.append(device_id)
+    def init(backend: str, *, device_id: torch.device | None, timeout: timedelta, **options: object) -> None:
+        given.append((device_id, timeout.total_seconds()))
         raise torch.distributed.DistNetworkError("not here")
 
     monkeypatch.setattr(torch.distributed, "init_process_group", init)
@@ -161,7 +163,8 @@ def test_nccl_is_told_its_device_where_there_are_several_ranks(monkeypatch, clea
         env, store = RankEnvironment(world_size=size), torch.distributed.HashStore()
         with pytest.raises(UserError, match="not here"), process_group(env, device, store=store):
             pass
-    assert given == [None, second, None]
+    # A collective on CUDA fails later than the watchdog, which says where every rank is.
+    assert given == [(None, 1860), (second, 1860), (None, 1800)] and MARGIN_SECONDS < 60
 
 
 def test_the_group_is_left_when_the_run_fails(clean_environment):
