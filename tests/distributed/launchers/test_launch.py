@@ -202,6 +202,17 @@ def test_one_variable_runs_a_job_in_a_container(container, expected):
     assert out.startswith("srun ") and expected in out and out.strip().endswith("launch/pretrain.sh --steps 3")
 
 
+@pytest.mark.parametrize(("cores", "said"), [("", True), ("1", True), ("8", False)])
+def test_a_job_whose_ranks_have_one_core_says_so(tmp_path, cores, said):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho node1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "node1", "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT)}
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", str(ROOT / "launch" / "pretrain.sbatch"), "--steps", "3"]
+    code, _, err = run(command, DRY_RUN="1", PATH=path, SLURM_CPUS_PER_TASK=cores, **slurm)
+    assert code == 0 and ("no --cpus-per-task above 1: SLURM gives a rank one core" in err) == said
+
+
 def test_both_images_are_made_alike():
     """Neither is built by a test: that needs root, a network and gigabytes."""
     docker, apptainer = ((ROOT / name).read_text() for name in ("Dockerfile", "launch/apptainer.def"))
