@@ -49,6 +49,13 @@ def trains_output_matrix(resolved: ResolvedRun) -> bool:
     return (EMBEDDING if resolved.model.tie_word_embeddings else TIED_NAME) in resolved.trained
 
 
+def scores_on_gpu(resolved: ResolvedRun, device_type: str) -> bool:
+    """Whether a GPU keeps a matrix of scores: torch has no fused kernel for float32 queries in groups."""
+    model = resolved.model
+    grouped = model.num_key_value_heads < model.num_attention_heads
+    return device_type != "cpu" and resolved.train.precision == "fp32" and grouped
+
+
 def weight_casts(config: ModelConfig) -> int:
     """Bytes of the 16-bit copies of all matrices that autocast makes in a forward and keeps for the backward."""
     return 2 * (config.num_params() - config.vocab_size * config.hidden_size)
@@ -108,6 +115,8 @@ def _block_bytes(resolved: ResolvedRun, device_type: str, has_experts: bool) -> 
     by_matmul = is_16_bit_on_cpu and not is_upcast and seq_len <= LONGEST_BY_MATMUL
     if model.flash_attn and by_matmul:
         total += model.num_attention_heads * seq_len * compute
+    if model.flash_attn and scores_on_gpu(resolved, device_type):
+        total += model.num_attention_heads * seq_len * compute + 2 * (query - key) * compute
     if not model.flash_attn:
         total += model.num_attention_heads * seq_len * (4 + 2 * inside)
     # Gate, up, their product and silu(gate), which a CPU recomputes; its routed experts keep gate and up alone.
