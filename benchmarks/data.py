@@ -27,11 +27,7 @@ READS = 50  # batches that are timed together
 def main(
     shards: int = 10_000, tokens_per_shard: int = 20_000, batch: int = 8, seq_len: int = 512, repeats: int = 5
 ) -> None:
-    """Measure.
-
-    Args:
-        repeats: how often the folder is opened, and how many batches and steps are timed.
-    """
+    """Measure; the folder is opened, and batches and steps are timed, `repeats` times."""
     with workspace() as folder:
         make_shards(folder, shards, tokens_per_shard)
         openings = time_rounds({"open": lambda: ShardReader(folder)}, repeats, warm_up=0)["open"]

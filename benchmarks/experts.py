@@ -32,11 +32,7 @@ SEED = 42  # the engine draws the same experts from it as the plain model
 
 
 def main(tokens: int = 4096, precision: tuple[str, ...] | None = None, rounds: int = 5, hidden_size: int = 768) -> None:
-    """Measure a batch of `tokens`.
-
-    Args:
-        precision: fp32 and/or bf16 [default: both, where the device has products in bf16].
-    """
+    """Measure a batch of `tokens`, in fp32 and, where the device has products in it, bf16, or in `precision`."""
     claims, measured = [], {}
     for name in precision or (("fp32", "bf16") if has_fast_bf16() else ("fp32",)):
         for num_experts, top_k, target in SHAPES:

@@ -249,9 +249,9 @@ def write_texts(path: Path, texts: Sequence[str]) -> Path:
     return path
 
 
-def make_tokenizer(source: Path, folder: Path, vocab_size: int = 6400) -> Path:
+def make_tokenizer(source: Path, folder: Path, vocab_size: int = 6400, *more: str) -> Path:
     """A tokenizer trained on `source`, in `folder`."""
-    run_module("data_prep.train_tokenizer", "--input", source, "--output", folder, "--vocab-size", vocab_size)
+    run_module("data_prep.train_tokenizer", "--input", source, "--output", folder, "--vocab-size", vocab_size, *more)
     return folder
 
 

@@ -1,6 +1,7 @@
 """Speed and memory of data_prep.tokenize_corpus beside the bare tokenizer library, in one run, on the same text.
 
 python benchmarks/tokenize_corpus.py [--megabytes 50] [--repeats 5] [--memory-megabytes 50 500]
+python benchmarks/tokenize_corpus.py --kinds code.jsonl chinese.jsonl ...     # bytes a token, by kind of text
 """
 
 import itertools
@@ -9,24 +10,22 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import sentencepiece
+import tokenizers
 import tyro
-from harness import ROOT, Claim, make_tokenizer, ratios, read_texts, report, run_module, workspace
+from harness import OUT, ROOT, Claim, make_tokenizer, ratios, read_texts, report, run_module, workspace, write_texts
 from turns import family, sum_up
 
-BATCH = 1000
 
-
-def main(megabytes: int = 50, repeats: int = 5, memory_megabytes: tuple[int, ...] = (50, 500)) -> None:
-    """Measure throughput and peak memory.
-
-    Args:
-        megabytes: size of the JSONL for the speed.
-        repeats: runs of each; they take turns, and medians count.
-        memory_megabytes: sizes of the JSONL for the peak memory, one run each.
-    """
+def main(
+    megabytes: int = 50, repeats: int = 5, memory_megabytes: tuple[int, ...] = (50, 500), kinds: tuple[Path, ...] = ()
+) -> None:
+    """Measure throughput at `megabytes` of JSONL, in turns, and the peak memory of one run for each other size."""
+    if kinds:
+        return compare_kinds(list(kinds))
     cores = len(os.sched_getaffinity(0))
     rows: dict[str, list[float]] = {"library, one core": [], "tool": []}
     with workspace() as folder:
@@ -43,12 +42,30 @@ def main(megabytes: int = 50, repeats: int = 5, memory_megabytes: tuple[int, ...
             peaks[size] = run_tool(source, tokenizer, folder / "out", measure_memory=True)[1]
     ideal = [cores * speed for speed in rows["library, one core"]]
     claims = [Claim(f"tokenizing: {name}", values, unit="MB/s") for name, values in rows.items()]
-    name = f"tokenizing: tool over the bare library times {cores} cores"
-    claims.append(Claim(name, ratios(rows["tool"], ideal), 0.85, unit="x"))
-    for size, peak in peaks.items():
-        name = f"tokenizing {size} MB: peak memory of all processes, shared pages once"
-        claims.append(Claim(name, (peak,), 500.0, at_least=False, unit="MB"))
+    claims.append(Claim(f"tokenizing: tool over library times {cores}", ratios(rows["tool"], ideal), 0.85, unit="x"))
+    name = "tokenizing {} MB: peak memory, shared pages once"
+    claims += [Claim(name.format(size), (peak,), 500.0, at_least=False, unit="MB") for size, peak in peaks.items()]
     report(__file__, claims, {"megabytes_per_second": rows, "peak_memory_megabytes": peaks})
+
+
+def compare_kinds(files: list[Path]) -> None:
+    """Bytes a token of a quarter of each kind, by tokenizers that learn from the rest of all kinds."""
+    texts = {file.stem: read_texts(file) for file in files}
+    learnt = [text for found in texts.values() for text in found if zlib.crc32(text.encode()) % 4]
+    bpe = tokenizers.ByteLevelBPETokenizer()  # as MiniMind trains it
+    bpe.train_from_iterator(learnt, 6400, special_tokens=[f"<|{number}|>" for number in range(36)])
+    encode = {"byte-level BPE": lambda text: bpe.encode(text).ids}
+    with workspace() as folder:
+        source = write_texts(folder / "text.jsonl", learnt)
+        for flags in ((), ("--no-split-digits",), ("--no-split-digits", "--no-split-scripts")):
+            file = make_tokenizer(source, folder / str(len(flags)), 6400, *flags) / "tokenizer.model"
+            encode[" ".join(("ours", *flags))] = sentencepiece.SentencePieceProcessor(model_file=str(file)).encode
+    claims = []
+    for kind, name in itertools.product(texts, encode):
+        held_out = [text for text in texts[kind] if zlib.crc32(text.encode()) % 4 == 0]
+        ratio = sum(len(text.encode()) for text in held_out) / sum(len(encode[name](text)) for text in held_out)
+        claims.append(Claim(f"{kind}: {name}", [ratio], unit="bytes a token"))
+    report(__file__, claims, {}, OUT / "tokenizer_kinds.json")
 
 
 def repeat_corpus(base: Path, target: Path, num_bytes: int) -> int:
@@ -64,8 +81,7 @@ def run_library(source: Path, tokenizer: Path) -> float:
     """Seconds that one core takes to encode all texts of `source`, which are in memory."""
     model, texts = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)), read_texts(source)
     start = time.perf_counter()
-    for i in range(0, len(texts), BATCH):
-        model.encode(texts[i : i + BATCH], num_threads=1)
+    model.encode(texts, num_threads=1)
     return time.perf_counter() - start
 
 

@@ -73,6 +73,11 @@ class TrainTokenizerFlags(ReadOptions):
     """Learn from at most so much text: a sample spread evenly over a larger input, always the same one."""
     max_bad_fraction: Annotated[float, FRACTION] = 0.01
     """Stop if more than this fraction of the documents is bad."""
+    split_digits: bool = True
+    """Each digit is a token of its own: without it, texts have fewer tokens, and numbers are pieces of any length."""
+    split_scripts: bool = True
+    """No token goes on from letters to punctuation or to another script: without it, code, tables and markup have far
+    fewer tokens, but a small model learns less from each."""
     add_special_token: tuple[str, ...] = ()
     """Tokens to add behind all others, such as <|fim|>: to the one that is trained, or to that of --tokenizer."""
     tokenizer: Path | None = None
@@ -103,8 +108,9 @@ def main() -> None:
         sentences = sample_sentences(cut_sentences(progress), flags.max_train_bytes)
     num_bytes = sum(len(sentence.encode()) for sentence in sentences)
     print(f"training on {num_bytes:,} bytes of text ...", flush=True)
-    added = len(flags.add_special_token)
-    model = add_pieces(train_tokenizer(sentences, flags.vocab_size - added), flags.add_special_token)
+    added = flags.add_special_token
+    size, splits = flags.vocab_size - len(added), (flags.split_digits, flags.split_scripts)
+    model = add_pieces(train_tokenizer(sentences, size, *splits), added)
     save_tokenizer(model, flags.output)
     tokens = load_tokenizer(model_file).encode_batch(sentences[:1000])
     ratio = sum(len(s.encode()) for s in sentences[:1000]) / max(sum(map(len, tokens)), 1)
@@ -139,7 +145,9 @@ def sample_sentences(sentences: Iterable[str], max_bytes: int) -> list[str]:
     return [sentence for _, sentence in kept]
 
 
-def train_tokenizer(sentences: list[str], vocab_size: int) -> bytes:
+def train_tokenizer(
+    sentences: list[str], vocab_size: int, split_digits: bool = True, split_scripts: bool = True
+) -> bytes:
     """The SentencePiece model file of a BPE vocabulary.
 
     Rare characters (beyond 99.95% of the text, or beyond half of the vocabulary) are left to byte tokens.
@@ -166,7 +174,9 @@ def train_tokenizer(sentences: list[str], vocab_size: int) -> bytes:
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
-            split_digits=True,
+            split_by_unicode_script=split_scripts,
+            split_digits=split_digits,
+            max_sentencepiece_length=16 if split_scripts else 20,
             character_coverage=1.0,
             # Without a piece for the space, a space would be written as the bytes of the mark that stands for it.
             required_chars=BLANK,

@@ -7,9 +7,11 @@ rules, and its ids are those of its library for the whole text.
 import abc
 import functools
 import hashlib
+import itertools
 import json
 import re
 from array import array
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -129,7 +131,9 @@ class SentencePieceTokenizer(Tokenizer):
         marks = {piece: controls.pop(piece) for piece in CONTENT_MARKS if piece in controls}
         super().__init__(file, len(pieces), controls, marks, eos_token)
         self._bytes = [self._find_bytes(i, piece) for i, piece in enumerate(pieces)]
-        self._find_parts = _words_pattern().findall
+        kinds = (self._model.is_byte, self._model.is_control, self._model.is_unknown)
+        learnt = [piece for i, piece in enumerate(pieces) if not any(holds(i) for holds in kinds)]
+        self._find_parts = _words_pattern(learnt).findall
         # What the library cannot be given. It takes the mark for a space: its bytes cannot be mistaken.
         blank_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in BLANK.encode()]
         self._given = {BLANK: array(self.typecode, blank_ids).tobytes()}
@@ -282,22 +286,28 @@ def _check_text(text: str) -> str:
 
 
 _ONLY_BLANK = re.compile(f"({BLANK})")
+_CLOSING = "\n\uff0c\u3002\uff01\uff1f\uff1b\uff1a\u3001"
 
 
-def _words_pattern() -> re.Pattern[str]:
+def _words_pattern(pieces: Sequence[str]) -> re.Pattern[str]:
     """Parts that SentencePiece encodes by themselves to the same ids as inside the whole text.
 
-    Its pieces are learnt inside words and inside runs of one script, punctuation and digits being another than letters.
-    So none goes on across the start of a run of spaces, between an ASCII letter and another ASCII character, or from
-    punctuation to a letter. What has no such place is cut where it is too long for memory.
+    It merges characters that stand side by side only if one of `pieces` has them so. No piece goes on across the start
+    of a run of spaces, so a part is a run and a word. A word is cut behind a mark of `_CLOSING` where no piece has what
+    follows, and, unless `pieces` mix them, between an ASCII letter and another ASCII character. What has no such place
+    is cut where it is too long for memory.
     """
     longest = f"{{1,{_PART_CHARACTERS}}}"
     other, beyond = r"\x00-\x1f!-@\[-`{-\x7f", r"\x80-\U0010ffff"
-    ascii_runs = rf"[A-Za-z]{longest}(?![A-Za-z{beyond}])|[{other}]{longest}(?![{other}{beyond}])"
-    mixed_run = (
-        rf"[^ ]{longest}?(?:(?<=[\n\uff0c\u3002\uff01\uff1f\uff1b\uff1a\u3001])(?=[A-Za-z\u4e00-\u9fff])|(?= )|\Z)"
-    )
-    return re.compile(rf" {{0,{_PART_CHARACTERS}}}(?:{ascii_runs}|{mixed_run}|[^ ]{longest})| {longest}")
+    mixed = re.compile(f"[A-Za-z][{other}]|[{other}][A-Za-z]")
+    ascii_runs = rf"[A-Za-z]{longest}(?![A-Za-z{beyond}])|[{other}]{longest}(?![{other}{beyond}])|"
+    followers: defaultdict[str, set[str]] = defaultdict(set)
+    for mark, after in itertools.chain.from_iterable(map(itertools.pairwise, pieces)):
+        followers[mark].add(after)
+    joined = [f"{c}(?=[{''.join(map(re.escape, sorted(followers[c])))}])" for c in _CLOSING if followers[c]]
+    inside = "|".join([f"[^ {_CLOSING}]", *joined])
+    word = f"{'' if any(map(mixed.search, pieces)) else ascii_runs}(?:{inside}){longest}[{_CLOSING}]?|[{_CLOSING}]"
+    return re.compile(rf" {{0,{_PART_CHARACTERS}}}(?:{word})| {longest}")
 
 
 @functools.lru_cache(maxsize=1)

@@ -89,10 +89,12 @@ def test_long_text_is_not_cut_short_nor_padded(tokenizer: Tokenizer) -> None:
     assert ids[:20] == tokenizer.encode(TEXTS[0] * 2)[:20]
 
 
-def test_words_encode_as_the_whole_text_does(sentencepiece_folder: Path) -> None:
+@pytest.mark.parametrize("splits", [(True, True), (False, True), (False, False)])
+def test_words_encode_as_the_whole_text_does(tmp_path: Path, splits: tuple[bool, bool]) -> None:
     import sentencepiece
 
-    ours = load_tokenizer(sentencepiece_folder)
+    save_tokenizer(train_tokenizer(list(cut_sentences(TEXTS)), 330, *splits), tmp_path)
+    ours = load_tokenizer(tmp_path)
     library = sentencepiece.SentencePieceProcessor(model_file=str(ours.file))
     rng = random.Random(1)
     words = [*"\n \t,.(,。、é\u0301の", "  ", "the", "def", "return", "day", "今天", "365", "x", "\r\n", "。\n", "café"]

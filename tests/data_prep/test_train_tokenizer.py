@@ -33,6 +33,10 @@ def test_vocabulary_has_the_asked_size_and_learns_words(tmp_path: Path) -> None:
     assert len(tokenizer.encode(" the")) == 1
     assert len(tokenizer.encode(".\n")) == 1
     assert len(tokenizer.encode("12345")) == 5  # each digit by itself
+    assert len(tokenizer.encode("at,")) == 2
+    save_tokenizer(train_tokenizer(list(cut_sentences([ENGLISH])), 320, False, False), tmp_path)
+    joined = load_tokenizer(tmp_path)
+    assert len(joined.encode("12345")) < 5 and len(joined.encode("at,")) == 1
 
 
 @pytest.mark.parametrize(
