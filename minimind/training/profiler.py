@@ -15,7 +15,7 @@ from minimind.units import format_table
 
 FOLDER = "profile"
 PREFIX = "step."
-PARTS = ("data", "forward", "backward", "optimizer")
+PARTS = ("rollout", "data", "forward", "backward", "optimizer")
 STEPS_BEFORE = 3
 """Steps before the profile: allocations, kernels that are compiled, the profiler's own start."""
 
