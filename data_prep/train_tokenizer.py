@@ -74,7 +74,7 @@ class TrainTokenizerFlags(ReadOptions):
     max_bad_fraction: Annotated[float, FRACTION] = 0.01
     """Stop if more than this fraction of the documents is bad."""
     split_digits: bool = True
-    """Each digit is a token of its own: without it, texts have fewer tokens, and numbers are pieces of any length."""
+    """Each digit is a token of its own: without it, fewer tokens a text, and a small model learns less from each."""
     split_scripts: bool = True
     """No token goes on from letters to punctuation or to another script: without it, code, tables and markup have far
     fewer tokens, but a small model learns less from each."""
