@@ -19,7 +19,8 @@ from minimind.model import PRESETS, MiniMindForCausalLM
 @pytest.fixture(scope="module")
 def run_dir(one_gpu, tiny_corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "run"
-    one_gpu.run(train, flags_for(tiny_corpus, folder, steps=2, vocab_size=400, initializer_range=0.3))
+    settings = {"steps": 2, "vocab_size": 400, "initializer_range": 0.3, "device": "cuda"}
+    one_gpu.run(train, flags_for(tiny_corpus, folder, **settings))
     return folder
 
 
@@ -79,7 +80,7 @@ def test_a_model_goes_out_and_comes_back(one_gpu, run_dir, tmp_path):
 
 @pytest.mark.parametrize("command", ["doctor", "plan"])
 def test_what_is_told_of_a_gpu(one_gpu, command):
-    flags = ["--model", "tiny", "--seq-len", "128"] if command == "plan" else []
+    flags = ["--model", "tiny", "--seq-len", "128", "--device", "cuda"] if command == "plan" else []
     ((code, printed),) = one_gpu.run(run_command, command, *flags)
     assert "H100" in printed if command == "doctor" else code == 0
 

@@ -14,22 +14,26 @@ from simulated_cuda import Machine, environment
 from training_runs import RankPool
 
 
+def gpu_environment(world_size: int, machine: Machine | None = None) -> dict[str, str]:
+    """The variables of a process on simulated GPUs, or on the real ones where this process is shown any; on the CPU for
+    a machine without devices."""
+    if machine is not None and not machine.devices:
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    elif machine is None and torch.cuda.is_available():
+        env = dict(os.environ)
+    else:
+        env = environment(machine or Machine(devices=world_size))
+    # What is sent by name is imported there, and imports the project.
+    paths = [str(Path(__file__).parent), str(ROOT), env.get("PYTHONPATH", "")]
+    return {**env, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 class SimulatedRanks:
-    """`RankPool` on simulated GPUs, or on the real ones where this process is shown any; on the CPU for a machine
-    without devices. A process of its own stands between, as all pools of a process fork from one server
-    with one environment. Functions are sent by name, so they lie in a module of tests/support."""
+    """`RankPool` with `gpu_environment`. A process of its own stands between, as all pools of a process fork from one
+    server with one environment. Functions are sent by name, so they lie in a module of tests/support."""
 
     def __init__(self, world_size: int, machine: Machine | None = None) -> None:
-        command = [sys.executable, __file__, str(world_size)]
-        if machine is not None and not machine.devices:
-            env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-        elif machine is None and torch.cuda.is_available():
-            env = dict(os.environ)
-        else:
-            env = environment(machine or Machine(devices=world_size))
-        # What is sent by name is imported there, and imports the project.
-        paths = [str(Path(__file__).parent), str(ROOT), env.get("PYTHONPATH", "")]
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        command, env = [sys.executable, __file__, str(world_size)], gpu_environment(world_size, machine)
         self._process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:

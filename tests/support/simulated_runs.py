@@ -9,6 +9,8 @@ import io
 import json
 import os
 import shutil
+import signal
+import socket
 import threading
 import unittest.mock
 import urllib.request
@@ -38,6 +40,20 @@ def train_seeing_one(flags: list[str]) -> tuple[int, str]:
     visible = os.environ["LOCAL_RANK"]
     with unittest.mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=visible):
         return train_on(Machine(devices=2), flags, visible)
+
+
+def train_until_killed(step: str, *flags: str) -> None:
+    """Train until the process kills itself in step `step`."""
+    from minimind.training import trainer
+
+    def die(*args: Any) -> None:
+        if args[0].global_steps == int(step) - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return optimizer_step(*args)
+
+    optimizer_step = trainer.optimizer_step
+    with unittest.mock.patch.object(trainer, "optimizer_step", die):
+        train(list(flags))
 
 
 def resume(flags: list[str], run_dir: Path, step: int) -> tuple[int, str]:
@@ -168,34 +184,32 @@ def use_export(folder: str, device: str) -> dict[str, str]:
     import uvicorn
 
     import minimind
-    from minimind.inference.batching import Batcher
-    from minimind.inference.http_api import build_app
-    from minimind.inference.sampling import GenerationOptions
-    from minimind.serve import listen
 
     prompt, options = "the", {"max_new_tokens": 8, "temperature": 0.0}
     loaded = minimind.load(folder, device=device, precision="fp32")
-    flags = ["--checkpoint", folder, "--prompt", prompt, "--max-new-tokens", "8", "--temperature", "0"]
+    flags = ["--checkpoint", folder, "--max-new-tokens", "8", "--temperature", "0"]
+    flags += ["--device", device, "--precision", "fp32"]
     found = {
         "device": str(next(loaded.model.parameters()).device),
         "python": minimind.generate(loaded, prompt, **options),
-        "command": run_command("generate", *flags, "--device", device, "--precision", "fp32")[1],
+        "command": run_command("generate", *flags, "--prompt", prompt)[1],
     }
-    with contextlib.closing(Batcher(loaded.model, loaded.tokenizer, max_batch_size=2, max_waiting=2)) as batcher:
-        app = build_app(batcher, loaded.tokenizer, model_name="m", defaults=GenerationOptions(**options), api_key=None)
-        listener = listen("127.0.0.1", 0)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        thread = threading.Thread(target=server.run, args=([listener],))
+    serve = uvicorn.Server.run
+
+    def ask(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        thread = threading.Thread(target=serve, args=(server, sockets))
         thread.start()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{listener.getsockname()[1]}/v1/completions",
-            json.dumps({"model": "m", "prompt": prompt}).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request) as answer:
+        address = f"http://127.0.0.1:{sockets[0].getsockname()[1]}/v1/completions"
+        body = json.dumps({"model": Path(folder).name, "prompt": prompt}).encode()
+        with urllib.request.urlopen(
+            urllib.request.Request(address, body, {"Content-Type": "application/json"})
+        ) as answer:
             found["server"] = json.load(answer)["choices"][0]["text"]
         server.should_exit = True
         thread.join()
+
+    with unittest.mock.patch.object(uvicorn.Server, "run", ask):
+        run_command("serve", *flags, "--port", "0")
     return found
 
 
