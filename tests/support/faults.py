@@ -3,7 +3,7 @@
     python tests/support/faults.py --kills 200 --corruptions 200          the whole proof, about a quarter of an hour
     python tests/support/faults.py --kills 8 --corruptions 12             what CI runs
 
-    python tests/support/faults.py --kinds dpo ipo orpo simpo kto distill --corruptions 0     other objectives
+    python tests/support/faults.py --kinds dpo ipo orpo simpo kto distill grpo --corruptions 0     other objectives
 
 Tiny runs, dense and with experts under AutoEP (ep size 2 on two ranks), on one and on two ranks, are killed with
 SIGKILL (one rank or all) at random moments of training and saving, and while log-probabilities of a reference or a
@@ -45,6 +45,14 @@ OBJECTIVES = ("dpo", "ipo", "orpo", "simpo", "kto")
 KINDS: dict[str, dict[str, Any]] = {"dense": {}, "experts": EXPERTS, "chat": {"seq_len": 64}}
 KINDS |= {name: {"objective": name, "seq_len": 64, "vocab_size": 400, "lr": 1e-2} for name in OBJECTIVES}
 KINDS |= {"distill": {"objective": "distill", "teacher_top_k": 4}}
+KINDS["grpo"] = {
+    "objective": "grpo",
+    "seq_len": 64,
+    "vocab_size": 400,
+    "lr": 1e-2,
+    "reward": "comparison_shards:count_letters",
+}
+KINDS["grpo"] |= {"group_size": 3, "max_new_tokens": 4, "rollout_steps": 3, "reward_workers": 1}
 PREPARING = ("windows of train pairs before training", "tokens of the teacher for")
 """What a run says before it computes what lasts from one start to the next."""
 
@@ -158,7 +166,7 @@ def run_to_end(context: Any, flags: list[str], world_size: int, folder: Path) ->
 def kill_runs(context: Any, corpus: Path, folder: Path, flags: Flags, rng: random.Random, report: Report) -> None:
     """Kill runs until there were enough kills; every run is then taken to its end and compared."""
     every = [("experts", 2), ("dense", 1), ("chat", 2), ("dense", 2), ("experts", 1), ("chat", 1)]
-    every += [(name, ranks) for name in (*OBJECTIVES, "distill") for ranks in (1, 2)]
+    every += [(name, ranks) for name in (*OBJECTIVES, "distill", "grpo") for ranks in (1, 2)]
     settings = [(kind, world_size) for kind, world_size in every if kind in flags.kinds]
     references: dict[tuple[str, int], dict[int, float]] = {}
     while report.kills < flags.kills:
@@ -199,7 +207,7 @@ def kill_runs(context: Any, corpus: Path, folder: Path, flags: Flags, rng: rando
 def command(corpus: Path, run_dir: Path, kind: str, world_size: int, flags: Flags) -> list[str]:
     """A run that saves at every second step."""
     settings = {**KINDS[kind], **({"ep_size": world_size} if kind == "experts" else {})}
-    own = {"chat": "chat", "kto": "judged"} | dict.fromkeys(OBJECTIVES[:-1], "pairs")
+    own = {"chat": "chat", "kto": "judged", "grpo": "asked"} | dict.fromkeys(OBJECTIVES[:-1], "pairs")
     if kind == "distill":
         settings["teacher"] = corpus.with_name("teacher")
     corpus = corpus.with_name(own.get(kind, corpus.name))
@@ -296,7 +304,7 @@ def main() -> int:
         folder = Path(name)
         corpus = write_corpus(folder / "corpus", tokens=6000)
         write_corpus(folder / "chat", tokens=6000, chat_template="{{ messages[0].content }}")
-        if {"distill", *OBJECTIVES} & set(flags.kinds):
+        if {"distill", "grpo", *OBJECTIVES} & set(flags.kinds):
             write_comparisons(folder)
             train(flags_for(corpus, folder / "teacher", num_hidden_layers=2, steps=4))
         if flags.kills:
