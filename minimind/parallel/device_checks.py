@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime import utils as deepspeed_utils
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.zero import stage3, stage_1_and_2
+from deepspeed.runtime.zero import partition_parameters, stage3, stage_1_and_2
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
@@ -34,6 +34,9 @@ def leave_checks_on_device(optimizer: Any, resolved: ResolvedRun) -> None:
     is_own = resolved.train.optimizer == "adamw" and not resolved.zero.offloaded
     if kind is not None and is_own and resolved.train.precision != "fp16":
         optimizer.__class__ = kind
+        if kind is DeviceStage3:
+            _order_streams_alone(partition_parameters.NoGatherHandle)
+            _order_streams_alone(partition_parameters.NoGatherCoalescedHandle)
 
 
 @contextlib.contextmanager
@@ -129,8 +132,24 @@ class DeviceStage1And2(DeepSpeedZeroOptimizer):
             yield
 
 
+class _FillingTorch:
+    """torch to a module of DeepSpeed's, but that a tensor of a number is filled on the device, not copied to it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def tensor(value: float, **options: Any) -> Tensor:
+        return torch.full((), value, **options)
+
+
 class DeviceStage3(DeepSpeedZeroOptimizer_Stage3):
     """Stage 3."""
+
+    def get_grad_norm_direct(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As DeepSpeed's."""
+        with _exchanged(stage3, torch=_FillingTorch()):
+            return super().get_grad_norm_direct(*args, **kwargs)
 
     def step(self, closure: Any = None) -> None:
         """As DeepSpeed's."""
@@ -142,6 +161,19 @@ class DeviceStage3(DeepSpeedZeroOptimizer_Stage3):
         stream = self.reduce_and_partition_stream
         with _exchanged(stream, synchronize=lambda: torch.cuda.current_stream().wait_stream(stream)):
             super().independent_gradient_partition_epilogue()
+
+
+def _order_streams_alone(handle: type) -> None:
+    """Let a weight that one rank holds whole be ready without the host: who has fetched it lets its stream wait for the
+    one it was fetched on, as with weights that are gathered. Once for the process."""
+    wait = handle.wait  # type: ignore[attr-defined]
+
+    def wait_on_device(self: Any, **options: Any) -> None:
+        with _exchanged(get_accelerator(), resolves_data_dependency=lambda: True):
+            wait(self, **options)
+
+    if wait.__module__ != __name__:
+        handle.wait = wait_on_device  # type: ignore[attr-defined]
 
 
 _KINDS: dict[type, type] = {
