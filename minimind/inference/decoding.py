@@ -5,6 +5,8 @@ of different lengths end in the same column of the cache, padded on the left and
 tokens as alone.
 """
 
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from random import Random
 from typing import NamedTuple
@@ -12,10 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minimind.errors import UserError
+from minimind.errors import UserError, first_line
+from minimind.inference.decoding_graph import GraphedStep, fits_graph
 from minimind.inference.sampling import GenerationOptions, draw, to_device
 from minimind.model import CausalLMOutput, KVCache, MiniMindForCausalLM
 from minimind.model.config import ModelConfig
+
+STEPS_BEFORE_GRAPH = 8
+"""Steps that the same rows take together before theirs is captured, which takes as long as some of them."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -99,11 +105,15 @@ class _Group:
         # torch.compile compile once more.
         capacity = max(row.max_length for row in rows)
         self.cache = KVCache(model.config, len(rows), capacity, weight.device, weight.dtype)
+        self._num_plain = 0
+        self._graph: GraphedStep | None = None
 
     def read(self, forward: Callable[..., CausalLMOutput], padding_id: int) -> Tensor:
         """Read what is not in the cache yet; returns the logits (B, V) after each row's newest token."""
         device, length = self.cache.keys.device, max(len(row.tokens) for row in self.rows)
         num_new = length - self.cache.length
+        if self._graph is not None:
+            return self._graph([row.tokens[-1] for row in self.rows])
         unread = [row.tokens[-num_new:] for row in self.rows]
         padded = [[padding_id] * (num_new - len(ids)) + ids for ids in unread]
         input_ids = to_device(padded, device, torch.long)
@@ -115,6 +125,17 @@ class _Group:
         logits = forward(input_ids, attention_mask=mask, cache=self.cache, logits_to_keep=1).logits
         assert logits is not None  # there always are, without labels
         return logits[:, -1]
+
+    def settle(self, model: MiniMindForCausalLM) -> None:
+        """Take a graph for the steps from here on, where the rows stay together and a graph can be had."""
+        self._num_plain += 1
+        if self._num_plain > STEPS_BEFORE_GRAPH and self._graph is None and fits_graph(model):
+            length = self.cache.length + 1  # with the newest token, which is not read yet
+            try:
+                self._graph = GraphedStep(model, self.cache, [length - len(row.tokens) for row in self.rows])
+            except RuntimeError as error:
+                self._num_plain = -sys.maxsize
+                warnings.warn(f"decoding goes on without a CUDA graph: {first_line(error)}", stacklevel=2)
 
 
 class Decoding:
@@ -147,6 +168,8 @@ class Decoding:
         """Give each row one more token."""
         self._settle()
         padding_id = self._model.config.pad_token_id
+        for group in self._groups:
+            group.settle(self._model)
         logits = [group.read(self._model, padding_id) for group in self._groups]
         if joining := [row for row in self._joining if row.reason is None]:
             self._groups.append(_Group(self._model, joining))

@@ -4,6 +4,7 @@ Imported by those ranks alone, which have the device.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import json
@@ -14,6 +15,7 @@ import socket
 import threading
 import unittest.mock
 import urllib.request
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -283,3 +285,38 @@ def copy_early() -> tuple[list[float], bool, list[float], bool, list[float]]:
     arrived.record()
     early, first, still, second = figures.tolist(), arrived.query(), figures.tolist(), arrived.query()
     return early, first, still, second, figures.tolist()
+
+
+def decode_in_graphs(kernels: str, lengths: list[int], num_tokens: int, leave_after: int) -> dict[str, Any]:
+    """Continue rows with prompts of `lengths` tokens greedily in fp32, the last of them ended after `leave_after`.
+
+    Args:
+        kernels: MINIMIND_KERNELS; "broken": a capture fails.
+    """
+    from minimind.inference.decoding import Row, decode
+    from minimind.inference.sampling import GenerationOptions
+    from minimind.model import PRESETS, MiniMindForCausalLM
+
+    torch.manual_seed(0)
+    config = dataclasses.replace(PRESETS["tiny"], vocab_size=300, initializer_range=0.2)
+    model = MiniMindForCausalLM(config).eval().cuda()
+    options = GenerationOptions(temperature=0.0, max_new_tokens=num_tokens)
+    rows = [Row([7 + i, *range(3, 2 + length)], options) for i, length in enumerate(lengths)]
+    forwards: list[int] = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    index_fill = torch.Tensor.index_fill_ if kernels != "broken" else None  # only a capture needs it
+    with (
+        unittest.mock.patch.dict(os.environ, MINIMIND_KERNELS="all" if kernels == "broken" else kernels),
+        unittest.mock.patch.object(torch.Tensor, "index_fill_", index_fill or _refuse),
+        warnings.catch_warnings(record=True) as said,
+    ):
+        warnings.simplefilter("always")
+        for step, _ in enumerate(decode(model, rows), 1):
+            if step == leave_after:
+                rows[-1].reason = "stop"
+    tokens = [row.new_tokens for row in rows]
+    return {"tokens": tokens, "forwards": len(forwards), "said": [str(one.message) for one in said]}
+
+
+def _refuse(*_: Any) -> None:
+    raise RuntimeError("operation not permitted when stream is capturing")

@@ -66,8 +66,8 @@ KERNELS = (
     Kernel("experts", Experts, CpuExperts, on_cpu),
     Kernel("experts", Experts, GroupedExperts, on_gpu),
 )
-NAMES = (*dict.fromkeys(kernel.name for kernel in KERNELS), "packed")
-"""What can be chosen. `packed`: the layouts of `packed_weights.prepare_decoding`."""
+NAMES = (*dict.fromkeys(kernel.name for kernel in KERNELS), "packed", "graphs")
+"""What can be chosen. `packed`: the layouts of `packed_weights.prepare_decoding`. `graphs`: CUDA graphs in decoding."""
 
 
 def chosen_kernels() -> set[str]:

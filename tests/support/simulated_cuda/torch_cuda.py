@@ -293,7 +293,7 @@ BINDINGS: dict[str, Any] = {
 
 def install() -> None:
     """Give this process the machine of its environment."""
-    from simulated_cuda import collectives, compiler, operators
+    from simulated_cuda import collectives, compiler, graphs, operators
 
     cuda = torch.cuda
     elsewhere = (cuda.memory, cuda.random, cuda.streams, cuda._utils)
@@ -317,3 +317,4 @@ def install() -> None:
     collectives.install()
     operators.install()
     compiler.install()
+    graphs.install()
