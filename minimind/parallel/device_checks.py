@@ -156,6 +156,11 @@ class DeviceStage3(DeepSpeedZeroOptimizer_Stage3):
         with _checks_on_device(self, stage3):
             super().step(closure)
 
+    def _post_step(self, *args: Any, **kwargs: Any) -> None:
+        # The weights that stay whole are gathered, and the stream waits for that already.
+        with _exchanged(get_accelerator(), synchronize=lambda *_: None):
+            super()._post_step(*args, **kwargs)
+
     def independent_gradient_partition_epilogue(self) -> None:
         """As DeepSpeed's."""
         stream = self.reduce_and_partition_stream
