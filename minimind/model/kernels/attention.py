@@ -73,6 +73,11 @@ class FastAttention(Attention):
         if upcasts_to_fp32(queries[0, 0]):
             with torch.autocast("cpu", enabled=False):
                 return super().attend(queries.float(), keys.float(), values.float(), mask).to(queries.dtype)
+        if queries.is_cuda and queries.shape[2] == 1 and mask.allowed is not None:
+            # One token a row: the queries of a group are rows of one product. With a mask torch's fused kernels have no
+            # grouped heads, and keys and values would be repeated in memory.
+            grouped = queries.reshape(len(queries), keys.shape[1], -1, queries.shape[3])
+            return super().attend(grouped, keys, values, mask).reshape_as(queries)
         is_16_bit_on_cpu = queries.is_cpu and queries.dtype in (torch.bfloat16, torch.float16)
         has_dropout = self.dropout and self.training
         is_short = mask.is_causal and queries.shape[2] <= LONGEST_BY_MATMUL
