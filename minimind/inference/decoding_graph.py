@@ -16,9 +16,12 @@ from minimind.model.kernels.apply import chosen_kernels
 
 
 def fits_graph(model: MiniMindForCausalLM) -> bool:
-    """Whether a step of this model is captured: on CUDA, not compiled, and without experts, whose products ask the host
-    how many rows they have where no kernel of torch fits."""
+    """Whether a step of this model is captured: on CUDA, not compiled, without experts, whose products ask the host how
+    many rows they have where no kernel of torch fits, and without hooks, such as those by which ZeRO-3 gathers weights:
+    they run on the host."""
     if not model.lm_head.weight.is_cuda or torch.version.hip is not None or "graphs" not in chosen_kernels():
+        return False
+    if any(module._forward_pre_hooks or module._forward_hooks for module in model.modules()):
         return False
     return not model.config.use_moe and model._compiled_call_impl is None
 
@@ -57,14 +60,20 @@ class GraphedStep:
     def _capture(self) -> None:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._read()  # libraries choose and allocate at their first call
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._logits = self._read()
-            self._mask.index_fill_(1, self._column, 1)
-            self._positions.add_(1)
-            self._column.add_(1)
+        try:
+            with torch.cuda.stream(side):
+                self._read()  # libraries choose and allocate at their first call
+                # Not by torch.cuda.graph, which also collects Python's garbage and empties the allocator's caches.
+                self._graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self._logits = self._read()
+                    self._mask.index_fill_(1, self._column, 1)
+                    self._positions.add_(1)
+                    self._column.add_(1)
+                finally:
+                    self._graph.capture_end()
+        finally:
+            torch.cuda.current_stream().wait_stream(side)
 
     def _read(self) -> Tensor:
         cache = self._cache

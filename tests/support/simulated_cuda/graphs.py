@@ -42,6 +42,16 @@ class CUDAGraph:
     def __init__(self, keep_graph: bool = False) -> None:
         self.done: list[tuple[Any, ...]] = []
 
+    def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
+        if torch.cuda.current_stream() == torch.cuda.default_stream():
+            raise RuntimeError("CUDA graphs must be captured on a non-default stream.")
+        self.capture = _Capture(self.done)
+        self.capture.__enter__()
+
+    def capture_end(self) -> None:
+        self.capture.__exit__(None, None, None)
+        self.capture.undo()
+
     def replay(self) -> None:
         for func, args, kwargs, made in self.done:
             held = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if _is_ours(leaf)}
@@ -55,20 +65,6 @@ def _is_ours(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_cuda
 
 
-class graph:
-    """torch.cuda.graph."""
-
-    def __init__(self, cuda_graph: CUDAGraph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"):
-        self.mode = _Capture(cuda_graph.done)
-
-    def __enter__(self) -> None:
-        self.mode.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self.mode.__exit__(*error)
-        self.mode.undo()
-
-
 def install() -> None:
     """Give `torch.cuda` its graphs."""
-    torch.cuda.CUDAGraph, torch.cuda.graph = CUDAGraph, graph  # type: ignore[misc, assignment]
+    torch.cuda.CUDAGraph = CUDAGraph  # type: ignore[misc]
