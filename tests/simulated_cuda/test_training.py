@@ -1,11 +1,15 @@
-"""Training on simulated GPUs: every file of ds_configs/, dense and with experts, on one and two ranks, gives the losses
-of a CPU; runs continue; memory that ends is one line; an old GPU trains in what it has."""
+"""Training on simulated GPUs: killed runs continue; memory that ends is one line; the host does not wait; an old GPU
+trains in what it has. test_matrix.py compares losses with a CPU's."""
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from repository import ROOT
 from simulated_cuda import Machine
+from simulated_ranks import gpu_environment
 from simulated_runs import (
     MOMENTS,
     compile_without_triton,
@@ -16,68 +20,43 @@ from simulated_runs import (
     train_on,
     train_seeing_one,
 )
-from training_runs import EXPERTS, flags_for, losses, train
+from training_runs import flags_for, losses, train
 
-# Offload has its Adam compiled for a machine with CUDA, which takes minutes; NVMe needs libaio.
-LEFT_OUT = ("zero2_offload", "zero3_offload", "zero3_nvme")
-FILES = sorted({path.stem for path in (ROOT / "ds_configs").glob("*.json")} - {*LEFT_OUT})
-TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
-KINDS: dict[str, dict] = {"dense": {}, "experts": EXPERTS}
-REFUSED = [("zero3_hpz", "experts")]
-CASES = [(file, kind) for file in FILES for kind in KINDS if (file, kind) not in REFUSED]
 STAGES = ("zero1", "zero2", "zero3")
 
 
-def flags(corpus: Path, run_dir: Path, file: str, precision: str, kind: str = "dense", **others) -> list[str]:
-    ds_config = ROOT / "ds_configs" / f"{file}.json"
-    settings = {"steps": 3, "save_every": 0, "precision": precision, **KINDS[kind], **others}
-    return flags_for(corpus, run_dir, **settings, ds_config=ds_config)
+def flags(corpus: Path, run_dir: Path, file: str, precision: str, **others) -> list[str]:
+    settings = {"steps": 3, "save_every": 0, "precision": precision, **others}
+    return flags_for(corpus, run_dir, **settings, ds_config=ROOT / "ds_configs" / f"{file}.json")
 
 
-@pytest.fixture(scope="module")
-def on_cpu(tiny_corpus, tmp_path_factory):
-    """The losses of a CPU: the same at every stage, so made once for each optimizer, kind and precision."""
-    made: dict[tuple[bool, str, str], dict[int, float]] = {}
-
-    def reference(file: str, kind: str, precision: str) -> dict[int, float]:
-        key = ("muon" in file, kind, precision)
-        if key not in made:
-            run_dir = tmp_path_factory.mktemp("cpu") / "run"
-            assert train(flags(tiny_corpus, run_dir, file if key[0] else "zero1", precision, kind))[0] == 0
-            made[key] = losses(run_dir)
-        return made[key]
-
-    return reference
-
-
-def check_losses(ranks, corpus, run_dir, reference, file, kind, precision):
-    (code, printed), *_ = ranks.run(train, flags(corpus, run_dir, file, precision, kind))
-    assert code == 0 and "x cuda" in printed
-    expected = reference(file, kind, precision)
-    assert losses(run_dir) == pytest.approx(expected, rel=TOLERANCE[precision])
-
-
-@pytest.mark.parametrize(("file", "kind"), CASES)
-def test_one_gpu_gives_the_losses_of_a_cpu(one_gpu, tiny_corpus, tmp_path, on_cpu, file, kind):
-    check_losses(one_gpu, tiny_corpus, tmp_path / "run", on_cpu, file, kind, "fp32")
-
-
-@pytest.mark.parametrize(("file", "kind"), CASES)
-def test_two_gpus_give_the_losses_of_a_cpu(two_gpus, tiny_corpus, tmp_path, on_cpu, file, kind):
-    check_losses(two_gpus, tiny_corpus, tmp_path / "run", on_cpu, file, kind, "bf16")
-
-
-def test_a_killed_run_continues(one_gpu, two_gpus, tiny_corpus, tmp_path):
-    def run(name: str, file: str) -> tuple[Path, list[str]]:
-        return tmp_path / name, flags(tiny_corpus, tmp_path / name, file, "bf16", steps=6, save_every=2)
-
-    whole, given = run("whole", "zero2")
-    two_gpus.run(train, given)
-    cut, given = run("cut", "zero2")
-    two_gpus.run(train, given)
-    (code, printed), *_ = one_gpu.run(resume, run("cut", "zero3")[1], cut, 2)  # another stage, fewer ranks
+@pytest.mark.gpu
+def test_a_killed_run_continues(one_gpu, tiny_corpus, tmp_path):
+    """Killed in the middle of a step by SIGKILL, then begun again by the same command."""
+    whole, cut = (flags(tiny_corpus, tmp_path / name, "zero2", "bf16", steps=6, save_every=2) for name in "ab")
+    one_gpu.run(train, whole)
+    command = [
+        sys.executable,
+        "-c",
+        "import sys, simulated_runs; simulated_runs.train_until_killed(*sys.argv[1:])",
+        "5",
+    ]
+    done = subprocess.run([*command, *cut], env=gpu_environment(1), capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-1000:]
+    ((code, printed),) = one_gpu.run(train, cut)
     assert code == 0 and "resumed from" in printed
-    assert losses(cut) == pytest.approx(losses(whole), rel=2e-3)
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")
+
+
+def test_a_run_continues_at_another_stage_on_fewer_gpus(one_gpu, two_gpus, tiny_corpus, tmp_path):
+    def given(name: str, file: str) -> list[str]:
+        return flags(tiny_corpus, tmp_path / name, file, "bf16", steps=6, save_every=2)
+
+    two_gpus.run(train, given("whole", "zero2"))
+    two_gpus.run(train, given("cut", "zero2"))
+    (code, printed), *_ = one_gpu.run(resume, given("cut", "zero3"), tmp_path / "cut", 2)
+    assert code == 0 and "resumed from" in printed
+    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=2e-3)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -121,8 +100,9 @@ def test_compiling_needs_triton_and_says_so(one_gpu, tiny_corpus, tmp_path):
     assert said == "compile: on, and Triton (pip install triton) is missing; install it, or take --compile off"
 
 
-def test_a_rank_that_sees_one_device_of_two_takes_it(two_gpus, tiny_corpus, tmp_path, on_cpu):
+def test_a_rank_that_sees_one_device_of_two_takes_it(two_gpus, tiny_corpus, tmp_path):
     """`CUDA_VISIBLE_DEVICES=$SLURM_LOCALID` for each task, and what `srun --gpus-per-task=1` does."""
-    (code, printed), *_ = two_gpus.run(train_seeing_one, flags(tiny_corpus, tmp_path / "run", "zero3", "fp32"))
+    (code, printed), *_ = two_gpus.run(train_seeing_one, flags(tiny_corpus, tmp_path / "one", "zero3", "fp32"))
     assert code == 0 and "2 x cuda" in printed
-    assert losses(tmp_path / "run") == pytest.approx(on_cpu("zero3", "dense", "fp32"), rel=1e-5)
+    two_gpus.run(train, flags(tiny_corpus, tmp_path / "both", "zero3", "fp32"))
+    assert losses(tmp_path / "one") == losses(tmp_path / "both")
