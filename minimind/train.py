@@ -3,6 +3,8 @@
 Mistakes in flags, files and shards are reported before the process group is made, so that no hardware waits for them.
 """
 
+import dataclasses
+import datetime
 import functools
 import json
 import os
@@ -13,8 +15,10 @@ import torch
 
 from minimind.checkpoints.formats.source import open_source
 from minimind.cli import without_local_rank
-from minimind.config.command_line import parse_command_line
+from minimind.config.command_line import CommandLine, parse_command_line
+from minimind.config.deepspeed_file import load_ds_config
 from minimind.config.resolved_run import ResolvedRun
+from minimind.config.run_config import RunConfig
 from minimind.data.dataset import Dataset, PackedDataset
 from minimind.distributed.collectives import log
 from minimind.distributed.cpu_tuning import keep_freed_memory
@@ -30,13 +34,15 @@ from minimind.distributed.launchers.caches import use_own_caches
 from minimind.distributed.launchers.mpi import find_master
 from minimind.distributed.launchers.watch import LauncherWatch
 from minimind.distributed.out_of_memory import explain_out_of_memory
-from minimind.distributed.process_group import count_threads, process_group
-from minimind.distributed.startup import join_ranks, report_startup_error
+from minimind.distributed.process_group import connect_store, count_threads, process_group
+from minimind.distributed.startup import JOIN_MINUTES, join_ranks, report_startup_error
 from minimind.errors import EXIT_STOPPED, UserError, run_main
 from minimind.files import raise_open_files
 from minimind.parallel.compilation import settle_compilation
 from minimind.parallel.op_builds import build_ops
 from minimind.reports.plan.memory import estimate_memory
+from minimind.reports.plan.micro_batch import fit_micro_batch
+from minimind.training.run_folder import recorded_micro_batch_size
 from minimind.training.setup import RunData, memory_remedies, prepare, run_rank
 
 
@@ -54,7 +60,10 @@ def main(args: Sequence[str] | None = None) -> int:
     raise_open_files()
     env = find_master(env)
     use_own_caches(env)
+    store = None
     try:
+        if command.run.train.micro_batch_size == "auto":
+            command, store = settle_micro_batch(command, env, device)
         resolved, data = prepare(command, env, device)
     except UserError as error:
         report_startup_error(env, error)
@@ -74,6 +83,7 @@ def main(args: Sequence[str] | None = None) -> int:
             data.train.reader.fingerprint,
             functools.partial(data.check_files, env),
             functools.partial(build_ops, resolved),
+            store,
         ) as (store, watchdog),
         process_group(env, device, timeout_minutes, store),
         watchdog.report_failure(),
@@ -81,6 +91,63 @@ def main(args: Sequence[str] | None = None) -> int:
     ):
         finished = run_rank(resolved, env, device, data, watchdog, launcher)
     return 0 if finished else EXIT_STOPPED
+
+
+def settle_micro_batch(
+    command: CommandLine, env: RankEnvironment, device: torch.device
+) -> tuple[CommandLine, torch.distributed.Store | None]:
+    """`--micro-batch-size auto` as a number: the one that the run has begun with, or what fits, as rank 0 finds it for
+    all; and the store by which it is told. Every rank calls this.
+
+    Raises:
+        UserError: nothing fits, or the run is none of which that can be tried.
+    """
+
+    def take(micro: int) -> CommandLine:
+        train = dataclasses.replace(command.run.train, micro_batch_size=micro)
+        return dataclasses.replace(command, run=dataclasses.replace(command.run, train=train))
+
+    resolved, data = prepare(take(1), env, device)
+    check_auto(command.run, data, device)
+    share, recorded = resolved.train.global_batch_size // resolved.dp_size, recorded_micro_batch_size(resolved.train)
+    if recorded is not None and share % recorded == 0:
+        return take(recorded), None
+    store = connect_store(env, JOIN_MINUTES) if env.world_size > 1 else None
+    if not env.is_first:
+        assert store is not None
+        try:
+            store.wait(["micro_batch_size"], datetime.timedelta(days=30))
+            found = store.get("micro_batch_size").decode()
+        except RuntimeError:
+            raise UserError("rank 0 has left while it tried micro-batches") from None
+        if not found.isdecimal():
+            raise UserError(found)
+        return take(int(found)), store
+    try:
+        micro, words = fit_micro_batch(resolved, min(env.local_world_size, torch.cuda.device_count()))
+    except UserError as error:
+        if store is not None:
+            store.set("micro_batch_size", str(error))
+        raise
+    print(f"micro     {words}", flush=True)
+    if store is not None:
+        store.set("micro_batch_size", str(micro))
+    return take(micro), store
+
+
+def check_auto(run: RunConfig, data: RunData, device: torch.device) -> None:
+    """Refuse `--micro-batch-size auto` where there is nothing to find, or nothing to keep."""
+    train = run.train
+    if device.type == "cpu":
+        raise UserError(
+            "micro_batch_size: auto is for GPUs; on a CPU a larger one is no faster: give a number, or none"
+        )
+    if train.gradient_accumulation_steps is not None:
+        raise UserError("gradient_accumulation_steps: with --micro-batch-size auto it follows from it; leave it out")
+    if train.global_batch_size is None and load_ds_config(train.ds_config).get("train_batch_size", "auto") == "auto":
+        raise UserError("micro_batch_size: auto needs --global-batch-size, which no machine is to decide")
+    if train.teacher is not None or data.train.reader.manifest.is_pairs:
+        raise UserError("micro_batch_size: auto does not try pairs or a teacher, which hold more; give a number")
 
 
 def describe_packing(data: Dataset) -> str:

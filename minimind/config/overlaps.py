@@ -55,6 +55,8 @@ def take_batch(run: RunConfig, ds: dict[str, Any], dp_size: int, notes: list[str
     Raises:
         UserError: an inexact division, with the nearest valid values; without flags, also the flags that would fit.
     """
+    if run.train.micro_batch_size == AUTO:
+        raise UserError("micro_batch_size: auto is found by training, on its GPUs; plan has --find-micro-batch")
     ours = {name: getattr(run.train, name) for name in _BATCH_KEYS if getattr(run.train, name) is not None}
     theirs = {name: ds[key] for name, key in _BATCH_KEYS.items() if ds.get(key, AUTO) not in (AUTO, None)}
     theirs = check_fields(TrainConfig, theirs, "DeepSpeed config")

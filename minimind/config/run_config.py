@@ -157,8 +157,8 @@ class TrainConfig:
     """Passes over the training shards, where `steps` is not set."""
     seed: Annotated[int, Limits(at_least=0, at_most=2**63 - 1)] = 42
     """Seed of the weights, the order of the data and dropout."""
-    micro_batch_size: Annotated[int | None, _default("8"), AT_LEAST_1] = None
-    """Sequences a rank takes in one forward."""
+    micro_batch_size: Annotated[Annotated[int, AT_LEAST_1] | Literal["auto"] | None, _default("8")] = None
+    """Sequences a rank takes in one forward. auto, on GPUs: as many as fit, by trial; --global-batch-size stays."""
     global_batch_size: Annotated[int | None, _default("micro batch x accumulation x ranks"), AT_LEAST_1] = None
     """Sequences of one optimizer step over all ranks."""
     gradient_accumulation_steps: Annotated[int | None, _default("1"), AT_LEAST_1] = None

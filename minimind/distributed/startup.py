@@ -31,6 +31,7 @@ def join_ranks(
     shards: str,
     check_data: Callable[[], None],
     build: Callable[[Callable[[str], None]], None],
+    store: torch.distributed.Store | None = None,
 ) -> Iterator[tuple[torch.distributed.Store | None, Watchdog]]:
     """The store for the process group, and the watchdog, which runs while the block does. Every rank calls this.
 
@@ -38,6 +39,7 @@ def join_ranks(
         shards: fingerprint of the training shards.
         check_data: checks this rank's share of the data.
         build: compiles what the run needs, on one rank of each host while the others wait; it may say what it does.
+        store: where this rank is connected already.
 
     Raises:
         UserError: a rank is missing, a host differs, rank 0 cannot be reached, or `build` has failed somewhere.
@@ -49,7 +51,7 @@ def join_ranks(
         yield None, watchdog
         return
     minutes = min(JOIN_MINUTES, train.timeout_minutes)
-    store = connect_store(env, minutes)
+    store = store or connect_store(env, minutes)
     if train.preflight:
         report = examine(env, device, run_dir, shards)
         try:

@@ -115,7 +115,7 @@ class Tuner:
         """One run on the tokens of all others."""
         began = time.perf_counter()
         train, steps = self.run.train, round(self.steps * self.batch / batch)
-        assert train.micro_batch_size is not None
+        assert isinstance(train.micro_batch_size, int)
         micro = math.gcd(train.micro_batch_size, batch)
         fields: dict[str, Any] = {
             "global_batch_size": batch,

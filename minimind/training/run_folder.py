@@ -15,7 +15,7 @@ from minimind.checkpoints.loading import find_resume
 from minimind.checkpoints.manifest import CheckpointError, CheckpointManifest, read_manifest
 from minimind.checkpoints.retention import clear_partials
 from minimind.checkpoints.run_state import DataFingerprint, compare, describe_run, find_obstacles, settings_of
-from minimind.config.resolved_run import ResolvedRun
+from minimind.config.resolved_run import ResolvedRun, ResolvedTrain
 from minimind.config.run_config import RunConfig
 from minimind.data.chat_template import TEMPLATE_NAME
 from minimind.data.shards import ShardReader
@@ -68,6 +68,16 @@ def check_run_folder(resolved: ResolvedRun, corpus: DataFingerprint) -> list[str
         for name, before, now in changes
         if before is not None and now is not None
     ]
+
+
+def recorded_micro_batch_size(train: ResolvedTrain) -> int | None:
+    """The micro-batch that the run in this folder has begun with; None: nothing has begun there, or it begins anew."""
+    path = Path(train.run_dir) / RUN_CONFIG_NAME
+    if train.resume == "never" or not path.exists():
+        return None
+    content = read_json(path, "the run folder's")
+    size = content.get("train", {}).get("micro_batch_size") if isinstance(content, dict) else None
+    return size if isinstance(size, int) else None
 
 
 def settle_aux_loss_scope(run: RunConfig) -> RunConfig:

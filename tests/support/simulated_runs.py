@@ -37,6 +37,19 @@ def train_on(machine: Machine, flags: list[str], visible: str | None = None) -> 
         use(before)
 
 
+def train_with_memory(memory: int, flags: list[str]) -> tuple[int, str]:
+    """`training_runs.train` on a device of `memory` bytes, and so for every process that it starts; an error is what is
+    printed."""
+    from minimind.errors import UserError
+
+    machine = Machine(memory=memory)
+    try:
+        with unittest.mock.patch.dict(os.environ, machine.variables()):
+            return train_on(machine, flags)
+    except UserError as error:
+        return 1, str(error)
+
+
 def train_seeing_one(flags: list[str]) -> tuple[int, str]:
     """Train on a rank that is shown the device of its own number alone."""
     visible = os.environ["LOCAL_RANK"]

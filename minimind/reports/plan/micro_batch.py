@@ -6,6 +6,7 @@ follows from the peaks of the earlier ones, so the search stops below the limit 
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import RunConfig
 from minimind.errors import UserError
 from minimind.reports.plan import trial
+from minimind.reports.plan.memory import estimate_memory
 from minimind.units import format_bytes
 
 USABLE_DEVICE = 0.95
@@ -30,6 +32,7 @@ USABLE_HOST = 0.8
 """Share of the memory that is free now; the rest is left to the machine's other processes."""
 TRY_SECONDS = 900
 LARGEST = 4096
+_OF_A_LAUNCHER = ("MASTER_", "TORCHELASTIC_", "SLURM_", "OMPI_", "PMI")
 
 
 def find_micro_batch(run: RunConfig, ds: dict[str, Any], limit: int | None, *, num_ranks: int = 1) -> int:
@@ -62,12 +65,52 @@ def find_micro_batch(run: RunConfig, ds: dict[str, Any], limit: int | None, *, n
 
     largest = search(attempt, limit)
     if not largest:
-        raise UserError(
-            f"micro_batch_size: not even 1 sequence of {run.data.seq_len} tokens fits {format_bytes(limit)}; shorten "
-            "--seq-len, take a higher ZeRO stage, or --activation-checkpointing"
-        )
+        raise _nothing_fits(run, limit)
     print(f"largest   --micro-batch-size {largest}", flush=True)
     return largest
+
+
+def fit_micro_batch(resolved: ResolvedRun, ranks: int) -> tuple[int, str]:
+    """The largest micro-batch of a run that fits its GPUs, of those that divide a rank's share of the global batch, and
+    that in words. The first try is the largest that the plan expects to fit.
+
+    Args:
+        resolved: the run, with any micro-batch.
+        ranks: ranks to try with.
+
+    Raises:
+        UserError: as in `find_micro_batch`.
+    """
+    limit = round(torch.cuda.mem_get_info()[0] * USABLE_DEVICE)
+    share = resolved.train.global_batch_size // resolved.dp_size
+    tried: dict[int, bool] = {}
+
+    def settle(micro: int) -> ResolvedRun:
+        train = dataclasses.replace(resolved.run.train, gradient_accumulation_steps=share // micro)
+        return _resolve(dataclasses.replace(resolved.run, train=train), resolved.ds, micro, ranks, "cuda")
+
+    def fits(micro: int) -> bool:
+        if micro not in tried:
+            tried[micro] = try_steps(settle(micro), ranks, limit) is not None
+        return tried[micro]
+
+    sizes = [size for size in range(1, min(share, LARGEST) + 1) if share % size == 0]
+    largest = max((size for size in sizes if estimate_memory(settle(size), "cuda").total <= limit), default=1)
+    while not fits(largest) and largest > 1:
+        largest = max(size for size in sizes if size < largest)
+    while (larger := [size for size in sizes if size > largest]) and fits(larger[0]):
+        largest = larger[0]
+    if not tried[largest]:
+        raise _nothing_fits(resolved.run, limit)
+    found = ", ".join(f"{size} {'fits' if tried[size] else 'does not'}" for size in sorted(tried))
+    return largest, f"{largest} of a rank's {share} sequences a step: {found} in {format_bytes(limit)}"
+
+
+def _nothing_fits(run: RunConfig, limit: int) -> UserError:
+    return UserError(
+        f"micro_batch_size: not even 1 sequence of {run.data.seq_len} tokens fits {format_bytes(limit)}; shorten "
+        "--seq-len, take a higher ZeRO stage, or --activation-checkpointing"
+    )
 
 
 def search(attempt: Callable[[int], int | None], limit: int, largest: int = LARGEST) -> int:
@@ -129,9 +172,11 @@ def try_steps(resolved: ResolvedRun, ranks: int, limit: int | None) -> dict[str,
         order = Path(folder) / "order.json"
         order.write_text(json.dumps({"run": resolved.run.to_dict(), "ds": resolved.ds, "limit_bytes": limit}))
         command = [sys.executable, "-m", "minimind.distributed.launchers.local", str(ranks), "-m", trial.__name__]
+        # This process may be a rank itself, of a run whose port is not the trial's.
+        env = {name: value for name, value in os.environ.items() if not name.startswith(_OF_A_LAUNCHER)}
         try:
             result = subprocess.run(
-                [*command, str(order)], capture_output=True, text=True, check=False, timeout=TRY_SECONDS
+                [*command, str(order)], capture_output=True, text=True, check=False, timeout=TRY_SECONDS, env=env
             )
         except subprocess.TimeoutExpired:
             raise UserError(f"the trial took more than {TRY_SECONDS} s, and was ended") from None

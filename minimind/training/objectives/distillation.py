@@ -152,7 +152,11 @@ def store_soft_labels(
 ) -> None:
     """Write the teacher's `teacher_top_k` most likely tokens of each window. Every rank calls this and takes an equal
     share, the last windows once more where there are too few."""
-    ranks, rank, micro = torch.distributed.get_world_size(), torch.distributed.get_rank(), train.micro_batch_size or 1
+    ranks, rank, micro = (
+        torch.distributed.get_world_size(),
+        torch.distributed.get_rank(),
+        int(train.micro_batch_size or 1),
+    )
     num_here = -(-len(dataset) // ranks)
     on_first_rank(lambda: make_empty(folder))
     with SoftLabelWriter(folder, rank, ranks) as writer:

@@ -158,7 +158,7 @@ class Preference(Objective):
             path = run_dir / REFERENCE_NAME / f"{split}_{dataset.reader.fingerprint[:12]}.npy"
             if is_new:
                 log(f"log-probabilities of {len(dataset):,} windows of {split} pairs before training ...")
-                dataset.reference = measure_answers(engine, dataset, self._train.micro_batch_size or 1)
+                dataset.reference = measure_answers(engine, dataset, int(self._train.micro_batch_size or 1))
                 on_first_rank(functools.partial(_save, path, dataset.reference))
             else:
                 num_documents = dataset.reader.manifest.total_documents

@@ -3,8 +3,13 @@
 import pytest
 
 from minimind import plan
+from minimind.config.deepspeed_file import load_ds_config
+from minimind.config.resolve import resolve_run
+from minimind.config.run_config import RunConfig
 from minimind.errors import UserError
-from minimind.reports.plan.micro_batch import free_memory, search
+from minimind.reports.plan import micro_batch
+from minimind.reports.plan.memory import estimate_memory
+from minimind.reports.plan.micro_batch import fit_micro_batch, free_memory, search
 
 MODEL = ["--model", "tiny", "--seq-len", "512", "--no-tensorboard"]
 
@@ -31,6 +36,40 @@ def test_memory_that_does_not_grow_in_a_line_is_found_too():
     assert search(attempt, 1000) == 31
     assert search(lambda size: None, 1000) == 0
     assert search(lambda size: 5, 1000, largest=20) == 20
+
+
+@pytest.mark.parametrize("share", [0.4, 1.0, 3.0])
+def test_auto_begins_where_the_plan_ends_and_takes_a_divisor(monkeypatch, share):
+    """Whether a step really takes more or less than planned, by the factor `share`."""
+    run = RunConfig.from_dict({"model": "tiny", "train": {"micro_batch_size": 1, "global_batch_size": 24}})
+    resolved = resolve_run(run, load_ds_config(None), dp_size=2, device_type="cuda", bf16_supported=True)
+    tried: list[int] = []
+
+    def planned(one) -> int:
+        return estimate_memory(one, "cuda").total
+
+    def take_steps(one, ranks, limit):
+        tried.append(one.train.micro_batch_size)
+        assert (ranks, one.dp_size, one.train.gradient_accumulation_steps) == (1, 1, 1 if tried[-1] == 12 else 2)
+        return {} if share * planned(one) <= limit else None
+
+    monkeypatch.setattr(micro_batch, "try_steps", take_steps)
+
+    def sized(micro: int) -> int:
+        train = {"micro_batch_size": micro, "gradient_accumulation_steps": 2}
+        one = RunConfig.from_dict({"model": "tiny", "train": train})
+        return planned(resolve_run(one, load_ds_config(None), dp_size=1, device_type="cuda", bf16_supported=True))
+
+    limit = sized(4) + 1
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (round(limit / micro_batch.USABLE_DEVICE) + 1, 0))
+    fitting = [size for size in (1, 2, 3, 4, 6, 12) if share * sized(size) <= limit]
+    if not fitting:
+        with pytest.raises(UserError, match="not even 1 sequence"):
+            fit_micro_batch(resolved, 1)
+        return
+    found, words = fit_micro_batch(resolved, 1)
+    assert found == max(fitting) and tried[0] == 4
+    assert words.startswith(f"{found} of a rank's 12 sequences a step: ") and f"{found} fits" in words
 
 
 @pytest.mark.slow
