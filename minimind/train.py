@@ -18,7 +18,7 @@ from minimind.cli import without_local_rank
 from minimind.config.command_line import CommandLine, parse_command_line
 from minimind.config.deepspeed_file import load_ds_config
 from minimind.config.resolved_run import ResolvedRun
-from minimind.config.run_config import RunConfig
+from minimind.config.run_config import TrainConfig
 from minimind.data.dataset import Dataset, PackedDataset
 from minimind.distributed.collectives import log
 from minimind.distributed.cpu_tuning import keep_freed_memory
@@ -107,8 +107,10 @@ def settle_micro_batch(
         train = dataclasses.replace(command.run.train, micro_batch_size=micro)
         return dataclasses.replace(command, run=dataclasses.replace(command.run, train=train))
 
+    check_auto(command.run.train, device)
     resolved, data = prepare(take(1), env, device)
-    check_auto(command.run, data, device)
+    if data.train.reader.manifest.is_pairs:
+        raise UserError("micro_batch_size: auto does not try pairs, which hold more; give a number")
     share, recorded = resolved.train.global_batch_size // resolved.dp_size, recorded_micro_batch_size(resolved.train)
     if recorded is not None and share % recorded == 0:
         return take(recorded), None
@@ -135,9 +137,8 @@ def settle_micro_batch(
     return take(micro), store
 
 
-def check_auto(run: RunConfig, data: RunData, device: torch.device) -> None:
+def check_auto(train: TrainConfig, device: torch.device) -> None:
     """Refuse `--micro-batch-size auto` where there is nothing to find, or nothing to keep."""
-    train = run.train
     if device.type == "cpu":
         raise UserError(
             "micro_batch_size: auto is for GPUs; on a CPU a larger one is no faster: give a number, or none"
@@ -146,8 +147,8 @@ def check_auto(run: RunConfig, data: RunData, device: torch.device) -> None:
         raise UserError("gradient_accumulation_steps: with --micro-batch-size auto it follows from it; leave it out")
     if train.global_batch_size is None and load_ds_config(train.ds_config).get("train_batch_size", "auto") == "auto":
         raise UserError("micro_batch_size: auto needs --global-batch-size, which no machine is to decide")
-    if train.teacher is not None or data.train.reader.manifest.is_pairs:
-        raise UserError("micro_batch_size: auto does not try pairs or a teacher, which hold more; give a number")
+    if train.teacher is not None:
+        raise UserError("micro_batch_size: auto does not try a teacher, which holds more; give a number")
 
 
 def describe_packing(data: Dataset) -> str:

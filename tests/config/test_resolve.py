@@ -132,7 +132,7 @@ def test_two_batch_figures_give_the_third(run, json_, world, expected):
         ({}, {"train_batch_size": 12.5}, 1, "global_batch_size: 12.5 is not an integer"),
         ({}, {"train_batch_size": "twelve"}, 1, "global_batch_size: 'twelve' is not an integer"),
         ({}, {"train_batch_size": 12}, 5, "or pass --micro-batch-size 2 --global-batch-size 10: the file gives way"),
-        ({}, {"train_micro_batch_size_per_gpu": True}, 1, "micro_batch_size: True is not an integer"),
+        ({}, {"train_micro_batch_size_per_gpu": True}, 1, "micro_batch_size: True is not a finite number of 1 or more"),
         ({}, {"gradient_accumulation_steps": 0}, 1, "gradient_accumulation_steps: 0 is not"),
     ],
 )  # fmt: skip

@@ -15,13 +15,13 @@ def test_the_largest_that_fits_is_found_and_a_resume_takes_the_same(one_gpu, tin
     settings = {**LONG, "save_every": 0}
     # The plan expects 8 to fit; on the simulated device attention keeps its scores, and 4 need 26 MiB, 8 need 51.
     ((code, printed),) = one_gpu.run(
-        train_with_memory, 37 * 2**20, flags_for(tiny_corpus, tmp_path, **settings, steps=1)
+        train_with_memory, 37 * 2**20, flags_for(tiny_corpus, tmp_path, **settings, steps=1, warmup_steps=1)
     )
     assert code == 0, printed
     assert "micro     4 of a rank's 8 sequences a step: 4 fits, 8 does not in " in printed
     assert "batch     8 samples = 4 x 2 accumulated x 1 ranks" in printed
     assert json.loads((tmp_path / "run_config.json").read_text())["train"]["micro_batch_size"] == 4
-    ((code, printed),) = one_gpu.run(train, flags_for(tiny_corpus, tmp_path, **settings, steps=2))
+    ((code, printed),) = one_gpu.run(train, flags_for(tiny_corpus, tmp_path, **settings, steps=1, warmup_steps=1))
     assert code == 0 and "micro  " not in printed and "batch     8 samples = 4 x 2" in printed
 
 
