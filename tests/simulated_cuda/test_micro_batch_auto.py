@@ -8,21 +8,19 @@ from training_runs import flags_for, train
 
 from minimind.errors import UserError
 
-LONG = {"seq_len": 512, "max_position_embeddings": 512, "micro_batch_size": "auto", "global_batch_size": 8}
+LONG = {"seq_len": 512, "max_position_embeddings": 512, "micro_batch_size": "auto", "global_batch_size": 16}
 
 
-def test_the_largest_that_fits_is_found_and_a_resume_takes_the_same(one_gpu, tiny_corpus, tmp_path):
-    settings = {**LONG, "save_every": 0}
+def test_the_largest_that_fits_is_found_for_all_ranks_and_a_resume_takes_the_same(two_gpus, tiny_corpus, tmp_path):
+    given = flags_for(tiny_corpus, tmp_path, **LONG, save_every=0, steps=1, warmup_steps=1)
     # The plan expects 8 to fit; on the simulated device attention keeps its scores, and 4 need 26 MiB, 8 need 51.
-    ((code, printed),) = one_gpu.run(
-        train_with_memory, 37 * 2**20, flags_for(tiny_corpus, tmp_path, **settings, steps=1, warmup_steps=1)
-    )
-    assert code == 0, printed
+    (code, printed), (other_code, other_printed) = two_gpus.run(train_with_memory, 37 * 2**20, given)
+    assert code == other_code == 0, printed + other_printed
     assert "micro     4 of a rank's 8 sequences a step: 4 fits, 8 does not in " in printed
-    assert "batch     8 samples = 4 x 2 accumulated x 1 ranks" in printed
+    assert "batch     16 samples = 4 x 2 accumulated x 2 ranks" in printed and "micro  " not in other_printed
     assert json.loads((tmp_path / "run_config.json").read_text())["train"]["micro_batch_size"] == 4
-    ((code, printed),) = one_gpu.run(train, flags_for(tiny_corpus, tmp_path, **settings, steps=1, warmup_steps=1))
-    assert code == 0 and "micro  " not in printed and "batch     8 samples = 4 x 2" in printed
+    (code, printed), _ = two_gpus.run(train, given)
+    assert code == 0 and "micro  " not in printed and "batch     16 samples = 4 x 2" in printed
 
 
 @pytest.mark.parametrize(
