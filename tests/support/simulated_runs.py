@@ -38,11 +38,11 @@ def train_on(machine: Machine, flags: list[str], visible: str | None = None) -> 
 
 
 def train_with_memory(memory: int, flags: list[str]) -> tuple[int, str]:
-    """`training_runs.train` on a device of `memory` bytes, and so for every process that it starts; an error is what is
-    printed."""
+    """`training_runs.train` on devices of `memory` bytes, one a rank, and so for every process that it starts; an error
+    is what is printed."""
     from minimind.errors import UserError
 
-    machine = Machine(memory=memory)
+    machine = Machine(devices=int(os.environ.get("WORLD_SIZE", "1")), memory=memory)
     try:
         with unittest.mock.patch.dict(os.environ, machine.variables()):
             return train_on(machine, flags)
