@@ -45,7 +45,8 @@ inline Tensor empty_strided(IntArrayRef size, IntArrayRef stride, std::optional<
 inline Tensor as_host(const Tensor& tensor) {
   if (tensor.device().is_cpu()) return tensor;
   auto options = at::TensorOptions().dtype(tensor.scalar_type()).device(at::kCPU);
-  auto made = at::from_blob(tensor.data_ptr(), tensor.sizes(), tensor.strides(), options);
+  auto keep = [storage = tensor.storage()](void*) {};  // gloo still reads what DeepSpeed has let go, as NCCL does
+  auto made = at::from_blob(tensor.data_ptr(), tensor.sizes(), tensor.strides(), keep, options);
   return tensor.is_neg() ? made._neg_view() : made;
 }
 
