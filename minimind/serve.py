@@ -20,6 +20,7 @@ from minimind.errors import UserError, run_main
 from minimind.inference.batching import Batcher
 from minimind.inference.device import ModelFlags, choose_device
 from minimind.inference.sampling import GenerationOptions
+from minimind.model import MiniMindForCausalLM
 from minimind.model.kernels.packed_weights import prepare_decoding
 from minimind.schema import AT_LEAST_1, Limits
 
@@ -50,6 +51,8 @@ class ServeFlags(ModelFlags, GenerationOptions):
     """The model's name [default: its folder's name]."""
     api_key_file: Path | None = None
     """File with a key that every request must send; or set the variable MINIMIND_API_KEY."""
+    accept_weights: bool = False
+    """Load the weights that a client with the key names (POST /collective_rpc): a rollout server of minimind.train."""
     max_batch_size: Annotated[int, AT_LEAST_1] = 8
     """Requests decoded together."""
     max_waiting: Annotated[int, AT_LEAST_1] = 64
@@ -67,18 +70,26 @@ def main(args: Sequence[str] | None = None) -> None:
     if _missing is not None:
         raise UserError(f"the package {_missing} is missing: pip install -r requirements-serve.txt")
     api_key = read_key(flags.api_key_file)
+    if flags.accept_weights and api_key is None:
+        raise UserError(f"accept_weights needs a key: give --api-key-file, or set {KEY_VARIABLE}")
     # oneDNN compiles for every prompt length, half a megabyte each, and by default keeps a thousand.
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         os.environ.setdefault(name, "16")
     device, dtype = choose_device(flags.device, flags.precision, int8=flags.int8)
     listener = listen(flags.host, flags.port)
-    with explain_out_of_memory(device, ["take another --device, --precision bf16, or on a CPU --int8"]):
-        model, tokenizer_file = load_model(flags.checkpoint, dtype=dtype, device=device, tokenizer=flags.tokenizer)
-        prepare_decoding(model, int8=flags.int8)
+
+    def load(path: Path) -> tuple[MiniMindForCausalLM, Path]:
+        with explain_out_of_memory(device, ["take another --device, --precision bf16, or on a CPU --int8"]):
+            model, tokenizer_file = load_model(path, dtype=dtype, device=device, tokenizer=flags.tokenizer)
+            prepare_decoding(model, int8=flags.int8)
+        return model, tokenizer_file
+
+    model, tokenizer_file = load(flags.checkpoint)
     tokenizer = load_tokenizer(tokenizer_file)
     batcher = Batcher(model, tokenizer, max_batch_size=flags.max_batch_size, max_waiting=flags.max_waiting)
     name = flags.name or flags.checkpoint.resolve().name
-    app = build_app(batcher, tokenizer, model_name=name, defaults=flags, api_key=api_key)
+    load_weights = (lambda path: load(path)[0]) if flags.accept_weights else None
+    app = build_app(batcher, tokenizer, model_name=name, defaults=flags, api_key=api_key, load=load_weights)
     host, port = listener.getsockname()[:2]
     print(f"serving {name} at http://{host}:{port}/ (Ctrl-C ends it)", flush=True)
     try:

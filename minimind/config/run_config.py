@@ -129,6 +129,11 @@ class TrainConfig:
     rollout_steps: Annotated[int, AT_LEAST_1] = 1
     """grpo: steps whose questions are answered together, by the weights before the first of them: fewer, larger
     samplings, and ratios that leave 1."""
+    rollout_server: Annotated[str | None, _default("none, the run samples itself")] = None
+    """grpo: address of a server that samples the answers and is given the weights of each rollout: vLLM, or
+    minimind.serve --accept-weights."""
+    rollout_seconds: Annotated[float, ABOVE_0] = 300.0
+    """grpo: a rollout server that takes longer for an answer or for new weights has failed."""
     policy_loss: Literal["clip", "cispo"] = "clip"
     """grpo: clip takes the gradient of a token whose ratio has left the range; cispo (arXiv 2506.13585) its weight."""
     clip_low: Annotated[float, SHARE] = 0.2

@@ -16,6 +16,7 @@ from minimind.inference.decoding import Decoding, TokenLogprobs
 from minimind.inference.generation import Continuation, Prompt
 from minimind.inference.sampling import GenerationOptions
 from minimind.model import MiniMindForCausalLM
+from minimind.model.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,11 @@ class Update:
 
 
 class Request(Continuation):
-    """One prompt to continue. The batching thread calls `deliver` in order until an update has a reason."""
+    """One prompt to continue. The batching thread calls `deliver` in order until an update has a reason.
+
+    Args:
+        with_end: of the log-probabilities, deliver that of the token that ends the answer too.
+    """
 
     def __init__(
         self,
@@ -47,9 +52,11 @@ class Request(Continuation):
         options: GenerationOptions,
         deliver: Callable[[Update], object],
         num_logprobs: int | None = None,
+        *,
+        with_end: bool = False,
     ) -> None:
         super().__init__(tokenizer, prompt, options, num_logprobs)
-        self._deliver = deliver
+        self._deliver, self._with_end = deliver, with_end
         self._num_delivered = 0
 
     def take(self, token: int) -> None:
@@ -59,7 +66,7 @@ class Request(Continuation):
         super().take(token)
         if self.piece or self.reason:
             count = len(self.new_tokens)
-            logprobs = tuple(self.logprobs[self._num_delivered : count])
+            logprobs = tuple(self.logprobs[self._num_delivered : None if self._with_end else count])
             self._num_delivered = count
             self._deliver(Update(self.piece, self.reason, count, logprobs=logprobs))
 
@@ -85,7 +92,6 @@ class Batcher:
     def __init__(
         self, model: MiniMindForCausalLM, tokenizer: Tokenizer, *, max_batch_size: int, max_waiting: int
     ) -> None:
-        self.config = model.config
         self.max_waiting = max_waiting
         self._model = model.eval()
         self._vocab_size = tokenizer.vocab_size
@@ -95,6 +101,11 @@ class Batcher:
         self._is_closed = False
         self._thread = threading.Thread(target=self._serve, name="batching", daemon=True)
         self._thread.start()
+
+    @property
+    def config(self) -> ModelConfig:
+        """That of the model."""
+        return self._model.config
 
     @property
     def num_waiting(self) -> int:
@@ -116,6 +127,15 @@ class Batcher:
             self._waiting += requests
             self._changed.notify()
 
+    def exchange(self, model: MiniMindForCausalLM) -> None:
+        """Answer the requests that are still to join by another model; what is running ends first. Raises `UserError`
+        when it has other tokens."""
+        there, here = model.config.vocab_size, self.config.vocab_size
+        if there != here:
+            raise UserError(f"the new weights are of {there} tokens, this server's model has {here}")
+        with self._changed:
+            self._model = model.eval()
+
     def cancel(self, request: Request) -> None:
         """The client has gone: free the place of its request."""
         request.reason = request.reason or "cancelled"
@@ -134,9 +154,12 @@ class Batcher:
         while not self._is_closed:
             running = [request for request in running if request.reason is None]
             if not running:
-                decoding = Decoding(self._model, self._vocab_size)  # the cache of the last one is freed
-            joining = self._admit(running)
+                model, decoding = None, None  # the cache of the last one is freed
+            joining = self._admit(running) if model in (None, self._model) else []
             running += joining
+            if decoding is None:
+                model = self._model
+                decoding = Decoding(model, self._vocab_size)
             try:
                 decoding.join(joining)
                 decoding.step()

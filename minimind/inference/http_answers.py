@@ -17,7 +17,7 @@ from minimind.data.tokenizer import Tokenizer
 from minimind.inference.answer_reader import AnswerReader, ToolCall, reader_after
 from minimind.inference.batching import Batcher, QueueFull, Request, Update
 from minimind.inference.decoding import TokenLogprobs
-from minimind.inference.request_bodies import ChatBody, SamplingBody
+from minimind.inference.request_bodies import ChatBody, CompletionBody, SamplingBody
 from minimind.inference.sampling import GenerationOptions
 
 
@@ -52,6 +52,9 @@ class Answers:
         self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
         self._requests: list[Request] = []
         self._with_logprobs = num_logprobs is not None
+        self._with_ids = isinstance(body, CompletionBody) and body.return_token_ids
+        if self._with_ids:
+            num_logprobs = num_logprobs or 0
         samples = body.n or 1
         if len(prompts) * samples > batcher.max_waiting:
             asked = f"{len(prompts)} prompts with n {samples}"
@@ -66,7 +69,8 @@ class Answers:
                     self._readers.append(reader_after(tokenizer, prompt, body.offered))
                 deliver = functools.partial(self._deliver, loop, len(self._requests))
                 options = body.options(defaults, max(room, 1), sample)
-                self._requests.append(Request(tokenizer, prompt, options, deliver, num_logprobs))
+                request = Request(tokenizer, prompt, options, deliver, num_logprobs, with_end=self._with_ids)
+                self._requests.append(request)
         try:
             batcher.submit(self._requests)
         except QueueFull:
@@ -159,6 +163,8 @@ class Answers:
         self, index: int, form: dict[str, Any], logprobs: Sequence[TokenLogprobs] = (), reason: str | None = None
     ) -> dict[str, Any]:
         described = self._describe_logprobs(index, logprobs) if self._with_logprobs else None
+        if self._with_ids:  # as vLLM: with the one that ends the answer
+            form["token_ids"] = [entry.token for entry in logprobs]
         return {"index": index, "finish_reason": reason, "logprobs": described, **form}
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:

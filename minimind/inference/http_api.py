@@ -5,6 +5,7 @@ A client's mistake is a 4xx with the reason; an unsupported field is refused, ne
 
 import hmac
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,29 @@ from minimind.errors import UserError
 from minimind.inference.batching import Batcher
 from minimind.inference.generation import encode_prompt
 from minimind.inference.http_answers import Answers, error_response
-from minimind.inference.request_bodies import ChatBody, CompletionBody, SamplingBody
+from minimind.inference.request_bodies import ChatBody, CompletionBody, SamplingBody, WeightsBody
 from minimind.inference.sampling import GenerationOptions
+from minimind.model import MiniMindForCausalLM
 
 PAGE = Path(__file__).with_name("chat_page")
 MAX_BODY_BYTES = 1 << 20
+WEIGHTS_PATH = "/collective_rpc"  # as vLLM calls it
 
 
 def build_app(
-    batcher: Batcher, tokenizer: Tokenizer, *, model_name: str, defaults: GenerationOptions, api_key: str | None
+    batcher: Batcher,
+    tokenizer: Tokenizer,
+    *,
+    model_name: str,
+    defaults: GenerationOptions,
+    api_key: str | None,
+    load: Callable[[Path], MiniMindForCausalLM] | None = None,
 ) -> FastAPI:
-    """The application. `defaults` fill in what a request leaves out, with `max_new_tokens` cut to what fits."""
+    """The application. `defaults` fill in what a request leaves out, with `max_new_tokens` cut to what fits.
+
+    Args:
+        load: loads the weights that a client asks for; None: they stay as they are.
+    """
     app = FastAPI(title="MiniMind", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(RequestGuard, api_key=api_key)
     app.exception_handler(UserError)(lambda _, error: error_response(400, str(error)))
@@ -68,6 +81,8 @@ def build_app(
 
     @app.post("/v1/completions")
     async def complete(body: CompletionBody, http: HTTPRequest) -> Response:
+        if any(token < tokenizer.vocab_size for token in body.logit_bias or ()):  # others are never drawn here
+            raise HTTPException(400, "logit_bias is not supported by this server")
         return await answer(body, [encode_prompt(tokenizer, prompt) for prompt in body.prompt], body.logprobs, http)
 
     @app.post("/v1/chat/completions")
@@ -77,12 +92,19 @@ def build_app(
         prompt = encode_chat(tokenizer, body.turns(), body.offered, thinking=body.thinking)
         return await answer(body, [prompt], num_logprobs, http)
 
+    if load is not None:
+
+        @app.post(WEIGHTS_PATH)
+        def take_weights(body: WeightsBody) -> dict[str, Any]:
+            batcher.exchange(load(body.kwargs.weights_path))
+            return {"results": [None]}
+
     app.mount("/", StaticFiles(directory=PAGE, html=True))
     return app
 
 
 class RequestGuard:
-    """Checks of every request to /v1: the API key and the size of the body.
+    """Checks of every request to /v1 and for new weights: the API key and the size of the body.
 
     Plain ASGI, before a body is read; under Starlette's `BaseHTTPMiddleware` nobody learns that a client has gone.
     """
@@ -96,7 +118,7 @@ class RequestGuard:
         await (refusal or self._app)(scope, receive, send)
 
     def _refuse(self, http: HTTPRequest) -> Response | None:
-        if not http.url.path.startswith("/v1/"):
+        if not http.url.path.startswith(("/v1/", WEIGHTS_PATH)):
             return None
         given = http.headers.get("authorization", "").removeprefix("Bearer ")
         if self._api_key is not None and not hmac.compare_digest(given.encode(), self._api_key.encode()):

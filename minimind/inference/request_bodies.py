@@ -3,6 +3,7 @@
 import json
 from dataclasses import fields
 from itertools import groupby
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -12,7 +13,17 @@ from minimind.inference.generation import Prompt
 from minimind.inference.sampling import GenerationOptions
 
 # Accepted: fields that do not affect the answer.
-_HARMLESS = ("user", "name", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "index")
+_HARMLESS = (
+    "user",
+    "name",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "cache_salt",
+    "index",
+)
 # Values that leave an unsupported field without effect.
 _NEUTRAL: tuple[Any, ...] = (None, False, 0, "", {}, [])
 
@@ -114,6 +125,21 @@ class CompletionBody(SamplingBody):
 
     prompt: Annotated[list[Any], BeforeValidator(_read_prompts)]
     logprobs: Annotated[int | None, Field(ge=0, le=20)] = None
+    return_token_ids: bool = False
+    logit_bias: dict[int, float] | None = None
+
+
+class WeightsFolder(Body):
+    """Where new weights lie, seen from the server."""
+
+    weights_path: Path
+
+
+class WeightsBody(Body):
+    """POST /collective_rpc, of vLLM's methods this one."""
+
+    method: Literal["reload_weights"]
+    kwargs: WeightsFolder
 
 
 class ContentPart(Body):

@@ -28,6 +28,7 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("label_smoothing", "length_normalised"), ("dpo",)),
     **dict.fromkeys(("desirable_weight", "undesirable_weight"), ("kto",)),
     "target_margin": ("simpo",),
+    **dict.fromkeys(("rollout_server", "rollout_seconds"), ("grpo",)),
     "reference": WITH_REFERENCE,
 }
 """Settings that only these objectives read."""

@@ -87,11 +87,8 @@ class Trainer:
         self.timer.restart()
         with contextlib.closing(self._batches()) as steps:
             while self.state.step < train.steps:
-                try:
+                with self._keeping_made_steps():
                     self.train_step(self._next(steps))
-                except UnmadeStep:
-                    self._keep_made_steps()
-                    raise
                 step = self.state.step
                 requests, num_here = self._agree()
                 is_last = step == train.steps or requests.stop
@@ -101,7 +98,8 @@ class Trainer:
                 if must_wait or step % train.log_every == 0:
                     self._send_figures()
                 self._log_figures(len(self._arriving) if must_wait or self.engine.device.type == "cpu" else num_here)
-                eval_loss = self._evaluate() if evaluate_now else None
+                with self._keeping_made_steps():
+                    eval_loss = self._evaluate() if evaluate_now else None
                 if save_now:
                     self._save(eval_loss, wait=is_last)
                 if requests.save:
@@ -113,13 +111,18 @@ class Trainer:
         self.record.log_event("finish", self.state.step, "reached its last step")
         return True
 
-    def _keep_made_steps(self) -> None:
-        """Save what no checkpoint has. Every rank calls this, with the weights of the last step."""
-        self._send_figures()
-        self._log_figures(len(self._arriving))
-        self._note_saved(self.saver.wait())
-        if self.state.step > (step_of(self.last_checkpoint) if self.last_checkpoint else 0):
-            self._save(None, wait=True)
+    @contextlib.contextmanager
+    def _keeping_made_steps(self) -> Generator[None, None, None]:
+        """Save what no checkpoint has where a step or an evaluation cannot be made, on any rank."""
+        try:
+            yield
+        except UnmadeStep:
+            self._send_figures()
+            self._log_figures(len(self._arriving))
+            self._note_saved(self.saver.wait())
+            if self.state.step > (step_of(self.last_checkpoint) if self.last_checkpoint else 0):
+                self._save(None, wait=True)
+            raise
 
     def train_step(self, batches: list[Batch]) -> None:
         """One optimizer step from this rank's micro-batches, without waiting for the device. Every rank calls this."""

@@ -17,6 +17,7 @@ from minimind.errors import UserError
 from minimind.inference.batching import Batcher, QueueFull, Request, Update
 from minimind.inference.generation import complete
 from minimind.inference.sampling import GenerationOptions
+from minimind.model import MiniMindForCausalLM
 from minimind.serve import listen
 
 openai = pytest.importorskip("openai")
@@ -167,3 +168,29 @@ def test_an_error_of_the_model_reaches_the_client_and_the_server_goes_on(exporte
     batcher.close()
     with pytest.raises(QueueFull):
         batcher.submit([Request(tokenizer, [5], GenerationOptions(), done.append)])
+
+
+def test_new_weights_are_for_requests_that_join_later(batcher, model):
+    """What runs ends by the old ones, and nothing joins it until then."""
+    torch.manual_seed(1)
+    other = MiniMindForCausalLM(model[0].config)
+    options = [GenerationOptions(temperature=0.0, max_new_tokens=count) for count in (300, 9)]
+    ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+    texts = {"old": "", "new": ""}
+
+    def ask(name: str, place: int) -> None:
+        def deliver(update: Update) -> None:
+            texts[name] += update.text
+            if update.reason:
+                ended.put(name)
+
+        batcher.submit([Request(model[1], "the fox", options[place], deliver)])
+
+    ask("old", 0)
+    while batcher.num_waiting:
+        time.sleep(0.001)
+    batcher.exchange(other)
+    ask("new", 1)
+    assert [ended.get(timeout=60) for _ in texts] == ["old", "new"]
+    for (name, text), which, option in zip(texts.items(), (model[0], other), options, strict=True):
+        assert [text] == [found.text for found in complete(which, model[1], ["the fox"], option)], name

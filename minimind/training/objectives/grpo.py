@@ -20,6 +20,7 @@ from minimind.data.loader import Batch, BatchLoader
 from minimind.data.tokenizer import Tokenizer
 from minimind.distributed.collectives import gather_objects, log, on_first_rank
 from minimind.inference.evaluation import Sums, sum_loss
+from minimind.inference.generation import complete_in_turn
 from minimind.parallel.whole_model import gather_model
 from minimind.training.objectives.objective import LossParts, Objective, UnmadeStep
 from minimind.training.record.run_files import append_object, keep_until
@@ -36,6 +37,7 @@ from minimind.training.rewards.rollout import (
     sample_answers,
     save_rollouts,
 )
+from minimind.training.rewards.server import RolloutServer
 
 
 def group_advantages(rewards: Tensor, train: TrainConfig) -> Tensor:
@@ -97,20 +99,23 @@ class GroupRelative(Objective):
         self._made: dict[int, MadeStep] = {}
         self._loss = LOSSES[self._train.policy_loss]
         self._pool = RewardPool(self._train)
+        self._server = RolloutServer(resolved, tokenizer) if self._train.rollout_server else None
         self._totals = (1, 1)  # answers and tokens of the step, over all ranks
         self._num_failed = 0
         self._is_cut = False  # the file of samples: what an interrupted job wrote beyond the checkpoint
 
     def close(self) -> None:
-        """End the processes of the rewards."""
+        """End the processes of the rewards, and what asks the server."""
         self._pool.close()
+        if self._server is not None:
+            self._server.close()
 
     def roll_out(self, engine: Any, batches: list[Batch], step: int) -> list[Batch]:
         """A group of answers to each question, with what they have earned: sampled for this step and those that share
         its rollout, or kept from when that was done.
 
         Raises:
-            UnmadeStep: on every rank: a reward failed.
+            UnmadeStep: on every rank: a reward failed, or the server that answers.
         """
         later = step % self._train.rollout_steps
         if step not in self._made and later:
@@ -220,10 +225,18 @@ class GroupRelative(Objective):
 
     def _answer(self, engine: Any, rows: list[Rollout]) -> list[Rollout]:
         """The last turns of what begins with `rows`, by the engine's present weights. Every rank calls this."""
-        model = gather_model(engine, self._resolved)
+        if self._server is not None:
+            return self._server.answer(engine, rows, self._pool, self._places)
+        model, size = gather_model(engine, self._resolved), self._train.rollout_batch_size
         dtype = getattr(torch, DTYPE_NAMES[self._train.precision])
         with torch.autocast(engine.device.type, dtype, enabled=self._resolved.zero.autocast):
-            return sample_answers(model, rows, self._tokenizer.vocab_size, self._train, self._pool, self._places)
+            return sample_answers(
+                lambda rows: list(complete_in_turn(model, self._tokenizer.vocab_size, rows, size)),
+                rows,
+                self._train,
+                self._pool,
+                self._places,
+            )
 
     def _reward(self, rows: list[Rollout]) -> list[str]:
         """Set the rewards of answers, None where one fails. Gives the failures in words."""

@@ -5,7 +5,7 @@ The tokens that were drawn are the tokens that are trained: nothing is decoded a
 
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -24,9 +24,8 @@ from minimind.data.tokenizer import Tokenizer
 from minimind.errors import UserError, first_line
 from minimind.files import disk_errors, replace_file
 from minimind.inference.decoding import Row
-from minimind.inference.generation import complete_in_turn, end_tokens
+from minimind.inference.generation import end_tokens
 from minimind.inference.sampling import GenerationOptions
-from minimind.model import MiniMindForCausalLM
 from minimind.training.rewards.pool import RewardPool
 from minimind.training.rewards.ready import Answer
 
@@ -124,9 +123,8 @@ def encode_observation(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def sample_answers(
-    model: MiniMindForCausalLM,
+    complete: Callable[[Sequence[Rollout]], object],
     rows: Sequence[Rollout],
-    vocab_size: int,
     train: TrainConfig,
     pool: RewardPool,
     places: int,
@@ -134,12 +132,12 @@ def sample_answers(
     """Let every row grow to its end, turn after turn where there is an environment; gives the last turn of each.
 
     Args:
+        complete: lets rows grow to the end of their turn.
         places: tokens that a whole conversation may have.
     """
     last, growing = list(rows), list(range(len(rows)))
     for turn in range(train.max_turns if train.environment is not None else 1):
-        for _ in complete_in_turn(model, vocab_size, [last[place] for place in growing], train.rollout_batch_size):
-            pass
+        complete([last[place] for place in growing])
         growing = [place for place in growing if last[place].reason == "stop"]
         if train.environment is None or turn == train.max_turns - 1:
             break
