@@ -27,6 +27,10 @@ class OneRankError(UserError):
     """An error that only this rank has seen: printed here, even where only one rank prints errors."""
 
 
+class UnmadeStep(UserError):
+    """A step could not be made, on any rank; the weights are those before it."""
+
+
 def run_main(main: Callable[[], int | None], *, quiet: bool = False) -> None:
     """Run a command's `main` and exit the process with its code (None means 0).
 

@@ -25,14 +25,14 @@ from minimind.data.dataset import Dataset
 from minimind.data.loader import Batch, BatchLoader, DeviceCopy
 from minimind.distributed.collectives import all_reduce_ints, gather_objects
 from minimind.distributed.stop_requests import Requests
-from minimind.errors import UserError
+from minimind.errors import UnmadeStep, UserError
 from minimind.inference.evaluation import measure_loss
 from minimind.parallel.loss_scale import loss_scale
 from minimind.parallel.optimizer import optimizer_step, set_learning_rate
 from minimind.training import expert_balance
 from minimind.training.control import RunControl
 from minimind.training.lr_schedule import learning_rate
-from minimind.training.objectives.objective import Objective, UnmadeStep
+from minimind.training.objectives.objective import Objective
 from minimind.training.profiler import StepProfiler
 from minimind.training.record.metrics import NullRecord
 from minimind.training.record.run_files import EvaluationRecord, StepRecord

@@ -172,6 +172,21 @@ def test_weights_are_taken_from_who_has_the_key_and_only_if_they_fit(
         serve(["--checkpoint", str(other_model), "--accept-weights"])
 
 
+def test_a_server_with_other_weights_is_found_out(
+    shards: Path, url: str, other_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    post = RolloutServer._post
+
+    def keep_weights(client: RolloutServer, path: str, body: dict[str, Any]) -> Any:
+        if path == "/collective_rpc":
+            body = {"method": "reload_weights", "kwargs": {"weights_path": str(other_model)}}
+        return post(client, path, body)
+
+    monkeypatch.setattr(RolloutServer, "_post", keep_weights)
+    with pytest.raises(UserError, match=r"after step 0: .* nats from those by the weights given to it; see to it"):
+        train(flags(shards, tmp_path, url))
+
+
 class FakeServer(http.server.BaseHTTPRequestHandler):
     status, said = 200, b""
     is_done = threading.Event()

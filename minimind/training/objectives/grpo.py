@@ -19,10 +19,11 @@ from minimind.config.run_config import DTYPE_NAMES, TrainConfig
 from minimind.data.loader import Batch, BatchLoader
 from minimind.data.tokenizer import Tokenizer
 from minimind.distributed.collectives import gather_objects, log, on_first_rank
+from minimind.errors import UnmadeStep
 from minimind.inference.evaluation import Sums, sum_loss
 from minimind.inference.generation import complete_in_turn
 from minimind.parallel.whole_model import gather_model
-from minimind.training.objectives.objective import LossParts, Objective, UnmadeStep
+from minimind.training.objectives.objective import LossParts, Objective
 from minimind.training.record.run_files import append_object, keep_until
 from minimind.training.rewards.pool import RewardPool
 from minimind.training.rewards.rollout import (

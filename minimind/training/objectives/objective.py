@@ -8,7 +8,6 @@ import torch
 
 from minimind.data.dataset import Dataset
 from minimind.data.loader import Batch
-from minimind.errors import UserError
 from minimind.inference.evaluation import Sums
 from minimind.model.transformer import CausalLMOutput
 
@@ -38,10 +37,6 @@ class LossParts(NamedTuple):
         dropped = load.new_zeros(load.shape[0]) if dropped is None else dropped
         counts = torch.cat([load, dropped.unsqueeze(1)], dim=1)
         return cls(output.loss, output.aux_loss, counts, output.expert_share, output.expert_score)
-
-
-class UnmadeStep(UserError):
-    """A step could not be made, on any rank; the weights are those before it."""
 
 
 class Objective:

@@ -24,14 +24,15 @@ from minimind.checkpoints.formats.export import ExportFlags, export
 from minimind.checkpoints.formats.layout import own_shapes
 from minimind.checkpoints.formats.source import ModelSource
 from minimind.config.resolved_run import ResolvedRun
+from minimind.config.run_config import DTYPE_NAMES
 from minimind.data.tokenizer import Tokenizer
 from minimind.distributed.collectives import gather_objects
-from minimind.errors import UserError, first_line
+from minimind.errors import UnmadeStep, UserError, first_line
 from minimind.inference.decoding import TokenLogprobs
+from minimind.model import MiniMindForCausalLM
 from minimind.model.lora import merge
 from minimind.model.tuning import adapters_of
 from minimind.parallel.whole_model import gather_model
-from minimind.training.objectives.objective import UnmadeStep
 from minimind.training.rewards.pool import RewardPool
 from minimind.training.rewards.rollout import Rollout, sample_answers
 
@@ -39,6 +40,9 @@ KEY_VARIABLE = "MINIMIND_API_KEY"
 """Environment variable with the key that the server wants, if any."""
 WEIGHTS_NAME = "rollout_weights"
 """Folder of a run: the weights that the server has, for transformers and vLLM."""
+LARGEST_GAP = 0.5
+"""Nats between the server's log-probabilities of an answer and those by the weights that it was given, a mean over the
+tokens: more is no rounding, in bf16 or 8 bits either."""
 _REFUSED = (404, 405)
 
 
@@ -61,12 +65,16 @@ class RolloutServer:
         Raises:
             UnmadeStep: on every rank: the server is not there, takes too long or answers what cannot be trained on.
         """
-        step, last = engine.global_steps, list(rows)
-        failures = gather_objects(self._give_weights(engine, step)) if self._given != step else []
+        step, last, model, failures = engine.global_steps, list(rows), None, list[str]()
+        if self._given != step:
+            model = gather_model(engine, self._resolved)
+            failures = gather_objects(self._give_weights(model, step))
         if not any(failures):
             self._given, failure = step, ""
             try:
                 last = sample_answers(self._complete, rows, self._train, pool, places)
+                if model is not None and last:
+                    self._check_weights(model, last[0])
             except UserError as error:
                 failure = str(error)
             failures = gather_objects(failure)
@@ -75,9 +83,8 @@ class RolloutServer:
             raise UnmadeStep(f"after step {step}: rollout_server {failure}; see to it and run the same command again")
         return last
 
-    def _give_weights(self, engine: Any, step: int) -> str:
-        """Have the server load the engine's weights from a folder of the run; why that failed, in words."""
-        model = gather_model(engine, self._resolved)
+    def _give_weights(self, model: MiniMindForCausalLM, step: int) -> str:
+        """Have the server load a model's weights from a folder of the run; why that failed, in words. Rank 0 alone."""
         folder = Path(self._train.run_dir).resolve() / WEIGHTS_NAME / checkpoint_name(step)
         if torch.distributed.get_rank():
             return ""
@@ -101,6 +108,21 @@ class RolloutServer:
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
         return ""
+
+    @torch.inference_mode()
+    def _check_weights(self, model: MiniMindForCausalLM, row: Rollout) -> None:
+        """Raise `UserError` when the server has drawn an answer by other weights than these."""
+        device, first = model.lm_head.weight.device, len(row.question.token_ids)
+        ids = torch.tensor([row.token_ids], device=device)
+        dtype = getattr(torch, DTYPE_NAMES[self._train.precision])
+        with torch.autocast(device.type, dtype, enabled=self._resolved.zero.autocast):
+            logits = model(ids).logits
+        own = logits[0, first - 1 : -1].float().log_softmax(-1).gather(1, ids[0, first:, None])[:, 0]
+        gap = float((own.cpu() - torch.tensor([one.logprob for one in row.logprobs])).abs().mean())
+        if not gap < LARGEST_GAP:
+            raise UserError(
+                f"{self._url}: its log-probabilities are {gap:.2f} nats from those by the weights given to it"
+            )
 
     def _complete(self, rows: Sequence[Rollout]) -> None:
         """Let the server continue each row to its end. Raises `UserError`."""
