@@ -131,7 +131,7 @@ def weights(run_dir: Path) -> dict[str, Any]:
     return {name: tensor.clone() for name, tensor in TrainingCheckpoint(list_checkpoints(run_dir)[-1]).state_dict()}
 
 
-SECONDS_TO_WAIT = 120
+SECONDS_TO_WAIT = 300
 PRELOAD = ["minimind.train"]
 
 
