@@ -50,14 +50,14 @@ class _Flags:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the trials, print what they say, write the files."""
-    deadline, args = time.perf_counter(), sys.argv[1:] if args is None else args
+    began, args = time.perf_counter(), sys.argv[1:] if args is None else args
     selection, base = read_selection(args, PROGRAM, lambda place: open_source(Path(place), hashes=False).config)
     flags = parse_flags(
         _Flags, args, default=_Flags(_Options(), selection, base.data, base.train, base.model), prog=PROGRAM
     )
     run = RunConfig(model=flags.fields, data=flags.data, train=flags.train)
     check_run(run)
-    tuner = Tuner(run, deadline + 60 * flags.options.minutes)
+    tuner = Tuner(run, began + 60 * flags.options.minutes)
     tuner.search()
     print("\n" + show_trials(tuner))
     folder = flags.options.output

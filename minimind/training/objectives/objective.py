@@ -1,5 +1,6 @@
 """The interface between the training loop and an objective: a batch in, the parts of its loss out."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,10 +40,12 @@ class LossParts(NamedTuple):
         return cls(output.loss, output.aux_loss, counts, output.expert_share, output.expert_score)
 
 
-class Objective:
+class Objective(ABC):
     """What a run minimises. The loop divides the summed loss by the targets of the whole step, over all ranks."""
 
-    def prepare(self, engine: Any, datasets: Mapping[str, Dataset], run_dir: Path, *, is_new: bool) -> None:
+    def prepare(  # noqa: B027 - most need nothing
+        self, engine: Any, datasets: Mapping[str, Dataset], run_dir: Path, *, is_new: bool
+    ) -> None:
         """What has to be known before the first step. Every rank calls this.
 
         Args:
@@ -58,12 +61,12 @@ class Objective:
         """Targets of a step on this rank."""
         return sum(batch.num_targets for batch in batches)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most hold nothing
         """Let go of what is beside the model."""
 
+    @abstractmethod
     def loss(self, engine: Any, batch: Batch) -> LossParts:
         """Forward of one micro-batch, already on the device. Every rank calls this."""
-        raise NotImplementedError
 
     def evaluate(self, engine: Any, batch: Batch) -> Sums:
         """What an evaluation adds up of a batch of the validation split, on the device. Every rank calls this."""
