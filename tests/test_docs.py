@@ -16,6 +16,7 @@ from docs_pages import (
     LANGUAGES,
     PAGES,
     ROOT,
+    STEP_IDS,
     STEPS,
     find_anchors,
     find_blocks,
@@ -142,7 +143,8 @@ def test_every_point_follows_the_five_steps(language, page):
     for anchor, section in find_sections(read_page(language, page)).items():
         if anchor in NO_POINTS or anchor.startswith("trouble-"):
             continue
-        places = [section.find(f"**{step}**") for step in STEPS[language]]
+        steps = zip(STEP_IDS, STEPS[language], strict=True)
+        places = [section.find(f'# <a id="{anchor}-{name}"></a>{words}\n') for name, words in steps]
         assert -1 not in places and places == sorted(places), f"{language}/{page}#{anchor}: {places}"
 
 

@@ -27,9 +27,10 @@ PAGES = (
     "ds_configs.md",
     "gpu.md",
 )
+STEP_IDS = ("why", "history", "idea", "code", "points")
 STEPS = {
-    "en": ("Why it is needed.", "How it developed.", "The idea.", "In this code.", "Points to watch."),
-    "zh": ("为什么需要。", "怎么发展来的。", "核心思想。", "代码实现。", "注意事项。"),
+    "en": ("Why it is needed", "How it developed", "The idea", "In this code", "Points to watch"),
+    "zh": ("为什么需要", "怎么发展来的", "核心思想", "代码实现", "注意事项"),
 }
 
 _FENCE = re.compile(r"(?:<!-- needs: (?P<needs>[^>]+?) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
@@ -80,7 +81,7 @@ def find_levels(text: str) -> list[tuple[str, int]]:
 
 def find_anchors(text: str) -> set[str]:
     """Everything a link's #part may name: explicit ids, and the slugs that GitHub gives to headings."""
-    headings = re.findall(r"^#+ (.+)$", without_blocks(text), re.M)
+    headings = re.findall(r"^#+ (?:<a .+?></a>)?(.+)$", without_blocks(text), re.M)
     slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
     return slugs | set(re.findall(r'<a id="([^"]+)">', text))
 
