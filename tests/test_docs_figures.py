@@ -111,6 +111,27 @@ def test_worked_figures_follow_from_their_formulas(language, page, figures):
         assert figure in text, f"{language}/{page} should say {figure}"
 
 
+def test_gradient_of_rmsnorm_is_the_derived_one():
+    x = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    gain, incoming = torch.randn(2, 8, dtype=torch.float64)
+    F.rms_norm(x, (8,), gain, 0.0).backward(incoming)
+    r = x.detach().square().mean().sqrt()
+    y, v = x.detach() / r, gain * incoming
+    assert torch.allclose(x.grad, (v - y * (v * y).mean()) / r)
+
+
+def test_fp16_rounds_and_its_scale_moves_as_the_guide_says(monkeypatch):
+    from deepspeed.runtime.fp16 import loss_scaler  # slow to import
+
+    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 1)
+    assert torch.tensor([2.9e-8, 3.1e-8]).half().tolist() == [0.0, pytest.approx(6e-8, rel=0.01)]
+    scaler = loss_scaler.DynamicLossScaler(2**16, 1000, 1, delayed_shift=2, consecutive_hysteresis=False)
+    for overflow in (True, *[False] * 50, True):
+        scaler.update_scale(overflow)
+    assert scaler.loss_scale == 2**15
+    assert torch.amp.GradScaler(device="cpu").get_growth_interval() == 2000
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_readme_of_parameter_counts_is_that_of_the_presets(language):
     table = tables.presets(language)
