@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 from tables import TABLES  # noqa: E402 - the folder has to be on the path first
+from worked import WORKED  # noqa: E402
 
 _EXCERPT = re.compile(r"(<!-- excerpt: (?P<what>.+?) -->\n)(?:```python\n(?:.*?\n)??```\n)?", re.DOTALL)
 _GENERATED = re.compile(r"(<!-- generated: (?P<name>\S+) -->\n)(?:.*?)(<!-- end -->)", re.DOTALL)
@@ -77,7 +78,7 @@ def _find_line(lines: list[str], text: str, start: int, what: str) -> int:
 def refresh(text: str, language: str) -> str:
     """The page with its excerpts and tables as they should be. `language`: "en" or "zh"."""
     text = _EXCERPT.sub(lambda found: f"{found[1]}```python\n{read_excerpt(found['what'])}\n```\n", text)
-    return _GENERATED.sub(lambda found: f"{found[1]}{TABLES[found['name']](language)}\n{found[3]}", text)
+    return _GENERATED.sub(lambda found: f"{found[1]}{(TABLES | WORKED)[found['name']](language)}\n{found[3]}", text)
 
 
 def main() -> int:
