@@ -22,6 +22,7 @@ from minimind.errors import run_main
 from minimind.model.config import ModelConfig
 from minimind.reports.plan.compute_optimal import show_compute_optimal
 from minimind.reports.plan.micro_batch import find_micro_batch
+from minimind.reports.plan.mixture import show_mixtures
 from minimind.reports.plan.planned_run import PlanOptions, check_options, make_plan
 from minimind.reports.plan.table import show_plan
 from minimind.units import parse_size
@@ -59,6 +60,10 @@ def main(args: Sequence[str] | None = None) -> int:
         limit = parse_size(options.gpu_memory, "gpu_memory", memory=True) if options.gpu_memory else None
         find_micro_batch(run, ds, limit, num_ranks=options.num_gpus)
         return 0
+    if options.propose:
+        text, fits = show_mixtures(run, ds, options)
+        print(text)
+        return 0 if fits else 1
     plan = make_plan(run, ds, options)
     print(show_plan(plan))
     return 0 if plan.own.memory.total <= plan.limit else 1

@@ -37,7 +37,7 @@ def _fits(plan: PlannedRun) -> Iterator[str]:
         yield f"{found}, whatever the micro-batch: {plan.fitting[0]} would fit"
     else:
         checkpoint = "" if train.activation_checkpointing else ", try --activation-checkpointing"
-        yield f"{found} in any stage: take more GPUs or a smaller model{checkpoint}"
+        yield f"{found} in any stage: take more GPUs or a smaller model{checkpoint}; --propose looks further"
 
 
 def _length(plan: PlannedRun) -> Iterator[str]:

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from minimind.config.resolved_run import ResolvedRun
 from minimind.model.config import ModelConfig
 from minimind.model.tuning import count
-from minimind.reports.plan.activations import activation_bytes, backward_peak, loss_peak, output_matrix_gradient
+from minimind.reports.plan.activations import (
+    ALONE,
+    Split,
+    activation_bytes,
+    backward_peak,
+    loss_peak,
+    output_matrix_gradient,
+    params_of_rank,
+)
 from minimind.units import format_bytes
 
 STAGE0_BUCKET = 500_000_000
@@ -59,26 +67,27 @@ class MemoryEstimate:
 ITEMS = ("parameters", "gradients", "optimizer", "activations", "logits", "buckets", "gathered", "update")
 
 
-def estimate_memory(resolved: ResolvedRun, device_type: str = "cuda") -> MemoryEstimate:
+def estimate_memory(resolved: ResolvedRun, device_type: str = "cuda", split: Split = ALONE) -> MemoryEstimate:
     """Memory of one rank in a training step of the resolved run.
 
     Args:
+        split: ranks that share a sequence and layers with this one, beside the run's `dp_size`.
         device_type: on a CPU what counts is resident memory: a buffer counts as far as it is used, and torch's
             unfused kernels keep more.
     """
-    rank = _Rank(resolved, device_type)
+    rank = _Rank(resolved, device_type, split)
     backward, kept_buffer = rank.gradient_buffers()
     gathered, prefetched = rank.gathered()
-    activations, logits, update = activation_bytes(resolved, device_type), loss_peak(resolved, device_type), rank.update
+    activations, logits = activation_bytes(resolved, device_type, split), loss_peak(resolved, device_type, split)
     before = rank.kept_gradients or (rank.gradients if rank.accumulates else 0)
     held = rank.parameters + rank.optimizer + kept_buffer
     moments = (
         held + before + gathered + prefetched,  # the forward begins
         held + before + gathered + activations + logits,  # the loss
         # A GPU takes its buckets whole when the backward begins; on a CPU their pages fill as the activations go.
-        held + before + gathered + activations + rank.buckets + backward_peak(resolved, device_type),
+        held + before + gathered + activations + rank.buckets + backward_peak(resolved, device_type, split),
         held + backward + gathered // 2 + output_matrix_gradient(resolved),  # the last gradients are reduced
-        held + rank.gradients + update,  # the optimizer updates
+        held + rank.gradients + rank.update,  # the optimizer updates
     )
     return MemoryEstimate(
         parameters=rank.parameters,
@@ -88,7 +97,7 @@ def estimate_memory(resolved: ResolvedRun, device_type: str = "cuda") -> MemoryE
         logits=logits,
         buckets=max(0, backward - rank.gradients) + kept_buffer,
         gathered=gathered,
-        update=update,
+        update=rank.update,
         experts=rank.experts,
         host=rank.host,
         total=max(moments),
@@ -99,22 +108,25 @@ class _Rank:
     """What a rank keeps of the model: counts of elements, and bytes of `parameters`, `gradients`, `optimizer`,
     `buckets` and what is on the `host`."""
 
-    def __init__(self, resolved: ResolvedRun, device_type: str) -> None:
+    def __init__(self, resolved: ResolvedRun, device_type: str, split: Split) -> None:
         model, ep_size = resolved.model, resolved.train.ep_size
-        self.model, self.zero, self.dp_size = model, resolved.zero, resolved.dp_size
+        self.model, self.zero, self.split = model, resolved.zero, split
+        # Ranks of one sequence hold the same weights, so ZeRO divides the states by them too.
+        self.num_ranks = resolved.dp_size * split.sp_size
         self.stage, self.on_cpu = self.zero.stage, device_type == "cpu"
         self.accumulates = resolved.train.gradient_accumulation_steps > 1
         experts = count_expert_params(model) // ep_size
-        self.here = model.num_params() - experts * (ep_size - 1)  # it computes with all but experts on other ranks
+        whole = params_of_rank(model, split)
+        self.here = whole - experts * (ep_size - 1)  # it computes with all but experts on other ranks
         # What the optimizer updates: of all ranks, and (gradients) of this one.
         trained = self.trained_here = count(resolved.trained)
         if not resolved.train.keeps_frozen:
-            trained, self.trained_here = model.num_params(), self.here
+            trained, self.trained_here = whole, self.here
         adapters = trained if resolved.train.lora is not None else 0
         self.here += adapters
         # Its partitions of the weights, and of what is trained.
-        self.share = (model.num_params() + adapters) // self.dp_size if self.stage >= 1 else self.here
-        self.trained_share = trained // self.dp_size if self.stage >= 1 else self.trained_here
+        self.share = (whole + adapters) // self.num_ranks if self.stage >= 1 else self.here
+        self.trained_share = trained // self.num_ranks if self.stage >= 1 else self.trained_here
         self.muon_share = round(self.trained_share * resolved.num_muon_params / trained)
         self.largest = self.largest_trained = largest_tensor(model, ep_size)
         if resolved.train.keeps_frozen:
@@ -125,7 +137,7 @@ class _Rank:
         self.whole_gradients = self.stage == 1 and self.grad_bytes == 4 and self.zero.weights == "bf16"
         self._count_states()
         # Whole gradients are flattened and averaged, but not on one rank (`engine.nothing_to_reduce`).
-        reduces_whole = self.dp_size > 1 or (self.stage == 0 and experts > 0)
+        reduces_whole = self.num_ranks > 1 or (self.stage == 0 and experts > 0)
         self.flattened = min(self.trained_here, STAGE0_BUCKET) if reduces_whole else 0
         self.buckets = 0
         if self.stage in (1, 2) and not self.whole_gradients and self.zero.contiguous_gradients and not self.on_cpu:
@@ -179,7 +191,7 @@ class _Rank:
         filled = elements * weight
         if self.stage == 3:
             kept = filled if self.on_cpu else self.zero.reduce_bucket_size * weight
-            return gradients + filled + elements * self.grad_bytes // self.dp_size, kept
+            return gradients + filled + elements * self.grad_bytes // self.num_ranks, kept
         staged = max(self.buckets, filled)
         if self.stage == 1:
             # All gradients wait for the last micro-batch: in the bucket where they fit, beside it where they do not.
@@ -194,11 +206,11 @@ class _Rank:
     def gathered(self) -> tuple[int, int]:
         """Bytes of whole weights under ZeRO-3, and of the buffer that they come in."""
         zero = self.zero
-        if self.stage != 3 or (self.dp_size == 1 and zero.offload_param is None):
+        if self.stage != 3 or (self.num_ranks == 1 and zero.offload_param is None):
             return 0, 0
         # A weight used again within the reuse distance is kept: a model smaller than it stays gathered as a whole.
         live = min(zero.max_live_parameters, zero.max_reuse_distance)
-        elements = min(self.here, max(live, largest_gather(self.model)))
+        elements = min(self.here, max(live, largest_gather(self.model, self.split)))
         prefetched = min(elements, max(zero.prefetch_bucket_size, self.largest))
         return elements * self.weight_bytes, prefetched * self.weight_bytes
 
@@ -227,13 +239,13 @@ def largest_tensor(config: ModelConfig, ep_size: int = 1) -> int:
     return max(config.vocab_size * hidden, hidden * config.feed_forward_size, experts)
 
 
-def largest_gather(config: ModelConfig) -> int:
+def largest_gather(config: ModelConfig, split: Split = ALONE) -> int:
     """Parameters that ZeRO-3 holds whole at least: two blocks (one in use, one fetched ahead) and the embedding."""
     embedding = config.vocab_size * config.hidden_size
-    return embedding + 2 * ((config.num_params() - embedding) // config.num_hidden_layers)
+    return embedding + 2 * ((params_of_rank(config, split) - embedding) // config.num_hidden_layers)
 
 
-def largest_micro_batch(resolved: ResolvedRun, limit: int, device_type: str = "cuda") -> int:
+def largest_micro_batch(resolved: ResolvedRun, limit: int, device_type: str = "cuda", split: Split = ALONE) -> int:
     """The most sequences of a forward whose step stays below `limit` bytes a rank; 0 where not even one does.
 
     The accumulation is held as it is, so the global batch grows with the micro-batch.
@@ -241,7 +253,7 @@ def largest_micro_batch(resolved: ResolvedRun, limit: int, device_type: str = "c
 
     def fits(micro: int) -> bool:
         train = dataclasses.replace(resolved.train, micro_batch_size=micro)
-        return estimate_memory(dataclasses.replace(resolved, train=train), device_type).total <= limit
+        return estimate_memory(dataclasses.replace(resolved, train=train), device_type, split).total <= limit
 
     if not fits(1):
         return 0

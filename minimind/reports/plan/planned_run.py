@@ -52,6 +52,9 @@ class PlanOptions:
     compute_optimal: str | None = None
     """Say instead which size of model and how many tokens learn most from a budget: operations, such as 1e19, or hours
     of the planned GPUs, such as 24h."""
+    propose: bool = False
+    """Say instead which mixture of data, sequence and tensor parallelism, ZeRO and activation checkpointing is fastest
+    on the planned GPUs, and its flags."""
     find_micro_batch: bool = False
     """Try real steps on the present device, larger and larger, and stop below out-of-memory."""
 
@@ -165,12 +168,12 @@ def make_plan(run: RunConfig, ds: dict[str, Any], options: PlanOptions) -> Plann
     return PlannedRun(resolved, options, limit, columns, steps, recomputing_nothing)
 
 
-def resolve_for(run: RunConfig, ds: dict[str, Any], options: PlanOptions) -> ResolvedRun:
-    """The run as training would resolve it on the planned ranks."""
+def resolve_for(run: RunConfig, ds: dict[str, Any], options: PlanOptions, *, dp_size: int | None = None) -> ResolvedRun:
+    """The run as training would resolve it on the planned ranks, of which `dp_size` (None: all) are data-parallel."""
     return resolve_run(
         run,
         ds,
-        dp_size=options.num_gpus * options.num_nodes,
+        dp_size=dp_size or options.num_gpus * options.num_nodes,
         local_world_size=options.num_gpus,
         device_type=options.device,
         bf16_supported=options.device == "cuda",

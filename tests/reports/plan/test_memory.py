@@ -15,9 +15,7 @@ from minimind.model.kernels import matmul
 from minimind.model.kernels.apply import apply_kernels
 from minimind.model.loss import CHUNK_LOGITS
 from minimind.model.presets import PRESETS
-from minimind.reports.plan.activations import (
-    activation_bytes,
-)
+from minimind.reports.plan.activations import Split, activation_bytes
 from minimind.reports.plan.memory import (
     MemoryEstimate,
     count_expert_params,
@@ -149,6 +147,28 @@ def test_activations_follow_batch_length_layers_and_checkpointing():
     assert checkpointed == 8 * 2 * 128 * MODEL.hidden_size * 2 + ends
     deeper = dataclasses.replace(MODEL, num_hidden_layers=16)
     assert activations(model=deeper) == 2 * one - ends
+
+
+def test_a_shared_sequence_divides_the_activations_and_shared_layers_a_part_of_them():
+    resolved = resolve(1, precision="bf16", micro_batch_size=8)
+    alone = activation_bytes(resolved, "cuda")
+    parts = [activation_bytes(resolved, "cuda", Split(sp_size=size)) * size for size in (2, 4, 8)]
+    outcome = 8 * 8 * 128 * 768 * 2  # of attention, which comes back from other ranks
+    assert parts[:2] == [alone + outcome] * 2
+    assert parts[2] == alone + outcome + 2 * 8 * 8 * 128 * 384 * 2, "8 ranks repeat 4 key and value heads"
+    stream = 8 * 8 * 128 * 4 * 768 * 2 + 2 * 8 * 128 * 768 * 2  # norms' inputs and outputs; the ends
+    assert activation_bytes(resolved, "cuda", Split(tp_size=2)) == (alone - stream) // 2 + stream
+
+
+def test_states_are_divided_by_the_ranks_of_a_sequence_and_matrices_by_those_of_a_layer():
+    resolved = resolve(2, precision="bf16", world_size=2)
+    alone, sequence, tensor = (
+        estimate_memory(resolved, "cuda", split) for split in (Split(), Split(sp_size=4), Split(tp_size=2))
+    )
+    assert sequence.optimizer == PARAMS // 8 * 12 and sequence.parameters == alone.parameters
+    kept = 6400 * 768 + 768 + 8 * (2 * 768 + 2 * 96)  # embedding and norms
+    assert tensor.parameters == (kept + (PARAMS - kept) // 2) * 2
+    assert tensor.optimizer == (kept + (PARAMS - kept) // 2) // 2 * 12
 
 
 def test_logits_are_bounded_by_the_chunk():

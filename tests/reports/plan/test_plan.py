@@ -147,6 +147,42 @@ def test_the_best_use_of_a_budget(capsys):
     assert hours.splitlines()[0] == f"budget    {10 * 3600 * 8 * 0.5 * 989e12:.3g} operations"
 
 
+def propose(capsys, *flags: str) -> tuple[int, list[dict[str, str]], str]:
+    """Exit code, the table of mixtures by its heads, and the flags to type."""
+    code, text = run(capsys, "--propose", *flags)
+    head, *found = [re.split(r" {2,}", line.strip()) for line in text.split("\n\n")[1].splitlines()]
+    return code, [dict(zip(head, cells, strict=True)) for cells in found], text.split("flags     ")[1]
+
+
+LONG = ["--seq-len", "1000000", "--max-position-embeddings", "1000000", "--num-gpus", "8", "--gpu-memory"]
+
+
+def test_a_million_tokens_are_shared_by_as_many_ranks_as_their_memory_asks_for(capsys):
+    code, found, flags = propose(capsys, "--model", "minimind3", *LONG, "80GiB")
+    assert code == 0 and (found[0]["sp"], found[0]["dp"], found[0]["recomputes"]) == ("4", "2", "no")
+    assert flags.startswith("--sp-size 4 --micro-batch-size 1 --global-batch-size 2 --ds-config ds_configs/zero")
+    _, found, flags = propose(capsys, "--model", "minimind3", *LONG, "24GiB")
+    assert found[0]["recomputes"] == "yes" and "--activation-checkpointing" in flags
+    code, text = run(capsys, "--propose", "--model", "large", *LONG, "16GiB")
+    assert code == 1 and "nothing   fits" in text and "each sequence on up to 8 ranks" in text
+
+
+def test_a_short_model_stays_data_parallel_and_keeps_its_batch(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags = ["--model", "medium", "--seq-len", "2048", "--num-gpus", "8", "--gpu-memory", "80GiB"]
+    _, found, said = propose(capsys, *flags, "--global-batch-size", "64", "--ds-config", "ds_configs/zero2.json")
+    assert (found[0]["dp"], found[0]["sp"], found[0]["tp"]) == ("8", "1", "1")
+    assert "--global-batch-size 64" in said and all("64 = " in row["batch = micro x accumulated x dp"] for row in found)
+    # Fewer sequences than ranks: some ranks must share one.
+    _, found, said = propose(capsys, *flags, "--global-batch-size", "4")
+    assert {row["dp"] for row in found} <= {"4", "2", "1"} and "-size 2" in said
+
+
+def test_offload_is_proposed_where_nothing_fits_without(capsys):
+    _, found, said = propose(capsys, "--model", "large", "--seq-len", "2048", "--gpu-memory", "12GiB")
+    assert "+offload" in found[0]["ZeRO"] and said.strip().endswith("_offload.json")
+
+
 def test_a_stage_that_cannot_run_this_has_no_column():
     ds = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "Lion", "params": {"lr": 1e-4}}}
     found = make_plan(RunConfig(model=PRESETS["minimind3"]), ds, PlanOptions(num_gpus=2, gpu_memory="80GiB"))
