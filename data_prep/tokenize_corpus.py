@@ -27,6 +27,7 @@ from data_prep.verify_shards import format_totals
 from data_prep.writing.corpus_folder import CorpusFolder
 from data_prep.writing.corpus_writer import CorpusWriter
 from data_prep.writing.encode_chunk import CorpusOptions, Task, encode_chunk
+from data_prep.writing.growing_folder import GrowingFolder
 from data_prep.writing.pool import count_workers, map_ordered
 from minimind.cli import parse_flags
 from minimind.data.manifest import Manifest, ShardError
@@ -54,6 +55,8 @@ class PrepareFlags:
     """Stop if more than this fraction of the documents is bad."""
     overwrite: bool = False
     """Replace another corpus in the output folder, or one begun there with other flags."""
+    append: bool = False
+    """Add the inputs that are new to the finished corpus in the output folder, as new shards: a part of their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,8 @@ def prepare(flags: Any, options_type: type[CorpusOptions]) -> None:
         raise UserError(f"--val-fraction {flags.val_fraction} and --val-input exclude each other: give one of them")
     if flags.val_fraction is None:
         flags = dataclasses.replace(flags, val_fraction=0.0 if flags.val_input else 0.01)
+    if flags.append and flags.overwrite:
+        raise UserError("--append and --overwrite exclude each other: give one of them")
     workers = count_workers(flags.workers)
     tokenizer = load_tokenizer(flags.tokenizer, flags.eos_token)
     sources = resolve_sources(flags.input, flags.val_input, flags.format)
@@ -99,13 +104,17 @@ def prepare(flags: Any, options_type: type[CorpusOptions]) -> None:
     fix = "; choose another --output, or make room: the same command continues after the last finished shard"
     with (
         disk_errors(flags.output, fix),
-        contextlib.closing(CorpusFolder(flags.output, settings, sources, options, flags.overwrite)) as folder,
+        contextlib.closing(
+            GrowingFolder(flags.output, settings, sources, options)
+            if flags.append
+            else CorpusFolder(flags.output, settings, sources, options, flags.overwrite)
+        ) as folder,
     ):
         if folder.is_finished:
             check_files(flags.output)
             print(f"{flags.output} is already prepared from these inputs: nothing to do")
             return
-        prepare_corpus(flags, options, tokenizer, sources, folder, workers)
+        prepare_corpus(flags, options, tokenizer, folder, workers)
     folders = {split: flags.output / split for split in SPLITS}
     print(format_totals({split: Manifest.load(path) for split, path in folders.items() if path.exists()}))
 
@@ -124,13 +133,13 @@ def prepare_corpus(
     flags: PrepareFlags,
     options: CorpusOptions,
     tokenizer: Tokenizer,
-    sources: list[Source],
     folder: CorpusFolder,
     workers: int,
 ) -> None:
-    """Encode all sources into `folder`. Raises `UserError` for too many bad documents, or for none that is good."""
+    """Encode the sources of `folder` into it. Raises `UserError` for too many bad documents, or none that is good."""
     # One process a core: threads of the library would only get into each other's way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    sources = folder.sources
     total = None if any(source.format == DATASET for source in sources) else sum(source.size for source in sources)
     interval = 0.2 if sys.stderr.isatty() else 30.0
     splits = SPLITS if options.val_fraction or flags.val_input else SPLITS[:1]

@@ -30,8 +30,9 @@ JOURNAL_NAME = "journal.jsonl"
 class CorpusFolder:
     """Holds the folder against other processes until `close`.
 
-    `is_finished`: the same corpus is already there. Otherwise `partial` is the folder to work in; each split has its
-    finished `shards`, and documents missing from chunk `first_chunks` on.
+    `is_finished`: the same corpus is already there. Otherwise `partial` is the folder to work in, `sources` what to
+    read; each split has its finished `shards`, named from number `first_shards` on, and documents missing from chunk
+    `first_chunks` on. Documents with a digest in the files `known_digests` are in the corpus already.
 
     Raises:
         UserError: another corpus is there (finished, or begun with other inputs or flags), or the disk refuses.
@@ -44,9 +45,12 @@ class CorpusFolder:
         self.partial = output / PARTIAL_NAME
         self.shards: dict[str, list[ShardInfo]] = {split: [] for split in SPLITS}
         self.first_chunks = dict.fromkeys(SPLITS, 0)
+        self.first_shards = dict.fromkeys(SPLITS, 0)
+        self.part = 0
+        self.known_digests: list[Path] = []
         self.is_finished = False
         self._settings = settings
-        self._sources = sources
+        self.sources = sources
         self._read = read
         self._identities: dict[str, dict[str, Any]] = {}
         # Inputs of which documents were taken in this run, and those that the journal knows.
@@ -72,7 +76,7 @@ class CorpusFolder:
 
     def add_shard(self, split: str, shard: ShardInfo, first_chunk: int) -> None:
         """Note a finished shard, and that no document of `split` is missing before chunk `first_chunk`."""
-        inputs = [self._identify(source) for source in self._sources[self._num_noted : self._num_begun]]
+        inputs = [self._identify(source) for source in self.sources[self._num_noted : self._num_begun]]
         line = {"split": split, "first_chunk": first_chunk, "inputs": inputs, "shard": dataclasses.asdict(shard)}
         with open(self.partial / JOURNAL_NAME, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -87,9 +91,15 @@ class CorpusFolder:
         Args:
             documents: how many were read of each input, by its name. Inputs after `limit_reached` are not named.
         """
-        begun = self._sources[: self._num_begun] if counts["limit_reached"] else self._sources
+        self._complete(self._describe(counts, documents))
+
+    def _describe(self, counts: dict[str, Any], documents: dict[str, int]) -> dict[str, Any]:
+        """What goes into `corpus.json` for one preparation."""
+        begun = self.sources[: self._num_begun] if counts["limit_reached"] else self.sources
         inputs = [{**self._identify(source), "documents": documents.get(source.name, 0)} for source in begun]
-        corpus = {"format_version": 2, "settings": self._settings, "inputs": inputs, **counts}
+        return {"format_version": 2, "settings": dict(self._settings), "inputs": inputs, **counts}
+
+    def _complete(self, corpus: dict[str, Any]) -> None:
         replace_file(self.partial / CORPUS_NAME, json.dumps(corpus, indent=1) + "\n")
         self._publish(corpus)
 
@@ -103,8 +113,8 @@ class CorpusFolder:
                 self.output.rmdir()
 
     def _enter(self, overwrite: bool) -> None:
-        complete = _read_json(self.partial / CORPUS_NAME)
-        finished = _read_json(self.output / CORPUS_NAME) if (self.output / "train" / MANIFEST_NAME).exists() else None
+        complete = read_object(self.partial / CORPUS_NAME)
+        finished = self._read_finished()
         difference = self._find_difference(complete) if complete is not None else ""
         if complete is not None and not difference:
             self._publish(complete)
@@ -114,10 +124,11 @@ class CorpusFolder:
             if difference := self._find_difference(finished):
                 raise UserError(
                     f"--output {self.output} holds a corpus prepared from other {difference}: choose another folder, "
-                    "or give --overwrite to replace it"
+                    "or give --overwrite to replace it, or --append to add new inputs to it"
                 )
             self.is_finished = True
-            shutil.rmtree(self.partial, ignore_errors=True)
+            if not self._read_journal()[0].get("settings", {}).get("appended_to"):
+                shutil.rmtree(self.partial, ignore_errors=True)
             return
         if finished is None and complete is None and any((self.output / split).exists() for split in SPLITS):
             raise UserError(
@@ -129,6 +140,13 @@ class CorpusFolder:
                 f"--output {self.output} was begun with other {difference}: run the same command again to continue it, "
                 "or give --overwrite to begin anew"
             )
+        self._begin()
+
+    def _read_finished(self) -> dict[str, Any] | None:
+        """What the finished corpus in the folder was made from; None: there is none."""
+        return read_object(self.output / CORPUS_NAME) if (self.output / "train" / MANIFEST_NAME).exists() else None
+
+    def _begin(self) -> None:
         if not any(self.shards.values()):
             if self.partial.exists():
                 shutil.rmtree(self.partial)
@@ -140,10 +158,8 @@ class CorpusFolder:
         """Take up the finished shards of an interrupted run as far as their inputs are the same; in words what differs
         if there are some and none can be used."""
         path = self.partial / JOURNAL_NAME
-        # The last line may be torn; its shard is made again.
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         try:
-            begun, *entries = map(json.loads, lines or ["{}"])
+            begun, *entries = self._read_journal()
         except ValueError:
             return f"contents of {path}"
         difference = self._find_changed_settings(begun) if entries else ""
@@ -163,9 +179,9 @@ class CorpusFolder:
         if difference:
             number = len(kept)
             print(f"note: other {difference}: {number} of {len(entries)} finished shards are kept", file=sys.stderr)
-            lines = lines[: number + 1]
         if kept:
-            replace_file(path, "".join(line + "\n" for line in lines))
+            lines = [begun, *entries[: len(kept)]]
+            replace_file(path, "".join(json.dumps(line) + "\n" for line in lines))
             for split, shards in self.shards.items():
                 files = {name for shard in shards for name in shard.files}
                 for leftover in (self.partial / split).glob("*"):
@@ -173,13 +189,20 @@ class CorpusFolder:
                         leftover.unlink()
         return ""
 
+    def _read_journal(self) -> list[dict[str, Any]]:
+        """What the preparation in `.partial` began with, and a line for each shard. Raises `ValueError`."""
+        path = self.partial / JOURNAL_NAME
+        # The last line may be torn; its shard is made again.
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in lines or ["{}"]]
+
     def _find_difference(self, corpus: dict[str, Any]) -> str:
         """What a finished corpus was made from that is not given now, in words; "" if it is the same."""
         inputs = corpus.get("inputs", [])
         if difference := self._find_changed_settings(corpus) or self._find_changed_input(inputs):
             return difference
-        if len(inputs) < len(self._sources) and not corpus["limit_reached"]:
-            return f"inputs ({self._sources[len(inputs)].name} is new)"
+        if len(inputs) < len(self.sources) and not corpus["limit_reached"]:
+            return f"inputs ({self.sources[len(inputs)].name} is new)"
         return ""
 
     def _find_changed_settings(self, before: dict[str, Any]) -> str:
@@ -191,12 +214,12 @@ class CorpusFolder:
 
     def _find_changed_input(self, before: list[dict[str, Any]], first: int = 0) -> str:
         """What is different about inputs that were the ones from number `first` on, in words; "" if nothing is."""
-        now = [(source.name, source.is_val) for source in self._sources]
+        now = [(source.name, source.is_val) for source in self.sources]
         then = [(old["name"], old["is_val"]) for old in before]
         for index, old in enumerate(before, first):
             if index >= len(now) or (now[index] in then and then[index - first] not in now):
                 return f"inputs ({old['name']} is no longer given)"
-            source = self._sources[index]
+            source = self.sources[index]
             if now[index] != then[index - first]:
                 is_new = now[index] not in then and then[index - first] in now
                 what = "is new" if is_new else f"in place of {old['name']}"
@@ -222,7 +245,19 @@ class CorpusFolder:
 
     def _publish(self, corpus: dict[str, Any]) -> None:
         """Every step can be done again: what has left `.partial` is in its place."""
+        if "appended" in corpus:
+            self._publish_part(corpus["appended"])
+        else:
+            self._publish_whole(corpus)
+        fsync_folder(self.output)
+        os.replace(self.partial / CORPUS_NAME, self.output / CORPUS_NAME)
+        fsync_folder(self.output)
+        shutil.rmtree(self.partial)
+
+    def _publish_whole(self, corpus: dict[str, Any]) -> None:
         parts = {"val": "val" in corpus["splits"], BAD_DOCUMENTS_NAME: corpus["bad_documents"] > 0, "train": True}
+        parts |= {path.name: False for path in self.output.glob("digests_*.bin")}
+        parts |= {self.digests_name(0): True} if corpus["settings"].get("dedup") else {}
         (self.output / CORPUS_NAME).unlink(missing_ok=True)
         for name, is_part in parts.items():
             new, old = self.partial / name, self.output / name
@@ -230,13 +265,32 @@ class CorpusFolder:
                 os.replace(old, self.partial / f"old_{name}")
             if is_part and new.exists():
                 os.replace(new, old)
-        fsync_folder(self.output)
-        os.replace(self.partial / CORPUS_NAME, self.output / CORPUS_NAME)
-        fsync_folder(self.output)
-        shutil.rmtree(self.partial)
+
+    def _publish_part(self, appended: list[dict[str, Any]]) -> None:
+        for split in SPLITS:
+            new, old = self.partial / split, self.output / split
+            if not new.exists():
+                continue
+            old.mkdir(exist_ok=True)
+            # The manifest last: until then a reader finds the corpus as it was.
+            for file in sorted(new.iterdir(), key=lambda file: file.name == MANIFEST_NAME):
+                if file.name == MANIFEST_NAME:
+                    fsync_folder(old)
+                os.replace(file, old / file.name)
+            fsync_folder(old)
+        is_bad = any(part["bad_documents"] for part in appended)
+        for name in [self.digests_name(len(appended)), *([BAD_DOCUMENTS_NAME] if is_bad else [])]:
+            if (self.partial / name).exists():
+                os.replace(self.partial / name, self.output / name)
+
+    @staticmethod
+    def digests_name(part: int) -> str:
+        """The file with the digests of the documents of one part, where repeats were left out."""
+        return f"digests_{part:05d}.bin"
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is none."""
     with contextlib.suppress(OSError, ValueError):
         value = json.loads(path.read_text(encoding="utf-8"))
         return value if isinstance(value, dict) else None

@@ -3,7 +3,6 @@
 Runs in the one process that writes.
 """
 
-import itertools
 import shutil
 from collections import Counter
 
@@ -27,10 +26,11 @@ class CorpusWriter:
         self.num_bytes = 0
         self.num_repeated = 0
         self.limit_reached = False
+        self._unwritten: list[bytes] = []  # digests of documents beyond the limit
         self._limits = (options.max_documents, options.max_tokens, options.max_bytes)
         self._folder = folder
         self._dtype = np.dtype(tokenizer.typecode)
-        self._seen = DigestSet() if options.dedup else None
+        self._seen = DigestSet(folder.known_digests) if options.dedup else None
         self._writers = {
             split: ShardWriter(
                 folder.partial / split,
@@ -39,6 +39,7 @@ class CorpusWriter:
                 tokenizer_file=tokenizer.file,
                 shard_tokens=options.shard_tokens,
                 shards=folder.shards[split],
+                first_shard=folder.first_shards[split],
                 chat_template=options.template_text(tokenizer),
                 kind=options.kind,
             )
@@ -54,8 +55,8 @@ class CorpusWriter:
         written = self.num_documents
         num_shards = {split: len(writer.shards) for split, writer in self._writers.items()}
         digests = b"".join(document.digest for document in chunk.documents)
-        is_new = itertools.repeat(True) if self._seen is None else self._seen.add(digests).tolist()
-        for document, new in zip(chunk.documents, is_new, strict=False):
+        is_new = [True] * len(chunk.documents) if self._seen is None else self._seen.add(digests).tolist()
+        for place, (document, new) in enumerate(zip(chunk.documents, is_new, strict=True), 1):
             if not new:
                 self.num_repeated += 1
                 continue
@@ -73,6 +74,8 @@ class CorpusWriter:
             self.num_bytes += document.num_bytes
             if self._is_full():
                 self.limit_reached = True
+                rest = zip(chunk.documents[place:], is_new[place:], strict=True)
+                self._unwritten = [document.digest for document, new in rest if new]
                 break
         for split, writer in self._writers.items():
             for shard in writer.shards[num_shards[split] :]:
@@ -81,13 +84,15 @@ class CorpusWriter:
         return self.num_documents - written
 
     def finish(self) -> dict[str, dict[str, int]]:
-        """Complete all splits; returns their totals. An empty validation split is left out.
+        """Complete all splits and the file of digests; returns the totals. An empty validation split is left out.
 
         Raises:
             UserError: there is no document to train on.
         """
         if not self._num_met["train"]:
             raise UserError("the inputs hold no document for the training split: nothing to prepare")
+        if self._seen is not None:
+            self._seen.save(self._folder.partial / self._folder.digests_name(self._folder.part), self._unwritten)
         totals = {}
         for split, writer in self._writers.items():
             if not writer.num_documents:

@@ -47,6 +47,8 @@ class DataConfig:
 
     shards: Annotated[str | None, _default("none, must be given")] = None
     """Folder made by data_prep.tokenize_corpus (it holds train/ and val/), or one split of it."""
+    corpus_parts: Annotated[int | None, AT_LEAST_1, _default("all, on a resume those the run began with")] = None
+    """Take the first so many parts of a corpus that tokenize_corpus --append has added to."""
     seq_len: Annotated[int, AT_LEAST_1] = 512
     """Tokens in a sample (the context length in training)."""
     document_mask: bool = False

@@ -101,6 +101,8 @@ class Manifest:
     chat_template_sha256: Sha256 | None = None
     kind: DocumentKind | None = None
     """Each document is a pair of conversations; None: it is one, or plain text."""
+    parts: tuple[Count, ...] | None = None
+    """How many shards each preparation brought, of a corpus that grew; None: one preparation made all."""
 
     @model_validator(mode="after")
     def _check(self) -> "Manifest":
@@ -117,6 +119,8 @@ class Manifest:
         files = [name for shard in self.shards for name in shard.files]
         if len(set(files)) < len(files):
             raise ValueError(f"shards name {max(files, key=files.count)} twice; every file must be named once")
+        if self.parts is not None and sum(self.parts) != len(self.shards):
+            raise ValueError(f"parts have {sum(self.parts)} shards; they must have {len(self.shards)}, all there are")
         for name in ("tokens", "documents", "bytes"):
             total, of_shards = getattr(self, f"total_{name}"), sum(getattr(shard, name) for shard in self.shards)
             if total != of_shards:
@@ -137,6 +141,20 @@ class Manifest:
     def bytes_per_token(self) -> float:
         """UTF-8 bytes of text for one token, end tokens included: what turns a loss per token into one per byte."""
         return self.total_bytes / max(1, self.total_tokens)
+
+    def with_shards(self, shards: tuple[ShardInfo, ...], parts: tuple[int, ...] | None) -> "Manifest":
+        """The same corpus with these shards."""
+        totals = {
+            f"total_{name}": sum(getattr(shard, name) for shard in shards) for name in ("tokens", "documents", "bytes")
+        }
+        return dataclasses.replace(self, shards=shards, parts=parts, **totals)
+
+    def first_parts(self, count: int) -> "Manifest":
+        """The corpus as it was when it had `count` parts. Raises `ShardError` if it never had so many."""
+        parts = self.parts or (len(self.shards),)
+        if count > len(parts):
+            raise ShardError(f"corpus_parts {count}: the corpus has {len(parts)}; give at most {len(parts)}")
+        return self.with_shards(self.shards[: sum(parts[:count])], parts[:count] if count > 1 else None)
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` in one step: the last file of a folder, and the mark that it is complete."""

@@ -28,8 +28,9 @@ class ShardWriter:
     """Writes documents into `folder`, in shards of about `shard_tokens` tokens (a longer document gets its own shard).
 
     Use it as a context manager: leaving it writes the manifest, leaving it by an exception drops the shard being
-    written. `shards` are those that an earlier writer finished here: the documents given now follow theirs. With a
-    `chat_template` the documents are conversations, each with its targets.
+    written. `shards` are those that an earlier writer finished here: the documents given now follow theirs. The first
+    shard of the folder has the number `first_shard` in its name. With a `chat_template` the documents are
+    conversations, each with its targets.
     Raises `ShardError` for a folder that holds other shards, and `OSError` when the disk refuses.
     """
 
@@ -42,6 +43,7 @@ class ShardWriter:
         tokenizer_file: Path,
         shard_tokens: int = DEFAULT_SHARD_TOKENS,
         shards: Sequence[ShardInfo] = (),
+        first_shard: int = 0,
         chat_template: str | None = None,
         kind: DocumentKind | None = None,
     ) -> None:
@@ -50,6 +52,7 @@ class ShardWriter:
         self.num_documents = sum(shard.documents for shard in shards)
         self.num_tokens = sum(shard.tokens for shard in shards)
         self._shard_tokens = shard_tokens
+        self._first_shard = first_shard
         self._vocab_size = vocab_size
         self._dtype = np.dtype("uint16" if vocab_size <= 1 << 16 else "uint32")
         self._eos_token_id = eos_token_id
@@ -87,7 +90,7 @@ class ShardWriter:
         if self._files and self._files[0].length + tokens.size + 1 > self._shard_tokens:
             self._finish_shard()
         if not self._files:
-            path = self.folder / f"shard_{len(self.shards):05d}"
+            path = self.folder / f"shard_{self._first_shard + len(self.shards):05d}"
             kinds = {".npy": self._dtype.name, ".docs.npy": "int64"}
             kinds |= {} if self._template is None else {".targets.npy": "uint8"}
             self._files = [ArrayFile(path.with_suffix(suffix), dtype) for suffix, dtype in kinds.items()]

@@ -33,11 +33,13 @@ _VERIFY_CHUNK = 1 << 20
 class ShardReader:
     """The token stream of one finished shard folder. Raises `ShardError` for a file that is missing or has another size
     or type than the manifest says: at once, or with `check=False` when it is first read, as `check_files` can be shared
-    by many processes (contents are checked by `verify`)."""
+    by many processes (contents are checked by `verify`). `parts`: of a corpus that grew, only its first so many."""
 
-    def __init__(self, folder: Path, *, check: bool = True) -> None:
+    def __init__(self, folder: Path, *, check: bool = True, parts: int | None = None) -> None:
         self.folder = Path(folder)
         self.manifest = Manifest.load(self.folder)
+        if parts is not None:
+            self.manifest = self.manifest.first_parts(parts)
         self.dtype = np.dtype(self.manifest.dtype)
         if check:
             self.check_files()
@@ -68,9 +70,7 @@ class ShardReader:
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 over everything that decides the samples: equal fingerprints, equal tokens, documents and targets."""
-        parts = [[shard.tokens, shard.sha256, shard.documents_sha256] for shard in self.manifest.shards]
-        parts += [[shard.targets_sha256] for shard in self.manifest.shards if shard.targets_sha256 is not None]
-        return hashlib.sha256(json.dumps([self.manifest.dtype, parts]).encode()).hexdigest()
+        return fingerprint_of(self.manifest)
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens [start, start + length) of the stream, copied: (length,) of the shards' dtype."""
@@ -134,15 +134,28 @@ def find_split(folder: Path, split: str) -> Path | None:
     return folder / split if (folder / split / MANIFEST_NAME).exists() else None
 
 
-def open_split(folder: Path, split: str, *, check: bool = True) -> ShardReader:
-    """The reader of a corpus folder's `split`, or of a shard folder given itself (see `find_split`); `check` as of
-    `ShardReader`."""
+def fingerprint_of(manifest: Manifest) -> str:
+    """The fingerprint of a shard folder with this manifest."""
+    parts = [[shard.tokens, shard.sha256, shard.documents_sha256] for shard in manifest.shards]
+    parts += [[shard.targets_sha256] for shard in manifest.shards if shard.targets_sha256 is not None]
+    return hashlib.sha256(json.dumps([manifest.dtype, parts]).encode()).hexdigest()
+
+
+def find_parts(manifest: Manifest, fingerprint: str | None) -> int | None:
+    """How many parts a corpus had when this was its fingerprint; None if it never was, or is now."""
+    counts = range(len(manifest.parts or ()) - 1, 0, -1)
+    return next((count for count in counts if fingerprint_of(manifest.first_parts(count)) == fingerprint), None)
+
+
+def open_split(folder: Path, split: str, *, check: bool = True, parts: int | None = None) -> ShardReader:
+    """The reader of a corpus folder's `split`, or of a shard folder given itself (see `find_split`); `check` and
+    `parts` as of `ShardReader`."""
     found = find_split(folder, split)
     if found is None:
         raise ShardError(
             f"{folder} has no {split} split; use another folder, or prepare it with --val-fraction above 0"
         )
-    return ShardReader(found, check=check)
+    return ShardReader(found, check=check, parts=parts)
 
 
 def verify(folder: Path, on_shard: Callable[[], object] | None = None) -> Manifest:

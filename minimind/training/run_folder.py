@@ -16,7 +16,7 @@ from minimind.checkpoints.manifest import CheckpointError, CheckpointManifest, r
 from minimind.checkpoints.retention import clear_partials
 from minimind.checkpoints.run_state import DataFingerprint, compare, describe_run, find_obstacles, settings_of
 from minimind.config.resolved_run import ResolvedRun, ResolvedTrain
-from minimind.config.run_config import RunConfig
+from minimind.config.run_config import RunConfig, TrainConfig
 from minimind.data.chat_template import TEMPLATE_NAME
 from minimind.data.shards import ShardReader
 from minimind.distributed.collectives import log
@@ -78,6 +78,16 @@ def recorded_micro_batch_size(train: ResolvedTrain) -> int | None:
     content = read_json(path, "the run folder's")
     size = content.get("train", {}).get("micro_batch_size") if isinstance(content, dict) else None
     return size if isinstance(size, int) else None
+
+
+def recorded_fingerprint(train: TrainConfig) -> str | None:
+    """The fingerprint of the shards that a run in this folder which goes on began with. With --allow-data-change it
+    takes what is there now: None, as of a run that begins."""
+    path = Path(train.run_dir) / RUN_CONFIG_NAME
+    if train.resume == "never" or train.allow_data_change or not path.exists():
+        return None
+    content = read_json(path, "the run folder's")
+    return content.get("shard_fingerprint") if isinstance(content, dict) else None
 
 
 def settle_aux_loss_scope(run: RunConfig) -> RunConfig:

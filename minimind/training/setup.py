@@ -21,7 +21,7 @@ from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import DTYPE_NAMES, RunConfig
 from minimind.data.dataset import Dataset, PackedDataset, open_dataset
 from minimind.data.loader import BatchLoader
-from minimind.data.shards import find_split, open_split
+from minimind.data.shards import find_parts, find_split, open_split
 from minimind.distributed.collectives import gather_objects, lead_from_first_rank, log
 from minimind.distributed.environment import RankEnvironment
 from minimind.distributed.launchers.watch import LauncherWatch
@@ -40,7 +40,14 @@ from minimind.training.peak_flops import peak_flops
 from minimind.training.profiler import StepProfiler
 from minimind.training.record.metrics import NullRecord, RunRecord
 from minimind.training.record.wandb import WandbLog, check_wandb
-from minimind.training.run_folder import Resume, check_run_folder, identify, open_run_folder, settle_aux_loss_scope
+from minimind.training.run_folder import (
+    Resume,
+    check_run_folder,
+    identify,
+    open_run_folder,
+    recorded_fingerprint,
+    settle_aux_loss_scope,
+)
 from minimind.training.trainer import Trainer
 
 
@@ -108,8 +115,14 @@ def open_data(run: RunConfig, *, check: bool = True) -> RunData:
     if run.data.shards is None:
         raise UserError("shards: not given; pass --shards DIR, a folder made by python -m data_prep.tokenize_corpus")
     folder = Path(run.data.shards)
-    train = open_split(folder, "train", check=check)
-    val = open_split(folder, "val", check=check) if find_split(folder, "val") else None
+    train = open_split(folder, "train", check=check, parts=run.data.corpus_parts)
+    parts = run.data.corpus_parts
+    if parts is None and (parts := find_parts(train.manifest, recorded_fingerprint(run.train))) is not None:
+        log(f"{folder} has grown: the run goes on with the shards it began with (--allow-data-change takes the others)")
+        train = open_split(folder, "train", check=False, parts=parts)
+    val = open_split(folder, "val", check=check, parts=parts) if find_split(folder, "val") else None
+    if val is not None and parts is not None and not val.num_tokens:
+        val = None  # a later part brought the first of it
     if val is None and (run.train.eval_every or run.train.eval_samples):
         raise UserError(f"eval_every: {folder} has no validation split; prepare one, or leave out the --eval flags")
     vocab = train.manifest.vocab_size

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_optimizer_state
+from prepared_corpus import Prepare, make_texts, write_jsonl
 from stream_hash import hash_stream
 from structured_corpus import write_corpus
 from training_runs import (
@@ -30,6 +31,7 @@ from training_runs import (
     weights,
 )
 
+from data_prep.train_tokenizer import cut_sentences, save_tokenizer, train_tokenizer
 from minimind.checkpoints.consolidate import TrainingCheckpoint
 from minimind.checkpoints.folder import list_checkpoints, verify_checkpoint
 from minimind.checkpoints.formats.load_model import load_model
@@ -310,6 +312,33 @@ def test_other_shards_only_on_purpose(tiny_corpus, tmp_path):
     code, printed = train(flags_for(other, tmp_path / "run", allow_data_change=True))
     assert code == 0 and "at step 2" in printed and "their order begins at step 2" in printed
     assert read_manifest(list_checkpoints(tmp_path / "run")[-1]).data_start_step == 2
+
+
+def test_a_run_goes_on_with_the_part_of_a_grown_corpus_that_it_began_with(tmp_path, monkeypatch):
+    save_tokenizer(train_tokenizer(list(cut_sentences(make_texts(100))), 320), tmp_path / "tokenizer")
+    prepare = Prepare(tmp_path / "tokenizer", monkeypatch)
+    old, new = (write_jsonl(tmp_path / f"{seed}.jsonl", make_texts(60, seed)) for seed in (0, 1))
+    prepare(tmp_path / "corpus", old)
+
+    def flags(name, **others):
+        return flags_for(tmp_path / "corpus", tmp_path / name, **{"vocab_size": 320, **others})
+
+    train(flags("whole"))
+    train(flags("run", steps=2))
+    train(flags("wants", steps=2))
+    prepare(tmp_path / "corpus", new, append=True)
+    code, printed = train(flags("run"))
+    assert code == 0 and "has grown: the run goes on with the shards it began with" in printed
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    last = [[r["eval_loss"] for r in read_metrics(tmp_path / run) if "eval_loss" in r][-1] for run in ("run", "whole")]
+    assert last[0] == last[1]
+    # A new run takes all, or leaves the new part out; one that goes on may want it.
+    train(flags("old", corpus_parts=1))
+    train(flags("all"))
+    assert losses(tmp_path / "old") == losses(tmp_path / "whole") != losses(tmp_path / "all")
+    code, printed = train(flags("wants", allow_data_change=True))
+    assert code == 0 and "their order begins at step 2" in printed
+    assert losses(tmp_path / "wants")[3] != losses(tmp_path / "whole")[3]
 
 
 def test_a_hostile_file_does_not_run(tiny_corpus, tmp_path):

@@ -20,6 +20,7 @@ PAGES = (
     "distillation.md",
     "rewards.md",
     "configuration.md",
+    "data_sources.md",
     "data_format.md",
     "python.md",
     "run_folder.md",
