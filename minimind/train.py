@@ -42,6 +42,7 @@ from minimind.parallel.compilation import settle_compilation
 from minimind.parallel.op_builds import build_ops
 from minimind.reports.plan.memory import estimate_memory
 from minimind.reports.plan.micro_batch import fit_micro_batch
+from minimind.training.choose_objective import choose_objective
 from minimind.training.run_folder import recorded_micro_batch_size
 from minimind.training.setup import RunData, memory_remedies, prepare, run_rank
 
@@ -109,8 +110,8 @@ def settle_micro_batch(
 
     check_auto(command.run.train, device)
     resolved, data = prepare(take(1), env, device)
-    if data.train.reader.manifest.is_pairs:
-        raise UserError("micro_batch_size: auto does not try pairs, which hold more; give a number")
+    if (objective := choose_objective(resolved.train, data.train)) != "pretrain":
+        raise UserError(f"micro_batch_size: auto tries steps of pretraining, and {objective} holds more; give a number")
     share, recorded = resolved.train.global_batch_size // resolved.dp_size, recorded_micro_batch_size(resolved.train)
     if recorded is not None and share % recorded == 0:
         return take(recorded), None
@@ -147,8 +148,6 @@ def check_auto(train: TrainConfig, device: torch.device) -> None:
         raise UserError("gradient_accumulation_steps: with --micro-batch-size auto it follows from it; leave it out")
     if train.global_batch_size is None and load_ds_config(train.ds_config).get("train_batch_size", "auto") == "auto":
         raise UserError("micro_batch_size: auto needs --global-batch-size, which no machine is to decide")
-    if train.teacher is not None:
-        raise UserError("micro_batch_size: auto does not try a teacher, which holds more; give a number")
 
 
 def describe_packing(data: Dataset) -> str:

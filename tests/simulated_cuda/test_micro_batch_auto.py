@@ -5,8 +5,12 @@ import json
 
 import pytest
 from simulated_runs import train_with_memory
+from tokenizers_for_tests import save_byte_level
 from training_runs import flags_for, train
 
+from data_prep.tokenize_corpus import prepare
+from data_prep.tokenize_preferences import TokenizePreferencesFlags
+from data_prep.writing.encode_chat import PreferenceOptions
 from minimind.config.resolve import resolve_run
 from minimind.config.run_config import RunConfig
 from minimind.errors import UserError
@@ -49,6 +53,17 @@ def test_auto_that_would_decide_more_than_memory_is_refused(one_gpu, tiny_corpus
         del flags[at - 1 : at + 1]
     ((code, printed),) = one_gpu.run(train_with_memory, 2**30, flags)
     assert code == 1 and printed.startswith(said)
+
+
+def test_steps_that_hold_more_than_those_of_pretraining_are_refused(one_gpu, tmp_path):
+    turn = [{"role": "user", "content": "say a"}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "judged.jsonl").write_text(json.dumps({"messages": turn, "label": True}) + "\n")
+    names = {"tokenizer": save_byte_level(tmp_path / "tokenizer"), "output": tmp_path / "shards", "val_fraction": 0.0}
+    given = (str(tmp_path / "judged.jsonl"),)
+    prepare(TokenizePreferencesFlags(input=given, workers=1, unpaired=True, **names), PreferenceOptions)
+    flags = flags_for(tmp_path / "shards/train", tmp_path / "run", **{**LONG, "vocab_size": 400})
+    ((code, printed),) = one_gpu.run(train_with_memory, 2**30, flags)
+    assert code == 1 and printed.startswith("micro_batch_size: auto tries steps of pretraining, and kto holds more")
 
 
 def test_on_a_cpu_it_is_refused(tiny_corpus, tmp_path):
