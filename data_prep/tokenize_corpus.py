@@ -10,7 +10,7 @@ import functools
 import hashlib
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -143,7 +143,7 @@ def prepare_corpus(
     total = None if any(source.format == DATASET for source in sources) else sum(source.size for source in sources)
     interval = 0.2 if sys.stderr.isatty() else 30.0
     splits = SPLITS if options.val_fraction or flags.val_input else SPLITS[:1]
-    documents: Counter[str] = Counter()
+    written: defaultdict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
     forms: Counter[str] = Counter()
     num_empty = 0
     with contextlib.ExitStack() as stack:
@@ -163,7 +163,7 @@ def prepare_corpus(
         for index, chunk in enumerate(chunks):
             folder.begin_input(sources.index(chunk.source))
             bad.add(len(chunk.documents) + len(chunk.problems), chunk.problems)
-            documents[chunk.source.name] += writer.add_chunk(index, chunk)
+            written[chunk.source.name] += writer.add_chunk(index, chunk)
             num_empty += chunk.num_empty
             forms += chunk.forms
             progress.update(chunk.progress)
@@ -173,7 +173,8 @@ def prepare_corpus(
         bad.finish()
         totals = writer.finish()
     left_out = {"bad_documents": bad.count, "empty_documents": num_empty, "repeated_documents": writer.num_repeated}
-    folder.publish({**left_out, "limit_reached": writer.limit_reached, "splits": totals}, documents)
+    folder.publish({**left_out, "limit_reached": writer.limit_reached, "splits": totals}, written)
+    documents = {name: sum(counts[split, "documents"] for split in SPLITS) for name, counts in written.items()}
     print_counts(sources, documents, left_out)
     if forms:
         print(
@@ -181,12 +182,12 @@ def prepare_corpus(
         )
 
 
-def print_counts(sources: list[Source], documents: Counter[str], left_out: dict[str, int]) -> None:
+def print_counts(sources: list[Source], documents: dict[str, int], left_out: dict[str, int]) -> None:
     """How many documents each input gave, and how many were left out."""
     for source in sources[:_LISTED_INPUTS] if len(sources) > 1 else []:
-        print(f"{documents[source.name]:>12,} documents  {source.name}")
+        print(f"{documents.get(source.name, 0):>12,} documents  {source.name}")
     if len(sources) > _LISTED_INPUTS:
-        rest = sum(documents[source.name] for source in sources[_LISTED_INPUTS:])
+        rest = sum(documents.get(source.name, 0) for source in sources[_LISTED_INPUTS:])
         print(f"{rest:>12,} documents  in {len(sources) - _LISTED_INPUTS:,} more inputs (each in corpus.json)")
     bad, empty, repeated = left_out.values()
     print(f"{bad:,} bad, {empty:,} empty and {repeated:,} repeated documents left out")

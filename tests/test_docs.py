@@ -378,6 +378,7 @@ def find_flags() -> set[str]:
         "data_prep/reading/*.py",
         "data_prep/writing/*.py",
         "minimind/*.py",
+        "minimind/data/__main__.py",
         "minimind/config/*.py",
         "minimind/model/config.py",
         "minimind/inference/*.py",

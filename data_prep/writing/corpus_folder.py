@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,18 +86,25 @@ class CorpusFolder:
         self._num_noted += len(inputs)
         self.shards[split].append(shard)
 
-    def publish(self, counts: dict[str, Any], documents: dict[str, int]) -> None:
+    def publish(self, counts: dict[str, Any], written: Mapping[str, Mapping[tuple[str, str], int]]) -> None:
         """Move the finished splits into place; after a crash on the way the next run does the rest.
 
         Args:
-            documents: how many were read of each input, by its name. Inputs after `limit_reached` are not named.
+            written: of each input, by its name, the documents and bytes of each split. Inputs after `limit_reached` are
+                not named.
         """
-        self._complete(self._describe(counts, documents))
+        self._complete(self._describe(counts, written))
 
-    def _describe(self, counts: dict[str, Any], documents: dict[str, int]) -> dict[str, Any]:
+    def _describe(self, counts: dict[str, Any], written: Mapping[str, Mapping[tuple[str, str], int]]) -> dict[str, Any]:
         """What goes into `corpus.json` for one preparation."""
         begun = self.sources[: self._num_begun] if counts["limit_reached"] else self.sources
-        inputs = [{**self._identify(source), "documents": documents.get(source.name, 0)} for source in begun]
+        inputs = []
+        for source in begun:
+            splits: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
+            for (split, what), count in written.get(source.name, {}).items():
+                splits[split][what] = count
+            documents = sum(counts["documents"] for counts in splits.values() if counts)
+            inputs.append({**self._identify(source), "documents": documents, "splits": splits})
         return {"format_version": 2, "settings": dict(self._settings), "inputs": inputs, **counts}
 
     def _complete(self, corpus: dict[str, Any]) -> None:

@@ -49,10 +49,10 @@ class CorpusWriter:
         self._num_written = {split: writer.num_documents for split, writer in self._writers.items()}
         self._num_met: Counter[str] = Counter()
 
-    def add_chunk(self, index: int, chunk: EncodedChunk) -> int:
+    def add_chunk(self, index: int, chunk: EncodedChunk) -> Counter[tuple[str, str]]:
         """Write the documents of chunk number `index` up to the limits, and note the shards that are finished; returns
-        how many were written, now or before an interruption."""
-        written = self.num_documents
+        what was written, now or before an interruption: documents and bytes of each split, as ("train", "bytes")."""
+        written: Counter[tuple[str, str]] = Counter()
         num_shards = {split: len(writer.shards) for split, writer in self._writers.items()}
         digests = b"".join(document.digest for document in chunk.documents)
         is_new = [True] * len(chunk.documents) if self._seen is None else self._seen.add(digests).tolist()
@@ -70,6 +70,7 @@ class CorpusWriter:
                     document.num_bytes,
                     np.frombuffer(targets, np.uint8) if targets else None,
                 )
+            written += Counter({(split, "documents"): 1, (split, "bytes"): document.num_bytes})
             self.num_documents += 1
             self.num_bytes += document.num_bytes
             if self._is_full():
@@ -81,7 +82,7 @@ class CorpusWriter:
             for shard in writer.shards[num_shards[split] :]:
                 # The documents of the shard now begun may start in this very chunk.
                 self._folder.add_shard(split, shard, index)
-        return self.num_documents - written
+        return written
 
     def finish(self) -> dict[str, dict[str, int]]:
         """Complete all splits and the file of digests; returns the totals. An empty validation split is left out.

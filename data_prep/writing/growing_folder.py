@@ -6,6 +6,7 @@ reader finds the corpus as it was or as it is then.
 
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ class GrowingFolder(CorpusFolder):
         self._options = options
         super().__init__(output, settings, sources, options, overwrite=False)
 
-    def publish(self, counts: dict[str, Any], documents: dict[str, int]) -> None:
-        part = self._describe(counts, documents)
+    def publish(self, counts: dict[str, Any], written: Mapping[str, Mapping[tuple[str, str], int]]) -> None:
+        part = self._describe(counts, written)
         part["settings"].pop("appended_to")
         for split in SPLITS:
             old, new = (_load_manifest(folder / split) for folder in (self.output, self.partial))
