@@ -1,7 +1,8 @@
-"""Evaluate a trained model: loss, perplexity and bits per byte, or multiple-choice accuracy.
+"""Evaluate a trained model: loss, perplexity and bits per byte, multiple-choice accuracy, or needles in long texts.
 
     python -m minimind.evaluate --checkpoint RUN_OR_STEP_OR_EXPORT --shards DIR
     python -m minimind.evaluate --checkpoint RUN_OR_STEP_OR_EXPORT --text FILES | --multiple-choice FILE
+    python -m minimind.evaluate --checkpoint RUN_OR_STEP_OR_EXPORT --shards DIR --needle
 
 Every token of the data is predicted once, in windows of `seq_len` tokens.
 """
@@ -18,10 +19,11 @@ from typing import Annotated, Any, Literal
 import torch
 from tqdm import tqdm
 
-from minimind.checkpoints.formats.load_model import load_model
+from minimind.checkpoints.formats.load_model import load_model, stretch_context
 from minimind.cli import parse_flags, without_local_rank
 from minimind.data.dataset import Dataset, open_dataset
-from minimind.data.tokenizer import load_tokenizer
+from minimind.data.shards import ShardReader
+from minimind.data.tokenizer import Tokenizer, load_tokenizer
 from minimind.distributed.environment import RankEnvironment, find_device, is_first_rank, read_environment
 from minimind.distributed.out_of_memory import explain_out_of_memory
 from minimind.distributed.process_group import process_group
@@ -38,16 +40,17 @@ from minimind.inference.evaluation import (
     token_sums,
 )
 from minimind.inference.multiple_choice import read_questions, score_choices
+from minimind.inference.needle import NeedleOptions, find_needles, show_cells
 from minimind.model import MiniMindForCausalLM
 from minimind.model.kernels.packed_weights import quantize_int8
 from minimind.schema import AT_LEAST_1, check_fields
 
-OUTPUT_NAME = "evaluation.json"
+OUTPUT_NAME, NEEDLE_NAME = "evaluation.json", "needle.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateFlags(ModelFlags):
-    """Measure loss, perplexity and bits per byte of a trained model."""
+class EvaluateFlags(ModelFlags, NeedleOptions):
+    """Measure loss, perplexity and bits per byte of a trained model, or what it finds in long texts."""
 
     shards: Path | None = None
     """A corpus made by data_prep.tokenize_corpus, or one shard folder."""
@@ -57,6 +60,10 @@ class EvaluateFlags(ModelFlags):
     """Text files instead of shards, each one document."""
     multiple_choice: Path | None = None
     """Questions instead of shards: JSON lines with context, choices and answer (its number, from 0)."""
+    needle: bool = False
+    """Hide sentences in long texts of the shards, and see whether the model finds them again."""
+    rope_scaling_factor: float | None = None
+    """Read up to this many times the trained context by YaRN."""
     seq_len: Annotated[int, AT_LEAST_1] = 512
     """Tokens of a window; the first tokens of a window are predicted from little."""
     document_mask: bool = False
@@ -66,11 +73,17 @@ class EvaluateFlags(ModelFlags):
     max_samples: Annotated[int | None, AT_LEAST_1] = None
     """Measure this many windows only; None: all."""
     output: Path | None = None
-    """JSON file for the result [default: evaluation.json in the run's, or the exported model's, folder]."""
+    """JSON file for the result [default: evaluation.json, or needle.json, in the run's or exported model's folder]."""
 
     def __post_init__(self) -> None:
         if [self.shards is not None, bool(self.text), self.multiple_choice is not None].count(True) != 1:
             raise UserError("give either --shards DIR or --text FILES or --multiple-choice FILE")
+        if self.needle and self.multiple_choice is not None:
+            raise UserError("needle: hidden in --shards or --text, not in --multiple-choice; leave one out")
+        unused = [name for name in vars(NeedleOptions()) if getattr(self, name) != getattr(NeedleOptions(), name)]
+        if unused and not self.needle:
+            raise UserError(f"{unused[0]}: has no effect without --needle; give both, or leave it out")
+        super().__post_init__()
         check_fields(EvaluateFlags, vars(self))
 
 
@@ -88,6 +101,8 @@ def main(args: Sequence[str] | None = None) -> None:
 def run(flags: EvaluateFlags, env: RankEnvironment, device: torch.device, dtype: torch.dtype) -> None:
     """Load the model, measure and report. Every rank calls this."""
     model, tokenizer_file = load_model(flags.checkpoint, dtype=dtype, device=device, tokenizer=flags.tokenizer)
+    if flags.rope_scaling_factor is not None:
+        stretch_context(model, flags.rope_scaling_factor)
     if flags.int8:
         quantize_int8(model)
     ranks = process_group(env, device) if env.world_size > 1 else contextlib.nullcontext()
@@ -114,6 +129,9 @@ def run(flags: EvaluateFlags, env: RankEnvironment, device: torch.device, dtype:
                     f"shards: {flags.shards} holds judged answers, which compare no two; give pairs of answers"
                 )
             stack.enter_context(ranks)
+            if flags.needle:
+                report_needles(model, load_tokenizer(tokenizer_file), reader, flags, env)
+                return
             dataset = open_dataset(reader, flags.seq_len, flags.document_mask, keep_tail=True)
             found = measure(model, dataset, flags, env)
             rows = [
@@ -130,6 +148,19 @@ def run(flags: EvaluateFlags, env: RankEnvironment, device: torch.device, dtype:
     if env.is_first:
         for name, value in [*rows, ("written to", write_result(flags, values))]:
             print(f"{name:<16}{value}")
+
+
+def report_needles(
+    model: MiniMindForCausalLM, tokenizer: Tokenizer, reader: ShardReader, flags: EvaluateFlags, env: RankEnvironment
+) -> None:
+    """Hide needles, look for them and print what was found. Every rank calls this."""
+    with tqdm(desc="evaluating", unit="text", disable=not env.is_first or not sys.stderr.isatty()) as bar:
+        cells = find_needles(
+            model, tokenizer, reader, flags, rank=env.rank, world_size=env.world_size, after_test=bar.update
+        )
+    if env.is_first:
+        values = {"cells": [asdict(cell) for cell in cells], "data_fingerprint": reader.fingerprint}
+        print(f"{show_cells(cells)}\n\nwritten to {write_result(flags, values)}")
 
 
 def measure(model: MiniMindForCausalLM, dataset: Dataset, flags: EvaluateFlags, env: RankEnvironment) -> Evaluation:
@@ -165,6 +196,8 @@ def remedies(flags: EvaluateFlags, dtype: torch.dtype) -> list[str]:
     found = ["pass --precision bf16"] if dtype == torch.float32 else []
     if flags.multiple_choice is not None:
         return [*found, f"shorten the questions of {flags.multiple_choice}"]
+    if flags.needle:
+        return [*found, "shorten --needle-lengths"]
     if flags.micro_batch_size > 1:
         found.insert(0, f"lower --micro-batch-size {flags.micro_batch_size}")
     return [*found, f"shorten --seq-len {flags.seq_len}"]
@@ -174,7 +207,7 @@ def write_result(flags: EvaluateFlags, values: dict[str, Any]) -> Path:
     """Write figures and flags as JSON; gives the file."""
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(flags).items() if name != "output"}
     settings["text"] = [str(file) for file in flags.text]
-    output = flags.output or output_folder(flags.checkpoint) / OUTPUT_NAME
+    output = flags.output or output_folder(flags.checkpoint) / (NEEDLE_NAME if flags.needle else OUTPUT_NAME)
     try:
         replace_file(output, json.dumps({**values, **settings}, indent=1) + "\n")
     except OSError as error:
