@@ -95,8 +95,8 @@ def yarn(language: str) -> str:
 
 
 def estimate(model: str, stage: int, world_size: int) -> MemoryEstimate:
-    """What `--dry-run` prints for ds_configs/zeroN.json on GPUs in bf16, 2 sequences of 2,048 tokens a rank."""
-    train = TrainConfig(micro_batch_size=2, precision="bf16")
+    """What `--dry-run` prints for ds_configs/zeroN.json and AdamW on GPUs in bf16, 2 x 2,048 tokens a rank."""
+    train = TrainConfig(micro_batch_size=2, precision="bf16", optimizer="adamw")
     return _estimate(RunConfig(preset(model), DataConfig(seq_len=2048), train), stage, world_size, "cuda")
 
 

@@ -17,6 +17,7 @@ from minimind.checkpoints.formats.source import open_source
 from minimind.cli import without_local_rank
 from minimind.config.command_line import CommandLine, parse_command_line
 from minimind.config.deepspeed_file import load_ds_config
+from minimind.config.muon import describe_rates
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import TrainConfig
 from minimind.data.dataset import Dataset, PackedDataset
@@ -187,6 +188,7 @@ def describe(resolved: ResolvedRun, env: RankEnvironment, device: torch.device, 
         f"accumulated x {resolved.dp_size} ranks; {tokens_per_step:,} tokens a step",
         f"length    {train.steps:,} steps, {train.steps / per_epoch:.2f} epochs ({per_epoch:.1f} steps an epoch), "
         f"{train.steps * tokens_per_step:,} tokens",
+        f"optimizer {describe_rates(resolved)}",
         "compile   " + settle_compilation(train.compile, device.type)[1],
         "memory    " + memory.summary(),
     ]

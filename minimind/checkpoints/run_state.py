@@ -21,7 +21,7 @@ Change = Literal["fixed", "topology", "free", "silent"]
 _SAMPLING = ("seq_len", "document_mask", "packing", "seed", "global_batch_size")
 _LAYOUT = (
     "optimizer", "offload_optimizer", "autocast", "grad_accum_dtype", "moe_backend", "sub_group_size",
-    "round_robin_gradients", "zero_hpz_partition_size",
+    "round_robin_gradients", "zero_hpz_partition_size", "embedding_apart",
 )  # fmt: skip
 _TRAINED = ("lora_rank", "lora_alpha", "lora_targets", "freeze")
 AT_RESUME: dict[str, Change] = {
@@ -69,6 +69,8 @@ def describe_run(resolved: ResolvedRun, corpus: DataFingerprint) -> dict[str, An
         **vars(resolved.zero),
         "optimizer": resolved.optimizer_type,
         # The manifest has always had null where there is no second copy.
+        # A group of its own since it has a rate of its own beside Muon.
+        "embedding_apart": True if resolved.train.embedding_lr is not None else None,
         "zero_hpz_partition_size": resolved.zero.hpz_partition_size if resolved.zero.hpz_partition_size > 1 else None,
     }
     return {

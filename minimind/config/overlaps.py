@@ -144,6 +144,7 @@ def take_optimizer(overlaps: Overlaps, run: RunConfig, ds: dict[str, Any]) -> di
     }
     if isinstance(values["betas"], list):
         values["betas"] = tuple(values["betas"])
+    values |= {"embedding_lr": run.train.embedding_lr, "norm_lr": run.train.norm_lr}
     return {"optimizer": optimizer, **values}
 
 

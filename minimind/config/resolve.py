@@ -13,6 +13,7 @@ from minimind.config.deepspeed_file import modernize
 from minimind.config.deepspeed_keys import AUTO, check_types, settle_communication, zero_stage
 from minimind.config.deepspeed_table import settle_table
 from minimind.config.expert_parallel import check_experts, take_experts, write_experts
+from minimind.config.muon import MUON_MOMENTUM, check_muon, default_optimizer, default_rates
 from minimind.config.overlaps import Overlaps, take_batch, take_optimizer, take_precision, take_schedule
 from minimind.config.resolved_run import ResolvedRun, ResolvedTrain
 from minimind.config.run_config import DTYPE_NAMES, Precision, RunConfig, TrainConfig, check_run
@@ -21,9 +22,7 @@ from minimind.model.config import ModelConfig
 from minimind.schema import check_fields
 
 DEFAULTS: dict[str, Any] = {
-    "optimizer": "adamw",
     "lr": 5e-4,
-    "muon_lr": 0.02,
     "betas": (0.9, 0.95),
     "eps": 1e-8,
     "weight_decay": 0.1,
@@ -32,7 +31,6 @@ DEFAULTS: dict[str, Any] = {
     "min_lr_ratio": 0.1,
 }
 """What a setting is where neither the run nor the JSON says it."""
-MUON_MOMENTUM = 0.95
 
 MANY_RANKS = 512
 """A ring rounds a sum in bf16 at every hop: from so many ranks on, a run is told."""
@@ -85,9 +83,10 @@ def resolve_run(
         values[name] = overlaps.agree(name, values.get(name), value, f"scheduler.{name}")
     precision = take_precision(overlaps, run, ds)
     overlaps.finish()
+    values["optimizer"] = values["optimizer"] or default_optimizer(run, ds)
     defaults = DEFAULTS if values["optimizer"] != "deepspeed" else {**DEFAULTS, "betas": None, "eps": None}
-    if (values["optimizer"] or defaults["optimizer"]) != "muon":
-        defaults = {**defaults, "muon_lr": None}
+    if values["optimizer"] == "muon":
+        defaults = {**defaults, **default_rates(run.model, values["lr"])}
     values = {name: defaults.get(name) if value is None else value for name, value in values.items()}
     half = "bf16" if bf16_supported else "fp16"  # GPUs older than sm80 only emulate bf16
     if ds.get(half, {}).get("enabled") is False:
@@ -243,27 +242,9 @@ def _check_combinations(resolved: ResolvedRun, device_type: str) -> None:
         raise UserError(
             f"optimizer: {resolved.optimizer_type} applies a NaN gradient at ZeRO stage 0; use stage 1, or adamw"
         )
-    if train.muon_lr is not None and train.optimizer != "muon":
-        raise UserError(f"muon_lr: {train.muon_lr} has no effect on {train.optimizer}; leave it out, or use muon")
+    check_muon(resolved)
     if train.moe_backend == "autoep" and device_type == "cuda":
         _check_alignment(resolved.model, train.precision)
-    if train.optimizer == "muon":
-        _check_muon(resolved)
-
-
-def _check_muon(resolved: ResolvedRun) -> None:
-    if not resolved.num_muon_params:
-        raise UserError("optimizer: muon has nothing to update: it takes no adapters, embeddings or norms; use adamw")
-    offload = resolved.ds.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if "nvme" in (resolved.zero.offload_optimizer, resolved.zero.offload_param):
-        raise UserError("optimizer: muon keeps nothing on nvme; offload to cpu, or use adamw")
-    if resolved.train.schedule == "deepspeed":
-        raise UserError("optimizer: muon has two rates, and a DeepSpeed scheduler knows one; use --schedule, or adamw")
-    for key, off in (("ratio", 1), ("super_offload", False)):
-        if offload.get(key, off) != off:
-            raise UserError(
-                f"DeepSpeed config: offload_optimizer.{key} is of DeepSpeed's Adam; remove it, or use adamw"
-            )
 
 
 def _check_alignment(model: ModelConfig, precision: Precision) -> None:

@@ -15,7 +15,7 @@ OffloadDevice = Literal["cpu", "nvme"]
 @dataclass(frozen=True, kw_only=True)
 class ResolvedTrain(TrainConfig):
     """`TrainConfig` with every setting decided. What stays None has no value: `betas` and `eps` of an optimizer that
-    has none, `muon_lr` without Muon, `moe_backend` of a dense model."""
+    has none, the further rates without Muon, `moe_backend` of a dense model."""
 
     steps: int
     """Optimizer steps; 0 in a plan that does not know the data."""

@@ -170,12 +170,16 @@ class TrainConfig:
     """Sequences of one optimizer step over all ranks."""
     gradient_accumulation_steps: Annotated[int | None, _default("1"), AT_LEAST_1] = None
     """Micro-batches of a rank in one optimizer step; usually derived from the other two."""
-    optimizer: Annotated[OptimizerName | None, _default("adamw")] = None
+    optimizer: Annotated[OptimizerName | None, _default("muon for fresh weights, else adamw")] = None
     """adamw or muon (Muon for matrices, AdamW for the rest); deepspeed: another type named in the JSON."""
-    lr: Annotated[float | None, _default("5e-4"), ABOVE_0] = None
-    """Peak learning rate."""
+    lr: Annotated[float | None, _default("5e-4; beside Muon 2.56 / hidden_size"), ABOVE_0] = None
+    """Peak learning rate; with Muon that of the output matrix, an embedding tied to it, and routers."""
     muon_lr: Annotated[float | None, _default("0.02, for Muon"), ABOVE_0] = None
     """Peak learning rate of the matrices that Muon updates; the schedule moves it as it moves lr."""
+    embedding_lr: Annotated[float | None, _default("beside Muon lr, or 1e-2 if that is not set"), ABOVE_0] = None
+    """The same of an embedding that is not the output matrix too (--no-tie-word-embeddings)."""
+    norm_lr: Annotated[float | None, _default("beside Muon lr, or 1e-2 if that is not set"), ABOVE_0] = None
+    """The same of norms and biases."""
     betas: Annotated[tuple[float, float] | None, _default("0.9 0.95"), Limits(at_least=0, below=1)] = None
     """Adam's decay rates of the first and second moment."""
     eps: Annotated[float | None, _default("1e-8"), AT_LEAST_0] = None

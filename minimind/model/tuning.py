@@ -23,6 +23,10 @@ EMBEDDING = "model.embed_tokens.weight"
 """Also of the output matrix, where the two are tied."""
 Shapes = dict[str, tuple[int, ...]]
 
+RateKind = Literal["muon", "embedding", "matrices", "vectors"]
+"""Parameters that have a learning rate in common under Muon: its own; an embedding that is not the output matrix too;
+what makes scores of hidden states (the output matrix, routers) and other matrices; norms and biases."""
+
 
 @dataclass(frozen=True)
 class LoRA:
@@ -118,6 +122,19 @@ def is_for_muon(name: str, shape: Sequence[int]) -> bool:
     no row or column stands for a token, no row for an expert as in a router's, and none is an adapter's. Of stacked
     experts (E, rows, columns) each is a matrix."""
     return len(shape) >= 2 and not any(part in name for part in _NOT_FOR_MUON)
+
+
+def rate_kind(name: str, shape: Sequence[int], *, tied: bool) -> RateKind:
+    """Whose rate a parameter has beside Muon.
+
+    Args:
+        tied: the embedding is the output matrix too, and has its rate.
+    """
+    if is_for_muon(name, shape):
+        return "muon"
+    if len(shape) < 2:
+        return "vectors"
+    return "embedding" if name == EMBEDDING and not tied else "matrices"
 
 
 def count(shapes: Mapping[str, Sequence[int]]) -> int:

@@ -7,8 +7,8 @@ import deepspeed
 import torch
 from torch import nn
 
-from minimind.config.resolved_run import ResolvedRun
-from minimind.model.tuning import is_for_muon
+from minimind.config.resolved_run import ResolvedRun, ResolvedTrain
+from minimind.model.tuning import rate_kind
 from minimind.parallel.experts import global_norm, split_groups
 from minimind.parallel.muon import MUON, Muon
 
@@ -20,14 +20,15 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, muon: bool = Fals
     Under ZeRO-3 a parameter is flat; its real shape is `ds_shape`.
 
     Args:
-        muon: put the matrices that Muon updates apart, and say the `kind` of every group.
+        muon: put what has a rate of its own beside Muon apart, and say the `kind` of every group.
     """
-    found: dict[str, list[nn.Parameter]] = {MUON: [], "matrices": [], "vectors": []}
-    for name, parameter in model.named_parameters():
+    found: dict[str, list[nn.Parameter]] = {MUON: [], "embedding": [], "matrices": [], "vectors": []}
+    names = dict(model.named_parameters())
+    for name, parameter in names.items():
         if parameter.requires_grad:
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            matrices = MUON if muon and is_for_muon(name, shape) else "matrices"
-            found[matrices if len(shape) >= 2 else "vectors"].append(parameter)
+            kind = rate_kind(name, shape, tied="lm_head.weight" not in names)
+            found[kind if muon or kind == "vectors" else "matrices"].append(parameter)
     groups: list[dict[str, Any]] = []
     for name, parameters in found.items():
         if parameters:
@@ -46,10 +47,17 @@ def own_optimizer(resolved: ResolvedRun, model: nn.Module, device: torch.device)
     if train.optimizer != "muon":
         return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
     for group in groups:
+        group["lr"] = peak_rate(train, group["kind"])
         if group["kind"] == MUON:
-            group |= {"lr": train.muon_lr, "momentum": resolved.ds["optimizer"]["params"]["momentum"]}
+            group["momentum"] = resolved.ds["optimizer"]["params"]["momentum"]
     dtype = torch.bfloat16 if train.precision == "bf16" and device.type == "cuda" else torch.float32
     return Muon(groups, device=device, dtype=dtype, lr=train.lr, betas=train.betas, eps=train.eps)
+
+
+def peak_rate(train: ResolvedTrain, kind: str | None) -> float:
+    """The peak rate of the groups of a `kind`."""
+    rates = {MUON: train.muon_lr, "embedding": train.embedding_lr, "vectors": train.norm_lr}
+    return rates.get(kind or "") or train.lr
 
 
 def clips_here(resolved: ResolvedRun) -> bool:
@@ -87,13 +95,9 @@ def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, resolved: ResolvedRun, lr: float) -> None:
-    """Give every parameter group the rate of this step.
-
-    Muon's matrices have a peak of their own; the schedule moves both in proportion.
-    """
+    """Give every parameter group the rate of this step. Beside Muon each kind has a peak of its own; the schedule moves
+    them in proportion."""
     train = resolved.train
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
-        if group.get("kind") == MUON:
-            assert train.muon_lr is not None
-            group["lr"] = lr * train.muon_lr / train.lr
+        peak = peak_rate(train, group.get("kind"))
+        group["lr"] = lr if peak == train.lr else lr * peak / train.lr

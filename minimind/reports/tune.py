@@ -24,6 +24,7 @@ from minimind.training.record.run_files import evaluations_of, read_records, ste
 from minimind.units import format_table
 
 PLANNED_RUNS = 12
+RATES = ("lr", "muon_lr", "embedding_lr", "norm_lr")
 PILOT_STEPS, FEWEST_STEPS = 5, 20
 EVALUATION_SAMPLES = 256
 """Validation samples after a run, where `eval_samples` says nothing; the same for all, so they can be compared."""
@@ -93,10 +94,9 @@ class Tuner:
         return abs(first[0].loss - first[1].loss) if len(first) == 2 else None
 
     def rates(self, doublings: int) -> dict[str, float]:
-        """`lr`, and with Muon `muon_lr`, which moves with it."""
-        train = self.run.train
-        both = {"lr": train.lr, "muon_lr": train.muon_lr if train.optimizer == "muon" else None}
-        return {name: float(f"{rate * 2.0**doublings:.3g}") for name, rate in both.items() if rate is not None}
+        """`lr`, and with Muon the others, which move with it."""
+        rates = {name: getattr(self.run.train, name) for name in RATES}
+        return {name: float(f"{rate * 2.0**doublings:.3g}") for name, rate in rates.items() if rate is not None}
 
     @property
     def batch(self) -> int:
@@ -151,7 +151,7 @@ class Tuner:
             )
         own = self.run.train
         # What was left to the defaults is left to them but for what is searched.
-        names = ("lr", "muon_lr", "optimizer", "micro_batch_size", "global_batch_size", "warmup_steps")
+        names = (*RATES, "optimizer", "micro_batch_size", "global_batch_size", "warmup_steps")
         kept: dict[str, Any] = {name: getattr(found, name) for name in names[:-1]} | {names[-1]: own.warmup_steps}
         self.run = dataclasses.replace(self.run, train=dataclasses.replace(own, **kept))
 

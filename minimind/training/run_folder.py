@@ -15,6 +15,8 @@ from minimind.checkpoints.loading import find_resume
 from minimind.checkpoints.manifest import CheckpointError, CheckpointManifest, read_manifest
 from minimind.checkpoints.retention import clear_partials
 from minimind.checkpoints.run_state import DataFingerprint, compare, describe_run, find_obstacles, settings_of
+from minimind.config.deepspeed_file import load_ds_config
+from minimind.config.deepspeed_keys import optimizer_name
 from minimind.config.resolved_run import ResolvedRun, ResolvedTrain
 from minimind.config.run_config import RunConfig, TrainConfig
 from minimind.data.chat_template import TEMPLATE_NAME
@@ -88,6 +90,20 @@ def recorded_fingerprint(train: TrainConfig) -> str | None:
         return None
     content = read_json(path, "the run folder's")
     return content.get("shard_fingerprint") if isinstance(content, dict) else None
+
+
+def settle_optimizer(run: RunConfig) -> RunConfig:
+    """`run` with the optimizer that the run in its folder has, where neither a flag nor the JSON names one."""
+    path = Path(run.train.run_dir) / RUN_CONFIG_NAME
+    if run.train.optimizer is not None or run.train.resume == "never" or not path.exists():
+        return run
+    content = read_json(path, "the run folder's")
+    train = content.get("train") if isinstance(content, dict) else None
+    name = train.get("optimizer") if isinstance(train, dict) else None
+    named = optimizer_name(load_ds_config(run.train.ds_config))
+    if named is not None or name not in ("adamw", "muon"):
+        return run
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, optimizer=name))
 
 
 def settle_aux_loss_scope(run: RunConfig) -> RunConfig:

@@ -47,6 +47,7 @@ from minimind.training.run_folder import (
     open_run_folder,
     recorded_fingerprint,
     settle_aux_loss_scope,
+    settle_optimizer,
 )
 from minimind.training.trainer import Trainer
 
@@ -76,7 +77,7 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
     Raises:
         UserError: anything wrong with flags, files, shards or the run folder.
     """
-    run = settle_aux_loss_scope(command.run)
+    run = settle_optimizer(settle_aux_loss_scope(command.run))
     data = open_data(run, check=env.world_size == 1)
     if isinstance(data.train, PackedDataset):
         packed = dataclasses.replace(run.data, packing="whole-documents", document_mask=True)

@@ -92,7 +92,7 @@ EP_2 = {**EXPERTS, "ep_size": 2}
     ("stage", "settings"),
     [
         *((stage, settings) for settings in ({}, EP_2) for stage in range(4)),
-        (2, {"optimizer": "muon"}),
+        (2, {"optimizer": "muon", "tie_word_embeddings": False}),
         (3, {**EP_2, "optimizer": "muon"}),
         (1, {**EP_2, "precision": "bf16"}),
         (3, {**EXPERTS, "precision": "bf16"}),
@@ -265,6 +265,21 @@ def test_muon_continues_on_other_ranks_and_another_stage(tiny_corpus, tmp_path, 
     cells = ((1, 2), (2, 3), (1, 3), (2, 1), (2, 0), (2, 2), (1, 1))
     starts = [(world_size, {"stage": stage}) for world_size, stage in cells]
     walk(tiny_corpus, tmp_path, starts, run_ranks, optimizer="muon")
+
+
+def test_a_run_keeps_the_optimizer_that_it_began_with(tiny_corpus, tmp_path):
+    """Also one of the time when that was the default, and one that began by DeepSpeed's JSON."""
+    for name, begun in (("adamw", {}), ("muon", {"ds_config": ROOT / "ds_configs" / "zero2_muon.json"})):
+        flags = flags_for(tiny_corpus, tmp_path / name, **begun)
+        place = flags.index("--optimizer")
+        unsaid = flags[:place] + flags[place + 2 :]
+        train(flags if name == "adamw" else unsaid)
+        cut_back(tmp_path / name, 4)
+        code, printed = train(unsaid)
+        assert code == 0 and f"optimizer {name}, peak rate" in printed and "at step 4" in printed
+    other = "optimizer muon there, adamw here"
+    with pytest.raises(UserError, match=other):
+        train([*(flags_for(tiny_corpus, tmp_path / "muon", stage=2)), "--optimizer", "adamw"])
 
 
 def test_the_folder_says_what_is_wrong_before_training(tiny_corpus, tmp_path):

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import pytest
+from pytest import approx
 from repository import ROOT
 
 from minimind.config.deepspeed_file import load_ds_config
@@ -77,7 +78,7 @@ def test_the_four_lines_of_the_table(name, ours, path, key, theirs):
     assert getattr(resolved.train, name) == there(theirs) and at(resolved.ds, path, key) == theirs
     # unset | "auto" or absent -> the documented default
     for ds in (STAGE_1, with_value(path, key, "auto")):
-        resolved = resolve(ds)
+        resolved = resolve(ds, optimizer="adamw")
         default = DEFAULTS.get(name, {"micro_batch_size": 8, "global_batch_size": 8}.get(name, 1))
         assert getattr(resolved.train, name) == default and there(at(resolved.ds, path, key)) == default
     # equal on both sides is no disagreement; different is one
@@ -215,11 +216,11 @@ def test_the_optimizer_and_the_schedule_of_the_json_are_read_back():
     adamw = resolve({**STAGE_1, "optimizer": {"type": "Adam", "params": {"lr": 0.1}}})
     assert (adamw.run.train.optimizer, adamw.run.train.lr, adamw.run.train.betas) == ("adamw", 0.1, (0.9, 0.95))
     for params, flags, rates in (
-        ({}, {}, (5e-4, 0.02)), ({"lr": 0.01}, {}, (0.01, 0.01)), ({"lr": 0.01}, {"muon_lr": 0.1}, (0.01, 0.1)),
-        ({"lr": 0.01, "adam_lr": 0.002}, {}, (0.002, 0.01)), ({"lr": "auto", "muon_lr": 0.03}, {}, (5e-4, 0.03)),
+        ({}, {}, (2.56 / 768, 0.02)), ({"lr": 0.01}, {}, (0.01, 0.01)), ({"lr": 0.01}, {"muon_lr": 0.1}, (0.01, 0.1)),
+        ({"lr": 0.01, "adam_lr": 0.002}, {}, (0.002, 0.01)), ({"lr": "auto", "muon_lr": 0.03}, {}, (2.56 / 768, 0.03)),
     ):  # fmt: skip
         muon = resolve({**STAGE_1, "optimizer": {"type": "Muon", "params": params}}, **flags)
-        assert (muon.train.optimizer, muon.train.lr, muon.train.muon_lr) == ("muon", *rates)
+        assert (muon.train.optimizer, muon.train.lr, muon.train.muon_lr) == ("muon", *map(approx, rates))
         assert muon.ds["optimizer"]["params"]["muon_lr"] == rates[1]
     assert adamw.train.muon_lr is None and "muon_lr" not in adamw.ds["optimizer"]["params"]
     lion = {**STAGE_1, "optimizer": {"type": "Lion", "params": {"lr": 0.1}}}
@@ -229,6 +230,39 @@ def test_the_optimizer_and_the_schedule_of_the_json_are_read_back():
     resolved = resolve({**STAGE_1, "scheduler": scheduler})
     assert resolved.train.schedule == "deepspeed" and resolved.ds["scheduler"] == scheduler
     assert "scheduler" not in resolve({**STAGE_1, "scheduler": {"type": "auto"}}).ds
+
+
+OFFLOADED = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+
+
+@pytest.mark.parametrize(
+    ("ds", "train", "optimizer"),
+    [
+        (STAGE_1, {}, "muon"), (STAGE_1, {"objective": "distill", "teacher": "runs/t"}, "muon"),
+        ({**STAGE_1, "optimizer": {"type": "auto", "params": {"lr": "auto"}}}, {}, "muon"),
+        ({**STAGE_1, "optimizer": {"params": {"lr": 1e-3}}}, {}, "adamw"),
+        ({**STAGE_1, "scheduler": {"type": "WarmupLR"}}, {}, "adamw"), (OFFLOADED, {}, "adamw"),
+        (STAGE_1, {"init_from": "runs/t"}, "adamw"), (STAGE_1, {"init_from": "runs/t", "objective": "dpo"}, "adamw"),
+        (STAGE_1, {"init_from": "runs/t", "lora_rank": 4}, "adamw"),
+        (STAGE_1, {"init_from": "runs/t", "optimizer": "muon"}, "muon"),
+    ],
+)  # fmt: skip
+def test_fresh_weights_begin_with_muon_where_nothing_says_otherwise(ds, train, optimizer):
+    assert resolve(ds, **train).train.optimizer == optimizer
+
+
+@pytest.mark.parametrize("hidden_size", [64, 256, 768])
+def test_rates_keep_their_meaning_over_width(hidden_size):
+    def rates(tied: bool, **train: Any) -> tuple[float | None, ...]:
+        model = ModelConfig(hidden_size=hidden_size, num_attention_heads=4, tie_word_embeddings=tied)
+        train = resolve_run(RunConfig(model=model, train=TrainConfig(**train)), STAGE_1, dp_size=1).train
+        return train.muon_lr, train.lr, train.embedding_lr, train.norm_lr
+
+    output = 1e-2 * 256 / hidden_size
+    assert rates(True) == approx((0.02, output, None, 1e-2)) and rates(False) == approx((0.02, output, 1e-2, 1e-2))
+    assert rates(False, lr=3e-3) == (0.02, 3e-3, 3e-3, 3e-3), "a rate that is given is that of all but Muon's"
+    assert rates(False, lr=3e-3, norm_lr=1e-4, muon_lr=0.1, embedding_lr=1e-5) == (0.1, 3e-3, 1e-5, 1e-4)
+    assert rates(True, optimizer="adamw") == (None, 5e-4, None, None)
 
 
 def test_other_autos_go_and_are_told():
@@ -304,7 +338,8 @@ def test_what_deepspeed_would_ignore_or_trip_over_is_one_line(ds, words):
         (STAGE_1, {"optimizer": "deepspeed"}, "needs an optimizer.type in the DeepSpeed config"),
         ({**STAGE_1, "scheduler": {"type": "WarmupLR"}}, {"optimizer": "muon"}, "muon has two rates, and a DeepSpeed"),
         (STAGE_1, {"optimizer": "muon", "lora_rank": 4}, "muon has nothing to update: it takes no adapters"),
-        (STAGE_1, {"muon_lr": 0.1}, "muon_lr: 0.1 has no effect on adamw; leave it out, or use muon"),
+        (STAGE_1, {"optimizer": "adamw", "muon_lr": 0.1}, "muon_lr: 0.1 has no effect on adamw; leave it out"),
+        (STAGE_1, {"embedding_lr": 0.1}, "embedding_lr: 0.1 has no effect on an embedding that"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}},
          {"optimizer": "muon"}, "muon keeps nothing on nvme; offload to cpu, or use adamw"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},

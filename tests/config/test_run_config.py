@@ -155,7 +155,7 @@ def test_help_names_the_command_presets_and_documented_defaults(capsys):
     text = " ".join(capsys.readouterr().out.replace("│", " ").replace("|", " ").split())
     assert text.startswith(f"usage: {PROGRAM}")
     assert "tiny" in text and "minimind3" in text
-    assert "Peak learning rate. (default: 5e-4)" in text
+    assert "(default: 5e-4; beside Muon 2.56 / hidden_size)" in text
     assert "(default: None)" not in text.split("--vocab-size")[0]
     for name in (field.name for field in dataclasses.fields(TrainConfig)):
         assert f"--{name.replace('_', '-')}" in text

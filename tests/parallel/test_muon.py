@@ -4,7 +4,7 @@ import unittest.mock
 
 import pytest
 import torch
-from expert_runs import DENSE, EXPERTS, MUON_LR, train_plainly, walk
+from expert_runs import DENSE, EXPERTS, MUON_LR, OTHER_LR, train_plainly, walk
 from pytest import approx
 from training_runs import rank_pool
 
@@ -17,13 +17,18 @@ STEPS = 4
 # Neither kind of layer has square matrices only: a tall one is scaled.
 WIDE = {**DENSE, "intermediate_size": 64}
 WIDE_EXPERTS = {**EXPERTS, "intermediate_size": 48, "moe_intermediate_size": 48}
+UNTIED = {**WIDE, "tie_word_embeddings": False}
 OFFLOAD = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
 SETTINGS = {"optimizer": "muon", "muon_lr": MUON_LR}
 
 
 @pytest.fixture(scope="module")
 def plain():
-    return {kind: train_plainly(model, STEPS, muon=True) for kind, model in ((False, WIDE), (True, WIDE_EXPERTS))}
+    return {name_of(model): train_plainly(model, STEPS, muon=True) for model in (WIDE, WIDE_EXPERTS, UNTIED)}
+
+
+def name_of(model):
+    return "experts" if model.get("use_moe") else "dense" if model["tie_word_embeddings"] else "untied"
 
 
 def walk_in_small_buckets(cells, count):
@@ -35,7 +40,7 @@ def walk_in_small_buckets(cells, count):
 def check(ranks, cells, plain):
     for curves in ranks:
         for (stage, model, settings), (losses, norms) in zip(cells, curves, strict=True):
-            expected_losses, expected_norms = plain[bool(model.get("use_moe"))]
+            expected_losses, expected_norms = plain[name_of(model)]
             assert losses == approx(expected_losses, rel=1e-4), (stage, settings)
             assert norms == approx(expected_norms, rel=1e-3), (stage, settings)
     assert max(max(norms) for _, norms in plain.values()) > 1.0, "nothing was clipped"
@@ -45,6 +50,7 @@ def check(ranks, cells, plain):
 def cells():
     """(stage, model, settings) of runs that are all the same."""
     found = [(stage, WIDE, SETTINGS) for stage in range(4)]
+    found += [(stage, UNTIED, {**SETTINGS, **OTHER_LR}) for stage in (0, 1, 3)]
     for stage, backend, ep_size in (
         (0, "autoep", 2), (1, "autoep", 2), (2, "autoep", 2), (3, "autoep", 2), (3, "autoep", 1), (1, "deepspeed", 2)
     ):  # fmt: skip
@@ -89,12 +95,12 @@ def test_muon_takes_the_matrices_between_embedding_and_output(model):
     module = MiniMindForCausalLM(ModelConfig(**model))
     names = {parameter: name for name, parameter in module.named_parameters()}
     groups = {group["kind"]: group for group in parameter_groups(module, 0.1, muon=True)}
+    untied = model.get("tie_word_embeddings") is False
     assert {name: group["weight_decay"] for name, group in groups.items()} == {
-        "muon": 0.1, "matrices": 0.1, "vectors": 0.0
+        "muon": 0.1, "matrices": 0.1, "vectors": 0.0, **({"embedding": 0.1} if untied else {})
     }  # fmt: skip
     of_adamw = {names[parameter] for parameter in groups["matrices"]["params"]}
-    untied = {"lm_head.weight"} if model.get("tie_word_embeddings") is False else set()
     routers = {name for name in names.values() if name.endswith(("mlp.gate.weight", ".coefficient.weight"))}
-    assert of_adamw == {"model.embed_tokens.weight", *untied, *routers}
+    assert of_adamw == {"lm_head.weight" if untied else "model.embed_tokens.weight", *routers}
     assert len(routers) == (4 if model.get("use_moe") else 0)
     assert sum(len(group["params"]) for group in groups.values()) == len(names)

@@ -53,9 +53,9 @@ class Engine:
 def test_rates_of_the_json_move_in_proportion():
     ds = {"optimizer": {"type": "Muon", "params": {"lr": 1e-3, "muon_lr": 0.02, "adam_lr": 5e-4}}}
     resolved = resolve(1, ds=ds, lr=None, betas=None, eps=None, weight_decay=None)
-    engine = Engine({"kind": "muon", "lr": 0.0}, {"kind": "matrices", "lr": 0.0})
+    engine = Engine(*({"kind": kind, "lr": 0.0} for kind in ("muon", "matrices", "vectors")))
     set_learning_rate(engine, resolved, resolved.train.lr / 2)
-    assert [group["lr"] for group in engine.optimizer.param_groups] == pytest.approx([0.01, 2.5e-4])
+    assert [group["lr"] for group in engine.optimizer.param_groups] == pytest.approx([0.01, 2.5e-4, 2.5e-4])
     engine = Engine({"lr": 0.0}, {"lr": 0.0})
     set_learning_rate(engine, resolve(1), LR / 2)
     assert [group["lr"] for group in engine.optimizer.param_groups] == [LR / 2, LR / 2]

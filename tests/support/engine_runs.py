@@ -37,9 +37,8 @@ def resolve(
     }
     if stage:
         section["data_types"] = {"grad_accum_dtype": "fp32"}
-    run = RunConfig(
-        model=model, data=DataConfig(seq_len=SEQ_LEN), train=TrainConfig(**{**SETTINGS, "micro_batch_size": 4, **train})
-    )
+    settings = {**SETTINGS, "optimizer": None if "optimizer" in (ds or {}) else "adamw", "micro_batch_size": 4, **train}
+    run = RunConfig(model=model, data=DataConfig(seq_len=SEQ_LEN), train=TrainConfig(**settings))
     return resolve_run(run, {**section, **(ds or {})}, dp_size=world_size)
 
 

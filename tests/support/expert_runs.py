@@ -39,6 +39,8 @@ def make_steps(count: int) -> list[tuple[torch.Tensor, ...]]:
 
 
 MUON_LR = 0.02
+OTHER_LR = {"embedding_lr": 0.03, "norm_lr": 0.002}
+"""Of an untied embedding and of norms, beside Muon."""
 
 
 class PlainMuon(torch.optim.SGD):
@@ -68,9 +70,15 @@ def train_plainly(model: dict[str, Any], count: int, *, collapsed: bool = False,
     module = MiniMindForCausalLM(ModelConfig(**model))
     if collapsed:
         collapse_routers(module)
-    for_adamw = ("embed_tokens", "lm_head", "mlp.gate.") if muon else ("",)
+    untied = muon and model.get("tie_word_embeddings") is False
+    for_adamw = ("lm_head", "mlp.gate.", *(() if untied else ("embed_tokens",))) if muon else ("",)
     others = {name for name, _ in module.named_parameters() if any(part in name for part in for_adamw)}
     optimizers: list[torch.optim.Optimizer] = [plain_optimizer(module, others)]
+    if untied:
+        optimizers[0].param_groups[1]["lr"] = OTHER_LR["norm_lr"]
+        own_rate = {"lr": OTHER_LR["embedding_lr"], "weight_decay": SETTINGS["weight_decay"]}
+        optimizers[0].add_param_group({"params": [module.model.embed_tokens.weight], **own_rate})
+        others.add("model.embed_tokens.weight")
     if muon:
         own = [p for name, p in module.named_parameters() if p.dim() > 1 and name not in others]
         optimizers.append(PlainMuon(own, MUON_LR))

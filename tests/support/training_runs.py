@@ -61,6 +61,7 @@ def flags_for(corpus: Path, run_dir: Path, *, stage: int = 1, precision: str = "
         "warmup_steps": 2,
         "save_every": 2,
         "num_workers": 0,
+        "optimizer": "adamw",
         "tensorboard": False,
         **others,
     }
