@@ -199,7 +199,7 @@ def resolve(model: Any, env: Any, device: Any, *, stage: int = 1, **run: Any) ->
 
     data = {name: run.pop(name) for name in ("seq_len", "document_mask") if name in run}
     return resolve_run(
-        RunConfig(model=model, data=DataConfig(**data), train=TrainConfig(**run)),
+        RunConfig(model=model, data=DataConfig(**data), train=TrainConfig(**{"optimizer": "adamw", **run})),
         load_ds_config(str(ROOT / "ds_configs" / f"zero{stage}.json")),
         dp_size=env.world_size,
         local_world_size=env.local_world_size,

@@ -17,7 +17,7 @@ from harness import OUT, ROOT, Claim, report, run
 SHAPE = "--seq-len 256 --global-batch-size 8 --no-tensorboard"  # 2,048 tokens a step
 MUON = "--optimizer muon --lr 1e-2 --muon-lr 0.02"
 RECIPES = {
-    "adamw": "--lr 3e-3",
+    "adamw": "--optimizer adamw --lr 3e-3",
     "muon": MUON,
     "muon, linear to zero": f"{MUON} --schedule linear --min-lr-ratio 0",
     "muon, wsd to zero": f"{MUON} --schedule wsd --decay-ratio 0.4 --min-lr-ratio 0",

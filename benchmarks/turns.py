@@ -206,6 +206,6 @@ def our_trainer(
 
 
 def train_command(run_dir: Path, *flags: object, launcher: Sequence[str] = ()) -> list[str]:
-    """`python -m minimind.train` under ZeRO-1 with document masks."""
+    """`python -m minimind.train` under ZeRO-1 with document masks, and AdamW as in what it is compared with."""
     command = [*(launcher or [sys.executable]), "-m", "minimind.train", "--run-dir", run_dir, "--document-mask"]
-    return list(map(str, [*command, "--ds-config", ROOT / "ds_configs" / "zero1.json", *flags]))
+    return list(map(str, [*command, "--optimizer", "adamw", "--ds-config", ROOT / "ds_configs" / "zero1.json", *flags]))

@@ -67,6 +67,8 @@ def train(name: str, lr: float, sequences: int, steps: int, corpus: str, flags: 
     command += [
         "--global-batch-size",
         str(sequences),
+        "--optimizer",
+        "adamw",
         "--lr",
         str(lr),
         "--eval-samples",

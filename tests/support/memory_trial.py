@@ -35,7 +35,7 @@ def resolve_case(case: dict[str, Any], device_type: str, world_size: int = 1) ->
     run = RunConfig(
         model=dataclasses.replace(PRESETS[case["preset"]], **case.get("model", {})),
         data=DataConfig(seq_len=case["seq_len"]),
-        train=TrainConfig(**case["train"]),
+        train=TrainConfig(**{"optimizer": "adamw", **case["train"]}),
     )
     return resolve_run(run, ds, dp_size=world_size, num_samples=1_000_000, device_type=device_type, bf16_supported=True)
 

@@ -43,7 +43,8 @@ def resolve(
         ds["bf16"] = {"enabled": "auto", **bf16}
     if stage == 0:
         del ds["data_types"]
-    run = RunConfig(model=model, data=DataConfig(seq_len=128), train=TrainConfig(**{"micro_batch_size": 2, **train}))
+    train = {"micro_batch_size": 2, "optimizer": "adamw", **train}
+    run = RunConfig(model=model, data=DataConfig(seq_len=128), train=TrainConfig(**train))
     return resolve_run(run, ds, dp_size=world_size, device_type="cuda", bf16_supported=True)
 
 

@@ -19,6 +19,7 @@ from minimind.reports.plan.table import kept_checkpoints
 from minimind.units import format_bytes
 
 ON_8 = ["--num-gpus", "8", "--gpu-memory", "80GiB", "--seq-len", "2048", "--micro-batch-size", "4"]
+ON_8 = ["--optimizer", "adamw", *ON_8]
 
 
 def run(capsys, *flags: str) -> tuple[int, str]:
