@@ -141,6 +141,11 @@ def _note_trained_length(run: RunConfig) -> tuple[ModelConfig, list[str]]:
     model, seq_len = run.model, run.data.seq_len
     known = model.rope_original_max_position_embeddings
     length = max(known or 0, seq_len) if run.train.init_from is not None else seq_len
+    if known is not None and model.rope_scaling_factor != 1 and seq_len > (reach := model.rope_scaling_factor * known):
+        return model, [
+            f"rope_scaling_factor: {model.rope_scaling_factor:g} stretches {known} tokens to {reach:g}, and seq_len is "
+            f"{seq_len}; {seq_len / known:g} would reach it"
+        ]
     if model.rope_scaling_factor != 1 or length == known:
         return model, []
     wrong = f"rope_original_max_position_embeddings: the model will say {length}, not {known}: seq_len is {seq_len}"

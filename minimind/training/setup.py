@@ -9,7 +9,7 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from minimind.checkpoints.formats.init_from import check_init_checkpoint, load_init_checkpoint
+from minimind.checkpoints.formats.init_from import check_init_checkpoint, describe_changes, load_init_checkpoint
 from minimind.checkpoints.loading import load_checkpoint
 from minimind.checkpoints.manifest import TrainState
 from minimind.checkpoints.run_state import DataFingerprint
@@ -103,7 +103,9 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
     check_objective(run, data.train)
     if run.train.init_from is not None:
         trained = resolved.trained if run.train.keeps_frozen else None
-        check_init_checkpoint(run.model, Path(run.train.init_from), trained)
+        source = check_init_checkpoint(run.model, Path(run.train.init_from), trained)
+        if (changes := describe_changes(source.config, run.model)) is not None:
+            resolved = dataclasses.replace(resolved, notes=(*resolved.notes, changes))
     return resolved, data
 
 

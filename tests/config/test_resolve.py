@@ -402,3 +402,11 @@ def test_the_model_learns_at_which_length_it_is_trained(model, start, length, sa
     ]
     assert not said or any(said in note for note in resolved.notes)
     assert resolve_run(resolved.run, {}, dp_size=1).model == resolved.model
+
+
+@pytest.mark.parametrize(("factor", "said"), [(2.0, True), (4.0, False)])
+def test_a_stretch_that_is_too_short_for_the_rows_is_noted(factor, said):
+    model = ModelConfig(rope_original_max_position_embeddings=64, rope_scaling_factor=factor)
+    resolved = resolve_run(RunConfig(model, DataConfig(seq_len=256)), {}, dp_size=1)
+    assert any("stretches 64 tokens to 128, and seq_len is 256; 4 would" in note for note in resolved.notes) == said
+    assert resolved.model == model

@@ -172,6 +172,15 @@ def test_fine_tuning_begins_with_the_weights_of_a_run(plain: Path, shards: Path,
     assert losses(tmp_path)[1] < losses(plain)[1]
 
 
+def test_what_a_run_changes_of_the_model_it_begins_with_is_said(plain: Path, shards: Path, tmp_path: Path) -> None:
+    longer = ["--rope-theta", "5e4", "--rope-scaling-factor", "4", "--max-position-embeddings", "4096", "--dry-run"]
+    _, printed = train([*flags(shards, tmp_path), "--init-from", str(plain), *longer])
+    changes = "max_position_embeddings 64 -> 4096, rope_theta 1000000.0 -> 50000.0, rope_scaling_factor 1.0 -> 4.0"
+    assert f"note      the model of init_from is changed: {changes}" in printed
+    _, printed = train([*flags(shards, tmp_path), "--init-from", str(plain), "--dry-run"])
+    assert "is changed" not in printed
+
+
 def test_new_tokens_start_at_the_mean(plain: Path, shards: Path, tmp_path: Path) -> None:
     line = flags(shards, tmp_path, stage=3, lr=1e-9, steps=1, warmup_steps=0, vocab_size=402)
     _, printed = train([*line, "--init-from", str(plain)])

@@ -52,6 +52,17 @@ def check_init_checkpoint(
     return source
 
 
+def describe_changes(there: ModelConfig, here: ModelConfig) -> str | None:
+    """What a run changes of the model that it begins with, beside new tokens, in one line; None: nothing."""
+    new = here.to_dict()
+    changes = [
+        f"{name} {value} -> {new[name]}"
+        for name, value in there.to_dict().items()
+        if value != new[name] and name != "vocab_size"
+    ]
+    return f"the model of init_from is changed: {', '.join(changes)}" if changes else None
+
+
 def find_init_checkpoint(config: ModelConfig, path: Path, *, keeps_frozen: bool) -> FrozenBase:
     """Which model `path` is at this moment, its files compared with their hashes. One rank calls this.
 
