@@ -21,6 +21,7 @@ from minimind.config.muon import describe_rates
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import TrainConfig
 from minimind.data.dataset import Dataset, PackedDataset
+from minimind.data.loader import order_windows
 from minimind.distributed.collectives import log
 from minimind.distributed.cpu_tuning import keep_freed_memory
 from minimind.distributed.environment import (
@@ -44,8 +45,9 @@ from minimind.parallel.op_builds import build_ops
 from minimind.reports.plan.memory import estimate_memory
 from minimind.reports.plan.micro_batch import fit_micro_batch
 from minimind.training.choose_objective import choose_objective
+from minimind.training.run_data import RunData, describe_mixture
 from minimind.training.run_folder import recorded_micro_batch_size
-from minimind.training.setup import RunData, memory_remedies, prepare, run_rank
+from minimind.training.setup import memory_remedies, prepare, run_rank
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -82,7 +84,7 @@ def main(args: Sequence[str] | None = None) -> int:
             resolved,
             env,
             device,
-            data.train.reader.fingerprint,
+            data.train.fingerprint,
             functools.partial(data.check_files, env),
             functools.partial(build_ops, resolved),
             store,
@@ -154,7 +156,7 @@ def check_auto(train: TrainConfig, device: torch.device) -> None:
 def describe_packing(data: Dataset) -> str:
     """How full windows of whole documents are; nothing for the windows of a stream."""
     if not isinstance(data, PackedDataset):
-        return ""
+        return "" if not data.is_packed else ", whole documents"
     return f" ({data.padding:.1%} padding, {data.num_cut:,} of {data.reader.manifest.total_documents:,} documents cut)"
 
 
@@ -177,13 +179,15 @@ def describe(resolved: ResolvedRun, env: RankEnvironment, device: torch.device, 
     tokens_per_step = train.global_batch_size * resolved.data.seq_len
     per_epoch = len(data.train) / train.global_batch_size
     memory = estimate_memory(resolved, device.type)
+    order = order_windows(data.train, train.seed, train.global_batch_size)
     lines = [
         f"run       {train.run_dir}",
         f"model     {resolved.describe_size()}",
         f"device    {env.world_size} x {device.type}, {train.precision}, ZeRO stage {resolved.zero.stage}",
-        f"data      {data.train.reader.num_tokens:,} tokens, {len(data.train):,} samples of {resolved.data.seq_len}"
+        f"data      {data.train.num_tokens:,} tokens, {len(data.train):,} samples of {resolved.data.seq_len}"
         + describe_packing(data.train)
-        + (f"; {data.val.reader.num_tokens:,} validation tokens" if data.val else "; no validation split"),
+        + (f"; {data.val.num_tokens:,} validation tokens" if data.val else "; no validation split"),
+        *describe_mixture(data.train, order, train.global_batch_size, train.steps),
         f"batch     {train.global_batch_size} samples = {train.micro_batch_size} x {train.gradient_accumulation_steps} "
         f"accumulated x {resolved.dp_size} ranks; {tokens_per_step:,} tokens a step",
         f"length    {train.steps:,} steps, {train.steps / per_epoch:.2f} epochs ({per_epoch:.1f} steps an epoch), "

@@ -5,6 +5,7 @@ each rank reads its part of them (`reshard`).
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def load_checkpoint(
         low_precision=not manifest.precision == resolved.train.precision == "fp32",
         find_differences=lambda: find_differences(engine, resolved, TrainingCheckpoint(folder, manifest)),
     )
-    return TrainState(manifest.step, manifest.consumed_samples, manifest.tokens_seen, manifest.data_start_step)
+    return TrainState(**{field.name: getattr(manifest, field.name) for field in dataclasses.fields(TrainState)})
 
 
 def prove_resumable(engine: deepspeed.DeepSpeedEngine, resolved: ResolvedRun, folder: Path) -> None:

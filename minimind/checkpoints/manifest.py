@@ -51,6 +51,10 @@ class TrainState:
     tokens_seen: int = 0
     data_start_step: int = 0
     """Steps done when the present shards came in: 0, or where --allow-data-change was first used with them."""
+    data_start_windows: Mapping = dataclasses.field(default_factory=dict)
+    """Windows of each source, by fingerprint, that had been taken then."""
+    windows_taken: Mapping = dataclasses.field(default_factory=dict)
+    """The same at this step: where each source goes on if the shards change now."""
 
 
 @dataclasses.dataclass(frozen=True)

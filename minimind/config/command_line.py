@@ -11,6 +11,7 @@ import tyro
 from minimind.cli import parse_flags, parse_known_flags
 from minimind.config.run_config import (
     SHARD_FINGERPRINT,
+    SOURCE_FINGERPRINTS,
     DataConfig,
     RunConfig,
     TrainConfig,
@@ -95,6 +96,7 @@ def read_selection(
         content = read_json(selection.config, "--config")
         if isinstance(content, dict):
             content.pop(SHARD_FINGERPRINT, None)
+            content.pop(SOURCE_FINGERPRINTS, None)
         base = RunConfig.from_dict(content, where=selection.config)
     start = parse_known_flags(_Start, args, default=_Start(), prog=program).init_from
     if selection.model is not None:

@@ -32,6 +32,8 @@ GateNoise = Literal["none", "jitter", "rsample"]
 
 SHARD_FINGERPRINT = "shard_fingerprint"
 """Key of run_config.json that is no setting: the shards that the run was trained on."""
+SOURCE_FINGERPRINTS = "source_fingerprints"
+"""The same of each source, of a mixture."""
 
 SHARE = Limits(at_least=0, at_most=1)
 
@@ -45,8 +47,11 @@ def _default(text: str, help: str | None = None) -> Any:
 class DataConfig:
     """Where the tokens come from and how they are cut into samples."""
 
-    shards: Annotated[str | None, _default("none, must be given")] = None
-    """Folder made by data_prep.tokenize_corpus (it holds train/ and val/), or one split of it."""
+    shards: Annotated[str | tuple[str, ...] | None, _default("none, must be given")] = None
+    """Folder made by data_prep.tokenize_corpus (it holds train/ and val/), or one split of it. A mixture: several
+    NAME=DIR:WEIGHT[:max-epochs=N], weights being shares of the tokens, or a .json or .yaml file that names them."""
+    mixture_schedule: Annotated[str | None, _default("none")] = None
+    """.json or .yaml file: a mixture's weights from later steps on, as [{"step": N, "weights": {NAME: WEIGHT}}]."""
     corpus_parts: Annotated[int | None, AT_LEAST_1, _default("all, on a resume those the run began with")] = None
     """Take the first so many parts of a corpus that tokenize_corpus --append has added to."""
     seq_len: Annotated[int, AT_LEAST_1] = 512
@@ -161,7 +166,8 @@ class TrainConfig:
     steps: Annotated[int | None, _default("as many as --epochs asks for"), AT_LEAST_1] = None
     """Optimizer steps."""
     epochs: Annotated[float, ABOVE_0] = 1.0
-    """Passes over the training shards, where `steps` is not set."""
+    """Passes over the training shards (of a mixture: as many windows as all its sources hold), where `steps` is not
+    set."""
     seed: Annotated[int, Limits(at_least=0, at_most=2**63 - 1)] = 42
     """Seed of the weights, the order of the data and dropout."""
     micro_batch_size: Annotated[Annotated[int, AT_LEAST_1] | Literal["auto"] | None, _default("8")] = None
@@ -250,7 +256,8 @@ class TrainConfig:
     resume: str = "auto"
     """auto: continue from the newest valid checkpoint of run_dir, if any; never: start anew; or a checkpoint's path."""
     allow_data_change: bool = False
-    """Continue a run on other shards than it began with (the tokenizer must stay)."""
+    """Continue a run on other shards, or another mixture, than it began with (the tokenizer must stay); each source
+    goes on where it stood."""
     tensorboard: bool = True
     """Write TensorBoard events into run_dir/tensorboard."""
     profile_steps: Annotated[int, AT_LEAST_0] = 0
@@ -344,7 +351,7 @@ def check_run(run: RunConfig) -> None:
     for name in ("run_dir", "ds_config", "resume", "init_from"):
         if getattr(train, name) == "":
             raise UserError(f"{name}: empty; give a value, or leave the flag out")
-    if data.shards == "":
+    if data.shards in ("", ()):
         raise UserError("shards: empty; give a folder made by python -m data_prep.tokenize_corpus")
     _check_trained(run)
     if train.steps is not None and train.warmup_steps is not None and train.warmup_steps > train.steps:

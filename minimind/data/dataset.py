@@ -6,6 +6,10 @@ into windows.
 
 import dataclasses
 import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +37,31 @@ class Sample:
     soft_ids: np.ndarray | None = None  # (T, k) int64, see `minimind.data.soft_labels`
     soft_log_probs: np.ndarray | None = None  # (T, k) float32
     liked: np.ndarray | None = None  # (num_pairs,) bool of preferences: False for feedback against the first answer
+    source: int | None = None  # of a mixture: the number of its source...
+    num_sources: int = 0  # ... of so many
 
 
-class TokenDataset:
+class _OfOneCorpus:
+    """What identifies the windows of a single corpus."""
+
+    reader: ShardReader
+
+    @property
+    def readers(self) -> tuple[ShardReader, ...]:
+        """Of all that is read."""
+        return (self.reader,)
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies the windows, beside their length."""
+        return self.reader.fingerprint
+
+    @property
+    def num_tokens(self) -> int:
+        return self.reader.num_tokens
+
+
+class TokenDataset(_OfOneCorpus):
     """The windows of `seq_len` tokens of one shard folder: window i predicts tokens i*T + 1 .. (i + 1)*T.
 
     With `document_mask` a sample says where documents begin, and the first token of a document is no target
@@ -46,6 +72,7 @@ class TokenDataset:
 
     reference = None
     soft_labels: SoftLabels | None = None
+    is_packed = False
 
     def __init__(
         self, reader: ShardReader, seq_len: int, document_mask: bool = False, *, keep_tail: bool = False
@@ -81,7 +108,7 @@ class TokenDataset:
         return Sample(input_ids, labels, starts[starts < length])
 
 
-class PackedDataset:
+class PackedDataset(_OfOneCorpus):
     """Windows of `seq_len` tokens that hold whole documents (`minimind.data.packing`), each attending to itself alone.
 
     The first token of a document is no target; of a conversation only what the assistant wrote is one. A document
@@ -91,6 +118,7 @@ class PackedDataset:
     """
 
     document_mask = True
+    is_packed = True
     reference: np.ndarray | None = None
     """(num_documents, 2) float32 of preferences: log-probability of the preferred and of the rejected answer under the
     model that training began with. Set by an objective that compares with it."""
@@ -161,12 +189,81 @@ class PackedDataset:
         return Sample(input_ids, labels, starts, documents, answers, liked=liked)
 
 
-Dataset = TokenDataset | PackedDataset
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One of the corpora of a mixture."""
+
+    name: str
+    windows: TokenDataset | PackedDataset
+    weight: Fraction
+    """In proportion to the others', its share of the windows, and so of the tokens, at the beginning."""
+    max_epochs: Fraction | None = None
+    """Passes over it at most; None: any number."""
+
+    @property
+    def num_windows(self) -> int:
+        return len(self.windows)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.windows.fingerprint
+
+    @property
+    def most_windows(self) -> int | None:
+        """Windows that a run may take of it."""
+        return None if self.max_epochs is None else int(self.max_epochs * self.num_windows)
+
+
+class Mixture:
+    """The windows of several corpora counted through, one source after the other; each window is of one source. The
+    order in which training takes them is that of `minimind.data.mixture_order`.
+
+    Args:
+        schedule: (optimizer step, weights of all sources from that step on), by increasing step.
+    """
+
+    reference = None
+    soft_labels: SoftLabels | None = None
+
+    def __init__(self, sources: Sequence[Source], schedule: Sequence[tuple[int, Sequence[Fraction]]] = ()) -> None:
+        self.sources = tuple(sources)
+        self.shares = ((0, tuple(source.weight for source in sources)), *((step, tuple(w)) for step, w in schedule))
+        """(step from which on, weight of each source), the first from step 0 on."""
+        first = self.sources[0].windows
+        readers = [source.windows.reader for source in self.sources]
+        self.reader = next((reader for reader in readers if reader.manifest.is_chat), first.reader)
+        """Of one source: what all have in common, such as the tokenizer, and the chat template where one has it."""
+        self.seq_len, self.document_mask = first.seq_len, first.document_mask
+        self.is_packed = first.is_packed
+        self.readers = tuple(readers)
+        self.num_tokens = sum(reader.num_tokens for reader in readers)
+        self._ends = np.cumsum([source.num_windows for source in self.sources])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 over everything that decides which windows come in which order, beside the seed."""
+        sources = [[source.fingerprint, str(source.max_epochs)] for source in self.sources]
+        shares = [[step, [str(weight / sum(weights)) for weight in weights]] for step, weights in self.shares]
+        return hashlib.sha256(json.dumps([sources, shares]).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        source = self.sources[number]
+        sample = source.windows[index - int(self._ends[number]) + source.num_windows]
+        return dataclasses.replace(sample, source=number, num_sources=len(self.sources))
+
+
+Dataset = TokenDataset | PackedDataset | Mixture
 
 
 def load_shards(
     folder: str | Path, split: str = "train", *, seq_len: int = 512, document_mask: bool = False, packed: bool = False
-) -> Dataset:
+) -> TokenDataset | PackedDataset:
     """The windows of a corpus folder's `split`, or of a single shard folder: of the token stream (`TokenDataset`), or
     with `packed`, and for conversations always, of whole documents (`PackedDataset`).
 
@@ -184,7 +281,7 @@ def open_dataset(
     packed: bool = False,
     keep_tail: bool = False,
     alone: bool = False,
-) -> Dataset:
+) -> TokenDataset | PackedDataset:
     """The windows of one shard folder; arguments as of `load_shards`, `TokenDataset` and `PackedDataset`.
 
     Raises:

@@ -7,13 +7,14 @@ the step has to be remembered to continue. Evaluation: every window once, in ord
 import concurrent.futures
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from minimind.data.dataset import IGNORED_LABEL, Dataset, Sample
+from minimind.data.dataset import IGNORED_LABEL, Dataset, Mixture, Sample
+from minimind.data.mixture_order import MixtureOrder
 from minimind.data.shuffle import ShuffledOrder
 from minimind.errors import UserError
 
@@ -30,6 +31,8 @@ class Batch:
     num_targets: int  # labels that count
     soft_ids: torch.Tensor | None = None  # (B, T, k) int64, see `minimind.data.soft_labels`
     soft_log_probs: torch.Tensor | None = None  # (B, T, k) float32
+    sources: torch.Tensor | None = None  # (B,) int64 of a mixture: the source of each window
+    num_sources: int = 0  # of that mixture
     # Preferences only:
     answers: torch.Tensor | None = None  # (B, T) int64: which of the batch's answers a label is of, -1: none
     pairs: tuple[int, ...] = ()  # document of each pair; pair i has the answers 2i and 2i + 1 (rejected)
@@ -74,6 +77,10 @@ class DeviceCopy:
 class BatchLoader:
     """The training batches of one rank: `step_batches` is a pure function of its step and these arguments.
 
+    Args:
+        first_step: the step that takes the first samples of the order: later than 0 for shards that came in later.
+        taken: windows of each source, by fingerprint, that were taken before.
+
     Raises `UserError` when `global_batch_size` is not a whole number of micro-batches on every rank.
     """
 
@@ -86,6 +93,8 @@ class BatchLoader:
         dp_rank: int = 0,
         dp_size: int = 1,
         *,
+        first_step: int = 0,
+        taken: Mapping[str, int] | None = None,
         pin_memory: bool = False,
     ) -> None:
         together = micro_batch_size * dp_size
@@ -102,9 +111,8 @@ class BatchLoader:
         self.gradient_accumulation_steps = global_batch_size // together
         self.dp_rank = dp_rank
         self.dp_size = dp_size
-        self.order = ShuffledOrder(len(dataset), seed, dataset.reader.fingerprint)
-        self.first_step = 0
-        """The step that takes the first samples of the order: later than 0 for shards that came in later."""
+        self.first_step = first_step
+        self.order = order_windows(dataset, seed, global_batch_size, first_step, taken or {})
         self._pin_memory = pin_memory
 
     def step_batches(self, step: int) -> list[Batch]:
@@ -120,6 +128,10 @@ class BatchLoader:
             batches.append(batch.pin_memory() if self._pin_memory else batch)
         return batches
 
+    def taken(self, step: int) -> dict[str, int]:
+        """Windows of each source, by fingerprint, that were taken before `step`."""
+        return self.order.taken((step - self.first_step) * self.global_batch_size)
+
     def iterate(self, start_step: int = 0) -> Iterator[list[Batch]]:
         """`step_batches` of `start_step`, `start_step + 1`, ... without end, the next step read by a thread meanwhile.
 
@@ -133,6 +145,17 @@ class BatchLoader:
                 yield batches
 
 
+def order_windows(
+    dataset: Dataset, seed: int, global_batch_size: int, first_step: int = 0, taken: Mapping[str, int] | None = None
+) -> ShuffledOrder | MixtureOrder:
+    """The order in which training takes the windows, place 0 being the first of `first_step`; see `BatchLoader`."""
+    if not isinstance(dataset, Mixture):
+        return ShuffledOrder(len(dataset), seed, dataset.fingerprint, taken)
+    now = max(number for number, (step, _) in enumerate(dataset.shares) if step <= first_step)
+    shares = [(max(0, step - first_step) * global_batch_size, weights) for step, weights in dataset.shares[now:]]
+    return MixtureOrder(dataset.sources, seed, shares, taken or {})
+
+
 def eval_batches(
     dataset: Dataset,
     micro_batch_size: int,
@@ -140,17 +163,19 @@ def eval_batches(
     dp_size: int = 1,
     *,
     max_samples: int | None = None,
+    windows: range | None = None,
 ) -> Iterator[Batch]:
-    """This rank's part of the first `max_samples` windows (None = all), in order, each window on exactly one rank.
+    """This rank's part of the first `max_samples` windows (None = all) of `windows` (None = of all), in order, each on
+    exactly one rank.
 
     All ranks take the same number of batches, so that collectives match: places behind the last window hold its
     copy with no labels. The windows taken do not depend on the number of ranks or the batch size.
     """
-    num_samples = len(dataset) if max_samples is None else min(max_samples, len(dataset))
-    for base in range(0, num_samples, micro_batch_size * dp_size):
+    windows = (range(len(dataset)) if windows is None else windows)[:max_samples]
+    for base in range(windows.start, windows.stop, micro_batch_size * dp_size):
         first = base + dp_rank * micro_batch_size
-        positions = [p if p < num_samples else -1 for p in range(first, first + micro_batch_size)]
-        yield collate([_take(dataset, p, num_samples - 1) for p in positions], positions, dataset.reference)
+        positions = [p if p < windows.stop else -1 for p in range(first, first + micro_batch_size)]
+        yield collate([_take(dataset, p, windows.stop - 1) for p in positions], positions, dataset.reference)
 
 
 def collate(samples: Sequence[Sample], positions: Iterable[int], reference: np.ndarray | None = None) -> Batch:
@@ -182,6 +207,9 @@ def collate(samples: Sequence[Sample], positions: Iterable[int], reference: np.n
     if soft:
         soft_ids, soft_log_probs = (torch.from_numpy(np.stack(values)) for values in zip(*soft, strict=True))
         batch = dataclasses.replace(batch, soft_ids=soft_ids, soft_log_probs=soft_log_probs)
+    sources = [sample.source for sample in samples if sample.source is not None]
+    if sources:
+        batch = dataclasses.replace(batch, sources=torch.tensor(sources), num_sources=samples[0].num_sources)
     return batch if samples[0].pairs is None else _with_pairs(batch, samples, reference)
 
 
@@ -220,5 +248,9 @@ def _take(dataset: Dataset, position: int, last: int) -> Sample:
     labels = np.full_like(sample.labels, IGNORED_LABEL)
     if sample.pairs is None or sample.liked is None:
         return dataclasses.replace(sample, labels=labels)
-    nothing = {"pairs": sample.pairs[:0], "answers": np.full_like(labels, -1), "liked": sample.liked[:0]}
+    nothing: dict[str, Any] = {
+        "pairs": sample.pairs[:0],
+        "answers": np.full_like(labels, -1),
+        "liked": sample.liked[:0],
+    }
     return dataclasses.replace(sample, labels=labels, **nothing)

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -141,10 +141,10 @@ def fingerprint_of(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps([manifest.dtype, parts]).encode()).hexdigest()
 
 
-def find_parts(manifest: Manifest, fingerprint: str | None) -> int | None:
-    """How many parts a corpus had when this was its fingerprint; None if it never was, or is now."""
+def find_parts(manifest: Manifest, fingerprints: Sequence[str]) -> int | None:
+    """How many parts a corpus had when its fingerprint was one of these; None if it never was, or is now."""
     counts = range(len(manifest.parts or ()) - 1, 0, -1)
-    return next((count for count in counts if fingerprint_of(manifest.first_parts(count)) == fingerprint), None)
+    return next((count for count in counts if fingerprint_of(manifest.first_parts(count)) in fingerprints), None)
 
 
 def open_split(folder: Path, split: str, *, check: bool = True, parts: int | None = None) -> ShardReader:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from minimind.data.dataset import Dataset
+from minimind.data.dataset import Dataset, Mixture
 from minimind.data.loader import Batch, DeviceCopy, eval_batches
-from minimind.data.manifest import MANIFEST_NAME
+from minimind.data.manifest import MANIFEST_NAME, Manifest
 from minimind.data.shard_writer import ShardWriter
 from minimind.data.shards import ShardReader, open_split
 from minimind.data.tokenizer import load_tokenizer
@@ -41,6 +41,9 @@ class Evaluation:
     """Windows read."""
     figures: dict[str, float] = field(default_factory=dict)
     """Other means over the targets."""
+    sources: dict[str, "Evaluation"] = field(default_factory=dict)
+    """Of a mixture: those of each source. The means above are then weighted by the shares with which training began,
+    counts are sums."""
 
 
 @dataclass(frozen=True)
@@ -119,14 +122,40 @@ def measure_loss(
         dp_rank, dp_size: this rank among those that share the windows.
         sums: what is measured of a batch on its device.
     """
-    num_samples = min(max_samples or len(dataset), len(dataset))
+
+    def measure(windows: range, manifest: Manifest) -> Evaluation:
+        batches = eval_batches(
+            dataset, micro_batch_size, dp_rank, dp_size, max_samples=max_samples or None, windows=windows
+        )
+        num_samples = min(max_samples or len(windows), len(windows))
+        return _measure(model, batches, num_samples, manifest, device, dp_size, before_batch, sums)
+
+    if not isinstance(dataset, Mixture):
+        return measure(range(len(dataset)), dataset.reader.manifest)
+    found, first = {}, 0
+    for source in dataset.sources:
+        found[source.name] = measure(range(first, first + source.num_windows), source.windows.reader.manifest)
+        first += source.num_windows
+    return _weigh_sources(dataset, found)
+
+
+def _measure(
+    model: Any,
+    batches: Iterator[Batch],
+    num_samples: int,
+    manifest: Manifest,
+    device: torch.device,
+    dp_size: int,
+    before_batch: Callable[[], object],
+    sums: Callable[[Any, Batch], Sums],
+) -> Evaluation:
     was_training = model.training
     model.eval()
     total, num_targets = torch.zeros(1, dtype=torch.float64, device=device), 0
     names: list[str] = []
     copy = DeviceCopy(device)
     try:
-        for batch in eval_batches(dataset, micro_batch_size, dp_rank, dp_size, max_samples=num_samples):
+        for batch in batches:
             before_batch()
             if device.type == "cuda":
                 batch = batch.pin_memory()
@@ -139,12 +168,37 @@ def measure_loss(
     totals = torch.tensor([num_targets, *total.tolist()], dtype=torch.float64)
     num_targets, *means = (all_reduce_sum(totals) if dp_size > 1 else totals).tolist()
     loss, *figures = (value / num_targets if num_targets else math.nan for value in means)
-    manifest = dataset.reader.manifest
     bytes_per_token = 0.0 if manifest.is_chat else manifest.bytes_per_token
     bits_per_byte = loss / math.log(2) / bytes_per_token if bytes_per_token else None
     perplexity = math.exp(min(loss, 700.0))
     named = dict(zip(names, figures, strict=True))
     return Evaluation(loss, perplexity, bits_per_byte, int(num_targets), num_samples, named)
+
+
+def _weigh_sources(mixture: Mixture, found: dict[str, Evaluation]) -> Evaluation:
+    """The figures of a mixture: what a token of it, drawn by the shares with which training began, costs on average."""
+    weights = {source.name: float(source.weight) for source in mixture.sources}
+    if not any(weights.values()):  # what is read from the beginning has nothing to evaluate
+        weights = dict.fromkeys(weights, 1.0)
+
+    def mean(values: dict[str, float]) -> float:
+        return sum(weights[name] * values[name] for name in values if weights[name]) / sum(weights.values())
+
+    loss = mean({name: one.loss for name, one in found.items()})
+    bits_per_byte = None
+    if all(one.bits_per_byte is not None for one in found.values()):
+        sizes = {source.name: source.windows.reader.manifest.bytes_per_token for source in mixture.sources}
+        bits_per_byte = loss / math.log(2) / mean(sizes)
+    names = next(iter(found.values())).figures
+    return Evaluation(
+        loss,
+        math.exp(min(loss, 700.0)),
+        bits_per_byte,
+        sum(one.num_targets for one in found.values()),
+        sum(one.num_samples for one in found.values()),
+        {name: mean({source: one.figures[name] for source, one in found.items()}) for name in names},
+        found,
+    )
 
 
 @contextlib.contextmanager

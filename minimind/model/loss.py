@@ -18,8 +18,11 @@ from minimind.model.layers import Linear
 IGNORE_INDEX = -100
 
 LossOfChunk = Callable[[Tensor, slice], tuple[Tensor, Tensor | None]]
-"""The summed loss of (n, vocab_size) logits, those of the tokens `rows` of the flat batch, and its gradient by them in
-their dtype, None where nothing is trained."""
+"""The losses (n, 1) of (n, vocab_size) logits, those of the tokens `rows` of the flat batch, or their sum, and its
+gradient by the logits in their dtype, None where nothing is trained."""
+
+OnLosses = Callable[[Tensor, slice], None]
+"""Gets the losses (n, 1) of the tokens `rows`, 0 where none counts."""
 
 CHUNK_LOGITS = 2**25
 """Logits of one chunk: 128 MiB in float32, large enough for a GPU to multiply at full speed."""
@@ -41,6 +44,7 @@ class LMHead(Linear):
         reduction: str = "mean",
         weights: Tensor | None = None,
         loss_of_chunk: LossOfChunk | None = None,
+        on_losses: OnLosses | None = None,
     ) -> Tensor:
         """Logits (..., vocab_size) of hidden states (..., hidden_size), or with labels (...) a float32 scalar.
 
@@ -52,6 +56,7 @@ class LMHead(Linear):
         Args:
             weights: (...) float32, of each label in the sum.
             loss_of_chunk: another loss in place of the cross-entropy.
+            on_losses: gets what the sum is made of.
         """
         if labels is None:
             return super().forward(hidden_states)
@@ -68,7 +73,7 @@ class LMHead(Linear):
         def cross_entropy(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
             return self.chunk_loss(logits, targets[rows], counts[rows], z_loss_coef, is_trained)
 
-        loss = _TokenLoss.apply(states, weight, loss_of_chunk or cross_entropy, is_trained, type(self))
+        loss = _TokenLoss.apply(states, weight, loss_of_chunk or cross_entropy, is_trained, type(self), on_losses)
         if reduction == "sum":
             return loss
         if reduction == "mean":
@@ -92,7 +97,7 @@ class LMHead(Linear):
     def chunk_loss(
         logits: Tensor, targets: Tensor, counts: Tensor, z_loss_coef: float, need_grad: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The summed loss of a chunk's (n, vocab_size) logits, and its gradient by them in their dtype.
+        """The losses (n, 1) of a chunk's (n, vocab_size) logits, and the gradient of their sum by them in their dtype.
 
         Args:
             counts: (n,) bool or float32, how much each label counts.
@@ -106,14 +111,14 @@ class LMHead(Linear):
         log_partition = target_logits - target_log_probs  # (n, 1)
         if z_loss_coef:
             losses = losses + z_loss_coef * log_partition.square()
-        loss = (losses * counted).sum()
+        losses = losses * counted
         if not need_grad:
-            return loss, None
+            return losses, None
         grad = log_probs.exp_()
         if z_loss_coef:
             grad *= 1 + 2 * z_loss_coef * log_partition
         grad.scatter_add_(1, indices, grad.new_full((1, 1), -1.0).expand_as(indices))
-        return loss, grad.mul_(counted).to(logits.dtype)
+        return losses, grad.mul_(counted).to(logits.dtype)
 
 
 @torch.no_grad()
@@ -133,6 +138,7 @@ class _TokenLoss(torch.autograd.Function):
         loss_of_chunk: LossOfChunk,
         is_trained: bool,
         head: type[LMHead],
+        on_losses: OnLosses | None,
     ) -> Tensor:
         need_states, need_weight = (is_trained and needed for needed in ctx.needs_input_grad[:2])
         chunk = max(1, head.chunk_logits // weight.shape[0])
@@ -141,8 +147,10 @@ class _TokenLoss(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         for start in range(0, len(states), chunk):
             rows = slice(start, start + chunk)
-            loss, logits_grad = loss_of_chunk(head.matmul(states[rows], weight.t()), rows)
-            total = total + loss
+            losses, logits_grad = loss_of_chunk(head.matmul(states[rows], weight.t()), rows)
+            total = total + losses.sum()
+            if on_losses is not None:
+                on_losses(losses, rows)
             if logits_grad is not None and need_states:
                 states_grads.append(head.matmul(logits_grad, weight))
             if logits_grad is not None and weight_grad is not None:
@@ -160,7 +168,7 @@ class _TokenLoss(torch.autograd.Function):
         return (
             None if states_grad is None else states_grad * scale.to(states_grad.dtype),
             None if weight_grad is None else (weight_grad * scale).to(ctx.weight_dtype),
-            *[None] * 3,
+            *[None] * 4,
         )
 
 

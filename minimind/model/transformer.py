@@ -20,7 +20,7 @@ from minimind.model.attention_mask import AttentionMask, causal_mask, document_m
 from minimind.model.config import ModelConfig
 from minimind.model.kv_cache import KVCache
 from minimind.model.layers import Embedding, FeedForward, RMSNorm
-from minimind.model.loss import LMHead, LossOfChunk
+from minimind.model.loss import LMHead, LossOfChunk, OnLosses
 from minimind.model.moe import MoEFeedForward, ResidualFeedForward
 from minimind.model.pretrained import write_pretrained
 from minimind.model.rope import rotary_tables
@@ -177,6 +177,7 @@ class MiniMindForCausalLM(nn.Module):
         loss_reduction: str = "mean",
         weigh: Callable[[Tensor], Tensor] | None = None,
         loss_of_chunk: LossOfChunk | None = None,
+        on_losses: OnLosses | None = None,
     ) -> CausalLMOutput:
         """Logits of (B, T) token ids, or with labels the loss.
 
@@ -193,6 +194,7 @@ class MiniMindForCausalLM(nn.Module):
             weigh: gives each label's weight in the sum, (B, T), from the losses of the labels, (B, T) without gradient:
                 any objective of their log-probabilities, its derivative taken beforehand.
             loss_of_chunk: a loss of the logits in place of the cross-entropy.
+            on_losses: gets what a sum or mean is made of, chunk by chunk.
 
         Raises:
             UserError: the sequence is longer than `max_position_embeddings`, or than the cache.
@@ -203,11 +205,13 @@ class MiniMindForCausalLM(nn.Module):
         if labels is None:
             return CausalLMOutput(logits=self.lm_head(self.model(*inputs)[:, -logits_to_keep:]))
         if not self.config.use_moe:
-            return CausalLMOutput(loss=self._loss(self.model(*inputs), labels, loss_reduction, weigh, loss_of_chunk))
+            return CausalLMOutput(
+                loss=self._loss(self.model(*inputs), labels, loss_reduction, weigh, loss_of_chunk, on_losses)
+            )
         self.router_record.start()
         hidden_states = self.model(*inputs)
         balance = self.router_record.finish(self.config, (input_ids.shape[0], input_ids.shape[1]))
-        loss = self._loss(hidden_states, labels, loss_reduction, weigh, loss_of_chunk)
+        loss = self._loss(hidden_states, labels, loss_reduction, weigh, loss_of_chunk, on_losses)
         return CausalLMOutput(loss=loss, **balance._asdict())
 
     def _loss(
@@ -217,9 +221,10 @@ class MiniMindForCausalLM(nn.Module):
         reduction: str,
         weigh: Callable[[Tensor], Tensor] | None,
         loss_of_chunk: LossOfChunk | None,
+        on_losses: OnLosses | None,
     ) -> Tensor:
         weights = None if weigh is None else weigh(self.lm_head(hidden_states.detach(), labels, "none"))
-        return self.lm_head(hidden_states, labels, reduction, weights, loss_of_chunk)
+        return self.lm_head(hidden_states, labels, reduction, weights, loss_of_chunk, on_losses)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute each block in the backward pass instead of keeping its activations (non-reentrant)."""

@@ -18,9 +18,9 @@ from minimind.checkpoints.run_state import DataFingerprint, compare, describe_ru
 from minimind.config.deepspeed_file import load_ds_config
 from minimind.config.deepspeed_keys import optimizer_name
 from minimind.config.resolved_run import ResolvedRun, ResolvedTrain
-from minimind.config.run_config import RunConfig, TrainConfig
+from minimind.config.run_config import SHARD_FINGERPRINT, SOURCE_FINGERPRINTS, RunConfig, TrainConfig
 from minimind.data.chat_template import TEMPLATE_NAME
-from minimind.data.shards import ShardReader
+from minimind.data.dataset import Dataset, Mixture
 from minimind.distributed.collectives import log
 from minimind.distributed.share import Share, share_among_threads
 from minimind.errors import UserError
@@ -40,9 +40,9 @@ class Resume:
     """It was saved on another topology."""
 
 
-def identify(reader: ShardReader) -> DataFingerprint:
+def identify(dataset: Dataset) -> DataFingerprint:
     """What identifies the training data of a run."""
-    return DataFingerprint(fingerprint=reader.fingerprint, tokenizer_sha256=reader.manifest.tokenizer.sha256)
+    return DataFingerprint(dataset.fingerprint, tokenizer_sha256=dataset.reader.manifest.tokenizer.sha256)
 
 
 def check_run_folder(resolved: ResolvedRun, corpus: DataFingerprint) -> list[str]:
@@ -55,7 +55,10 @@ def check_run_folder(resolved: ResolvedRun, corpus: DataFingerprint) -> list[str
     if not path.exists():
         return []
     content = read_json(path, "the run folder's")
-    fingerprint = content.pop("shard_fingerprint", None) if isinstance(content, dict) else None
+    fingerprint = None
+    if isinstance(content, dict):
+        fingerprint = content.pop(SHARD_FINGERPRINT, None)
+        content.pop(SOURCE_FINGERPRINTS, None)
     there = _settings(RunConfig.from_dict(content, where=str(path)), fingerprint)
     here = _settings(resolved.run, corpus.fingerprint)
     obstacles = find_obstacles(there, here, allow_data_change=resolved.train.allow_data_change)
@@ -82,14 +85,15 @@ def recorded_micro_batch_size(train: ResolvedTrain) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def recorded_fingerprint(train: TrainConfig) -> str | None:
-    """The fingerprint of the shards that a run in this folder which goes on began with. With --allow-data-change it
-    takes what is there now: None, as of a run that begins."""
+def recorded_fingerprints(train: TrainConfig) -> list[str]:
+    """The fingerprint of the shards, or of each source, that a run in this folder which goes on began with. With
+    --allow-data-change it takes what is there now: none, as of a run that begins."""
     path = Path(train.run_dir) / RUN_CONFIG_NAME
     if train.resume == "never" or train.allow_data_change or not path.exists():
-        return None
+        return []
     content = read_json(path, "the run folder's")
-    return content.get("shard_fingerprint") if isinstance(content, dict) else None
+    content = content if isinstance(content, dict) else {}
+    return content.get(SOURCE_FINGERPRINTS) or [content.get(SHARD_FINGERPRINT)]
 
 
 def settle_optimizer(run: RunConfig) -> RunConfig:
@@ -125,7 +129,7 @@ def _settings(run: RunConfig, fingerprint: str | None) -> dict[str, Any]:
 
 
 def open_run_folder(
-    resolved: ResolvedRun, reader: ShardReader, notes: list[str], share: Share = share_among_threads
+    resolved: ResolvedRun, dataset: Dataset, notes: list[str], share: Share = share_among_threads
 ) -> Resume | None:
     """Find what to continue from, and write the resolved configurations and the tokenizer into the folder. Rank 0
     alone, inside the process group and holding the folder's lock; all ranks read for it by `share`.
@@ -134,14 +138,17 @@ def open_run_folder(
         UserError: nothing valid to continue from, another run's checkpoint, or a folder that cannot be written.
     """
     run_dir = Path(resolved.train.run_dir)
-    corpus = identify(reader)
+    corpus, reader = identify(dataset), dataset.reader
     try:
         for line in clear_partials(run_dir):
             log(line)
         folder = find_resume(run_dir, resolved.train.resume, share)
         _check_nothing_lost(run_dir, folder, resolved.train.resume)
         resume = None if folder is None else _plan_resume(folder, resolved, corpus, notes)
-        write_json(run_dir / RUN_CONFIG_NAME, {**resolved.run.to_dict(), "shard_fingerprint": corpus.fingerprint})
+        data: dict[str, Any] = {SHARD_FINGERPRINT: corpus.fingerprint}
+        if isinstance(dataset, Mixture):
+            data[SOURCE_FINGERPRINTS] = [reader.fingerprint for reader in dataset.readers]
+        write_json(run_dir / RUN_CONFIG_NAME, {**resolved.run.to_dict(), **data})
         write_json(run_dir / DS_CONFIG_NAME, resolved.ds)
         tokenizer_file = reader.folder / reader.manifest.tokenizer.file
         replace_file(run_dir / f"tokenizer{tokenizer_file.suffix}", tokenizer_file.read_bytes())

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import socket
-from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed
@@ -18,10 +17,9 @@ from minimind.config.command_line import CommandLine
 from minimind.config.deepspeed_file import load_ds_config
 from minimind.config.resolve import resolve_run
 from minimind.config.resolved_run import ResolvedRun
-from minimind.config.run_config import DTYPE_NAMES, RunConfig
-from minimind.data.dataset import Dataset, PackedDataset, open_dataset
-from minimind.data.loader import BatchLoader
-from minimind.data.shards import find_parts, find_split, open_split
+from minimind.config.run_config import DTYPE_NAMES
+from minimind.data.dataset import Dataset
+from minimind.data.loader import BatchLoader, order_windows
 from minimind.distributed.collectives import gather_objects, lead_from_first_rank, log
 from minimind.distributed.environment import RankEnvironment
 from minimind.distributed.launchers.watch import LauncherWatch
@@ -34,41 +32,22 @@ from minimind.parallel.compilation import check_expert_kernels, settle_compilati
 from minimind.parallel.deepspeed_check import check_ds_config, check_ops
 from minimind.parallel.engine import build_engine, build_model
 from minimind.parallel.experts import find_grouped_product
-from minimind.training.choose_objective import check_kind, check_objective, find_start, make_objective
+from minimind.training.choose_objective import check_objective, find_start, make_objective
 from minimind.training.control import hold_run
 from minimind.training.peak_flops import peak_flops
 from minimind.training.profiler import StepProfiler
 from minimind.training.record.metrics import NullRecord, RunRecord
 from minimind.training.record.wandb import WandbLog, check_wandb
+from minimind.training.run_data import RunData, check_length, describe_mixture, open_data
 from minimind.training.run_folder import (
     Resume,
     check_run_folder,
     identify,
     open_run_folder,
-    recorded_fingerprint,
     settle_aux_loss_scope,
     settle_optimizer,
 )
 from minimind.training.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class RunData:
-    """The windows of a run."""
-
-    train: Dataset
-    val: Dataset | None
-    """None: the corpus has no validation split."""
-
-    def check_files(self, env: RankEnvironment) -> None:
-        """Compare this rank's share of the shards with their manifests, by size and header.
-
-        Raises:
-            ShardError: naming the file that is missing or damaged.
-        """
-        for dataset in (self.train, self.val):
-            if dataset is not None:
-                dataset.reader.check_files(env.rank, env.world_size, lists=env.local_rank == 0)
 
 
 def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) -> tuple[ResolvedRun, RunData]:
@@ -79,7 +58,7 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
     """
     run = settle_optimizer(settle_aux_loss_scope(command.run))
     data = open_data(run, check=env.world_size == 1)
-    if isinstance(data.train, PackedDataset):
+    if data.train.is_packed:
         packed = dataclasses.replace(run.data, packing="whole-documents", document_mask=True)
         run = dataclasses.replace(run, data=packed)
     resolved = resolve_run(
@@ -96,7 +75,11 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
     settle_compilation(run.train.compile, device.type)
     check_expert_kernels(resolved, device.type)
     check_wandb(run.train.wandb_project)
-    check_run_folder(resolved, identify(data.train.reader))
+    train = resolved.train
+    if not train.allow_data_change:  # with it, what was read of each source is known when a checkpoint is
+        order = order_windows(data.train, train.seed, train.global_batch_size)
+        check_length(order, train.steps, train.global_batch_size)
+    check_run_folder(resolved, identify(data.train))
     if run.train.keeps_frozen and run.train.init_from is None:
         flag = "lora_rank" if run.train.lora_rank else "freeze"
         raise UserError(f"{flag}: frozen weights are those of a trained model; give it by --init-from")
@@ -109,39 +92,6 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
     return resolved, data
 
 
-def open_data(run: RunConfig, *, check: bool = True) -> RunData:
-    """Open the splits of a corpus; with `check` every file is compared with its manifest.
-
-    Raises:
-        UserError: no shards, damaged ones, or ones that do not fit the run.
-    """
-    if run.data.shards is None:
-        raise UserError("shards: not given; pass --shards DIR, a folder made by python -m data_prep.tokenize_corpus")
-    folder = Path(run.data.shards)
-    train = open_split(folder, "train", check=check, parts=run.data.corpus_parts)
-    parts = run.data.corpus_parts
-    if parts is None and (parts := find_parts(train.manifest, recorded_fingerprint(run.train))) is not None:
-        log(f"{folder} has grown: the run goes on with the shards it began with (--allow-data-change takes the others)")
-        train = open_split(folder, "train", check=False, parts=parts)
-    val = open_split(folder, "val", check=check, parts=parts) if find_split(folder, "val") else None
-    if val is not None and parts is not None and not val.num_tokens:
-        val = None  # a later part brought the first of it
-    if val is None and (run.train.eval_every or run.train.eval_samples):
-        raise UserError(f"eval_every: {folder} has no validation split; prepare one, or leave out the --eval flags")
-    vocab = train.manifest.vocab_size
-    if vocab > run.model.vocab_size:
-        raise UserError(
-            f"vocab_size: the shards of {folder} have {vocab} tokens and the model only {run.model.vocab_size}; pass "
-            f"--vocab-size {vocab}"
-        )
-    alone = check_kind(run.train, train)
-    seq_len, mask, packed = run.data.seq_len, run.data.document_mask, run.data.packing == "whole-documents"
-    return RunData(
-        open_dataset(train, seq_len, mask, packed=packed, alone=alone),
-        None if val is None else open_dataset(val, seq_len, mask, packed=packed, keep_tail=True, alone=alone),
-    )
-
-
 def run_rank(
     resolved: ResolvedRun,
     env: RankEnvironment,
@@ -152,14 +102,14 @@ def run_rank(
 ) -> bool:
     """Put the run together and train, inside the process group; whether it reached its last step. Every rank calls
     this."""
-    train, run_dir, corpus = resolved.train, Path(resolved.train.run_dir), identify(data.train.reader)
+    train, run_dir, corpus = resolved.train, Path(resolved.train.run_dir), identify(data.train)
     with contextlib.ExitStack() as stack:
         control = stack.enter_context(hold_run(run_dir, watchdog, launcher, is_first=env.is_first))
         notes = check_run_folder(resolved, corpus)  # again: another job may have begun a run there meanwhile
         if train.keeps_frozen:
             resolved = dataclasses.replace(resolved, base=find_start(resolved))
         resume = lead_from_first_rank(
-            lambda share: open_run_folder(resolved, data.train.reader, notes, share),
+            lambda share: open_run_folder(resolved, data.train, notes, share),
             lambda: watchdog.report(None, "verifying checkpoints"),
         )
         watchdog.report(None, "building the model, loading its state")
@@ -241,7 +191,7 @@ def load_state(
     state = load_checkpoint(engine, resolved, resume.folder, resume.manifest, is_resharded=resume.is_resharded)
     log(f"resumed from {resume.folder} at step {state.step}")
     if resume.manifest.shard_fingerprint != fingerprint.fingerprint:
-        state = dataclasses.replace(state, data_start_step=state.step)
+        state = dataclasses.replace(state, data_start_step=state.step, data_start_windows=state.windows_taken)
         log(f"the shards are new: their order begins at step {state.step}")
     return state
 
@@ -252,8 +202,21 @@ def make_loader(
     """This rank's training batches."""
     train = resolved.train
     micro, together = train.micro_batch_size, train.global_batch_size
-    loader = BatchLoader(dataset, train.seed, micro, together, env.rank, env.world_size, pin_memory=pin_memory)
-    loader.first_step = state.data_start_step
+    loader = BatchLoader(
+        dataset,
+        train.seed,
+        micro,
+        together,
+        env.rank,
+        env.world_size,
+        first_step=state.data_start_step,
+        taken=state.data_start_windows,
+        pin_memory=pin_memory,
+    )
+    check_length(loader.order, train.steps - loader.first_step, together)
+    if state.data_start_step:  # what --dry-run says is of a run that began so
+        for line in describe_mixture(dataset, loader.order, together, train.steps, loader.first_step):
+            log(line)
     return loader
 
 

@@ -11,6 +11,8 @@ from typing import Any, cast
 import torch
 
 from minimind.checkpoints.manifest import TrainState
+from minimind.data.dataset import Mixture
+from minimind.data.loader import BatchLoader
 from minimind.distributed.collectives import all_reduce_sum, gather_on_first
 from minimind.training.record.run_files import StepRecord
 from minimind.training.step_timer import StepTimer, describe_times, seconds
@@ -28,6 +30,7 @@ class PendingStep:
     loss_scale: float | None
     expert_counts: torch.Tensor | None  # (num_moe_layers, num_experts + 1) of this rank; None for a dense model
     figures: Mapping[str, torch.Tensor]  # () each, this rank's share of the means that the objective logs
+    sources: torch.Tensor | None = None  # of a mixture: (2, num_sources), this rank's summed losses and targets
 
 
 class Figures:
@@ -48,7 +51,9 @@ class Figures:
             for item in pending
         ]
         figures = [value for item in pending for value in item.figures.values()]
-        means = all_reduce_sum(torch.cat([losses, torch.stack([*(item.aux_loss for item in pending), *figures])]))
+        sources = [item.sources.flatten() for item in pending if item.sources is not None]
+        parts = [losses, torch.stack([*(item.aux_loss for item in pending), *figures]), *sources]
+        means = all_reduce_sum(torch.cat(parts))
         counts = [item.expert_counts for item in pending if item.expert_counts is not None]
         self._device = losses.device
         self._losses, self._means = _copy_to_host(losses), _copy_to_host(means)
@@ -72,9 +77,13 @@ class Figures:
         """Whether a loss of this rank is NaN or infinite; they must be here."""
         return not bool(self._losses.isfinite().all())
 
-    def records(self, tokens_per_step: int) -> list[StepRecord]:
+    def records(self, tokens_per_step: int, loader: BatchLoader) -> list[StepRecord]:
         """The records of the steps, the ranks' times on rank 0 alone; they must be here. Every rank calls this: one
-        collective, on host memory."""
+        collective, on host memory.
+
+        Args:
+            loader: of the steps' batches; of a mixture it knows what was read of each source.
+        """
         count = len(self.pending)
         means = self._means.tolist()
         step_seconds = seconds([self._reading.whole]) / count
@@ -102,10 +111,29 @@ class Figures:
                 values = means[2 * count + i * len(item.figures) :]
                 figures: dict[str, Any] = dict(zip(item.figures, values, strict=False))
                 record |= cast(StepRecord, figures)
+            if item.sources is not None:
+                values = means[(2 + len(item.figures)) * count + i * item.sources.numel() :]
+                record |= describe_sources(loader, item.state.step, values)
             records.append(record)
         if torch.distributed.get_rank() == 0:
             records[-1].update(describe_times(self.pending[-1].state.step, list(itertools.chain(*times))))
         return records
+
+
+def describe_sources(loader: BatchLoader, step: int, sums: list[float]) -> StepRecord:
+    """The figures by source of a step's record.
+
+    Args:
+        sums: of each source its losses, and then of each the number of its targets, summed over the ranks.
+    """
+    assert isinstance(loader.dataset, Mixture)
+    sources, seq_len, taken = loader.dataset.sources, loader.dataset.seq_len, loader.taken(step)
+    pairs = zip(sources, sums, sums[len(sources) :], strict=False)
+    return {
+        "step": step,
+        "source_loss": {source.name: loss / count for source, loss, count in pairs if count},
+        "source_tokens": {source.name: taken[source.fingerprint] * seq_len for source in sources},
+    }
 
 
 def _copy_to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -141,6 +141,7 @@ class Trainer:
         loss, aux_loss = torch.zeros((), device=device), torch.zeros((), device=device)
         counts: torch.Tensor | None = None
         figures: dict[str, torch.Tensor] = {}
+        sources: torch.Tensor | None = None
         balances_step = expert_balance.balances_step(model)
         share = self._read_expert_share(batches) if balances_step and len(batches) > 1 else None
         for batch in batches:
@@ -150,6 +151,8 @@ class Trainer:
             loss += parts.loss.detach() / num_targets
             for name, value in parts.figures.items():
                 figures[name] = figures.get(name, 0) + value / num_targets
+            if parts.sources is not None:
+                sources = parts.sources if sources is None else sources + parts.sources
             total = parts.loss * scale
             if parts.aux_loss is not None:  # a mean over this micro-batch: DeepSpeed's own averaging is right for it
                 own = parts.aux_loss
@@ -175,7 +178,9 @@ class Trainer:
             tokens_seen=self.state.tokens_seen + self._tokens_per_step,
         )
         scale_now = loss_scale(self.engine) if train.precision == "fp16" else None
-        self._pending.append(PendingStep(self.state, loss, aux_loss, grad_norm, lr, scale_now, counts, figures))
+        self._pending.append(
+            PendingStep(self.state, loss, aux_loss, grad_norm, lr, scale_now, counts, figures, sources)
+        )
         if table := self.profiler.step():
             self.record.log(table)
 
@@ -233,7 +238,7 @@ class Trainer:
         for figures in self._arriving[:count]:
             figures.wait()
             self._arriving.remove(figures)
-            for record in figures.records(self._tokens_per_step):
+            for record in figures.records(self._tokens_per_step, self.loader):
                 self._check_step(record, figures.has_bad_loss())
                 self.record.log_step(record)
 
@@ -284,6 +289,10 @@ class Trainer:
             "eval_targets": found.num_targets,
         }
         figures: dict[str, Any] = {f"eval_{name}": value for name, value in found.figures.items()}
+        if found.sources:
+            figures["eval_source_loss"] = {name: one.loss for name, one in found.sources.items()}
+            bits = {name: one.bits_per_byte for name, one in found.sources.items() if one.bits_per_byte is not None}
+            figures["eval_source_bits_per_byte"] = bits
         self.record.log_evaluation(cast(EvaluationRecord, {**record, **figures}))
         self.timer.restart()
         return found.loss
@@ -307,7 +316,8 @@ class Trainer:
         if (waited := time.monotonic() - began) > 1:
             self.record.log(f"step {self.state.step}  waited {waited:.1f} s for the previous checkpoint to be written")
         probe_loss = engine_probe_loss(self.engine, self.resolved)
-        self.saver.start(self.state, eval_loss=eval_loss, probe_loss=probe_loss)
+        state = replace(self.state, windows_taken=self.loader.taken(self.state.step))
+        self.saver.start(state, eval_loss=eval_loss, probe_loss=probe_loss)
         if wait or not self.resolved.train.async_save or not self.proven:
             self._note_saved(self.saver.wait())
         if not self.proven:

@@ -46,7 +46,7 @@ def test_new_files_are_new_shards_and_the_old_ones_stay(
     # The corpus as it was.
     grown = open_split(tmp_path / "out", "train")
     assert grown.fingerprint != first.fingerprint
-    assert find_parts(grown.manifest, first.fingerprint) == 1 and find_parts(grown.manifest, "another") is None
+    assert find_parts(grown.manifest, [first.fingerprint]) == 1 and find_parts(grown.manifest, ["another"]) is None
     cut = ShardReader(tmp_path / "out" / "train", parts=1)
     assert cut.manifest == first.manifest and cut.fingerprint == first.fingerprint
     with pytest.raises(UserError, match="corpus_parts 3: the corpus has 2"):

@@ -105,9 +105,8 @@ def fused_chunk_loss(
     losses = log_partition - logits.gather(1, targets.clamp(min=0)).float()
     if z_loss_coef:
         losses = losses + z_loss_coef * log_partition.square()
-    loss = (losses * counted).sum()
     grad = (wide - log_partition).exp()
     if z_loss_coef:
         grad = grad * (1 + 2 * z_loss_coef * log_partition)
     is_target = torch.arange(logits.shape[1], device=logits.device) == targets  # (n, vocab_size)
-    return loss, ((grad - is_target.float()) * counted).to(logits.dtype)
+    return losses * counted, ((grad - is_target.float()) * counted).to(logits.dtype)

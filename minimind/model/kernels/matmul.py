@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minimind.model.layers import Linear
 from minimind.model.lora import LoRALinear
-from minimind.model.loss import LMHead, LossOfChunk
+from minimind.model.loss import LMHead, LossOfChunk, OnLosses
 
 # Multiplications from which on oneDNN is worth its overhead: measured on Zen 5, equal to MKL at 16 x 256 x 256.
 _SMALLEST = 2**21
@@ -194,11 +194,12 @@ class FastLMHead(LMHead):
         reduction: str = "mean",
         weights: Tensor | None = None,
         loss_of_chunk: LossOfChunk | None = None,
+        on_losses: OnLosses | None = None,
     ) -> Tensor:
         """As `LMHead.forward`."""
         if labels is None:
             return linear(hidden_states, self.weight)
-        return super().forward(hidden_states, labels, reduction, weights, loss_of_chunk)
+        return super().forward(hidden_states, labels, reduction, weights, loss_of_chunk, on_losses)
 
     @staticmethod
     def add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:

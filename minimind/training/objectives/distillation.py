@@ -29,7 +29,7 @@ from minimind.errors import UserError
 from minimind.files import hash_file
 from minimind.inference.evaluation import Sums, sum_loss, token_sums
 from minimind.model.loss import LMHead
-from minimind.training.objectives.objective import LossParts, Objective
+from minimind.training.objectives.objective import LossParts, Objective, SourceLosses
 
 TEACHER_NAME = "teacher"
 """Folder in a run's: which weights the teacher has, and its most likely tokens where they are stored."""
@@ -79,7 +79,7 @@ class Distillation(Objective):
         weights = keep_weights(folder / "weights.sha256", Path(str(train.teacher)), is_new=is_new)
         for split, dataset in datasets.items() if train.teacher_top_k else ():
             settings = [weights, train.distill_temperature, train.teacher_top_k, train.teacher_int8, dataset.seq_len]
-            key = [*settings, type(dataset).__name__, dataset.document_mask, dataset.reader.fingerprint]
+            key = [*settings, type(dataset).__name__, dataset.document_mask, dataset.fingerprint]
             place = folder / f"{split}_{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}"
             if not on_first_rank(functools.partial(is_complete, place)):
                 self._teacher = self._teacher or self._load_teacher()
@@ -114,15 +114,16 @@ class Distillation(Objective):
                 figures["teacher_agreement"] += ((log_q.argmax(-1) == best) & (labels[rows] != IGNORED_LABEL)).sum()
                 return loss, gradient
 
-            output = sum_loss(engine, batch, loss_of_chunk=loss_of_chunk)
-        return LossParts.of(output)._replace(figures=figures)
+            by_source = SourceLosses(batch)
+            output = sum_loss(engine, batch, loss_of_chunk=loss_of_chunk, on_losses=by_source.add)
+        return LossParts.of(output)._replace(figures=figures, sources=by_source.sums)
 
     def evaluate(self, engine: Any, batch: Batch) -> Sums:
         """The loss of the next token alone, as any run has it, beside the figures of a step."""
         return dataclasses.replace(super().evaluate(engine, batch), loss=token_sums(engine, batch).loss)
 
     def _chunk(self, logits: Tensor, log_q: Tensor, log_p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, gradient by `logits`, divergence) of (n, vocab_size) logits."""
+        """(losses (n, 1), gradient of their sum by `logits`, divergence) of (n, vocab_size) logits."""
         share, temperature = self._train.distill_alpha, self._train.distill_temperature
         counted = (labels != IGNORED_LABEL).unsqueeze(1)  # (n, 1)
         divergence = self._divergence(log_p, log_q)
@@ -135,7 +136,7 @@ class Distillation(Objective):
             hard = log_probs.exp().scatter_add_(1, indices, log_probs.new_full((1, 1), -1.0).expand_as(indices))
             gradient = gradient + share * hard
         gradient = (gradient * counted).to(logits.dtype)
-        return (losses * counted).sum(), gradient, (divergence.values * counted).sum()
+        return losses * counted, gradient, (divergence.values * counted).sum()
 
 
 def spread_rest(ids: Tensor, log_probs: Tensor, log_q: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from minimind.data.dataset import Dataset
+from minimind.data.dataset import IGNORED_LABEL, Dataset
 from minimind.data.loader import Batch
 from minimind.inference.evaluation import Sums
+from minimind.model.loss import OnLosses
 from minimind.model.transformer import CausalLMOutput
 
 
@@ -23,6 +24,7 @@ class LossParts(NamedTuple):
     expert_share: torch.Tensor | None = None  # (num_moe_layers, num_experts) of `CausalLMOutput`
     expert_score: torch.Tensor | None = None
     figures: Mapping[str, torch.Tensor] = {}  # () each, sums over the targets: what else the log shows
+    sources: torch.Tensor | None = None  # of a mixture, see `SourceLosses`
 
     @classmethod
     def of(cls, output: CausalLMOutput) -> "LossParts":
@@ -38,6 +40,26 @@ class LossParts(NamedTuple):
         dropped = load.new_zeros(load.shape[0]) if dropped is None else dropped
         counts = torch.cat([load, dropped.unsqueeze(1)], dim=1)
         return cls(output.loss, output.aux_loss, counts, output.expert_share, output.expert_score)
+
+
+class SourceLosses:
+    """Adds up what the loss of a batch of a mixture is made of by its source, on the device: nothing waits."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.sums: torch.Tensor | None = None
+        """(2, num_sources) float32: the losses, and the number of targets. None: the batch is of a single corpus."""
+        self.add: OnLosses | None = None
+        """To be given the losses."""
+        if batch.sources is None:
+            return
+        self.sums = torch.zeros(2, batch.num_sources, device=batch.labels.device)
+        self._of_token = batch.sources.unsqueeze(1).expand_as(batch.labels).flatten()  # (B*T,)
+        self.sums[1].index_add_(0, self._of_token, (batch.labels.flatten() != IGNORED_LABEL).float())
+        self.add = self._add
+
+    def _add(self, losses: torch.Tensor, rows: slice) -> None:
+        assert self.sums is not None
+        self.sums[0].index_add_(0, self._of_token[rows], losses.detach().flatten().float())
 
 
 class Objective(ABC):

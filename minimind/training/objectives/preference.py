@@ -155,7 +155,7 @@ class Preference(Objective):
         is_stored = self._needs_reference and self._reference is None
         for split, dataset in datasets.items() if is_stored else ():
             # Named by the pairs too: on other shards a continued run must not take these for theirs.
-            path = run_dir / REFERENCE_NAME / f"{split}_{dataset.reader.fingerprint[:12]}.npy"
+            path = run_dir / REFERENCE_NAME / f"{split}_{dataset.fingerprint[:12]}.npy"
             if is_new:
                 log(f"log-probabilities of {len(dataset):,} windows of {split} pairs before training ...")
                 dataset.reference = measure_answers(engine, dataset, int(self._train.micro_batch_size or 1))

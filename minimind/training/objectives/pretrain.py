@@ -4,7 +4,7 @@ from typing import Any
 
 from minimind.data.loader import Batch
 from minimind.inference.evaluation import sum_loss
-from minimind.training.objectives.objective import LossParts, Objective
+from minimind.training.objectives.objective import LossParts, Objective, SourceLosses
 
 
 class Pretrain(Objective):
@@ -12,4 +12,5 @@ class Pretrain(Objective):
 
     def loss(self, engine: Any, batch: Batch) -> LossParts:
         """The cross-entropy summed over the labels of `batch`. Every rank calls this."""
-        return LossParts.of(sum_loss(engine, batch))
+        by_source = SourceLosses(batch)
+        return LossParts.of(sum_loss(engine, batch, on_losses=by_source.add))._replace(sources=by_source.sums)

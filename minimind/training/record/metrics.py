@@ -26,6 +26,7 @@ from minimind.training.record.run_files import (
     Record,
     StepRecord,
     append_object,
+    figures_by_source,
     finite,
     keep_until,
     read_records,
@@ -131,6 +132,7 @@ class RunRecord(NullRecord):
             words.append(f"teacher KL {record['eval_teacher_kl']:.4f}")
         else:  # of no other loss is it one
             words.append(f"perplexity {record['eval_perplexity']:.2f}")
+        words += [f"{name} {loss:.4f}" for name, loss in record.get("eval_source_loss", {}).items()]
         self.log("  ".join(words))
         self._write(record)
 
@@ -176,6 +178,8 @@ class RunRecord(NullRecord):
         for key, name in _TENSORBOARD_NAMES.items():
             if isinstance(value := values.get(key), (int, float)):
                 writer.add_scalar(name, value, step)
+        for name, value in figures_by_source(record).items():
+            writer.add_scalar(name, value, step)
         if "data_seconds" in values:  # a reading of the device: a histogram of every step would be many
             for layer, load in enumerate(values.get("expert_load", ())):
                 writer.add_histogram(f"experts/load_{layer}", np.array(load), step)
@@ -183,4 +187,6 @@ class RunRecord(NullRecord):
 
 def _jsonable(value: Any) -> Any:
     """JSON has no NaN and no infinity: written as strings, no reader takes them for numbers."""
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

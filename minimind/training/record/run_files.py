@@ -46,6 +46,9 @@ class StepRecord(_AtStep, total=False):
     mfu: float | None  # share of the peak FLOP/s of all devices; None: peak unknown
     peak_memory_bytes: int  # of rank 0: device memory on CUDA, resident memory on CPU
     loss_scale: float | None  # fp16 only
+    # Mixtures only, by the name of the source: mean over its targets of the step, if it has any; tokens read so far.
+    source_loss: dict[str, float]
+    source_tokens: dict[str, int]
     # Preferences only, means over the pairs: see `minimind.training.objectives.preference.FIGURES`.
     reward_accuracy: float | None
     reward_margin: float | None
@@ -86,6 +89,9 @@ class EvaluationRecord(_AtStep, total=False):
     eval_bits_per_byte: float | None
     eval_perplexity: float | None
     eval_targets: int  # tokens predicted, or pairs compared
+    # Mixtures only, by the name of the source; the figures above are then means by the sources' shares.
+    eval_source_loss: dict[str, float]
+    eval_source_bits_per_byte: dict[str, float]
     eval_reward_accuracy: float | None  # preferences only
     eval_reward_margin: float | None
     eval_teacher_kl: float | None  # distillation only
@@ -101,6 +107,14 @@ def finite(record: Record) -> Any:
     return {
         key: None if isinstance(value, str) or (isinstance(value, float) and not math.isfinite(value)) else value
         for key, value in record.items()
+    }
+
+
+def figures_by_source(record: Record) -> dict[str, float]:
+    """The figures of the sources of a mixture, each by the name `FIGURE/SOURCE`."""
+    names = ("source_loss", "source_tokens", "eval_source_loss", "eval_source_bits_per_byte")
+    return {
+        f"{name}/{source}": value for name in names for source, value in dict[str, Any](record).get(name, {}).items()
     }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind.errors import UserError
-from minimind.training.record.run_files import Record
+from minimind.training.record.run_files import Record, figures_by_source
 
 
 def check_wandb(project: str | None) -> None:
@@ -44,7 +44,8 @@ class WandbLog:
         if self._failed:
             return
         try:
-            self._run.log({k: v for k, v in record.items() if isinstance(v, (int, float))}, step=record["step"])
+            figures = {**record, **figures_by_source(record)}
+            self._run.log({k: v for k, v in figures.items() if isinstance(v, (int, float))}, step=record["step"])
         except Exception as error:
             self._failed = True
             print(f"wandb: {error}; no more is sent", file=sys.stderr, flush=True)
