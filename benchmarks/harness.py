@@ -217,6 +217,14 @@ def build_engine(model: Any, env: Any, device: Any, **run: Any) -> Any:
     return engine.build_engine(resolved, engine.build_model(resolved, device)), resolved
 
 
+def train_evaluated(model: str, run_dir: Path, *flags: object) -> list[tuple[int, float]]:
+    """`python -m minimind.train` to its end, or what is there of it: (step, bits a byte) of each evaluation."""
+    command = [sys.executable, "-m", "minimind.train", "--model", model, "--run-dir", run_dir, "--no-tensorboard"]
+    run([*command, *flags], ROOT)
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(record["step"], record["eval_bits_per_byte"]) for record in records if "eval_bits_per_byte" in record]
+
+
 def transformers_model(config: Any, **options: Any) -> Any:
     """transformers' own model of the shape of one of our configs, its weights random."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -6,15 +6,14 @@ Each run is `python -m minimind.train` with the flags of its recipe; the figure 
 split after its last step. Seconds are not compared. What `--folder` has already is not run again.
 """
 
-import json
 import statistics
 import sys
 from pathlib import Path
 
 import tyro
-from harness import OUT, ROOT, Claim, report, run
+from harness import OUT, Claim, report, train_evaluated
 
-SHAPE = "--seq-len 256 --global-batch-size 8 --no-tensorboard"  # 2,048 tokens a step
+SHAPE = "--seq-len 256 --global-batch-size 8"  # 2,048 tokens a step
 MUON = "--optimizer muon --lr 1e-2 --muon-lr 0.02"
 RECIPES = {
     "adamw": "--optimizer adamw --lr 3e-3",
@@ -37,10 +36,8 @@ def main(
     for seed in seeds:
         for name, figures in found.items():
             run_dir = folder / f"{model}-{steps}-{name.replace(' ', '_')}-{seed}"
-            flags = [*SHAPE.split(), *RECIPES[name].split(), "--steps", steps, "--seed", seed, "--shards", shards]
-            run([sys.executable, "-m", "minimind.train", "--model", model, "--run-dir", run_dir, *flags], ROOT)
-            records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-            figures += [record["eval_bits_per_byte"] for record in records if "eval_bits_per_byte" in record][-1:]
+            flags = [*SHAPE.split(), "--steps", steps, *RECIPES[name].split(), "--seed", seed, "--shards", shards]
+            figures.append(train_evaluated(model, run_dir, *flags)[-1][1])
             print(f"  {model}, seed {seed}: {figures[-1]:.4f}  {name}", file=sys.stderr, flush=True)
     claims = [Claim(name, figures) for name, figures in found.items()]
     claims.sort(key=lambda claim: statistics.mean(claim.values))

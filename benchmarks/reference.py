@@ -1,15 +1,13 @@
-"""Beside the reference trainer on the same text: real tokens a second, and what was learnt for the tokens seen.
+"""Beside the reference trainer on the same text: real tokens a second, and how long until the loss is as good.
 
-python benchmarks/reference.py speed | learning --peer DIR [--text FILE.jsonl]
+python benchmarks/reference.py speed | time-to-loss --peer DIR [--text FILE.jsonl]
 """
 
+import json
 import math
-import os
 import shutil
 import sys
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +16,7 @@ import harness
 import torch
 import tyro
 from harness import ROOT, Claim, core_threads, find_text, has_fast_bf16, make_shards, ratios, read_texts, report, run
-from turns import Contestant, our_trainer, rounds_before, started, take_turns, train_command
+from turns import Contestant, our_trainer, started, take_turns
 
 from minimind.checkpoints.formats.load_model import load_weights
 from minimind.config.run_config import preset
@@ -30,11 +28,9 @@ FEWEST_TEXTS = 4000  # a mean over so many is within 2% of the corpus's
 OURS = {"ours fp32": ["--precision", "fp32"], "ours bf16": ["--precision", "bf16"]}
 OURS["ours bf16 compiled"] = [*OURS["ours bf16"], "--compile", "on"]
 OURS_WITHOUT_BF16 = {"ours fp32": OURS["ours fp32"], "ours fp32 compiled": [*OURS["ours fp32"], "--compile", "on"]}
-HELD_OUT = 400  # texts
+HELD_OUT = 100  # texts
 HIDDEN_SIZE, LAYERS = 256, 4
-# The reference's weights start as torch's layers do: a standard deviation of 1 / sqrt(3 * width), which at the width of
-# minimind3 is 0.0208, ours 0.02. Here they are alike too; with 0.02 ours ends at a loss 4% higher.
-INITIALIZER_RANGE = round((3 * HIDDEN_SIZE) ** -0.5, 4)
+LENGTH = 340  # of the reference, its own default
 
 
 @dataclass(frozen=True)
@@ -144,97 +140,124 @@ def judge(length: int, speeds: dict[str, list[float]], model: str) -> list[Claim
     return [*claims, Claim(f"{title}: MFU of {best}", shares, note=note)]
 
 
-class Recipe(NamedTuple):
-    """How both are trained."""
+class Point(NamedTuple):
+    """A moment of a run: what it took until then, and bits a byte of held-out text."""
 
-    peer: Path
-    length: int
-    batch: int
-    lr: float
+    seconds: float
+    tokens: float
+    bits: float
 
 
-def learning(
-    peer: Path, text: Path | None = None, tokens: int = 250_000, length: int = 340, batch: int = 4,
-    lr: float = 1e-3, repeats: int = 4, minutes: float = math.inf,
+def time_to_loss(
+    peer: Path, text: Path | None = None, texts: int = 4000, batch: int = 32, accumulation: int = 8,
+    share: float = 0.25, repeats: int = 3, points: int = 8,
 ) -> None:  # fmt: skip
-    """Evaluation loss for the tokens seen.
+    """Seconds and tokens until ours is where the reference ends, both with their own defaults, one after the other.
 
     Args:
-        batch: texts in the reference's optimizer step; ours takes about as many real tokens.
-        repeats: each with other texts; one alone says little.
+        texts: one epoch of the reference; each repeat has others.
+        batch, accumulation: of the reference, by default its own.
+        share: of the reference's tokens that ours may see.
+        points: evaluations of a run, which no clock counts; ours has twice as many.
     """
-    recipe = Recipe(peer, length, batch, lr)
-    at_once = 1 if torch.cuda.is_available() else min(len(os.sched_getaffinity(0)), repeats)
-    losses: list[tuple[float, float]] = []
-    with harness.workspace() as folder, ThreadPoolExecutor(at_once) as pool:
+    curves: dict[str, list[list[Point]]] = {"minimind": [], "ours": []}
+    with harness.workspace() as folder:
         reference = Peer.copied(peer, folder / "peer")
-        texts = read_texts(find_text(text, folder))
-        held_out, rest = texts[:HELD_OUT], texts[HELD_OUT:]
-        scored = [row[1:-1] for row in reference.read_tokens(held_out, length)]
-        for _ in rounds_before(time.perf_counter() + 60 * minutes, -(-repeats // at_once)):
-            numbers = range(len(losses), min(repeats, len(losses) + at_once))
-            found = [take_texts(reference, rest, tokens, length, folder / f"repeat {n + 1}") for n in numbers]
-            losses += pool.map(lambda part: train_both(part, recipe, scored), filter(None, found))
-            if not losses:
-                raise SystemExit(f"the text has fewer than {tokens:,} tokens: give more --text or fewer --tokens")
-            if None in found:
-                print(f"  the text is used up after {len(losses)} of {repeats} repeats", file=sys.stderr)
-                break
-    theirs, ours = zip(*losses, strict=True)
-    title = f"evaluation loss after {tokens:,} tokens"
-    claims = [Claim(f"{title}: {name}", found, unit="nats") for name, found in (("minimind", theirs), ("ours", ours))]
-    claims.append(Claim(f"{title}: ours over minimind", ratios(ours, theirs), 1.0, at_least=False, unit="x"))
-    report("learning", claims, {"minimind": theirs, "ours": ours, "tokens": tokens})
+        found = read_texts(find_text(text, folder), HELD_OUT + texts * repeats)
+        if len(found) < HELD_OUT + texts * repeats:
+            raise SystemExit(f"the text has {len(found)} documents: lower --texts or --repeats, or give more --text")
+        held_out = HeldOut.of(reference, found[:HELD_OUT])
+        for number in range(repeats):
+            own = folder / f"repeat {number + 1}"
+            own.mkdir()
+            start = HELD_OUT + number * texts
+            file = harness.write_texts(own / "texts.jsonl", found[start : start + texts])
+            tokens = sum(map(len, reference.read_tokens(found[start : start + texts], LENGTH)))
+            curves["minimind"].append(train_theirs(peer, file, tokens, texts, held_out, (batch, accumulation, points)))
+            curves["ours"].append(train_ours(file, reference.tokenizer, share * tokens, held_out, number, 2 * points))
+            for name, runs in curves.items():
+                print(f"  {own.name}: {name} {runs[-1][-1]}", file=sys.stderr, flush=True)
+    reached = [
+        next((point for point in ours if point.bits <= theirs[-1].bits), Point(math.inf, math.inf, ours[-1].bits))
+        for theirs, ours in zip(curves["minimind"], curves["ours"], strict=True)
+    ]
+    ends = [theirs[-1] for theirs in curves["minimind"]]
+    claims = [Claim("held-out loss at the end: minimind", [end.bits for end in ends], unit="bits a byte")]
+    claims += [Claim("the same: ours", [run[-1].bits for run in curves["ours"]], unit="bits a byte")]
+    for axis, unit, target in (("seconds", "s", 0.1 if has_fast_bf16() else 0.2), ("tokens", "", 0.25)):
+        theirs, ours = ([getattr(point, axis) for point in points] for points in (ends, reached))
+        claims += [Claim(f"{axis}: minimind", theirs, unit=unit), Claim(f"{axis}: ours until there", ours, unit=unit)]
+        claims += [Claim(f"{axis}: ours over minimind", ratios(ours, theirs), target, at_least=False, unit="x")]
+    report("time_to_loss", claims, {"curves": curves, "texts": texts, "batch": batch, "accumulation": accumulation})
 
 
-class Part(NamedTuple):
-    """Texts of one repeat; `tokens` as the reference reads them: with its marks, and cut at its maximum length."""
+class HeldOut(NamedTuple):
+    """Text that nobody trains on, as the reference reads it, without its marks."""
 
-    file: Path
-    texts: int
-    tokens: int
+    rows: list[list[int]]
+    tokens_per_byte: float
 
+    @classmethod
+    def of(cls, reference: Peer, texts: Sequence[str]) -> "HeldOut":
+        """The rows of some texts."""
+        from transformers import AutoTokenizer
 
-def take_texts(reference: Peer, rest: list[str], tokens: int, length: int, folder: Path) -> Part | None:
-    """Take the first of `rest` away until they have `tokens`. None where there are too few."""
-    count = seen = 0
-    for row in reference.read_tokens(rest[: tokens // 20], length):
-        if seen >= tokens:
-            break
-        count, seen = count + 1, seen + len(row)
-    if seen < tokens:
-        return None
-    folder.mkdir()
-    file = harness.write_texts(folder / "texts.jsonl", rest[:count])
-    del rest[:count]
-    return Part(file, count, seen)
+        rows = [row[1:-1] for row in reference.read_tokens(texts, LENGTH) if len(row) > 3]
+        tokenizer = AutoTokenizer.from_pretrained(reference.folder / "model")
+        num_bytes = sum(len(tokenizer.decode(row[1:]).encode()) for row in rows)
+        return cls(rows, sum(len(row) - 1 for row in rows) / num_bytes)
 
-
-def train_both(part: Part, recipe: Recipe, scored: Sequence[Sequence[int]]) -> tuple[float, float]:
-    """The losses of the reference and of ours after the same texts."""
-    folder = part.file.parent
-    env = {"HF_HOME": str(folder / "hf")} | ({} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"})
-    own = Peer.copied(recipe.peer, folder / "peer")
-    more = ["--hidden_size", HIDDEN_SIZE, "--num_hidden_layers", LAYERS, "--learning_rate", recipe.lr]
-    run(own.command(part.file, recipe.length, recipe.batch, 1, *more), own.folder / "trainer", **env)
-    trained = load_weights(own.folder / "out" / f"pretrain_{HIDDEN_SIZE}.pth", dtype=torch.float32)
-    theirs = score(trained, scored, start=[1])
-    ours = score(train_ours(part, own.tokenizer, recipe, env), scored, start=[])
-    print(f"  {folder.name}: {theirs:.3f}, ours {ours:.3f}", file=sys.stderr, flush=True)
-    return theirs, ours
+    def bits(self, weights: Path, start: Sequence[int]) -> float:
+        """Bits a byte of a model, read after the tokens in `start`."""
+        loss = score(load_weights(weights, dtype=torch.float32), self.rows, start)
+        return loss / math.log(2) * self.tokens_per_byte
 
 
-def train_ours(part: Part, tokenizer: Path, recipe: Recipe, env: dict[str, str]) -> MiniMindForCausalLM:
-    """As many tokens of the same texts. Ours does not cut them at `length`, so it does not come to the last of them."""
-    folder = part.file.parent
-    windows = max(1, round(recipe.batch * part.tokens / part.texts / recipe.length))
-    steps = max(1, round(part.tokens / (windows * recipe.length)))
-    shards = make_shards(part.file, tokenizer, folder / "shards", val_fraction=0)
+def train_theirs(
+    peer: Path, file: Path, tokens: int, texts: int, held_out: HeldOut, shape: tuple[int, int, int]
+) -> list[Point]:
+    """The reference's own trainer over one epoch. Where it stands still, the weights of the turn before are on disk."""
+    batch, accumulation, points = shape
+    own = Peer.copied(peer, file.parent / "peer")
+    steps = -(-texts // batch)
+    every = max(2, steps // points)
+    more = ["--hidden_size", HIDDEN_SIZE, "--num_hidden_layers", LAYERS, "--save_interval", every]
+    command = own.command(file, LENGTH, batch, accumulation, *more)
+    env = {**core_threads(), "HF_HOME": str(file.parent / "hf")}
+    one = Contestant("minimind", command, Peer.pattern, every, own.folder / "trainer", env)
+    weights = own.folder / "out" / f"pretrain_{HIDDEN_SIZE}.pth"
+    seen: list[tuple[int, float]] = []
+    with started([one], warm_steps=1):
+        for turn in range(steps // every):
+            one.steps = every - (turn == 0)  # the first step was made before
+            one.take_turn()
+            if turn:
+                seen.append((turn * every, held_out.bits(weights, [1])))
+        one.finish()
+        seen.append((steps, held_out.bits(weights, [1])))
+    mean = sum(turn.wall_seconds for turn in one.turns) / sum(turn.steps for turn in one.turns)
+    return [Point(step * mean, tokens * step / steps, bits) for step, bits in seen]
+
+
+def train_ours(
+    file: Path, tokenizer: Path, tokens: float, held_out: HeldOut, seed: int, points: int
+) -> list[Point]:  # fmt: skip
+    """`python -m minimind.train` with its own defaults; in bf16 where the processor multiplies so."""
+    folder, tokens_per_step = file.parent, 8 * 512
+    steps = max(points, round(tokens / tokens_per_step) // points * points)
+    shards = make_shards(file, tokenizer, folder / "shards", val_fraction=0)
     flags: list[object] = ["--model", "minimind3", "--hidden-size", HIDDEN_SIZE, "--num-hidden-layers", LAYERS]
-    flags += ["--initializer-range", INITIALIZER_RANGE, "--shards", shards, "--seq-len", recipe.length]
-    flags += ["--micro-batch-size", windows, "--steps", steps, "--lr", recipe.lr, "--precision", "bf16"]
-    run(train_command(folder / "run", "--no-tensorboard", *flags), ROOT, **env)
-    return load_weights(folder / "run", dtype=torch.float32)
+    flags += ["--shards", shards, "--run-dir", folder / "run", "--steps", steps, "--save-every", steps // points]
+    flags += ["--keep-last", 0, "--seed", seed, "--no-tensorboard"]
+    flags += ["--precision", "bf16" if has_fast_bf16() else "fp32"]
+    run([sys.executable, "-m", "minimind.train", *flags], ROOT, **core_threads())
+    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    seconds = {record["step"]: record["step_seconds"] for record in records if "loss" in record}
+    found = []
+    for step in range(steps // points, steps + 1, steps // points):
+        bits = held_out.bits(folder / "run" / "checkpoints" / f"step_{step:08d}", [])
+        found.append(Point(sum(seconds[n] for n in range(1, step + 1)), step * tokens_per_step, bits))
+    return found
 
 
 @torch.no_grad()
@@ -253,4 +276,4 @@ def score(model: MiniMindForCausalLM, rows: Sequence[Sequence[int]], start: Sequ
 
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"speed": speed, "learning": learning})
+    tyro.extras.subcommand_cli_from_dict({"speed": speed, "time-to-loss": time_to_loss})

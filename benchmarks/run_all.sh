@@ -28,7 +28,7 @@ precision=bf16 start=() data=() experts=() stages=() train=() learning=() scalin
 if [ "$(PYTHONPATH=benchmarks "$python" -c 'import harness; print(harness.has_fast_bf16())')" != True ]; then
   precision=fp32 start=(--repeats 2) data=(--repeats 2) experts=(--rounds 2)
   stages=(--stages 1 2 3 --batch 1) train=(--batch 4 --programs minimind "ours fp32")
-  learning=(--tokens 80000) scaling=(--accumulation 1 --steps 1 --rounds 5) decoding=(--repeats 2)
+  learning=(--texts 1000) scaling=(--accumulation 1 --steps 1 --rounds 5) decoding=(--repeats 2)
 fi
 failed=()
 rm -f benchmarks/out/*.json
@@ -49,7 +49,7 @@ if [ ${#peer[@]} -gt 0 ]; then
   run reference.py 12 speed "${peer[@]}" --rounds 2 --minutes 7 "${train[@]}" "${text[@]}"
   run step.py 8 "${peer[@]}" --precision bf16 --vocab-size 32000 --seq-len 340 --micro-batch-size 32 --steps 1 \
     --ways plain --name memory
-  run reference.py 9 learning "${peer[@]}" --minutes 6 "${learning[@]}" "${text[@]}"
+  run reference.py 12 time-to-loss "${peer[@]}" --repeats 1 "${learning[@]}" "${text[@]}"
 else
   failed+=("reference.py, memory beside the reference: not run, they need --peer DIR")
 fi

@@ -101,6 +101,17 @@ class Contestant:
         self.turns.append(Turn(first, self.steps, ended - began, self._cpu_time() - cpu_began))
         return self.turns[-1]
 
+    def finish(self) -> None:
+        """Let it go on to its own end.
+
+        Raises:
+            SystemExit: it fails, with its last words.
+        """
+        assert self._process is not None
+        self.send(signal.SIGCONT)
+        if self._process.wait():
+            raise SystemExit(f"{self.name} failed:\n{Path(self._output.name).read_text(errors='replace')[-800:]}")
+
     def send(self, number: signal.Signals) -> None:
         """Send a signal to it and all its descendants: a launcher gives its ranks sessions of their own."""
         for process in self._family():

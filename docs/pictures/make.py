@@ -111,6 +111,9 @@ def main() -> None:
         (HERE / "runs.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         (HERE / "curves.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
     draw(json.loads((HERE / "curves.json").read_text(encoding="utf-8")))
+    measured = HERE / "time_to_loss.json"  # what the benchmark has written, brought here
+    if measured.exists():
+        draw_time_to_loss(json.loads(measured.read_text(encoding="utf-8"))["measured"]["curves"])
 
 
 def draw(curves: dict) -> None:
@@ -140,6 +143,20 @@ def draw(curves: dict) -> None:
     axes[0, 0].set_ylabel("loss")
     axes[1, 0].set_ylabel("grad_norm")
     save(figure, "healthy_and_sick.svg")
+
+
+def draw_time_to_loss(runs: dict) -> None:
+    """Held-out loss over seconds and over tokens, from the JSON of `benchmarks/reference.py time-to-loss`."""
+    figure, axes = plt.subplots(1, 2, figsize=(7.5, 3.2), sharey=True, constrained_layout=True)
+    for (name, curves), style in zip(runs.items(), ("k.--", "C0.-"), strict=True):
+        for number, points in enumerate(curves):
+            seconds, tokens, bits = zip(*points, strict=True)
+            for axis, values in zip(axes, (seconds, tokens), strict=True):
+                axis.plot(values, bits, style, label=None if number else name)
+    axes[0].set(xlabel="seconds", ylabel="bits a byte", xscale="log")
+    axes[1].set(xlabel="tokens", xscale="log")
+    axes[0].legend()
+    save(figure, "time_to_loss.svg")
 
 
 def smooth(values: list[float], decay: float = 0.9) -> list[float]:

@@ -70,16 +70,19 @@ def box(axes: Axes, x: float, y: float, width: float, height: float, *lines: str
     axes.add_patch(shape)
     step = 1.6
     top = y + height / 2 + step * (len(lines) - 1) / 2
-    for number, line in enumerate(lines):
-        write(axes, x + width / 2, top - step * number, line, 9 if number == 0 else 7.5)
+    for number, words in enumerate(lines):
+        write(axes, x + width / 2, top - step * number, words, 9 if number == 0 else 7.5)
 
 
-def arrow(
-    axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str = "#444444", **look: object
-) -> None:
-    axes.annotate(
-        "", end, start, arrowprops={"arrowstyle": "-|>", "color": color, "lw": 1.1, "shrinkA": 0, "shrinkB": 0, **look}
-    )
+def arrow(axes: Axes, start: Point, end: Point, color: str = "#444444", **look: object) -> None:
+    """A straight arrow."""
+    props = {"arrowstyle": "-|>", "color": color, "lw": 1.1, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", end, start, arrowprops={**props, **look})
+
+
+def line(axes: Axes, *points: Point) -> None:
+    """A line with corners, for the way to an arrow."""
+    axes.plot(*zip(*points, strict=True), color="#444444", lw=1.1)
 
 
 def grid(

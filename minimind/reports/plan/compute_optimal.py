@@ -7,6 +7,7 @@ from minimind.config.run_config import RunConfig
 from minimind.errors import UserError
 from minimind.model.presets import PRESETS
 from minimind.reports.plan.planned_run import PlanOptions
+from minimind.reports.plan.scaling_law import read_law
 from minimind.reports.plan.table import planned_speed
 from minimind.units import format_table
 
@@ -17,22 +18,25 @@ TOKENS_PER_PARAMETER = 20.0
 def show_compute_optimal(run: RunConfig, options: PlanOptions) -> str:
     """The best size for the budget, and what the budget means for every preset, as text.
 
-    With 6 operations for a parameter and a token, C = 6 N D and D = 20 N give N = sqrt(C / 120). The table counts
+    With 6 operations for a parameter and a token, C = 6 N D and D = 20 N give N = sqrt(C / 120); a law of one's own
+    gives another N. The table counts
     operations exactly, at the run's `seq_len`; a model with experts counts the parameters that a token uses.
 
     Raises:
-        UserError: the budget is no number of operations or hours, or hours of a GPU that is not known.
+        UserError: the budget is no number of operations or hours, or hours of a GPU that is not known, or no law.
     """
     assert options.compute_optimal is not None
     budget = _operations(options)
-    size = math.sqrt(budget / (6 * TOKENS_PER_PARAMETER))
+    law = None if options.law is None else read_law(options.law)
+    size = math.sqrt(budget / (6 * TOKENS_PER_PARAMETER)) if law is None else law.best_size(budget)
+    ratio = budget / 6 / size**2
     seq_len = run.data.seq_len
     rows = [["preset", "parameters", "tokens", "tokens a parameter"]]
     distance: dict[str, float] = {}
     for name, model in PRESETS.items():
         params = model.num_active_params()
         tokens = budget / model.flops_per_token(seq_len)
-        distance[name] = abs(math.log(tokens / params / TOKENS_PER_PARAMETER))
+        distance[name] = abs(math.log(tokens / params / ratio))
         rows.append([name, f"{params:,}", f"{tokens:,.0f}", f"{tokens / params:,.1f}"])
     nearest = min(distance, key=distance.__getitem__)
     for row in rows:
@@ -40,11 +44,12 @@ def show_compute_optimal(run: RunConfig, options: PlanOptions) -> str:
     return "\n".join(
         (
             f"budget    {budget:.3g} operations",
-            f"best      {size:,.0f} parameters and {TOKENS_PER_PARAMETER * size:,.0f} tokens",
+            f"best      {size:,.0f} parameters and {ratio * size:,.0f} tokens"
+            + ("" if law is None else f": {law(size, ratio * size):.3f} bits a byte by {options.law}"),
             "",
             format_table(rows, "<>"),
             "",
-            f"* the nearest to {TOKENS_PER_PARAMETER:g} tokens a parameter; a model that will be used much is better "
+            f"* the nearest to {ratio:.3g} tokens a parameter; a model that will be used much is better "
             "smaller, and trained longer",
         )
     )

@@ -52,6 +52,9 @@ class PlanOptions:
     compute_optimal: str | None = None
     """Say instead which size of model and how many tokens learn most from a budget: operations, such as 1e19, or hours
     of the planned GPUs, such as 24h."""
+    law: str | None = None
+    """With compute_optimal: the scaling law of runs of one's own, as benchmarks/scaling_law.py writes it, in place of
+    20 tokens a parameter."""
     propose: bool = False
     """Say instead which mixture of data, sequence and tensor parallelism, ZeRO and activation checkpointing is fastest
     on the planned GPUs, and its flags."""

@@ -3,7 +3,9 @@
 import json
 import re
 
+import numpy as np
 import pytest
+from pytest import approx
 from repository import ROOT
 from training_runs import flags_for, train
 
@@ -15,6 +17,7 @@ from minimind.errors import UserError
 from minimind.model.presets import PRESETS
 from minimind.reports.plan.advice import usual_learning_rate
 from minimind.reports.plan.planned_run import PlanOptions, make_plan, with_stage
+from minimind.reports.plan.scaling_law import ScalingLaw, fit_law
 from minimind.reports.plan.table import kept_checkpoints
 from minimind.units import format_bytes
 
@@ -146,6 +149,28 @@ def test_the_best_use_of_a_budget(capsys):
     assert [cells[0] for cells in starred] == ["large*", "*"] and starred[0][2] == f"{tokens:,.0f}"
     hours = run(capsys, "--compute-optimal", "10h", "--gpu", "H100", "--num-gpus", "8", "--mfu", "0.5")[1]
     assert hours.splitlines()[0] == f"budget    {10 * 3600 * 8 * 0.5 * 989e12:.3g} operations"
+
+
+def test_a_law_of_ones_own_gives_another_use_of_a_budget(capsys, tmp_path):
+    truth = ScalingLaw(floor=0.5, size=30.0, tokens=100.0, size_exponent=0.3, token_exponent=0.35)
+    points = [(n, d, truth(n, d)) for n in (3e5, 1e6, 3e6) for d in (1e5, 3e5, 1e6, 3e6)]
+    law = fit_law(np.array(points))
+    assert law == approx(truth, rel=1e-3) and law(1e7, 1e7) == approx(truth(1e7, 1e7), rel=1e-6)
+    with pytest.raises(UserError, match="do not fall with size and tokens"):
+        fit_law(np.array([(n, d, 1 / loss) for n, d, loss in points]))
+    best = law.best_size(1e16)
+    losses = {scale: law(best * scale, 1e16 / 6 / best / scale) for scale in (0.8, 1.0, 1.25)}
+    assert min(losses, key=losses.get) == 1.0
+    file = tmp_path / "law.json"
+    file.write_text(json.dumps({"measured": {"law": law._asdict()}}))
+    text = run(capsys, "--compute-optimal", "1e16", "--law", str(file))[1]
+    assert f"best      {best:,.0f} parameters" in text and f"{losses[1.0]:.3f} bits a byte" in text
+    file.write_text(json.dumps({"measured": {"law": {**law._asdict(), "size": -1}}}))
+    with pytest.raises(UserError, match="is none: all but the floor are above 0"):
+        plan.main(["--compute-optimal", "1e16", "--law", str(file)])
+    file.write_text("{}")
+    with pytest.raises(UserError, match="holds none; give the JSON that"):
+        plan.main(["--compute-optimal", "1e16", "--law", str(file)])
 
 
 def propose(capsys, *flags: str) -> tuple[int, list[dict[str, str]], str]:
