@@ -391,7 +391,7 @@ def find_flags() -> set[str]:
 
 
 # Flags of other programs, and the placeholder that explains how booleans are written.
-FOREIGN_FLAGS = {"--name", "--config", "--gpu-bind"}
+FOREIGN_FLAGS = {"--solution", "--name", "--config", "--gpu-bind"}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -1,4 +1,4 @@
-"""The pictures of the pages are those that the present code draws, and each is shown with words for who cannot see it."""
+"""The pictures of the pages are those that the present code draws, and each is shown, with words beside it."""
 
 import re
 import sys
@@ -7,7 +7,8 @@ import matplotlib
 import pytest
 from docs_pages import LANGUAGES, ROOT
 
-sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "docs" / "pictures")]
+sys.path.insert(0, str(ROOT / "docs"))
+sys.path.insert(0, str(ROOT / "docs" / "pictures"))
 
 import draw
 import refresh

@@ -27,6 +27,7 @@ PAGES = (
     "watching.md",
     "ds_configs.md",
     "gpu.md",
+    "exercises.md",
 )
 STEP_IDS = ("why", "history", "idea", "code", "points")
 STEPS = {

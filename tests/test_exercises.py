@@ -1,0 +1,67 @@
+"""Each exercise of the course fails until it is done, is right with the solution, and is named by the pages."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from docs_pages import LANGUAGES, ROOT, read_page
+
+sys.path.insert(0, str(ROOT / "exercises"))
+
+import check
+from checks import CHECKS, Wrong, same
+
+BLANKS = sorted((ROOT / "exercises").glob("e*.py"))
+
+
+@pytest.mark.parametrize("number", CHECKS)
+def test_an_exercise_fails_until_it_is_done(number):
+    answer = check.check(number)
+    assert answer is not None and "not done yet" in answer
+    assert check.check(number, solution=True) is None
+
+
+@pytest.mark.parametrize("path", BLANKS, ids=lambda path: path.stem)
+def test_a_blank_is_its_solution_without_the_body(path):
+    def outline(text):
+        """Everything but the bodies: documentation, imports, names and types of arguments."""
+        tree = ast.parse(text)
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        inner = {child for node in functions for child in ast.walk(node) if child is not node}
+        for node in functions:
+            head = node.body[0]
+            documented = isinstance(head, ast.Expr) and isinstance(head.value, ast.Constant)
+            node.body = [head] if documented else [ast.Pass()]
+        return ast.unparse(tree), len(functions) - len([node for node in functions if node in inner])
+
+    solution = (path.parent / "solutions" / path.name).read_text(encoding="utf-8")
+    assert outline(path.read_text(encoding="utf-8")) == outline(solution)
+
+
+def test_a_wrong_answer_is_named(tmp_path, monkeypatch):
+    with pytest.raises(Wrong, match=r"the loss should be 3.5, found 3.0"):
+        same("the loss", 3.0, 3.5)
+    shutil.copytree(ROOT / "exercises", tmp_path / "exercises")
+    wrong = tmp_path / "exercises" / "e23_step_loss.py"
+    wrong.write_text(wrong.read_text().replace("raise NotImplementedError", "return sum(means) / len(means)"))
+    monkeypatch.setattr(check, "HERE", tmp_path / "exercises")
+    assert check.check(23) == "not right: the example of the guide should be 3.5, found 3.0"
+
+
+def test_the_command_says_what_is_missing():
+    def run(*arguments):
+        return subprocess.run(["bash", "launch/exercise.sh", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+    done = run("23")
+    assert done.returncode == 1 and done.stdout.startswith("exercise 23: not done yet: write it in ")
+    assert run("99").returncode == 2
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_page_names_every_exercise(language):
+    assert sorted(CHECKS) == [int(path.stem[1:3]) for path in BLANKS] == list(range(1, len(BLANKS) + 1))
+    links = re.findall(r"\(\.\./\.\./exercises/(e\d\d_\w+\.py)\)", read_page(language, "exercises.md"))
+    assert links == [path.name for path in BLANKS]
