@@ -64,7 +64,8 @@ fi
 run 10 "$python" -m pytest -q -m gpu --junitxml "$BENCHMARKS_OUT/tests.xml"
 run 8 "$python" benchmarks/step.py --models "${models[@]}" "${shape[@]}"
 if [ -n "$nodes" ] || [ "$count" -gt 1 ]; then
-  run 5 "$python" benchmarks/step.py --models "${models[0]}" "${shape[@]}" --name step_all_ranks --launcher "${all[@]}"
+  run 5 "$python" benchmarks/step.py --models "${models[0]}" "${shape[@]}" --name step_all_ranks \
+    --launcher "$(printf '%q ' "${all[@]}")"
 fi
 run 5 "$python" benchmarks/deepspeed_overhead.py --precision bf16 --model "${models[0]}" --micro-batches 1 "${overhead[@]}"
 run 3 "$python" benchmarks/experts.py --precision bf16 "${experts[@]}"

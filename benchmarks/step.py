@@ -1,7 +1,7 @@
 """A training step, each setting in a process of its own: speed and MFU, memory beside the plan's, waits of the host,
 shares of its parts, and how long a save holds it up.
 
-python benchmarks/step.py [--models minimind3 large] [--seq-len 2048] [--launcher torchrun --nproc-per-node 8]
+python benchmarks/step.py [--models minimind3 large] [--seq-len 2048] [--launcher "torchrun --nproc-per-node 8"]
 """
 
 import collections
@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shlex
 import sys
 import time
 import unittest.mock
@@ -25,7 +26,7 @@ from harness import ROOT, Claim, core_threads, joined, report, resolve, run, syn
 from minimind.checkpoints.run_state import DataFingerprint
 from minimind.checkpoints.saving import CheckpointSaver
 from minimind.config.run_config import DTYPE_NAMES, Precision, preset
-from minimind.distributed.collectives import broadcast_object
+from minimind.distributed.collectives import broadcast_object, gather_objects
 from minimind.parallel.compilation import find_missing_compiler
 from minimind.reports.plan import trial
 from minimind.reports.plan.memory import estimate_memory, largest_micro_batch
@@ -46,7 +47,7 @@ WARM_UP, COUNTED = 5, 3  # at most so many steps before the clock; so many whose
 def main(
     models: tuple[str, ...] = ("minimind3",), seq_len: int = 2048, micro_batch_size: int | None = None,
     steps: int = 20, precision: Precision = "bf16", stage: int = 1, ways: tuple[str, ...] = tuple(WAYS),
-    launcher: tuple[str, ...] = (sys.executable,), vocab_size: int = 6400, peer: Path | None = None,
+    launcher: str = shlex.quote(sys.executable), vocab_size: int = 6400, peer: Path | None = None,
     name: str = "step", only: str | None = None,
 ) -> None:  # fmt: skip
     """Measure, or with `only` be one of the measured.
@@ -54,7 +55,7 @@ def main(
     Args:
         micro_batch_size: sequences [default: as many as the plan says fit, at most 32].
         ways: of WAYS; documents: under the document mask.
-        launcher: what starts the ranks of a setting.
+        launcher: what starts the ranks of a setting, as a shell would split it.
         peer: a checkout of jingyaogong/minimind, whose memory at the same batch is measured too.
         name: of the JSON.
     """
@@ -71,7 +72,7 @@ def main(
             print(f"{model}, {way}: not measured, {missing} is missing", file=sys.stderr)
             continue
         setting = {"model": model, "precision": precision, "stage": stage, "steps": steps, **shape, **WAYS[way]}
-        found = run_alone(launcher, setting)
+        found = run_alone(shlex.split(launcher), setting)
         title = f"{model}, {precision}, ZeRO {stage}, {way}, {found['ranks']} x {found['micro_batch_size']} x {seq_len}"
         measured[title] = found
         claims += judge(title, found, MFU.get(model) if way == "compiled" and seq_len == 2048 else None)
@@ -218,7 +219,7 @@ def time_save(trainer: Any, step: Callable[[], None]) -> dict[str, float]:
             paused = time.perf_counter() - began
             while saver.is_saving:
                 step()
-                if saver.is_idle:
+                if all(gather_objects(saver.is_idle)):
                     saver.advance()
             total = time.perf_counter() - began
     return {"pause": paused, "saved": total}
