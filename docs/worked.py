@@ -4,10 +4,12 @@ Plain arithmetic, so that each figure can be followed with a pencil; tests/test_
 the code of minimind/. Each function takes "en" or "zh" and gives Markdown. Needs no torch.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 from tables import SCORES, format_table, softmax
 
@@ -176,6 +178,24 @@ def router(language: str) -> str:
     return format_table(head[language], rows)
 
 
+def read_practice() -> dict[str, dict[str, list[str] | list[int] | str]]:
+    """What each section lets its reader do, by the section's anchor: code and what it prints, why, and exercises."""
+    entries = json.loads((Path(__file__).parent / "practice.json").read_text(encoding="utf-8"))
+    return {entry["section"]: entry for entry in entries}
+
+
+def practice(section: str, language: str) -> str:
+    """A section's end: something to try, and something to build."""
+    entry = read_practice()[section]
+    tries, builds = {"en": ("Try it.", "Build it."), "zh": ("试一试。", "做一做。")}[language]
+    word = {"en": "Exercise", "zh": "练习"}[language]
+    shown = "\n".join(("```python", *entry["code"], "```", "", "```text", *entry["prints"], "```"))
+    links = [f"[{word} {n}](exercises.md#e{n:02})`bash launch/exercise.sh {n}`" for n in entry["exercises"]]
+    colon, comma = {"en": (": ", ", "), "zh": ("：", "；")}[language]
+    links = [link.replace("`bash", f"{colon}`bash") for link in links]
+    return f"**{tries}** {entry[language]}\n\n{shown}\n\n**{builds}** {comma.join(links)}\n"
+
+
 WORKED: dict[str, Callable[[str], str]] = {
     "attention_by_hand": attention,
     "output_mix": output_mix,
@@ -184,3 +204,4 @@ WORKED: dict[str, Callable[[str], str]] = {
     "adamw_by_hand": adamw,
     "router_by_hand": router,
 }
+WORKED |= {f"practice:{name}": lambda language, name=name: practice(name, language) for name in read_practice()}

@@ -7,11 +7,13 @@ import subprocess
 import sys
 
 import pytest
-from docs_pages import LANGUAGES, ROOT, read_page
+from docs_pages import ARCHITECTURE, GUIDE, LANGUAGES, ROOT, find_sections, read_page
 
 sys.path.insert(0, str(ROOT / "exercises"))
+sys.path.insert(0, str(ROOT / "docs"))
 
 import check
+import worked
 from checks import CHECKS, Wrong, same
 
 BLANKS = sorted((ROOT / "exercises").glob("e*.py"))
@@ -65,3 +67,23 @@ def test_the_page_names_every_exercise(language):
     assert sorted(CHECKS) == [int(path.stem[1:3]) for path in BLANKS] == list(range(1, len(BLANKS) + 1))
     links = re.findall(r"\(\.\./\.\./exercises/(e\d\d_\w+\.py)\)", read_page(language, "exercises.md"))
     assert links == [path.name for path in BLANKS]
+
+
+@pytest.mark.parametrize("section", worked.read_practice())
+def test_what_a_section_lets_its_reader_try_prints_what_it_shows(section, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    entry = worked.read_practice()[section]
+    exec("\n".join(entry["code"]), {"__name__": "try"})
+    assert capsys.readouterr().out.splitlines() == entry["prints"]
+    assert set(entry["exercises"]) <= set(CHECKS) and entry["exercises"]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_point_ends_with_something_to_do(language):
+    found = {}
+    for page in (ARCHITECTURE, GUIDE):
+        for anchor, section in find_sections(read_page(language, page)).items():
+            if f'id="{anchor}-points"' in section:
+                found[anchor] = f"<!-- generated: practice:{anchor} -->" in section.split(f'id="{anchor}-practice"')[-1]
+    assert [anchor for anchor in found if not found[anchor]] == []
+    assert set(found) == set(worked.read_practice())
