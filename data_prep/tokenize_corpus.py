@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import shutil
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -30,11 +31,12 @@ from data_prep.writing.encode_chunk import CorpusOptions, Task, encode_chunk
 from data_prep.writing.growing_folder import GrowingFolder
 from data_prep.writing.pool import count_workers, map_ordered
 from minimind.cli import parse_flags
-from minimind.data.manifest import Manifest, ShardError
-from minimind.data.shards import BAD_DOCUMENTS_NAME, SPLITS, ShardReader
+from minimind.data.manifest import MANIFEST_NAME, Manifest, ShardError
+from minimind.data.shards import BAD_DOCUMENTS_NAME, CORPUS_NAME, SPLITS, ShardReader
 from minimind.data.tokenizer import Tokenizer, load_tokenizer
 from minimind.errors import UserError, run_main
 from minimind.files import disk_errors, hash_file
+from minimind.remote import cache_folder, exists, join_url, name_of, store_folder, url_of
 
 _LISTED_INPUTS = 20
 
@@ -72,7 +74,7 @@ def main() -> None:
 
 
 def prepare(flags: Any, options_type: type[CorpusOptions]) -> None:
-    """Prepare documents of one kind.
+    """Prepare documents of one kind; for a remote output here first, and then copied there.
 
     Args:
         flags: a `PrepareFlags` that is one of `options_type` too.
@@ -80,6 +82,22 @@ def prepare(flags: Any, options_type: type[CorpusOptions]) -> None:
     Raises:
         UserError: the flags contradict each other, or an input or the output cannot be used.
     """
+    if (url := url_of(flags.output)) is None:
+        prepare_here(flags, options_type)
+        return
+    if flags.append:
+        raise UserError(f"--append: {url} is not on this machine, where parts are added; copy it, and store it again")
+    here = cache_folder() / "outputs" / name_of(url)
+    if not flags.overwrite and exists(join_url(url, CORPUS_NAME)):
+        raise UserError(f"--output {url} holds a corpus: choose another folder, or give --overwrite to replace it")
+    prepare_here(dataclasses.replace(flags, output=here / "corpus"), options_type)
+    store_folder(here / "corpus", url, (MANIFEST_NAME, CORPUS_NAME), here / "stored")
+    shutil.rmtree(here)
+    print(f"stored in {url}")
+
+
+def prepare_here(flags: Any, options_type: type[CorpusOptions]) -> None:
+    """`prepare` into a folder of this machine."""
     if flags.val_input and flags.val_fraction:
         raise UserError(f"--val-fraction {flags.val_fraction} and --val-input exclude each other: give one of them")
     if flags.val_fraction is None:

@@ -393,7 +393,7 @@ def find_flags() -> set[str]:
 
 
 # Flags of other programs, and the placeholder that explains how booleans are written.
-FOREIGN_FLAGS = {"--solution", "--name", "--config", "--gpu-bind"}
+FOREIGN_FLAGS = {"--solution", "--name", "--config", "--gpu-bind", "--append-eod"}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

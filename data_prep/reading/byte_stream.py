@@ -4,6 +4,7 @@ import bz2
 import codecs
 import contextlib
 import gzip
+import hashlib
 import io
 import lzma
 import os
@@ -18,6 +19,7 @@ import zstandard
 
 from data_prep.reading.records import CHUNK_BYTES
 from minimind.errors import UserError, first_line
+from minimind.remote import RemoteFile, describe, url_of
 
 _SIGNATURES = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz"}
 _SIGNATURES |= {b"PAR1": ".parquet", b"PK\x03\x04": ".zip", b"%PDF": ".pdf"}
@@ -31,7 +33,8 @@ _MOST_INVALID, _FEW_INVALID, _MOST_NUL = 0.3, 8, 0.1
 
 @dataclass(frozen=True)
 class Source:
-    """One input. `path` is where its bytes are: another place than `name` for standard input and pipes."""
+    """One input. `path` is where its bytes are: another place than `name` for standard input and pipes, and a URL with
+    its query for a remote file."""
 
     name: str
     format: str
@@ -47,13 +50,12 @@ def open_source(source: Source) -> Iterator[tuple[io.BufferedReader, BinaryIO]]:
 
     What can go wrong while reading becomes one `UserError`."""
     try:
-        with open(source.path, "rb", buffering=0) as raw:
-            before = os.fstat(raw.fileno())
-            if source.compression and not before.st_size:
+        with RemoteFile(source.path) if is_url(source.path) else open(source.path, "rb", buffering=0) as raw:
+            before = find_state(source.path)
+            if source.compression and not before[0]:
                 raise EOFError(f"it is empty, and no {source.compression} file is")
             yield _buffer(_decompress(raw, source.compression)), cast(BinaryIO, raw)
-            after = os.stat(source.path)
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        if before != find_state(source.path):
             raise UserError(f"{source.name} changed while it was read: run the same command again when it is complete")
     except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError) as error:
         raise UserError(f"{source.name} is damaged or cut short: {error}; get it again or leave it out") from None
@@ -61,6 +63,32 @@ def open_source(source: Source) -> Iterator[tuple[io.BufferedReader, BinaryIO]]:
         # bz2 has no error class of its own: an OSError without a number.
         problem = f"cannot read {source.name}" if error.errno else f"{source.name} is damaged"
         raise UserError(f"{problem}: {error.strerror or first_line(error)}") from None
+
+
+def find_state(path: str) -> tuple[int, object]:
+    """(size in bytes, what is another when the contents are)."""
+    if is_url(path):
+        return describe(path)
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+def is_url(path: str) -> bool:
+    """Whether a source is a remote file."""
+    return url_of(path) is not None
+
+
+def hash_remote(path: str) -> str:
+    """A sha256 that stands for a remote file's contents: of what its store tells them apart by, and where that is
+    nothing, of all bytes."""
+    size, version = describe(path)
+    if version:
+        return hashlib.sha256(f"{size} {version}".encode()).hexdigest()
+    digest = hashlib.sha256()
+    with RemoteFile(path) as raw:
+        while block := raw.read(CHUNK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def open_text(stream: io.BufferedReader, source: Source, encoding: str) -> io.BufferedReader:
@@ -156,7 +184,7 @@ def _buffer(raw: Any) -> io.BufferedReader:
     return io.BufferedReader(raw, _BUFFER_BYTES)
 
 
-def _decompress(raw: io.FileIO, compression: str) -> Any:
+def _decompress(raw: Any, compression: str) -> Any:
     if compression == ".zst":
         return _Pieces(_decompress_zstd(raw))
     if compression == ".gz":
@@ -164,7 +192,7 @@ def _decompress(raw: io.FileIO, compression: str) -> Any:
     return bz2.BZ2File(raw) if compression == ".bz2" else lzma.LZMAFile(raw) if compression == ".xz" else raw
 
 
-def _decompress_zstd(raw: io.FileIO) -> Iterator[bytes]:
+def _decompress_zstd(raw: io.RawIOBase) -> Iterator[bytes]:
     # The library's own reader takes a file that was cut short for one that ends, and arrow's refuses large windows.
     frame, is_inside = None, False
     while block := raw.read(1 << 15):

@@ -11,10 +11,11 @@ import sys
 from collections.abc import Sequence
 from typing import BinaryIO, NoReturn
 
-from data_prep.reading.byte_stream import Source, spool
+from data_prep.reading.byte_stream import Source, is_url, spool
 from data_prep.reading.records import InputFormat
 from minimind.data.shards import BAD_DOCUMENTS_NAME, CORPUS_NAME, SPLITS
 from minimind.errors import UserError
+from minimind.remote import describe, glob_files, join_url, list_files, redact
 
 SUFFIXES: dict[str, InputFormat] = {
     ".jsonl": "jsonl",
@@ -47,7 +48,8 @@ def resolve_sources(
     sources += [s for word in inputs for s in _resolve(word, default_format, is_val=False)]
     seen: dict[str, str] = {}
     for source in sources:
-        key = source.name if source.format == DATASET else os.path.realpath(source.path)
+        is_file = source.format != DATASET and not is_url(source.path)
+        key = os.path.realpath(source.path) if is_file else source.name
         if key in seen:
             raise UserError(f"--input names {source.name} twice (also as {seen[key]}): give each file once")
         seen[key] = source.name
@@ -67,6 +69,8 @@ def _resolve(word: str, default_format: InputFormat | None, *, is_val: bool) -> 
         if word == "hf:":
             raise UserError("--input hf: names no data set: write hf:NAME or hf:FOLDER")
         return [Source(word.removeprefix("hf:"), DATASET, is_val=is_val)]
+    if is_url(word):
+        return _list_remote(word, default_format, is_val)
     if word == "-" or (os.path.exists(word) and not os.path.isfile(word) and not os.path.isdir(word)):
         return [_spool_pipe(word, default_format, is_val)]
     if os.path.isdir(word):
@@ -83,6 +87,30 @@ def _resolve(word: str, default_format: InputFormat | None, *, is_val: bool) -> 
     if _split_name(word)[0] is None and _DATASET_NAME.fullmatch(word):
         return [Source(word, DATASET, is_val=is_val)]
     raise UserError(f"--input {word} does not exist: no such file or folder")
+
+
+def _list_remote(word: str, default_format: InputFormat | None, is_val: bool) -> list[Source]:
+    """A remote file, the files of known formats below a remote folder, or those that a pattern matches."""
+    path = word.split("?")[0]
+    if glob.has_magic(path):
+        urls = glob_files(word)
+        if not urls:
+            raise UserError(f"--input {redact(word)} matches no file")
+    elif _split_name(path)[0] is not None or default_format is not None:
+        urls = [word]
+    else:
+        found = [name for name in sorted(list_files(word, recursive=True)) if _split_name(name)[0] is not None]
+        urls = [join_url(word, name) for name in found if not any(part.startswith(".") for part in name.split("/"))]
+        if not urls:
+            raise UserError(f"--input {redact(word)} is no file or folder with files of a known format")
+    sources = []
+    for url in urls:
+        # The query may be a signature: it is no part of the name that goes into corpus.json.
+        file_format, compression = _split_name(url.split("?")[0])
+        if (file_format := file_format or default_format) is None:
+            raise UserError(f"--input {redact(url)} has no known format: give --format")
+        sources.append(Source(redact(url).split("?")[0], file_format, compression, url, describe(url)[0], is_val))
+    return sources
 
 
 def _walk_folder(folder: str, is_val: bool) -> list[Source]:

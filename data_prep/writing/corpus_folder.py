@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.reading.byte_stream import Source
+from data_prep.reading.byte_stream import Source, hash_remote, is_url
 from data_prep.reading.records import ReadOptions
 from data_prep.reading.sources import DATASET
 from data_prep.reading.tables import find_commit
@@ -239,7 +239,9 @@ class CorpusFolder:
 
     def _identify(self, source: Source) -> dict[str, Any]:
         if source.name not in self._identities:
-            if source.format != DATASET:
+            if is_url(source.path):
+                sha256 = hash_remote(source.path)
+            elif source.format != DATASET:
                 sha256 = hash_file(source.path)
             elif os.path.isdir(source.name):
                 files = sorted(path for path in Path(source.name).rglob("*") if path.is_file())

@@ -9,15 +9,19 @@ import functools
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from minimind.data.array_file import check_array_file, map_array_file
+from minimind.data.array_file import HEADER_BYTES, check_array_file, map_array_file
 from minimind.data.chat_template import TEMPLATE_NAME
 from minimind.data.manifest import MANIFEST_NAME, Manifest, ShardError, ShardInfo
+from minimind.data.shard_cache import ORIGIN_NAME, fetch_shard, localise
 from minimind.files import hash_file, raise_open_files
+from minimind.remote import cache_bytes, join_url, list_files, url_of
+from minimind.units import format_bytes
 
 SPLITS = ("train", "val")
 PARTIAL_NAME = ".partial"
@@ -36,17 +40,24 @@ class ShardReader:
     by many processes (contents are checked by `verify`). `parts`: of a corpus that grew, only its first so many."""
 
     def __init__(self, folder: Path, *, check: bool = True, parts: int | None = None) -> None:
-        self.folder = Path(folder)
+        url = url_of(folder)
+        self.folder = Path(folder) if url is None else localise(url, SPLITS, CORPUS_NAME)
         self.manifest = Manifest.load(self.folder)
         if parts is not None:
             self.manifest = self.manifest.first_parts(parts)
         self.dtype = np.dtype(self.manifest.dtype)
+        origin = self.folder / ORIGIN_NAME
+        self.origin = origin.read_text(encoding="utf-8") if origin.exists() else None
+        """Where the shards are, if that is elsewhere: `folder` has the manifest alone."""
         if check:
             self.check_files()
         # Stream offset of the first token of each shard, and of the end: (num_shards + 1,)
         self._offsets = np.cumsum([0, *(shard.tokens for shard in self.manifest.shards)], dtype=np.int64)
         # An open map holds a descriptor, and half of them are left to others; lru_cache is safe between threads.
         most = max(64, min(_MOST_MAPS, raise_open_files() // 2))
+        if self.origin is not None:  # a copy that was deleted to make room takes its room until it is no longer mapped
+            largest = max((shard.tokens for shard in self.manifest.shards), default=1) * self.dtype.itemsize
+            most = min(most, max(2, cache_bytes() // largest))
         self._map_file = functools.lru_cache(maxsize=most)(self.open_file)
 
     def check_files(self, rank: int = 0, world_size: int = 1, *, lists: bool = True) -> None:
@@ -55,6 +66,10 @@ class ShardReader:
         Args:
             lists: also look for every name, in one listing of the folder; one process of a host is enough.
         """
+        if self.origin is not None:
+            if lists:
+                self._check_remote(self.origin)
+            return
         if lists and world_size > 1:
             there = set(os.listdir(self.folder))
             for name in [name for shard in self.manifest.shards for name in shard.files if name not in there]:
@@ -62,6 +77,22 @@ class ShardReader:
         for shard in self.manifest.shards[rank::world_size]:
             for name, dtype, length in shard.arrays(self.manifest.dtype):
                 check_array_file(self.folder / name, dtype, length)
+
+    def _check_remote(self, origin: str) -> None:
+        there = list_files(origin)
+        total = 0
+        for shard in self.manifest.shards:
+            for name, dtype, length in shard.arrays(self.manifest.dtype):
+                total += (size := HEADER_BYTES + length * np.dtype(dtype).itemsize)
+                if (found := there.get(name, -1)) not in (size, None):
+                    state = f"has {found:,} bytes, not {size:,}" if name in there else "is missing"
+                    raise ShardError(f"{join_url(origin, name)} {state}")
+        if total > cache_bytes():
+            print(
+                f"note: {origin} takes {format_bytes(total)}, more than the cache of {format_bytes(cache_bytes())}: "
+                "shards are fetched again and again (MINIMIND_CACHE_SIZE raises it)",
+                file=sys.stderr,
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -110,8 +141,18 @@ class ShardReader:
     def open_file(self, shard: int, kind: int = 0) -> np.ndarray:
         """An array of one shard, mapped read-only: its tokens (kind 0), the offsets at which its documents begin (1),
         or the targets of conversations (2)."""
-        name, dtype, length = self.manifest.shards[shard].arrays(self.manifest.dtype)[kind]
-        return map_array_file(self.folder / name, dtype, length)
+        _, dtype, length = self.manifest.shards[shard].arrays(self.manifest.dtype)[kind]
+        return map_array_file(self.find_file(shard, kind), dtype, length)
+
+    def find_file(self, shard: int, kind: int) -> Path:
+        """The file of an array of one shard (see `open_file`), fetched if it is elsewhere."""
+        info = self.manifest.shards[shard]
+        name, dtype, length = info.arrays(self.manifest.dtype)[kind]
+        if self.origin is None:
+            return self.folder / name
+        sha256 = (info.sha256, info.documents_sha256, info.targets_sha256)[kind]
+        size = HEADER_BYTES + length * np.dtype(dtype).itemsize
+        return fetch_shard(join_url(self.origin, name), sha256 or "", size)
 
 
 def find_split(folder: Path, split: str) -> Path | None:
@@ -120,7 +161,8 @@ def find_split(folder: Path, split: str) -> Path | None:
     `folder` may be a shard folder itself: it is then the split it is named after, or "train" under any other name.
     Raises `ShardError` when the corpus does not exist or its preparation was interrupted.
     """
-    folder = Path(folder)
+    url = url_of(folder)
+    folder = Path(folder) if url is None else localise(url, SPLITS, CORPUS_NAME)
     if not folder.is_dir():
         problem = "is a file: give the folder of a corpus" if folder.exists() else "does not exist"
         raise ShardError(f"shard folder {folder} {problem}; python -m data_prep.tokenize_corpus makes one")
@@ -163,17 +205,17 @@ def verify(folder: Path, on_shard: Callable[[], object] | None = None) -> Manife
 
     Constant memory. Raises `ShardError` naming the file on the first difference from the manifest.
     """
-    folder = Path(folder)
     reader = ShardReader(folder)
+    folder = reader.folder
     manifest = reader.manifest
     _check_hash(folder / manifest.tokenizer.file, manifest.tokenizer.sha256)
     if manifest.chat_template_sha256 is not None:
         _check_hash(folder / TEMPLATE_NAME, manifest.chat_template_sha256)
     for index, shard in enumerate(manifest.shards):
-        _check_hash(folder / shard.file, shard.sha256)
-        _check_hash(folder / shard.documents_file, shard.documents_sha256)
+        _check_hash(reader.find_file(index, 0), shard.sha256)
+        _check_hash(reader.find_file(index, 1), shard.documents_sha256)
         if shard.targets_file is not None and shard.targets_sha256 is not None:
-            _check_hash(folder / shard.targets_file, shard.targets_sha256)
+            _check_hash(reader.find_file(index, 2), shard.targets_sha256)
         _check_contents(folder, manifest, shard, reader.open_file(index), reader.open_file(index, 1))
         if on_shard is not None:
             on_shard()
