@@ -201,7 +201,7 @@ def resolve(model: Any, env: Any, device: Any, *, stage: int = 1, **run: Any) ->
     return resolve_run(
         RunConfig(model=model, data=DataConfig(**data), train=TrainConfig(**{"optimizer": "adamw", **run})),
         load_ds_config(str(ROOT / "ds_configs" / f"zero{stage}.json")),
-        dp_size=env.world_size,
+        world_size=env.world_size,
         local_world_size=env.local_world_size,
         device_type=device.type,
         bf16_supported=device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),

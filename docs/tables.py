@@ -108,7 +108,7 @@ def estimate_plan(model: str, stage: int, seq_len: int) -> MemoryEstimate:
 def _estimate(run: RunConfig, stage: int, world_size: int, device_type: str) -> MemoryEstimate:
     ds = load_ds_config(ROOT / "ds_configs" / f"zero{stage}.json")
     on_gpu = device_type == "cuda"
-    resolved = resolve_run(run, ds, dp_size=world_size, device_type=device_type, bf16_supported=on_gpu)
+    resolved = resolve_run(run, ds, world_size=world_size, device_type=device_type, bf16_supported=on_gpu)
     return estimate_memory(resolved, device_type)
 
 

@@ -32,6 +32,7 @@ from minimind.distributed.share import Share
 from minimind.errors import UserError, first_line
 from minimind.parallel.loss_scale import set_grad_scaler
 from minimind.parallel.optimizer_state import drop_states
+from minimind.parallel.sequence import whole_rows
 
 
 def find_resume(run_dir: Path, resume: str, share: Share, report: Callable[[str], Any] = log) -> Path | None:
@@ -147,7 +148,8 @@ def keep_settings(optimizer: Any, names: Sequence[str]) -> Iterator[None]:
 def engine_probe_loss(engine: deepspeed.DeepSpeedEngine, resolved: ResolvedRun) -> float:
     """The probe loss of an engine, which is left in training mode. Every rank calls this."""
     engine.eval()
-    loss = probe_loss(engine, resolved.model, engine.device)
+    with whole_rows(engine.module):
+        loss = probe_loss(engine, resolved.model, engine.device)
     engine.train()
     return loss
 

@@ -101,7 +101,7 @@ def without_batch(ds: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
     return {**copy.deepcopy(ds), **dict.fromkeys(keys, AUTO)}, accumulation if isinstance(accumulation, int) else None
 
 
-def settle_communication(ds: dict[str, Any], model: ModelConfig, *, dp_size: int, device_type: str) -> None:
+def settle_communication(ds: dict[str, Any], model: ModelConfig, *, num_averaging: int, device_type: str) -> None:
     """Replace "auto" in `zero_optimization`, in place.
 
     | setting | GPU | CPU |
@@ -116,7 +116,7 @@ def settle_communication(ds: dict[str, Any], model: ModelConfig, *, dp_size: int
     None of them changes a sum: on one rank there is nothing to sum, and they only decide when and how much at once.
 
     Args:
-        dp_size: data-parallel ranks.
+        num_averaging: ranks over which gradients are averaged.
         device_type: "cuda", "cpu"...
     """
     zero = ds.get("zero_optimization", {})
@@ -128,7 +128,7 @@ def settle_communication(ds: dict[str, Any], model: ModelConfig, *, dp_size: int
     choices: dict[str, Any] = {
         "overlap_comm": not on_cpu,
         # DeepSpeed reduces experts' gradients by reduce_scatter alone.
-        "reduce_scatter": model.use_moe or dp_size > 1 or not on_cpu,
+        "reduce_scatter": model.use_moe or num_averaging > 1 or not on_cpu,
         "reduce_bucket_size": bucket,
     }
     if stage == 3:

@@ -357,12 +357,14 @@ TABLE = (
         ("datastates_ckpt", {"enabled": True}, _SAVES_ITSELF), ("vocabulary_size", 6400, note("the model says it")),
         ("hybrid_engine", {"enabled": True}, refuse("it serves generation inside reinforcement learning; remove it")),
         ("weight_quantization", {"enabled": True}, refuse("the run does not quantise weights; remove it"))),
+    Row("sequence_parallel_size", 2, off=(0, 1)),
     *(Row(key, 2, (refuse(f"the model has no {kind} parallelism; remove it"),), off=(0, 1)) for key, kind in (
-        ("sequence_parallel_size", "sequence"), ("pipe-parallel-size", "pipeline"), ("model-parallel-size", "tensor"),
+        ("pipe-parallel-size", "pipeline"), ("model-parallel-size", "tensor"),
         ("tensor_parallel.autotp_size", "tensor"), ("tensor_parallel.tp_size", "tensor"),
         ("tensor_parallel.tp.tp_size", "tensor"))),
     *_rows("", ("tensor_parallel", {"dtype": "fp16"}, note("the model has no tensor parallelism")),
-           ("seq_parallel_communication_data_type", "fp32", note("the model has no sequence parallelism")),
+           ("seq_parallel_communication_data_type", "fp32", note(
+               "ranks that share sequences average gradients as others do: communication_data_type")),
            ("pipeline", {"stages": 2}, _NO_PIPELINE)),
     # Gone from DeepSpeed
     *_rows("", *((key, example, note(f"removed from DeepSpeed; {_NEEDS_A_SCRIPT}")) for key, example in (

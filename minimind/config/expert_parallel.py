@@ -125,7 +125,7 @@ def check_experts(resolved: ResolvedRun) -> None:
     """
     if resolved.train.moe_backend is None:
         return
-    _check_ep_size(resolved.train.ep_size, resolved.model.num_experts, resolved.dp_size)
+    _check_ep_size(resolved.train.ep_size, resolved.model.num_experts, resolved.num_averaging)
     _check_gating(resolved)
     _check_zero(resolved)
 
@@ -161,13 +161,13 @@ def _check_keys(config: ModelConfig, block: dict[str, Any]) -> None:
             convert(value, _TYPES[key], f"DeepSpeed config: {BLOCK}.{key}")
 
 
-def _check_ep_size(ep_size: int, num_experts: int, dp_size: int) -> None:
-    both = math.gcd(num_experts, dp_size)
+def _check_ep_size(ep_size: int, num_experts: int, num_ranks: int) -> None:
+    both = math.gcd(num_experts, num_ranks)
     valid = ", ".join(str(size) for size in range(1, both + 1) if both % size == 0)
     if num_experts % ep_size:
         raise UserError(f"ep_size: {ep_size} does not divide the {num_experts} experts of a layer; possible: {valid}")
-    if dp_size % ep_size:
-        raise UserError(f"ep_size: {ep_size} does not divide {dp_size} ranks; possible: {valid}")
+    if num_ranks % ep_size:
+        raise UserError(f"ep_size: {ep_size} does not divide {num_ranks} ranks; possible: {valid}")
 
 
 def _check_gating(resolved: ResolvedRun) -> None:

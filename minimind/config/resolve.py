@@ -15,6 +15,7 @@ from minimind.config.deepspeed_table import settle_table
 from minimind.config.expert_parallel import check_experts, take_experts, write_experts
 from minimind.config.muon import MUON_MOMENTUM, check_muon, default_optimizer, default_rates
 from minimind.config.overlaps import Overlaps, take_batch, take_optimizer, take_precision, take_schedule
+from minimind.config.parallel_sizes import check_sequence, take_sizes
 from minimind.config.resolved_run import ResolvedRun, ResolvedTrain
 from minimind.config.run_config import DTYPE_NAMES, Precision, RunConfig, TrainConfig, check_run
 from minimind.errors import UserError
@@ -40,7 +41,7 @@ def resolve_run(
     run: RunConfig,
     ds: dict[str, Any],
     *,
-    dp_size: int,
+    world_size: int,
     num_samples: int | None = None,
     local_world_size: int = 1,
     device_type: str = "cpu",
@@ -56,7 +57,7 @@ def resolve_run(
     | set | explicit and different | an error that lists every mismatch |
 
     Args:
-        dp_size: data-parallel ranks.
+        world_size: all ranks.
         num_samples: training samples in one epoch; None: not known (a plan), so `steps` is 0 unless the run gives it.
         local_world_size: ranks of one node; what "auto" as ZeRO-3's hpZ partition size means.
         device_type: "cuda", "cpu"...; decides what precision is possible.
@@ -69,10 +70,14 @@ def resolve_run(
     ds, train = copy.deepcopy(ds), run.train
     notes = modernize(ds)
     check_types(ds)
-    notes += _resolve_hpz(ds, dp_size, local_world_size)
-    notes += settle_table(ds, experts=run.model.use_moe, device=device_type)
     overlaps = Overlaps()
+    sizes = take_sizes(overlaps, run, ds, world_size)
+    num_averaging = world_size // sizes["tp_size"]
+    dp_size = num_averaging // sizes["sp_size"]
+    notes += _resolve_hpz(ds, num_averaging, local_world_size)
+    notes += settle_table(ds, experts=run.model.use_moe, device=device_type)
     values: dict[str, Any] = {
+        **sizes,
         **take_batch(run, ds, dp_size, notes),
         "max_grad_norm": overlaps.take("max_grad_norm", train.max_grad_norm, ds, "gradient_clipping"),
         **take_optimizer(overlaps, run, ds),
@@ -102,7 +107,7 @@ def resolve_run(
     values["log_every"] = run.train.log_every or (1 if device_type == "cpu" else 10)
     if run.train.min_lr_ratio is None:
         values["min_lr_ratio"] = DEFAULTS["min_lr_ratio"]
-    settle_communication(ds, run.model, dp_size=dp_size, device_type=device_type)
+    settle_communication(ds, run.model, num_averaging=num_averaging, device_type=device_type)
     notes += [f'{where}: "auto" left to DeepSpeed\'s default' for where in _drop_autos(ds)]
     settled = ResolvedTrain(**{**vars(run.train), **values})
     _write_back(ds, settled)
@@ -112,13 +117,14 @@ def resolve_run(
     resolved = ResolvedRun(model, run.data, settled, ds, dp_size, notes=())
     _check_combinations(resolved, device_type)
     check_experts(resolved)
+    check_sequence(resolved)
     zero = resolved.zero
     if settled.gradient_accumulation_steps > 1 and zero.weights == "bf16" and zero.grad_accum_dtype is None:
         notes.append('gradients accumulate in bf16; "data_types": {"grad_accum_dtype": "fp32"} keeps them exact')
-    if dp_size >= MANY_RANKS and zero.weights == "bf16" and "communication_data_type" not in ds:
+    if num_averaging >= MANY_RANKS and zero.weights == "bf16" and "communication_data_type" not in ds:
         notes.append(
-            f'gradients of {dp_size} ranks are summed in bf16, rounded at every hop; "communication_data_type": "fp32" '
-            "sums them exactly, for twice the bytes"
+            f"gradients of {num_averaging} ranks are summed in bf16, rounded at every hop; "
+            '"communication_data_type": "fp32" sums them exactly, for twice the bytes'
         )
     return dataclasses.replace(resolved, notes=tuple(notes))
 
@@ -172,17 +178,17 @@ def _check_schedule_fields(train: TrainConfig) -> None:
             )
 
 
-def _resolve_hpz(ds: dict[str, Any], dp_size: int, local_world_size: int) -> list[str]:
+def _resolve_hpz(ds: dict[str, Any], num_averaging: int, local_world_size: int) -> list[str]:
     """hpZ keeps a second copy of the weights inside a node: "auto", or a size of another machine, is that of a node."""
     zero = ds.get("zero_optimization", {})
     size = zero.get("zero_hpz_partition_size", 1)
-    if isinstance(size, int) and size >= 1 and dp_size % size == 0:
+    if isinstance(size, int) and size >= 1 and num_averaging % size == 0:
         return []
-    if (size == AUTO or isinstance(size, int)) and dp_size % local_world_size == 0:
+    if (size == AUTO or isinstance(size, int)) and num_averaging % local_world_size == 0:
         zero["zero_hpz_partition_size"] = local_world_size
         return [] if size == AUTO else [f"zero_hpz_partition_size {size}: {local_world_size}, the ranks of a node here"]
     raise UserError(
-        f"DeepSpeed config: zero_optimization.zero_hpz_partition_size {size!r} does not divide {dp_size} ranks; "
+        f"DeepSpeed config: zero_optimization.zero_hpz_partition_size {size!r} does not divide {num_averaging} ranks; "
         'give the ranks of one node, or "auto"'
     )
 

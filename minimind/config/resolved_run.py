@@ -32,6 +32,8 @@ class ResolvedTrain(TrainConfig):
     min_lr_ratio: float
     precision: Precision
     log_every: int
+    sp_size: int
+    tp_size: int
     ep_size: int
 
 
@@ -108,7 +110,7 @@ class FrozenBase:
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """A run and a DeepSpeed JSON that agree, on `dp_size` data-parallel ranks."""
+    """A run and a DeepSpeed JSON that agree, on `world_size` ranks."""
 
     model: ModelConfig
     data: DataConfig
@@ -116,10 +118,21 @@ class ResolvedRun:
     ds: dict[str, Any]
     """What DeepSpeed is given. Only `minimind.config` and `minimind.parallel` read it; see `zero`."""
     dp_size: int
+    """Ranks that read different samples, `sp_size` x `tp_size` ranks counted as one."""
     notes: tuple[str, ...]
     """What a user should know and is not an error."""
     base: FrozenBase | None = None
     """Known when the run starts, where weights are frozen."""
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.dp_size * self.train.sp_size * self.train.tp_size
+
+    @property
+    def num_averaging(self) -> int:
+        """Ranks over which DeepSpeed averages a gradient and ZeRO cuts the states: those with other tokens."""
+        return self.dp_size * self.train.sp_size
 
     @functools.cached_property
     def zero(self) -> ZeroSettings:

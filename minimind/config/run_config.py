@@ -218,6 +218,11 @@ class TrainConfig:
     moe_backend: Annotated[MoeBackend | None, _default("autoep, for a model with experts")] = None
     """What runs the experts: autoep (DeepSpeed's AutoEP) drops no token and knows every ZeRO stage; deepspeed
     (deepspeed.moe) can limit what an expert takes, and knows ZeRO 0 to 2."""
+    sp_size: Annotated[int | None, _default("1"), AT_LEAST_1] = None
+    """Neighbouring ranks that share each sequence (DeepSpeed-Ulysses, arXiv 2309.14509): each has so many times fewer
+    of its tokens, and around attention they exchange tokens for heads. Divides the ranks, seq_len and the heads."""
+    tp_size: Annotated[int | None, _default("1"), AT_LEAST_1] = None
+    """Neighbouring ranks that share each layer."""
     ep_size: Annotated[int | None, _default("1"), AT_LEAST_1] = None
     """Ranks that share one set of experts; divides the experts and the ranks. 1: every rank holds all experts."""
     moe_drop_tokens: bool = False

@@ -23,10 +23,27 @@ IGNORED_LABEL = -100
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
-    """One window of T tokens. `labels[t]` is the target of position t; `IGNORED_LABEL` counts for nothing.
+class SequencePart:
+    """One of `count` equal parts of every window, where as many ranks share it."""
 
-    `document_starts` (document mask only): increasing offsets in (0, T) at which a new document begins.
+    index: int = 0
+    count: int = 1
+
+    def columns(self, seq_len: int) -> slice:
+        """Its positions in a window."""
+        length = seq_len // self.count
+        return slice(self.index * length, (self.index + 1) * length)
+
+
+WHOLE = SequencePart()
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One window of T tokens, or a part of one. `labels[t]` is the target of position t; `IGNORED_LABEL` counts for
+    nothing.
+
+    `document_starts` (document mask only): increasing offsets in the window at which a new document begins.
     """
 
     input_ids: np.ndarray  # (T,) int64
@@ -92,19 +109,26 @@ class TokenDataset(_OfOneCorpus):
         return -(-self.num_targets // self.seq_len)
 
     def __getitem__(self, index: int) -> Sample:
+        return self.read(index)
+
+    def read(self, index: int, part: SequencePart = WHOLE) -> Sample:
+        """A part of window `index`; no other tokens are read."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
-        start = index * self.seq_len
+        start, columns = index * self.seq_len, part.columns(self.seq_len)
         length = min(self.seq_len, self.num_targets - start)
-        tokens = self.reader.read(start, length + 1)
-        input_ids = np.full(self.seq_len, self.reader.manifest.eos_token_id, dtype=np.int64)
-        labels = np.full(self.seq_len, IGNORED_LABEL, dtype=np.int64)
-        input_ids[:length], labels[:length] = tokens[:-1], tokens[1:]
+        num_here = max(0, min(columns.stop, length) - columns.start)
+        input_ids = np.full(self.seq_len // part.count, self.reader.manifest.eos_token_id, dtype=np.int64)
+        labels = np.full_like(input_ids, IGNORED_LABEL)
+        if num_here:
+            tokens = self.reader.read(start + columns.start, num_here + 1)
+            input_ids[:num_here], labels[:num_here] = tokens[:-1], tokens[1:]
         if not self.document_mask:
             return Sample(input_ids, labels)
         starts = self.reader.document_starts(start, length + 1)
         starts = starts[starts > 0]
-        labels[starts - 1] = IGNORED_LABEL
+        lasts = starts - 1 - columns.start
+        labels[lasts[(lasts >= 0) & (lasts < len(labels))]] = IGNORED_LABEL
         return Sample(input_ids, labels, starts[starts < length])
 
 
@@ -160,8 +184,13 @@ class PackedDataset(_OfOneCorpus):
         return sum(int(np.count_nonzero(self[index].labels != IGNORED_LABEL)) for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Sample:
+        return self.read(index)
+
+    def read(self, index: int, part: SequencePart = WHOLE) -> Sample:
+        """A part of window `index`; of texts and conversations no other tokens are read."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
+        columns = part.columns(self.seq_len)
         input_ids = np.full(self.seq_len, self.reader.manifest.eos_token_id, dtype=np.int64)
         labels = np.full(self.seq_len, IGNORED_LABEL, dtype=np.int64)
         documents = self._order[self._bounds[index] : self._bounds[index + 1]]
@@ -171,11 +200,15 @@ class PackedDataset(_OfOneCorpus):
         ends, end = [], 0
         for pair, document in enumerate(documents):
             start, length = int(self._starts[document]), int(self._lengths[document])
-            tokens = self.reader.read(start, min(length + 1, int(self._starts[document + 1]) - start))
-            here = slice(end, end + len(tokens) - 1)
+            low, high = (0, length) if is_pairs else (max(0, columns.start - end), min(length, columns.stop - end))
+            if low >= high:
+                ends.append(end := end + length)
+                continue
+            tokens = self.reader.read(start + low, min(high + 1, int(self._starts[document + 1]) - start) - low)
+            here = slice(end + low, end + low + len(tokens) - 1)
             input_ids[here], labels[here] = tokens[:-1], tokens[1:]
             if self.reader.manifest.is_chat:
-                targets = self.reader.read_targets(start + 1, len(tokens) - 1)
+                targets = self.reader.read_targets(start + low + 1, len(tokens) - 1)
                 is_target = np.isin(targets, (TARGET, REJECTED_TARGET, DISLIKED_TARGET))
                 labels[here][~is_target] = IGNORED_LABEL
                 answers[here][is_target] = 2 * pair + (targets[is_target] == REJECTED_TARGET)
@@ -185,8 +218,8 @@ class PackedDataset(_OfOneCorpus):
             ends.append(end := end + length)
         starts = np.array([offset for offset in ends if offset < self.seq_len], dtype=np.int64)
         if not is_pairs:
-            return Sample(input_ids, labels, starts)
-        return Sample(input_ids, labels, starts, documents, answers, liked=liked)
+            return Sample(input_ids[columns], labels[columns], starts)
+        return Sample(input_ids[columns], labels[columns], starts, documents, answers[columns], liked=liked)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,11 +283,15 @@ class Mixture:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> Sample:
+        return self.read(index)
+
+    def read(self, index: int, part: SequencePart = WHOLE) -> Sample:
+        """A part of window `index`, as its source reads it."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         number = int(np.searchsorted(self._ends, index, side="right"))
         source = self.sources[number]
-        sample = source.windows[index - int(self._ends[number]) + source.num_windows]
+        sample = source.windows.read(index - int(self._ends[number]) + source.num_windows, part)
         return dataclasses.replace(sample, source=number, num_sources=len(self.sources))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minimind.data.dataset import IGNORED_LABEL, Dataset, Mixture, Sample
+from minimind.data.dataset import IGNORED_LABEL, WHOLE, Dataset, Mixture, Sample, SequencePart
 from minimind.data.mixture_order import MixtureOrder
 from minimind.data.shuffle import ShuffledOrder
 from minimind.errors import UserError
@@ -21,12 +21,12 @@ from minimind.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One forward of one rank: B windows of T tokens."""
+    """One forward of one rank: B windows of T tokens, or parts of T tokens of as many windows."""
 
     input_ids: torch.Tensor  # (B, T) int64
     labels: torch.Tensor  # (B, T) int64, already shifted; IGNORED_LABEL where there is no target
     position_ids: torch.Tensor | None  # (B, T) int64, restarting at each document; None without a document mask
-    cu_seqlens: torch.Tensor | None  # (num_segments + 1,) int32 boundaries over the B*T tokens; None without a mask
+    cu_seqlens: torch.Tensor | None  # (num_segments + 1,) int32 boundaries over the whole windows; None without a mask
     positions: tuple[int, ...]  # place of each window in the global order (or of the evaluated windows); -1: filling
     num_targets: int  # labels that count
     soft_ids: torch.Tensor | None = None  # (B, T, k) int64, see `minimind.data.soft_labels`
@@ -92,6 +92,7 @@ class BatchLoader:
         global_batch_size: int,
         dp_rank: int = 0,
         dp_size: int = 1,
+        part: SequencePart = WHOLE,
         *,
         first_step: int = 0,
         taken: Mapping[str, int] | None = None,
@@ -111,6 +112,7 @@ class BatchLoader:
         self.gradient_accumulation_steps = global_batch_size // together
         self.dp_rank = dp_rank
         self.dp_size = dp_size
+        self.part = part
         self.first_step = first_step
         self.order = order_windows(dataset, seed, global_batch_size, first_step, taken or {})
         self._pin_memory = pin_memory
@@ -124,7 +126,9 @@ class BatchLoader:
         positions = start + np.arange(self.gradient_accumulation_steps)[:, None] * together + np.arange(micro)
         batches = []
         for places, indices in zip(positions.tolist(), self.order[positions].tolist(), strict=True):
-            batch = collate([_read(self.dataset, index) for index in indices], places, self.dataset.reference)
+            batch = collate(
+                [_read(self.dataset, index, self.part) for index in indices], places, self.dataset.reference, self.part
+            )
             batches.append(batch.pin_memory() if self._pin_memory else batch)
         return batches
 
@@ -161,6 +165,7 @@ def eval_batches(
     micro_batch_size: int,
     dp_rank: int = 0,
     dp_size: int = 1,
+    part: SequencePart = WHOLE,
     *,
     max_samples: int | None = None,
     windows: range | None = None,
@@ -175,26 +180,37 @@ def eval_batches(
     for base in range(windows.start, windows.stop, micro_batch_size * dp_size):
         first = base + dp_rank * micro_batch_size
         positions = [p if p < windows.stop else -1 for p in range(first, first + micro_batch_size)]
-        yield collate([_take(dataset, p, windows.stop - 1) for p in positions], positions, dataset.reference)
+        samples = [_take(dataset, p, windows.stop - 1, part) for p in positions]
+        yield collate(samples, positions, dataset.reference, part)
 
 
-def collate(samples: Sequence[Sample], positions: Iterable[int], reference: np.ndarray | None = None) -> Batch:
+def collate(
+    samples: Sequence[Sample],
+    positions: Iterable[int],
+    reference: np.ndarray | None = None,
+    part: SequencePart = WHOLE,
+) -> Batch:
     """Stack B windows; their ends are boundaries of `cu_seqlens` too.
 
     Args:
         reference: (num_documents, 2) float32 of preferences, see `PackedDataset.reference`.
+        part: which of each window the samples are.
     """
     input_ids = np.stack([sample.input_ids for sample in samples])  # (B, T)
     labels = np.stack([sample.labels for sample in samples])  # (B, T)
     starts = [sample.document_starts for sample in samples if sample.document_starts is not None]
     position_ids = cu_seqlens = None
     if starts:
-        size, seq_len = input_ids.shape
+        size, seq_len = len(input_ids), input_ids.shape[1] * part.count
         inner = [window * seq_len + np.append(0, offsets) for window, offsets in enumerate(starts)]
         bounds = np.append(np.concatenate(inner), size * seq_len)  # (num_segments + 1,)
         firsts = np.repeat(bounds[:-1], np.diff(bounds))  # (B*T,) first token of each token's segment
-        position_ids = torch.from_numpy((np.arange(size * seq_len) - firsts).reshape(size, seq_len))
+        in_documents = (np.arange(size * seq_len) - firsts).reshape(size, seq_len)
+        position_ids = torch.from_numpy(in_documents[:, part.columns(seq_len)])
         cu_seqlens = torch.from_numpy(bounds.astype(np.int32))
+    elif part.count > 1:
+        first = part.index * input_ids.shape[1]
+        position_ids = torch.arange(first, first + input_ids.shape[1]).expand(input_ids.shape)
     batch = Batch(
         torch.from_numpy(input_ids),
         torch.from_numpy(labels),
@@ -233,16 +249,17 @@ def _with_pairs(batch: Batch, samples: Sequence[Sample], reference: np.ndarray |
     )
 
 
-def _read(dataset: Dataset, index: int) -> Sample:
-    sample = dataset[index]
+def _read(dataset: Dataset, index: int, part: SequencePart) -> Sample:
+    sample = dataset.read(index, part)
     if dataset.soft_labels is None:
         return sample
     soft_ids, soft_log_probs = dataset.soft_labels[index]
-    return dataclasses.replace(sample, soft_ids=soft_ids, soft_log_probs=soft_log_probs)
+    columns = part.columns(dataset.seq_len)
+    return dataclasses.replace(sample, soft_ids=soft_ids[columns], soft_log_probs=soft_log_probs[columns])
 
 
-def _take(dataset: Dataset, position: int, last: int) -> Sample:
-    sample = _read(dataset, position if position >= 0 else last)
+def _take(dataset: Dataset, position: int, last: int, part: SequencePart) -> Sample:
+    sample = _read(dataset, position if position >= 0 else last, part)
     if position >= 0:
         return sample
     labels = np.full_like(sample.labels, IGNORED_LABEL)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minimind.data.dataset import Dataset, Mixture
+from minimind.data.dataset import WHOLE, Dataset, Mixture, SequencePart
 from minimind.data.loader import Batch, DeviceCopy, eval_batches
 from minimind.data.manifest import MANIFEST_NAME, Manifest
 from minimind.data.shard_writer import ShardWriter
@@ -112,6 +112,7 @@ def measure_loss(
     max_samples: int | None = None,
     dp_rank: int = 0,
     dp_size: int = 1,
+    part: SequencePart = WHOLE,
     before_batch: Callable[[], object] = lambda: None,
     sums: Callable[[Any, Batch], Sums] = token_sums,
 ) -> Evaluation:
@@ -120,15 +121,16 @@ def measure_loss(
     Args:
         model: a model, or a DeepSpeed engine.
         dp_rank, dp_size: this rank among those that share the windows.
+        part: of each window, where ranks share it.
         sums: what is measured of a batch on its device.
     """
 
     def measure(windows: range, manifest: Manifest) -> Evaluation:
         batches = eval_batches(
-            dataset, micro_batch_size, dp_rank, dp_size, max_samples=max_samples or None, windows=windows
+            dataset, micro_batch_size, dp_rank, dp_size, part, max_samples=max_samples or None, windows=windows
         )
         num_samples = min(max_samples or len(windows), len(windows))
-        return _measure(model, batches, num_samples, manifest, device, dp_size, before_batch, sums)
+        return _measure(model, batches, num_samples, manifest, device, dp_size * part.count, before_batch, sums)
 
     if not isinstance(dataset, Mixture):
         return measure(range(len(dataset)), dataset.reader.manifest)
@@ -145,7 +147,7 @@ def _measure(
     num_samples: int,
     manifest: Manifest,
     device: torch.device,
-    dp_size: int,
+    num_ranks: int,
     before_batch: Callable[[], object],
     sums: Callable[[Any, Batch], Sums],
 ) -> Evaluation:
@@ -166,7 +168,7 @@ def _measure(
     finally:
         model.train(was_training)
     totals = torch.tensor([num_targets, *total.tolist()], dtype=torch.float64)
-    num_targets, *means = (all_reduce_sum(totals) if dp_size > 1 else totals).tolist()
+    num_targets, *means = (all_reduce_sum(totals) if num_ranks > 1 else totals).tolist()
     loss, *figures = (value / num_targets if num_targets else math.nan for value in means)
     bytes_per_token = 0.0 if manifest.is_chat else manifest.bytes_per_token
     bits_per_byte = loss / math.log(2) / bytes_per_token if bytes_per_token else None

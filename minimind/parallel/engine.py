@@ -34,21 +34,28 @@ from minimind.parallel.experts import (
     only_own_experts,
     replace_experts,
 )
+from minimind.parallel.mesh import Mesh, deepspeed_batch
 from minimind.parallel.muon import Muon, attach_layouts
 from minimind.parallel.op_builds import build_ops
 from minimind.parallel.optimizer import clips_here, own_optimizer, parameter_groups
+from minimind.parallel.sequence import share_sequences
 
 
-def build_model(resolved: ResolvedRun, device: torch.device) -> MiniMindForCausalLM:
+def build_model(resolved: ResolvedRun, device: torch.device, mesh: Mesh | None = None) -> MiniMindForCausalLM:
     """The model with its initial weights, partitioned over the ranks as it is built where the stage is 3.
 
     Every rank draws the same weights from the seed, in the same order and in float32, so every stage and every world
     size starts alike. Below stage 3 they are rounded to what the engine stores as they are drawn, and a rank keeps its
     own experts alone: the start needs no more memory than a step. Every rank calls this.
+
+    Args:
+        mesh: None: ranks share neither sequences nor layers.
     """
     torch.manual_seed(resolved.train.seed)
     if resolved.zero.stage == 3:
-        with deepspeed.zero.Init(config_dict_or_path=resolved.ds):
+        group, mpu = (None, None) if mesh is None else (mesh.averaging, mesh.mpu)
+        ds = {**resolved.ds, **deepspeed_batch(resolved)}
+        with deepspeed.zero.Init(config_dict_or_path=ds, data_parallel_group=group, mpu=mpu):
             model = MiniMindForCausalLM(resolved.model)
     else:
         with device, _default_dtype(resolved.zero.weights), only_own_experts(resolved.train.ep_size):
@@ -71,13 +78,18 @@ def _default_dtype(precision: Precision) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def build_engine(resolved: ResolvedRun, model: MiniMindForCausalLM) -> deepspeed.DeepSpeedEngine:
+def build_engine(
+    resolved: ResolvedRun, model: MiniMindForCausalLM, mesh: Mesh | None = None
+) -> deepspeed.DeepSpeedEngine:
     """Hand the model to DeepSpeed. Every rank calls this.
+
+    Args:
+        mesh: that of `build_model`.
 
     Raises:
         UserError: an op that the configuration needs (CPU Adam under offload) does not build here.
     """
-    train, ds = resolved.train, copy.deepcopy(resolved.ds)
+    train, ds = resolved.train, {**copy.deepcopy(resolved.ds), **deepspeed_batch(resolved)}
     build_ops(resolved, log)
     build_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None
     if resolved.owns_optimizer:
@@ -104,6 +116,7 @@ def build_engine(resolved: ResolvedRun, model: MiniMindForCausalLM) -> deepspeed
         optimizer=build_optimizer,
         model_parameters=None if build_optimizer is not None else parameter_groups(model, train.weight_decay),
         config=ds,
+        mpu=None if mesh is None else mesh.mpu,
         dist_init_required=False,
     )
     if isinstance(engine.basic_optimizer, Muon):
@@ -115,6 +128,8 @@ def build_engine(resolved: ResolvedRun, model: MiniMindForCausalLM) -> deepspeed
     attach_router_hooks(resolved, model)
     choose_grouped_product(resolved, model, engine.device)
     apply_kernels(model, engine.device, AUTOEP_EXPERTS)
+    if mesh is not None:
+        share_sequences(model, mesh)
     if settle_compilation(train.compile, engine.device.type)[0]:
         compile_model(model, Compiler(log, required=train.compile == "on"))
     return engine
@@ -143,7 +158,7 @@ def nothing_to_reduce(resolved: ResolvedRun, optimizer: Any) -> bool:
     On one rank, where gradients are whole: at stage 0, and at stage 1 under the BF16 optimizer. Elsewhere the reduction
     also moves gradients to where the update finds them; and at stage 0 it gives idle experts their zeros.
     """
-    if resolved.dp_size > 1:
+    if resolved.num_averaging > 1:
         return False
     return isinstance(optimizer, BF16_Optimizer) or (resolved.zero.stage == 0 and not resolved.model.use_moe)
 

@@ -53,7 +53,7 @@ def check_kind(train: TrainConfig, reader: ShardReader) -> bool:
     return alone
 
 
-def check_objective(run: RunConfig, dataset: Dataset) -> None:
+def check_objective(run: RunConfig, dataset: Dataset, sp_size: int) -> None:
     """Refuse rewards, a teacher or a reference that cannot be, and what the objective would not read. Raises
     `UserError`."""
     objective, defaults = choose_objective(run.train, dataset), TrainConfig()
@@ -63,6 +63,11 @@ def check_objective(run: RunConfig, dataset: Dataset) -> None:
             raise UserError(
                 f"{name}: {value} has no effect on {objective}, only on {', '.join(objectives)}; leave it out"
             )
+    if sp_size > 1 and objective != "pretrain":
+        raise UserError(
+            f"sp_size: {sp_size}: {objective} needs whole sequences on a rank; use --sp-size 1 (with "
+            "--activation-checkpointing or a higher ZeRO stage for memory), or pretrain on texts or conversations"
+        )
     check_rewards(run.train)
     if run.train.teacher is not None:
         check_teacher(run.train, dataset, run.model.vocab_size)

@@ -21,7 +21,7 @@ def balances_step(model: ModelConfig) -> bool:
 
 
 @torch.no_grad()
-def read_expert_share(objective: Objective, engine: Any, batches: Sequence[Batch], dp_size: int) -> torch.Tensor:
+def read_expert_share(objective: Objective, engine: Any, batches: Sequence[Batch], num_averaging: int) -> torch.Tensor:
     """Each expert's share of the whole step's choices, (num_moe_layers, num_experts). Every rank calls this.
 
     `batches` are on the device. It has to be known before the first backward, so every micro-batch is read once more
@@ -32,15 +32,15 @@ def read_expert_share(objective: Objective, engine: Any, batches: Sequence[Batch
         parts = objective.loss(engine, batch)
         assert parts.expert_share is not None
         shares.append(parts.expert_share)
-    return mean_over_ranks(torch.stack(shares).mean(dim=0), dp_size)
+    return mean_over_ranks(torch.stack(shares).mean(dim=0), num_averaging)
 
 
-def mean_over_ranks(share: torch.Tensor, dp_size: int) -> torch.Tensor:
-    """The mean of a tensor over the data-parallel ranks. Every rank calls this."""
-    return all_reduce_sum(share.clone()) / dp_size
+def mean_over_ranks(share: torch.Tensor, num_averaging: int) -> torch.Tensor:
+    """The mean of a tensor over all ranks that average. Every rank calls this."""
+    return all_reduce_sum(share.clone()) / num_averaging
 
 
-def step_aux_loss(parts: LossParts, share: torch.Tensor | None, model: ModelConfig, dp_size: int) -> torch.Tensor:
+def step_aux_loss(parts: LossParts, share: torch.Tensor | None, model: ModelConfig, num_averaging: int) -> torch.Tensor:
     """The auxiliary loss of a micro-batch with the load of the whole step. Every rank calls this.
 
     Args:
@@ -48,7 +48,7 @@ def step_aux_loss(parts: LossParts, share: torch.Tensor | None, model: ModelConf
     """
     aux_loss, own, score = parts.aux_loss, parts.expert_share, parts.expert_score
     assert aux_loss is not None and own is not None and score is not None
-    return balance_over(mean_over_ranks(own, dp_size) if share is None else share, aux_loss, own, score, model)
+    return balance_over(mean_over_ranks(own, num_averaging) if share is None else share, aux_loss, own, score, model)
 
 
 def step_router_biases(engine: Any, counts: torch.Tensor, grad_norm: torch.Tensor | float | None) -> None:

@@ -18,7 +18,7 @@ from minimind.config.deepspeed_file import load_ds_config
 from minimind.config.resolve import resolve_run
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import DTYPE_NAMES
-from minimind.data.dataset import Dataset
+from minimind.data.dataset import Dataset, SequencePart
 from minimind.data.loader import BatchLoader, order_windows
 from minimind.distributed.collectives import gather_objects, lead_from_first_rank, log
 from minimind.distributed.environment import RankEnvironment
@@ -32,6 +32,7 @@ from minimind.parallel.compilation import check_expert_kernels, settle_compilati
 from minimind.parallel.deepspeed_check import check_ds_config, check_ops
 from minimind.parallel.engine import build_engine, build_model
 from minimind.parallel.experts import find_grouped_product
+from minimind.parallel.mesh import Mesh, make_mesh
 from minimind.training.choose_objective import check_objective, find_start, make_objective
 from minimind.training.control import hold_run
 from minimind.training.peak_flops import peak_flops
@@ -64,7 +65,7 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
     resolved = resolve_run(
         run,
         load_ds_config(run.train.ds_config),
-        dp_size=env.world_size,
+        world_size=env.world_size,
         num_samples=len(data.train),
         local_world_size=env.local_world_size,
         device_type=device.type,
@@ -83,7 +84,7 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
     if run.train.keeps_frozen and run.train.init_from is None:
         flag = "lora_rank" if run.train.lora_rank else "freeze"
         raise UserError(f"{flag}: frozen weights are those of a trained model; give it by --init-from")
-    check_objective(run, data.train)
+    check_objective(run, data.train, resolved.train.sp_size)
     if run.train.init_from is not None:
         trained = resolved.trained if run.train.keeps_frozen else None
         source = check_init_checkpoint(run.model, Path(run.train.init_from), trained)
@@ -114,16 +115,17 @@ def run_rank(
         )
         watchdog.report(None, "building the model, loading its state")
         peak = describe_device(device, resolved)
-        model = build_model(resolved, device)
+        mesh = make_mesh(resolved)
+        model = build_model(resolved, device, mesh)
         if train.init_from is not None and (resume is None or train.keeps_frozen):
             start = Path((resolved.base or find_start(resolved)).path)
             num_new = load_init_checkpoint(model, start)
             new = f"; new tokens: {num_new}, which start at the mean of the others" if num_new else ""
             log(f"weights of {start}{new}")
-        engine = build_engine(resolved, model)
+        engine = build_engine(resolved, model, mesh)
         stack.callback(engine.destroy)
         state = load_state(engine, resolved, resume, corpus)
-        loader = make_loader(resolved, data.train, env, state, pin_memory=device.type == "cuda")
+        loader = make_loader(resolved, data.train, mesh, state, pin_memory=device.type == "cuda")
         objective = make_objective(resolved, data.train, device, loader)
         stack.callback(objective.close)
         splits = {"train": data.train} if data.val is None else {"train": data.train, "val": data.val}
@@ -136,6 +138,7 @@ def run_rank(
         stack.callback(profiler.close)
         trainer = Trainer(
             resolved=resolved,
+            mesh=mesh,
             engine=engine,
             objective=objective,
             loader=loader,
@@ -197,25 +200,25 @@ def load_state(
 
 
 def make_loader(
-    resolved: ResolvedRun, dataset: Dataset, env: RankEnvironment, state: TrainState, *, pin_memory: bool
+    resolved: ResolvedRun, dataset: Dataset, mesh: Mesh, state: TrainState, *, pin_memory: bool
 ) -> BatchLoader:
     """This rank's training batches."""
     train = resolved.train
-    micro, together = train.micro_batch_size, train.global_batch_size
     loader = BatchLoader(
         dataset,
         train.seed,
-        micro,
-        together,
-        env.rank,
-        env.world_size,
+        train.micro_batch_size,
+        train.global_batch_size,
+        mesh.dp_rank,
+        mesh.dp_size,
+        SequencePart(mesh.sp_rank, mesh.sp_size),
         first_step=state.data_start_step,
         taken=state.data_start_windows,
         pin_memory=pin_memory,
     )
-    check_length(loader.order, train.steps - loader.first_step, together)
+    check_length(loader.order, train.steps - loader.first_step, train.global_batch_size)
     if state.data_start_step:  # what --dry-run says is of a run that began so
-        for line in describe_mixture(dataset, loader.order, together, train.steps, loader.first_step):
+        for line in describe_mixture(dataset, loader.order, train.global_batch_size, train.steps, loader.first_step):
             log(line)
     return loader
 

@@ -28,6 +28,7 @@ from minimind.distributed.stop_requests import Requests
 from minimind.errors import UnmadeStep, UserError
 from minimind.inference.evaluation import measure_loss
 from minimind.parallel.loss_scale import loss_scale
+from minimind.parallel.mesh import Mesh
 from minimind.parallel.optimizer import optimizer_step, set_learning_rate
 from minimind.training import expert_balance
 from minimind.training.control import RunControl
@@ -52,6 +53,7 @@ class Trainer:
     """One run on one rank."""
 
     resolved: ResolvedRun
+    mesh: Mesh
     engine: "deepspeed.DeepSpeedEngine"
     objective: Objective
     loader: BatchLoader
@@ -134,9 +136,9 @@ class Trainer:
         with self.timer.part("rollout"):
             batches = self.objective.roll_out(self.engine, batches, step)
         num_targets = self._count_targets(batches)  # () of the whole step, on every rank
-        # DeepSpeed divides by the accumulation and averages over the data-parallel ranks (dp_size, not all processes);
+        # DeepSpeed divides by the accumulation and averages over the ranks with other tokens (not over all processes);
         # this undoes both and divides by the targets.
-        scale = len(batches) * self.loader.dp_size / num_targets
+        scale = len(batches) * self.mesh.num_averaging / num_targets
         batches = list(map(self._copy, batches))
         loss, aux_loss = torch.zeros((), device=device), torch.zeros((), device=device)
         counts: torch.Tensor | None = None
@@ -157,9 +159,9 @@ class Trainer:
             if parts.aux_loss is not None:  # a mean over this micro-batch: DeepSpeed's own averaging is right for it
                 own = parts.aux_loss
                 if balances_step:
-                    own = expert_balance.step_aux_loss(parts, share, model, self.loader.dp_size)
+                    own = expert_balance.step_aux_loss(parts, share, model, self.mesh.num_averaging)
                 total = total + own
-                aux_loss = aux_loss + own.detach() / (len(batches) * self.loader.dp_size)
+                aux_loss = aux_loss + own.detach() / (len(batches) * self.mesh.num_averaging)
             if parts.expert_counts is not None:
                 counts = parts.expert_counts if counts is None else counts + parts.expert_counts
             with self.timer.part("backward"):
@@ -187,7 +189,7 @@ class Trainer:
     def _read_expert_share(self, batches: list[Batch]) -> torch.Tensor:
         self.control.report(self.state.step + 1, "reading the experts' load")
         with self.timer.part("forward"):
-            share = expert_balance.read_expert_share(self.objective, self.engine, batches, self.loader.dp_size)
+            share = expert_balance.read_expert_share(self.objective, self.engine, batches, self.mesh.num_averaging)
         self._seed_dropout(self.state.step)  # the same draws again
         return share
 
@@ -215,16 +217,16 @@ class Trainer:
     def _count_targets(self, batches: list[Batch]) -> int:
         """Targets of the whole step over all ranks, which the hosts know without the device. Every rank calls this."""
         count = self.objective.count_targets(batches)
-        if self.resolved.data.document_mask and self.loader.dp_size > 1:
+        if self.resolved.data.document_mask and self.mesh.num_averaging > 1:
             return max(1, *all_reduce_ints([count], torch.add))
-        return max(1, count * self.loader.dp_size)  # without a mask every position of every window has a target
+        return max(1, count * self.mesh.num_averaging)  # without a mask every position of every window has a target
 
     def _seed_dropout(self, step: int) -> None:
         """Dropout and a router's noise are functions of (seed, step, rank): a resume needs no saved random state."""
         model = self.resolved.model
         if model.dropout or model.attention_dropout or uses_random_routing(self.resolved.train):
             # Distinct for every (step, rank) of a run below 2**20 ranks; torch mixes the bits.
-            seed = (self.resolved.train.seed << 52 ^ step << 20 ^ self.loader.dp_rank) % 2**63
+            seed = (self.resolved.train.seed << 52 ^ step << 20 ^ self.mesh.averaging_rank) % 2**63
             torch.manual_seed(seed)
 
     def _send_figures(self) -> None:
@@ -278,6 +280,7 @@ class Trainer:
             max_samples=train.eval_samples or None,
             dp_rank=self.loader.dp_rank,
             dp_size=self.loader.dp_size,
+            part=self.loader.part,
             before_batch=lambda: self.control.report(step, "evaluating"),
             sums=self.objective.evaluate,
         )

@@ -50,7 +50,7 @@ def load_with_deepspeed(flags: list[str], folder: str, *, universal: bool = Fals
     command = parse_command_line(flags)
     env = read_environment()
     torch.set_num_threads(1)
-    resolved = resolve_run(command.run, load_ds_config(command.run.train.ds_config), dp_size=env.world_size)
+    resolved = resolve_run(command.run, load_ds_config(command.run.train.ds_config), world_size=env.world_size)
     if universal:
         resolved = dataclasses.replace(resolved, ds={**resolved.ds, "checkpoint": {"load_universal": True}})
     with process_group(env, CPU):

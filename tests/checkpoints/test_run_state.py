@@ -11,7 +11,7 @@ from minimind.model.config import ModelConfig
 
 
 def test_the_table_names_what_there_is():
-    resolved = resolve_run(RunConfig(), load_ds_config(None), dp_size=1)
+    resolved = resolve_run(RunConfig(), load_ds_config(None), world_size=1)
     with unittest.mock.patch("torch.distributed.get_world_size", lambda: 1):
         described = describe_run(resolved, DataFingerprint("", ""))
     layout, sampling = described["layout"], described["sampling"]

@@ -18,7 +18,7 @@ def settle(stage: int, world_size: int, device_type: str, use_moe: bool = False,
     run = RunConfig(
         model=ModelConfig(use_moe=use_moe, **shape), train=TrainConfig(precision="bf16", micro_batch_size=1)
     )
-    return resolve_run(run, ds, dp_size=world_size, device_type=device_type).ds["zero_optimization"]
+    return resolve_run(run, ds, world_size=world_size, device_type=device_type).ds["zero_optimization"]
 
 
 @pytest.mark.parametrize(
@@ -59,5 +59,5 @@ def test_what_is_given_stays():
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_shipped_files_leave_nothing_open(stage):
     run = RunConfig(train=TrainConfig(micro_batch_size=1))
-    resolved = resolve_run(run, load_ds_config(f"ds_configs/zero{stage}.json"), dp_size=1)
+    resolved = resolve_run(run, load_ds_config(f"ds_configs/zero{stage}.json"), world_size=1)
     assert "auto" not in resolved.ds["zero_optimization"].values() and not resolved.notes

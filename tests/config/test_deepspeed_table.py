@@ -31,7 +31,7 @@ def resolve(ds: dict[str, Any], *, experts: bool = False, device: str = "cpu", d
         train=TrainConfig(steps=10),
     )
     resolved = resolve_run(
-        run, ds, dp_size=dp_size, local_world_size=dp_size, device_type=device, bf16_supported=device == "cuda"
+        run, ds, world_size=dp_size, local_world_size=dp_size, device_type=device, bf16_supported=device == "cuda"
     )
     if device == "cpu":  # DeepSpeed's parsers ask for no device
         check_ds_config(resolved.ds)

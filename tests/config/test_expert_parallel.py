@@ -44,9 +44,9 @@ def test_sizes_that_the_product_of_a_gpu_does_not_take_are_one_line(precision, s
         DataConfig(seq_len=16),
         TrainConfig(precision=precision, micro_batch_size=1),
     )
-    resolve_run(run, {}, dp_size=1, device_type="cpu")
+    resolve_run(run, {}, world_size=1, device_type="cpu")
     with pytest.raises(UserError, match=f"moe_intermediate_size: {size} is no multiple of .* take {better}"):
-        resolve_run(run, {}, dp_size=1, device_type="cuda")
+        resolve_run(run, {}, world_size=1, device_type="cuda")
 
 
 def test_the_block_follows_the_model():

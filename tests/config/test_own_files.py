@@ -123,7 +123,7 @@ def through_a_file(ds: dict[str, Any], folder: Path) -> dict[str, Any]:
 def test_it_starts(kind, device, tmp_path):
     resolved = resolve(through_a_file(STARTS[kind], tmp_path), device=device)
     # What was decided can be given again, and is read without a note.
-    again = resolve_run(resolved.run, resolved.ds, dp_size=2, device_type=device, bf16_supported=True)
+    again = resolve_run(resolved.run, resolved.ds, world_size=2, device_type=device, bf16_supported=True)
     assert again.run == resolved.run and again.ds == resolved.ds
 
 
@@ -178,11 +178,11 @@ def test_explicit_values_beside_auto_are_the_runs():
 def test_batch_figures_give_way_to_flags():
     ds = {**engine(2, 256), "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 8}
     run = RunConfig(train=TrainConfig(micro_batch_size=3, global_batch_size=12))
-    resolved = resolve_run(run, ds, dp_size=2)
+    resolved = resolve_run(run, ds, world_size=2)
     train = resolved.train
     assert (train.micro_batch_size, train.gradient_accumulation_steps, train.global_batch_size) == (3, 2, 12)
     assert sum("gives way to the flags" in note for note in resolved.notes) == 3
-    kept = resolve_run(RunConfig(train=TrainConfig(micro_batch_size=8)), ds, dp_size=2)
+    kept = resolve_run(RunConfig(train=TrainConfig(micro_batch_size=8)), ds, world_size=2)
     assert kept.train.global_batch_size == 256 and kept.train.gradient_accumulation_steps == 16
 
 

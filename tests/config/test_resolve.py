@@ -25,7 +25,7 @@ def resolve(ds: dict[str, Any], *, world_size: int = 1, **train: Any) -> Resolve
     """As the command does it, on a CPU unless told."""
     device = {name: train.pop(name) for name in ("device_type", "bf16_supported", "local_world_size") if name in train}
     before = copy.deepcopy(ds)
-    resolved = resolve_run(RunConfig(train=TrainConfig(**train)), ds, dp_size=world_size, **device)
+    resolved = resolve_run(RunConfig(train=TrainConfig(**train)), ds, world_size=world_size, **device)
     assert ds == before, "the user's own mapping was touched"
     check_ds_config(resolved.ds)
     return resolved
@@ -255,7 +255,7 @@ def test_fresh_weights_begin_with_muon_where_nothing_says_otherwise(ds, train, o
 def test_rates_keep_their_meaning_over_width(hidden_size):
     def rates(tied: bool, **train: Any) -> tuple[float | None, ...]:
         model = ModelConfig(hidden_size=hidden_size, num_attention_heads=4, tie_word_embeddings=tied)
-        train = resolve_run(RunConfig(model=model, train=TrainConfig(**train)), STAGE_1, dp_size=1).train
+        train = resolve_run(RunConfig(model=model, train=TrainConfig(**train)), STAGE_1, world_size=1).train
         return train.muon_lr, train.lr, train.embedding_lr, train.norm_lr
 
     output = 1e-2 * 256 / hidden_size
@@ -377,9 +377,9 @@ def test_the_resolved_pair_resolves_to_itself():
     """run_config.json and ds_config.json of a run folder, given again, mean the same run."""
     for path in FILES:
         first = resolve(load_ds_config(path), world_size=2, local_world_size=2, global_batch_size=16)
-        again = resolve_run(first.run, first.ds, dp_size=2, local_world_size=2)
+        again = resolve_run(first.run, first.ds, world_size=2, local_world_size=2)
         assert again.run == first.run and again.ds == first.ds
-    assert resolve_run(RunConfig(data=DataConfig(seq_len=3)), {}, dp_size=1).run.data.seq_len == 3
+    assert resolve_run(RunConfig(data=DataConfig(seq_len=3)), {}, world_size=1).run.data.seq_len == 3
 
 
 @pytest.mark.parametrize(
@@ -395,18 +395,18 @@ def test_the_resolved_pair_resolves_to_itself():
 )
 def test_the_model_learns_at_which_length_it_is_trained(model, start, length, said):
     run = RunConfig(ModelConfig(**model), DataConfig(seq_len=256), TrainConfig(init_from=start))
-    resolved = resolve_run(run, {}, dp_size=1)
+    resolved = resolve_run(run, {}, world_size=1)
     assert resolved.run.model.trained_length == length
     assert [note for note in resolved.notes if "rope_original" in note] == [
         note for note in resolved.notes if said and said in note
     ]
     assert not said or any(said in note for note in resolved.notes)
-    assert resolve_run(resolved.run, {}, dp_size=1).model == resolved.model
+    assert resolve_run(resolved.run, {}, world_size=1).model == resolved.model
 
 
 @pytest.mark.parametrize(("factor", "said"), [(2.0, True), (4.0, False)])
 def test_a_stretch_that_is_too_short_for_the_rows_is_noted(factor, said):
     model = ModelConfig(rope_original_max_position_embeddings=64, rope_scaling_factor=factor)
-    resolved = resolve_run(RunConfig(model, DataConfig(seq_len=256)), {}, dp_size=1)
+    resolved = resolve_run(RunConfig(model, DataConfig(seq_len=256)), {}, world_size=1)
     assert any("stretches 64 tokens to 128, and seq_len is 256; 4 would" in note for note in resolved.notes) == said
     assert resolved.model == model

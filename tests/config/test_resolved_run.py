@@ -14,7 +14,7 @@ from minimind.errors import UserError
 
 def resolve(ds: dict[str, Any] | None = None, *, num_samples: int | None = None, **train: Any) -> ResolvedRun:
     run = RunConfig(train=TrainConfig(**{"micro_batch_size": 2, **train}))
-    return resolve_run(run, load_ds_config(None) if ds is None else ds, dp_size=2, num_samples=num_samples)
+    return resolve_run(run, load_ds_config(None) if ds is None else ds, world_size=2, num_samples=num_samples)
 
 
 def test_the_length_follows_from_the_data():
@@ -47,7 +47,7 @@ def test_a_plan_without_data_knows_no_length_and_writes_none():
 )
 def test_what_is_written_can_be_given_again(ds):
     first = resolve(ds, num_samples=4_000)
-    again = resolve_run(RunConfig.from_dict(first.run.to_dict()), first.ds, dp_size=2)
+    again = resolve_run(RunConfig.from_dict(first.run.to_dict()), first.ds, world_size=2)
     assert again == first
     assert first.run.train.ep_size is None, "a dense model has no expert parallelism to set"
 

@@ -11,7 +11,7 @@ import torch
 from shard_folders import SEQ_LEN, make_documents, write
 from stream_hash import hash_stream
 
-from minimind.data.dataset import IGNORED_LABEL, TokenDataset
+from minimind.data.dataset import IGNORED_LABEL, WHOLE, PackedDataset, SequencePart, TokenDataset
 from minimind.data.loader import Batch, BatchLoader, eval_batches
 from minimind.data.manifest import ShardError
 from minimind.data.shards import ShardReader
@@ -181,11 +181,11 @@ def test_an_error_of_reading_comes_at_its_step(tmp_path):
     class Failing(TokenDataset):
         reads = 0
 
-        def __getitem__(self, index: int):
+        def read(self, index: int, part: SequencePart = WHOLE):
             self.reads += 1
             if self.reads > 3:
                 raise ShardError("shard_00001.npy is damaged")
-            return super().__getitem__(index)
+            return super().read(index, part)
 
     batches = BatchLoader(Failing(ShardReader(tmp_path / "train"), SEQ_LEN), 5, 1, 1).iterate()
     for _ in range(3):
@@ -201,11 +201,11 @@ def test_the_next_step_is_read_while_this_one_is_used(dataset):
     class Watched(TokenDataset):
         reads = 0
 
-        def __getitem__(self, index: int):
+        def read(self, index: int, part: SequencePart = WHOLE):
             self.reads += 1
             if self.reads == 2:
                 second_read.set()
-            return super().__getitem__(index)
+            return super().read(index, part)
 
     batches = BatchLoader(Watched(dataset.reader, SEQ_LEN), 5, 1, 1).iterate()
     next(batches)
@@ -250,3 +250,76 @@ def test_shards_that_come_in_later_are_seen_from_the_beginning_of_their_order(da
     for step in range(len(dataset) // 4 + 1):
         for a, b in zip(first.step_batches(step), later.step_batches(step + 7), strict=True):
             assert a.positions == b.positions and torch.equal(a.input_ids, b.input_ids)
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_the_parts_of_ranks_that_share_windows_are_the_windows(dataset, count, document_mask, monkeypatch):
+    """Tokens, labels and positions side by side; borders those of whole windows; and no rank reads more."""
+    masked = TokenDataset(dataset.reader, SEQ_LEN, document_mask, keep_tail=True)
+    parts = [SequencePart(index, count) for index in range(count)]
+    last = len(masked) - 1
+    read = np.zeros(2, dtype=np.int64)
+    real = ShardReader.read
+
+    def watch(reader, start, length):
+        read[:] += (length, 1)
+        return real(reader, start, length)
+
+    monkeypatch.setattr(ShardReader, "read", watch)
+    for whole, shares in (
+        (BatchLoader(masked, 5, 2, 4), [BatchLoader(masked, 5, 2, 4, part=part) for part in parts]),
+        (BatchLoader(masked, 5, 2, 4, 1, 2), [BatchLoader(masked, 5, 2, 4, 1, 2, part) for part in parts]),
+    ):
+        for step in (0, last // 4):
+            assert_parts(whole.step_batches(step), [share.step_batches(step) for share in shares], document_mask)
+    assert_parts(
+        list(eval_batches(masked, 2)), [list(eval_batches(masked, 2, part=part)) for part in parts], document_mask
+    )
+    read[:] = 0
+    BatchLoader(masked, 5, 2, 4, part=parts[0]).step_batches(0)
+    assert read[0] <= 4 * (SEQ_LEN // count + 1) and read[1] <= 4
+
+
+def assert_parts(whole: list[Batch], shares: list[list[Batch]], document_mask: bool) -> None:
+    for batch, parts in zip(whole, zip(*shares, strict=True), strict=True):
+        for name in ("input_ids", "labels"):
+            assert torch.equal(getattr(batch, name), torch.cat([getattr(part, name) for part in parts], dim=1)), name
+        positions = batch.position_ids if document_mask else torch.arange(SEQ_LEN).expand(batch.input_ids.shape)
+        assert torch.equal(positions, torch.cat([part.position_ids for part in parts], dim=1))
+        assert batch.num_targets == sum(part.num_targets for part in parts)
+        for part in parts:
+            assert part.positions == batch.positions
+            assert (part.cu_seqlens is None) == (batch.cu_seqlens is None)
+            assert batch.cu_seqlens is None or torch.equal(part.cu_seqlens, batch.cu_seqlens)
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_the_parts_of_packed_windows_are_the_windows(dataset, count):
+    packed = PackedDataset(dataset.reader, SEQ_LEN)
+    parts = [BatchLoader(packed, 5, 2, 4, part=SequencePart(index, count)) for index in range(count)]
+    for step in (0, len(packed) // 4):
+        assert_parts(BatchLoader(packed, 5, 2, 4).step_batches(step), [p.step_batches(step) for p in parts], True)
+
+
+def test_a_rank_reads_its_part_of_a_window_of_a_million_tokens(tmp_path):
+    """Order, labels, positions and borders hold; what is read and kept is a part."""
+    (tmp_path / "tokenizer.model").write_bytes(b"t")
+    rng, length = np.random.default_rng(0), 1_000_000
+    write(
+        tmp_path / "train",
+        tmp_path / "tokenizer.model",
+        [rng.integers(3, 200, 700_000) for _ in range(3)],
+        shard_tokens=500_000,
+    )
+    dataset = TokenDataset(ShardReader(tmp_path / "train"), length, document_mask=True)
+    assert len(dataset) == 2
+    whole = BatchLoader(dataset, 5, 1, 1)
+    shares = [BatchLoader(dataset, 5, 1, 1, part=SequencePart(index, 4)) for index in range(4)]
+    for step in (0, 1):
+        (batch,) = whole.step_batches(step)
+        parts = [share.step_batches(step)[0] for share in shares]
+        assert torch.equal(batch.labels, torch.cat([part.labels for part in parts], dim=1))
+        assert torch.equal(batch.position_ids, torch.cat([part.position_ids for part in parts], dim=1))
+        assert all(torch.equal(part.cu_seqlens, batch.cu_seqlens) for part in parts)
+        assert parts[0].input_ids.shape == (1, 250_000) and batch.cu_seqlens[-1] == length

@@ -53,7 +53,7 @@ def runs_here(row: Row, stage: int) -> bool:
 )
 def test_what_the_table_lets_run_takes_steps(row, stage):
     run = RunConfig(model=MODEL, data=DataConfig(seq_len=16), train=TrainConfig(steps=2, micro_batch_size=4))
-    losses, _, _ = train(resolve_run(run, row.example_json(stage), dp_size=1), make_steps(2))
+    losses, _, _ = train(resolve_run(run, row.example_json(stage), world_size=1), make_steps(2))
     assert all(map(math.isfinite, losses))
 
 

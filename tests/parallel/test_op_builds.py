@@ -27,7 +27,7 @@ def resolve(ds: dict[str, Any] | str) -> ResolvedRun:
     device = "cpu" if isinstance(ds, str) else "cuda"
     if isinstance(ds, str):
         ds = json.loads((ROOT / "ds_configs" / ds).read_text())
-    return resolve_run(RunConfig(train=TrainConfig(steps=1, micro_batch_size=1)), ds, dp_size=1, device_type=device)
+    return resolve_run(RunConfig(train=TrainConfig(steps=1, micro_batch_size=1)), ds, world_size=1, device_type=device)
 
 
 def with_optimizer(kind: str, *, offload: bool) -> dict[str, Any]:

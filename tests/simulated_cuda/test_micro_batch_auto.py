@@ -31,7 +31,7 @@ def test_the_largest_that_fits_is_found_for_all_ranks(two_gpus, tiny_corpus, tmp
 
 
 def test_a_resume_takes_the_same(tmp_path):
-    train = resolve_run(RunConfig(), {}, dp_size=1).train
+    train = resolve_run(RunConfig(), {}, world_size=1).train
     train = dataclasses.replace(train, run_dir=str(tmp_path))
     assert recorded_micro_batch_size(train) is None
     (tmp_path / "run_config.json").write_text('{"train": {"micro_batch_size": 4}}')

@@ -39,7 +39,7 @@ def resolve(
         section["data_types"] = {"grad_accum_dtype": "fp32"}
     settings = {**SETTINGS, "optimizer": None if "optimizer" in (ds or {}) else "adamw", "micro_batch_size": 4, **train}
     run = RunConfig(model=model, data=DataConfig(seq_len=SEQ_LEN), train=TrainConfig(**settings))
-    return resolve_run(run, {**section, **(ds or {})}, dp_size=world_size)
+    return resolve_run(run, {**section, **(ds or {})}, world_size=world_size)
 
 
 def make_steps(count: int, micro_batches: int = 1, size: int = 4, seed: int = 0) -> list[Step]:

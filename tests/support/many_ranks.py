@@ -198,7 +198,7 @@ def count(size: int, folder: Path) -> dict[str, dict[str, Counts]]:
     train = {"run_dir": str(folder / "run"), "steps": 9, "warmup_steps": 1, "global_batch_size": 24 * size}
     run = RunConfig.from_dict({"model": MODEL, "train": train})
     resolved, on_fewer = (
-        resolve_run(run, {"zero_optimization": {"stage": 1}}, dp_size=ranks, local_world_size=GPUS_A_HOST)
+        resolve_run(run, {"zero_optimization": {"stage": 1}}, world_size=ranks, local_world_size=GPUS_A_HOST)
         for ranks in (size, size * 3 // 4)
     )
     with world.in_place_of_torch(), world.counting():

@@ -109,7 +109,7 @@ def _measure(one: Setting, env: Any, device: Any, folder: Path) -> dict[str, int
         train=TrainConfig(precision=one["precision"], run_dir=str(folder), **train),
     )
     ds = load_ds_config(str(ROOT / "ds_configs" / f"{one['file']}.json"))
-    resolved = resolve_run(run, ds, dp_size=env.world_size, num_samples=10**6, device_type=device.type,
+    resolved = resolve_run(run, ds, world_size=env.world_size, num_samples=10**6, device_type=device.type,
                            bf16_supported=True)  # fmt: skip
     gc.collect()
     plan = estimate_memory(resolved, device.type)

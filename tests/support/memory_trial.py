@@ -37,7 +37,9 @@ def resolve_case(case: dict[str, Any], device_type: str, world_size: int = 1) ->
         data=DataConfig(seq_len=case["seq_len"]),
         train=TrainConfig(**{"optimizer": "adamw", **case["train"]}),
     )
-    return resolve_run(run, ds, dp_size=world_size, num_samples=1_000_000, device_type=device_type, bf16_supported=True)
+    return resolve_run(
+        run, ds, world_size=world_size, num_samples=1_000_000, device_type=device_type, bf16_supported=True
+    )
 
 
 def measure(case: dict[str, Any]) -> dict[str, int]:

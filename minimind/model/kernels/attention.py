@@ -92,7 +92,8 @@ class FastAttention(Attention):
         mixed = []
         for tokens in mask.batches:
             own = [_gather(x, tokens) for x in (queries, keys, values)]
-            gathered = self.attend(own[0], own[1], own[2], AttentionMask())
+            # Not `self.attend`: a subclass may exchange heads with other ranks there, which is done by now.
+            gathered = FastAttention.attend(self, own[0], own[1], own[2], AttentionMask())
             mixed.append(gathered.transpose(1, 2).flatten(0, 1))  # (num_documents * L, num_heads, head_size)
         flat = torch.cat(mixed).index_select(0, mask.inverse)  # type: ignore[arg-type]
         return flat.unflatten(0, (len(queries), -1)).transpose(1, 2)

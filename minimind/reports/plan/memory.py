@@ -67,14 +67,15 @@ class MemoryEstimate:
 ITEMS = ("parameters", "gradients", "optimizer", "activations", "logits", "buckets", "gathered", "update")
 
 
-def estimate_memory(resolved: ResolvedRun, device_type: str = "cuda", split: Split = ALONE) -> MemoryEstimate:
+def estimate_memory(resolved: ResolvedRun, device_type: str = "cuda", split: Split | None = None) -> MemoryEstimate:
     """Memory of one rank in a training step of the resolved run.
 
     Args:
-        split: ranks that share a sequence and layers with this one, beside the run's `dp_size`.
+        split: ranks that share a sequence and layers with this one, beside the run's `dp_size`; None: as the run says.
         device_type: on a CPU what counts is resident memory: a buffer counts as far as it is used, and torch's
             unfused kernels keep more.
     """
+    split = split or Split(resolved.train.sp_size, resolved.train.tp_size)
     rank = _Rank(resolved, device_type, split)
     backward, kept_buffer = rank.gradient_buffers()
     gathered, prefetched = rank.gathered()
@@ -245,7 +246,9 @@ def largest_gather(config: ModelConfig, split: Split = ALONE) -> int:
     return embedding + 2 * ((params_of_rank(config, split) - embedding) // config.num_hidden_layers)
 
 
-def largest_micro_batch(resolved: ResolvedRun, limit: int, device_type: str = "cuda", split: Split = ALONE) -> int:
+def largest_micro_batch(
+    resolved: ResolvedRun, limit: int, device_type: str = "cuda", split: Split | None = None
+) -> int:
     """The most sequences of a forward whose step stays below `limit` bytes a rank; 0 where not even one does.
 
     The accumulation is held as it is, so the global batch grows with the micro-batch.

@@ -154,7 +154,7 @@ def _resolve(run: RunConfig, ds: dict[str, Any], micro: int, ranks: int, device_
     return resolve_run(
         dataclasses.replace(run, train=train),
         ds,
-        dp_size=ranks,
+        world_size=ranks,
         num_samples=1_000_000,
         local_world_size=ranks,
         device_type=device_type,

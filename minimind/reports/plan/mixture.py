@@ -142,8 +142,10 @@ def try_mixture(
             global_batch_size=together,
             gradient_accumulation_steps=None,
             activation_checkpointing=recomputes,
+            sp_size=None,  # resolved as one rank of each group: `split` has their sizes
+            tp_size=None,
         )
-        return resolve_for(dataclasses.replace(run, train=train), without_batch(ds)[0], options, dp_size=dp_size)
+        return resolve_for(dataclasses.replace(run, train=train), without_batch(ds)[0], options, world_size=dp_size)
 
     try:
         largest = largest_micro_batch(resolve(1), limit, options.device, split)

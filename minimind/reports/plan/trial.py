@@ -37,6 +37,7 @@ from minimind.distributed.watchdog import Watchdog
 from minimind.errors import UserError, run_main
 from minimind.files import disk_errors
 from minimind.parallel.engine import build_engine, build_model
+from minimind.parallel.mesh import make_mesh
 from minimind.training.control import RunControl
 from minimind.training.objectives.pretrain import Pretrain
 from minimind.training.profiler import StepProfiler
@@ -59,7 +60,7 @@ def main() -> int:
     env = read_environment()
     device = find_device(env)
     run = RunConfig.from_dict(order["run"])
-    resolved = resolve_run(run, order["ds"], dp_size=env.world_size, device_type=device.type)
+    resolved = resolve_run(run, order["ds"], world_size=env.world_size, device_type=device.type)
     return_freed_memory()
     with process_group(env, device), tempfile.TemporaryDirectory() as folder:
         try:
@@ -101,13 +102,15 @@ def make_trainer(resolved: ResolvedRun, env: RankEnvironment, device: torch.devi
         resolved.data.seq_len,
         resolved.data.document_mask,
     )
-    engine = build_engine(resolved, build_model(resolved, device))
+    mesh = make_mesh(resolved)
+    engine = build_engine(resolved, build_model(resolved, device, mesh), mesh)
     engine.train()
     return Trainer(
         resolved=resolved,
+        mesh=mesh,
         engine=engine,
         objective=Pretrain(),
-        loader=make_loader(resolved, dataset, env, TrainState(), pin_memory=device.type == "cuda"),
+        loader=make_loader(resolved, dataset, mesh, TrainState(), pin_memory=device.type == "cuda"),
         val=None,
         saver=CheckpointSaver(engine, resolved, DataFingerprint("", ""), asynchronous=False),
         record=NullRecord(),

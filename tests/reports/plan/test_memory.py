@@ -45,7 +45,7 @@ def resolve(
         del ds["data_types"]
     train = {"micro_batch_size": 2, "optimizer": "adamw", **train}
     run = RunConfig(model=model, data=DataConfig(seq_len=128), train=TrainConfig(**train))
-    return resolve_run(run, ds, dp_size=world_size, device_type="cuda", bf16_supported=True)
+    return resolve_run(run, ds, world_size=world_size, device_type="cuda", bf16_supported=True)
 
 
 def estimate(stage: int, *, device: str = "cuda", **others: Any):

@@ -42,7 +42,7 @@ def test_memory_that_does_not_grow_in_a_line_is_found_too():
 def test_auto_begins_where_the_plan_ends_and_takes_a_divisor(monkeypatch, share):
     """Whether a step really takes more or less than planned, by the factor `share`."""
     run = RunConfig.from_dict({"model": "tiny", "train": {"micro_batch_size": 1, "global_batch_size": 24}})
-    resolved = resolve_run(run, load_ds_config(None), dp_size=2, device_type="cuda", bf16_supported=True)
+    resolved = resolve_run(run, load_ds_config(None), world_size=2, device_type="cuda", bf16_supported=True)
     tried: list[int] = []
 
     def planned(one) -> int:
@@ -58,7 +58,7 @@ def test_auto_begins_where_the_plan_ends_and_takes_a_divisor(monkeypatch, share)
     def sized(micro: int) -> int:
         train = {"micro_batch_size": micro, "gradient_accumulation_steps": 2}
         one = RunConfig.from_dict({"model": "tiny", "train": train})
-        return planned(resolve_run(one, load_ds_config(None), dp_size=1, device_type="cuda", bf16_supported=True))
+        return planned(resolve_run(one, load_ds_config(None), world_size=1, device_type="cuda", bf16_supported=True))
 
     limit = sized(4) + 1
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (round(limit / micro_batch.USABLE_DEVICE) + 1, 0))

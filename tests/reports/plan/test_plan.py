@@ -243,6 +243,6 @@ def test_the_size_of_a_checkpoint_is_that_of_a_real_one(tiny_corpus, tmp_path, s
     content = json.loads((tmp_path / "run" / "run_config.json").read_text())
     content.pop("shard_fingerprint")
     ds = json.loads((tmp_path / "run" / "ds_config.json").read_text())
-    resolved = resolve_run(RunConfig.from_dict(content), ds, dp_size=1)
+    resolved = resolve_run(RunConfig.from_dict(content), ds, world_size=1)
     assert resolved.checkpoint_bytes == pytest.approx(real, rel=0.1)
     assert kept_checkpoints(resolved.train, 10) == 4
