@@ -78,7 +78,19 @@ def _find_line(lines: list[str], text: str, start: int, what: str) -> int:
 def refresh(text: str, language: str) -> str:
     """The page with its excerpts and tables as they should be. `language`: "en" or "zh"."""
     text = _EXCERPT.sub(lambda found: f"{found[1]}```python\n{read_excerpt(found['what'])}\n```\n", text)
-    return _GENERATED.sub(lambda found: f"{found[1]}{(TABLES | WORKED)[found['name']](language)}\n{found[3]}", text)
+    makers = {**TABLES, **WORKED, "contents": lambda language: list_sections(text)}
+    return _GENERATED.sub(lambda found: f"{found[1]}{makers[found['name']](language)}\n{found[3]}", text)
+
+
+def list_sections(text: str) -> str:
+    """A page's contents: a line for each section, and behind it the parts of the section."""
+    lines: list[str] = []
+    for anchor, level, title in re.findall(r'^<a id="([^"]+)"></a>\n\n(##+) (.+)$', text, re.M):
+        if level == "##":
+            lines.append(f"- [{title}](#{anchor})")
+        else:
+            lines.append(f"  - [{title}](#{anchor})")
+    return "\n".join(lines)
 
 
 def main() -> int:

@@ -107,7 +107,7 @@ TOPICS = {
     "reference: DeepSpeed JSON files": ("ds_configs.md", "files", "zero3_hpz.json"),
 }
 # Sections that only gather others, or are no technical point.
-NO_POINTS = {"notation", "first-run", "data", "optimizer", "stability", "losses", "troubleshooting", "next"}
+NO_POINTS = {"notation", "first-run", "loop", "data", "optimizer", "stability", "losses", "troubleshooting", "next"}
 
 
 @pytest.mark.parametrize("topic", TOPICS)
@@ -393,7 +393,7 @@ def find_flags() -> set[str]:
 
 
 # Flags of other programs, and the placeholder that explains how booleans are written.
-FOREIGN_FLAGS = {"--solution", "--name", "--config", "--gpu-bind", "--append-eod"}
+FOREIGN_FLAGS = {"--jinja", "--solution", "--name", "--config", "--gpu-bind", "--append-eod"}
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

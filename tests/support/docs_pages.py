@@ -28,6 +28,8 @@ PAGES = (
     "ds_configs.md",
     "gpu.md",
     "exercises.md",
+    "glossary.md",
+    "cheat_sheet.md",
 )
 STEP_IDS = ("why", "history", "idea", "code", "points")
 STEPS = {
