@@ -13,30 +13,44 @@ from pathlib import Path
 import tyro
 from harness import OUT, Claim, report, train_evaluated
 
+from minimind.config.muon import default_rates
+from minimind.config.run_config import preset
+
 SHAPE = "--seq-len 256 --global-batch-size 8"  # 2,048 tokens a step
-MUON = "--optimizer muon --lr 1e-2 --muon-lr 0.02"
 RECIPES = {
+    "muon": "",
     "adamw": "--optimizer adamw --lr 3e-3",
-    "muon": MUON,
-    "muon, linear to zero": f"{MUON} --schedule linear --min-lr-ratio 0",
-    "muon, wsd to zero": f"{MUON} --schedule wsd --decay-ratio 0.4 --min-lr-ratio 0",
-    "muon 0.01": f"{MUON} --muon-lr 0.01",
-    "muon 0.04": f"{MUON} --muon-lr 0.04",
-    "muon, the rest at 3e-3": f"{MUON} --lr 3e-3",
-    "muon, the rest at 3e-2": f"{MUON} --lr 3e-2",
-    "muon, no decay": f"{MUON} --weight-decay 0",
+    "adamw 1e-2": "--optimizer adamw --lr 1e-2",
+    "half the muon rate": "--muon-lr 0.01",
+    "twice the muon rate": "--muon-lr 0.04",
+    "embedding and output at a third": "--lr {low}",
+    "embedding and output at three times": "--lr {high}",
+    "norms at a third": "--norm-lr 3.3e-3",
+    "linear to zero": "--schedule linear --min-lr-ratio 0",
+    "cosine to zero": "--min-lr-ratio 0",
+    "wsd to zero": "--schedule wsd --decay-ratio 0.4 --min-lr-ratio 0",
+    "warm-up of 10%": "--warmup-steps {tenth}",
+    "no decay": "--weight-decay 0",
+    "z-loss": "--z-loss-coef 1e-4",
+    "half the batch, twice the steps": "--global-batch-size 4 --steps {twice}",
+    "document mask": "--document-mask",
+    "beta1 0.8": "--betas 0.8 0.95",
 }
+"""Flags beside the defaults: a third and three times the rate that would be, a tenth and twice the steps."""
 
 
 def main(
     shards: Path, model: str = "quickstart", steps: int = 300, seeds: tuple[int, ...] = (1, 2, 3),
     only: tuple[str, ...] = (), folder: Path = OUT / "recipe",
 ) -> None:  # fmt: skip
+    rate = default_rates(preset(model), None)["lr"]
+    given = {"low": rate / 3, "high": 3 * rate, "tenth": steps // 10, "twice": 2 * steps}
     found: dict[str, list[float]] = {name: [] for name in only or RECIPES}
     for seed in seeds:
         for name, figures in found.items():
             run_dir = folder / f"{model}-{steps}-{name.replace(' ', '_')}-{seed}"
-            flags = [*SHAPE.split(), "--steps", steps, *RECIPES[name].split(), "--seed", seed, "--shards", shards]
+            flags = [*SHAPE.split(), "--steps", steps, *RECIPES[name].format(**given).split()]
+            flags += ["--seed", seed, "--shards", shards]
             figures.append(train_evaluated(model, run_dir, *flags)[-1][1])
             print(f"  {model}, seed {seed}: {figures[-1]:.4f}  {name}", file=sys.stderr, flush=True)
     claims = [Claim(name, figures) for name, figures in found.items()]

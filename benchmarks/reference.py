@@ -216,7 +216,7 @@ class HeldOut(NamedTuple):
 def train_theirs(
     peer: Path, file: Path, tokens: int, texts: int, held_out: HeldOut, shape: tuple[int, int, int]
 ) -> list[Point]:
-    """The reference's own trainer over one epoch. Where it stands still, the weights of the turn before are on disk."""
+    """The reference's own trainer over one epoch. It stands still a step after each of its saves."""
     batch, accumulation, points = shape
     own = Peer.copied(peer, file.parent / "peer")
     steps = -(-texts // batch)
@@ -228,11 +228,9 @@ def train_theirs(
     weights = own.folder / "out" / f"pretrain_{HIDDEN_SIZE}.pth"
     seen: list[tuple[int, float]] = []
     with started([one], warm_steps=1):
-        for turn in range(steps // every):
-            one.steps = every - (turn == 0)  # the first step was made before
+        for turn in range((steps - 1) // every):
             one.take_turn()
-            if turn:
-                seen.append((turn * every, held_out.bits(weights, [1])))
+            seen.append(((turn + 1) * every, held_out.bits(weights, [1])))
         one.finish()
         seen.append((steps, held_out.bits(weights, [1])))
     mean = sum(turn.wall_seconds for turn in one.turns) / sum(turn.steps for turn in one.turns)

@@ -52,19 +52,22 @@ step 5 "turn the text into token shards" \
 # that were interrupted.
 seconds=$(((8 * 60 - 90 - SECONDS) / 2))
 [ "$seconds" -ge 120 ] || seconds=120
-title="train a model of 5 million parameters with DeepSpeed"
+title="train a model of 1.7 million parameters with DeepSpeed"
+precision=""
 if [ -n "${QUICKSTART_STEPS:-}" ]; then
   steps="$QUICKSTART_STEPS"
 elif [ -e $data/steps.txt ]; then
-  steps="$(cat $data/steps.txt)"
+  read -r steps precision <$data/steps.txt || true # one of an earlier version has no precision
 else
-  steps="$($python launch/quickstart_steps.py "$seconds")" || fail "the speed of this machine could not be measured"
-  echo "$steps" >$data/steps.txt
+  chosen="$($python launch/quickstart_steps.py "$seconds")" || fail "the speed of this machine could not be measured"
+  echo "$chosen" >$data/steps.txt
+  read -r steps precision <<<"$chosen"
   title="$title: $steps steps, and as much to fine-tune it, each at most $(((seconds + 30) / 60)) minutes here"
 fi
 step 6 "$title" \
-  bash launch/pretrain.sh --model quickstart --shards $data/shards --run-dir $run --ds-config ds_configs/zero1.json \
-  --steps "$steps" --seq-len 256 --global-batch-size 8 --optimizer muon --lr 1e-2 --eval-every $((steps / 4 > 0 ? steps / 4 : 1)) \
+  bash launch/pretrain.sh --model quickstart --hidden-size 128 --shards $data/shards --run-dir $run \
+  --ds-config ds_configs/zero1.json --steps "$steps" --seq-len 256 --global-batch-size 8 \
+  ${precision:+--precision "$precision"} --eval-every $((steps / 4 > 0 ? steps / 4 : 1)) \
   --eval-samples 64 --save-every $((steps / 2 > 0 ? steps / 2 : 1))
 step 7 "evaluate it on text that it has not seen" \
   $python -m minimind.evaluate --checkpoint $run --shards $data/shards
@@ -82,7 +85,7 @@ answer() {
 step 10 "ask the model before fine-tuning" answer $run $run/answers.jsonl
 step 11 "fine-tune it on the conversations, and ask again" \
   bash launch/sft.sh --init-from $run --shards $data/chat/shards --run-dir $chat --ds-config ds_configs/zero1.json \
-  --steps $((2 * steps)) --seq-len 256 --global-batch-size 4 --lr 2e-3 --save-every "$steps"
+  ${precision:+--precision "$precision"} --steps $((2 * steps)) --seq-len 256 --global-batch-size 4 --lr 2e-3 --save-every "$steps"
 answer $chat $chat/answers.jsonl || fail "the fine-tuned model could not be asked"
 $python launch/quickstart_answers.py $run/answers.jsonl $chat/answers.jsonl
 

@@ -18,7 +18,7 @@ from quickstart_steps import FEWEST, MOST, choose_steps
 STUB = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> "$LOG"
 case "$*" in
-  *quickstart_steps.py*) [ -z "${FAIL:-}" ] && echo 140 ;;
+  *quickstart_steps.py*) [ -z "${FAIL:-}" ] && echo 140 bf16 ;;
   *default_corpus*) mkdir -p data/quickstart && touch data/quickstart/corpus.jsonl ;;
 esac
 """
@@ -32,7 +32,8 @@ def test_steps_fill_the_time_between_their_bounds() -> None:
 def test_the_machine_is_measured_in_about_a_second() -> None:
     command = [sys.executable, "launch/quickstart_steps.py", "400"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stderr == "" and FEWEST <= int(done.stdout) <= MOST and int(done.stdout) % 20 == 0
+    steps, precision = done.stdout.split()
+    assert done.stderr == "" and FEWEST <= int(steps) <= MOST and int(steps) % 20 == 0 and precision in ("fp32", "bf16")
 
 
 @pytest.fixture
@@ -63,15 +64,18 @@ def test_the_chosen_number_is_said_and_kept(repository: Path) -> None:
     done, calls = run(repository)
     assert done.returncode == 0, done.stderr
     assert "140 steps, and as much to fine-tune it, each at most 3 minutes here" in done.stdout
-    assert any(call.startswith("pretrain.sh") and "--steps 140 " in call for call in calls)
+    assert any(
+        call.startswith("pretrain.sh") and "--steps 140 " in call and "--precision bf16" in call for call in calls
+    )
     (measured,) = [call for call in calls if "quickstart_steps.py" in call]
     assert 180 <= int(measured.split()[-1]) <= 195
     assert any(call.startswith("sft.sh") and "--steps 280 " in call for call in calls)
     done, calls = run(repository)  # goes on with the same number, whatever time is left
     assert not any("quickstart_steps.py" in call for call in calls)
-    assert any("--steps 140 " in call for call in calls)
+    assert any("--steps 140 " in call and "--precision bf16" in call for call in calls)
     done, calls = run(repository, QUICKSTART_STEPS="20")
     assert any("--steps 20 " in call for call in calls) and any("--steps 40 " in call for call in calls)
+    assert not any("--precision" in call for call in calls)
 
 
 def test_what_has_changed_is_shown_and_counted(tmp_path: Path) -> None:
