@@ -12,7 +12,7 @@ import random
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,8 @@ class NeedleOptions:
     """Needles with other keys in the same text."""
     needle_template: str = "The secret number of {key} is {value}."
     """The needle; the question is the same up to the value."""
+    needle_values: Literal["number", "word"] = "number"
+    """Five digits, or two syllables like the keys, which a small model copies sooner."""
     needle_seed: Annotated[int, AT_LEAST_0] = 0
     """Decides texts, keys, values and places."""
 
@@ -150,7 +152,8 @@ def make_test(
         UserError: the needles alone are longer than `length`.
     """
     draw = random.Random(f"{options.needle_seed}:{sample}")
-    keys, values = _draw(draw, _draw_key, options.needle_others + 1), _draw(draw, _draw_value, CANDIDATES)
+    keys = _draw(draw, _draw_word, options.needle_others + 1)
+    values = _draw(draw, _draw_word if options.needle_values == "word" else _draw_number, CANDIDATES)
     before, after = options.needle_template.split("{value}")
     pairs = [encode_pair(tokenizer, "\n" + before.format(key=keys[0]), value) for value in values]
     question, answers = pairs[0][0], [answer for _, answer in pairs]
@@ -184,11 +187,11 @@ def _draw(draw: random.Random, one: Callable[[random.Random], str], count: int) 
     return list(found)
 
 
-def _draw_key(draw: random.Random) -> str:
+def _draw_word(draw: random.Random) -> str:
     return "".join(draw.choice("bdfgklmnprst") + draw.choice("aeiou") for _ in range(2))
 
 
-def _draw_value(draw: random.Random) -> str:
+def _draw_number(draw: random.Random) -> str:
     return str(draw.randrange(10_000, 100_000))
 
 

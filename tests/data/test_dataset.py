@@ -11,6 +11,7 @@ from shard_folders import EOS, SEQ_LEN, stream_of, write
 from minimind.data.dataset import IGNORED_LABEL, TokenDataset
 from minimind.data.loader import collate
 from minimind.data.manifest import ShardError
+from minimind.data.shard_writer import ShardWriter
 from minimind.data.shards import ShardReader
 from minimind.errors import UserError
 
@@ -67,6 +68,28 @@ def test_document_mask_cuts_where_documents_begin(reader, documents):
         expected = np.where(is_start[first + 1 : first + 1 + SEQ_LEN], IGNORED_LABEL, stream[first + 1 :][:SEQ_LEN])
         np.testing.assert_array_equal(sample.labels, expected)
         np.testing.assert_array_equal(sample.input_ids, stream[first : first + SEQ_LEN])
+
+
+def test_a_window_may_be_a_million_tokens_of_several_shards_and_documents(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"t")
+    length, document = 1_000_000, np.arange(1, 300_000) % 250 + 1
+    with ShardWriter(
+        tmp_path / "train", vocab_size=256, eos_token_id=EOS, tokenizer_file=tmp_path / "tokenizer.model",
+        shard_tokens=350_000,
+    ) as writer:  # fmt: skip
+        for _ in range(7):
+            writer.add_document(document, len(document))
+    reader = ShardReader(tmp_path / "train")
+    dataset = TokenDataset(reader, length, document_mask=True)
+    assert len(dataset) == 2 and len(reader.manifest.shards) > 3
+    stream = np.concatenate([np.append(document, EOS)] * 7)
+    batch = collate([dataset[1], dataset[0]], [1, 0])
+    np.testing.assert_array_equal(batch.input_ids[0], stream[length : 2 * length])
+    borders = [0, 200_000, 500_000, 800_000, length, *(length + 300_000 * i for i in (1, 2, 3)), 2 * length]
+    assert batch.cu_seqlens.tolist() == borders and int(batch.position_ids.max()) == 299_999
+    for low, high in itertools.pairwise(borders):
+        assert batch.position_ids.flatten()[low] == 0 and batch.position_ids.flatten()[high - 1] == high - low - 1
+    assert batch.num_targets == 2 * length - 6, "the first token of each document is no target"
 
 
 def test_a_masked_batch_describes_its_segments(reader):

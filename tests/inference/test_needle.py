@@ -77,6 +77,13 @@ def test_a_needle_lies_at_its_depth_and_the_prompt_is_as_long_as_asked(model, ha
     assert make(haystack, tokenizer) == make(haystack, tokenizer) != make(haystack, tokenizer, needle_seed=1)
 
 
+def test_values_may_be_words(model, haystack):
+    test = make(haystack, model[1], needle_values="word", needle_others=0)
+    values = [model[1].decode(answer).strip() for answer in test.answers]
+    assert len(set(values)) == 10 and all(len(value) == 4 and value.isalpha() for value in values)
+    assert [f": {value}." in model[1].decode(test.prompt) for value in values] == [True] + [False] * 9
+
+
 def test_a_text_that_is_too_short_begins_again(model, haystack):
     tokenizer = model[1]
     prompt = make(haystack, tokenizer, length=3 * haystack.num_tokens).prompt

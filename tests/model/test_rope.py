@@ -97,3 +97,16 @@ def test_a_cast_of_the_model_leaves_the_tables_exact():
     frequencies = config.rope_theta ** -(torch.arange(0, 16, 2, dtype=torch.float64) / 16)
     assert cos.dtype == torch.float32
     torch.testing.assert_close(cos[0, 0, :8].double(), (400 * frequencies).cos(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("changes", [{}, {"rope_scaling_factor": 32.0}, {"rope_theta": 1e8}])
+def test_positions_near_a_million_are_exact(changes):
+    config = ModelConfig(max_position_embeddings=2**20, **changes)
+    positions = torch.tensor([0, 1, 32_767, 999_999, 2**20 - 1])
+    cos, sin = rotary_tables(config, positions)
+    frequencies, scale = inverse_frequencies(config).tolist(), attention_factor(config)
+    half = config.head_size // 2
+    for row, position in enumerate(positions.tolist()):
+        angles = [position * frequency for frequency in frequencies]
+        expected = torch.tensor([[scale * math.cos(a) for a in angles], [scale * math.sin(a) for a in angles]])
+        torch.testing.assert_close(torch.stack([cos[row, 0, half:], sin[row, 0, half:]]), expected, rtol=0, atol=3e-7)

@@ -53,6 +53,8 @@ def activation_bytes(resolved: ResolvedRun, device_type: str, split: Split = ALO
     # The final norm keeps its input (and on a CPU a number a token), the loss its gradient.
     ends = model.hidden_size * (compute + residual) + (4 if device_type == "cpu" else 0)
     total = tokens * ends
+    # Cosines and sines of every position, in float32: of one row where all rows count alike.
+    total += 8 * model.head_size * (tokens if resolved.data.document_mask else tokens // train.micro_batch_size)
     if train.activation_checkpointing:
         total += tokens * model.num_hidden_layers * model.hidden_size * residual
     else:

@@ -52,6 +52,10 @@ def estimate(stage: int, *, device: str = "cuda", **others: Any):
     return estimate_memory(resolve(stage, **others), device)
 
 
+TABLES = 128 * 2 * 96 * 4
+"""Cosines and sines of the positions of one row."""
+
+
 def test_a_gpu_takes_the_norm_of_stages_2_and_3_in_float64():
     updates = [estimate(stage, precision="bf16", world_size=64).update for stage in range(4)]
     assert updates[:2] == [0, 0] and updates[2:] == [8 * largest_tensor(MODEL)] * 2
@@ -140,14 +144,14 @@ def test_activations_follow_batch_length_layers_and_checkpointing():
     def activations(**others: Any) -> int:
         return activation_bytes(resolve(1, **{"precision": "bf16", **others}), "cuda")
 
-    one, ends = activations(), 2 * 128 * 768 * 4  # the final norm's input, the loss's gradient
+    one, ends = activations() - TABLES, 2 * 128 * 768 * 4  # the final norm's input, the loss's gradient
     per_layer = layer_activations_per_token(MODEL) * 2 + 4 * 8  # attention's log-sums in float32
     assert one == 8 * 2 * 128 * per_layer + ends
-    assert activations(micro_batch_size=6) == 3 * one
-    checkpointed = activations(activation_checkpointing=True)
+    assert activations(micro_batch_size=6) - TABLES == 3 * one
+    checkpointed = activations(activation_checkpointing=True) - TABLES
     assert checkpointed == 8 * 2 * 128 * MODEL.hidden_size * 2 + ends
     deeper = dataclasses.replace(MODEL, num_hidden_layers=16)
-    assert activations(model=deeper) == 2 * one - ends
+    assert activations(model=deeper) - TABLES == 2 * one - ends
 
 
 def test_a_shared_sequence_divides_the_activations_and_shared_layers_a_part_of_them():
@@ -155,10 +159,11 @@ def test_a_shared_sequence_divides_the_activations_and_shared_layers_a_part_of_t
     alone = activation_bytes(resolved, "cuda")
     parts = [activation_bytes(resolved, "cuda", Split(sp_size=size)) * size for size in (2, 4, 8)]
     outcome = 8 * 8 * 128 * 768 * 2  # of attention, which comes back from other ranks
-    assert parts[:2] == [alone + outcome] * 2
+    assert parts[:2] == [alone + outcome] * 2, "tables too: each rank has those of its tokens"
     assert parts[2] == alone + outcome + 2 * 8 * 8 * 128 * 384 * 2, "8 ranks repeat 4 key and value heads"
     stream = 8 * 8 * 128 * 4 * 768 * 2 + 2 * 8 * 128 * 768 * 2  # norms' inputs and outputs; the ends
-    assert activation_bytes(resolved, "cuda", Split(tp_size=2)) == (alone - stream) // 2 + stream
+    whole = stream + TABLES
+    assert activation_bytes(resolved, "cuda", Split(tp_size=2)) == (alone - whole) // 2 + whole
 
 
 def test_states_are_divided_by_the_ranks_of_a_sequence_and_matrices_by_those_of_a_layer():
