@@ -13,7 +13,9 @@ EXPERTS = {**HEADS, "use_moe": True, "num_experts": 4}
 
 def resolve(ds=None, *, world_size=4, seq_len=48, model=None, **train):
     run = RunConfig(
-        ModelConfig(**{**HEADS, **(model or {})}), DataConfig(seq_len=seq_len), TrainConfig(micro_batch_size=2, optimizer="adamw", **train)
+        ModelConfig(**{**HEADS, **(model or {})}),
+        DataConfig(seq_len=seq_len),
+        TrainConfig(micro_batch_size=2, optimizer="adamw", **train),
     )
     return resolve_run(run, ds or {}, world_size=world_size, local_world_size=world_size)
 

@@ -45,7 +45,7 @@ def _length(plan: PlannedRun) -> Iterator[str]:
     batch = run.train.global_batch_size * run.data.seq_len
     if tokens is not None and steps is not None:
         wanted = tokens // FEWEST_STEPS // run.data.seq_len
-        if steps < FEWEST_STEPS and wanted >= plan.world_size:
+        if steps < FEWEST_STEPS and wanted >= plan.resolved.dp_size:
             yield (
                 f"the global batch of {batch:,} tokens is too large for {tokens:,}: {steps:,} steps; "
                 f"{wanted:,} sequences a step would give about {FEWEST_STEPS:,}"

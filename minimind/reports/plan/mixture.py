@@ -6,7 +6,6 @@ nothing.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from minimind.config.deepspeed_keys import with_stage, without_batch, zero_stage
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import RunConfig
 from minimind.errors import UserError
-from minimind.model.config import ModelConfig
 from minimind.reports.plan.activations import Split, params_of_rank, precision_of
 from minimind.reports.plan.memory import MemoryEstimate, estimate_memory, largest_micro_batch
 from minimind.reports.plan.planned_run import VARIANTS, PlanOptions, column_name, device_limit, resolve_for
@@ -63,9 +61,8 @@ def show_mixtures(run: RunConfig, ds: dict[str, Any], options: PlanOptions) -> t
         f"speed     {_describe_speed(run, options)}, nothing overlapped",
     ]
     if not found:
-        most = max(one.sp_size * one.tp_size for one in splits(run.model, run.data.seq_len, options))
         lines.append(
-            f"nothing   fits, in any ZeRO stage, offloaded or not, with each sequence on up to {most} ranks: take more "
+            "nothing   fits, however ranks share sequences and layers, in any ZeRO stage, offloaded or not: take more "
             "GPUs or a smaller model"
         )
         return "\n".join(lines), False
@@ -109,7 +106,7 @@ def find_mixtures(run: RunConfig, ds: dict[str, Any], options: PlanOptions, limi
     """
     found: list[Mixture] = []
     for offloads in (False, True):
-        for split in splits(run.model, run.data.seq_len, options):
+        for split in splits(options):
             for stage, offloaded in VARIANTS:
                 if stage and bool(offloaded) == offloads:  # stage 1 sends what stage 0 sends, and holds less
                     for recomputes in (False, True):
@@ -142,10 +139,10 @@ def try_mixture(
             global_batch_size=together,
             gradient_accumulation_steps=None,
             activation_checkpointing=recomputes,
-            sp_size=None,  # resolved as one rank of each group: `split` has their sizes
-            tp_size=None,
+            sp_size=split.sp_size,
+            tp_size=split.tp_size,
         )
-        return resolve_for(dataclasses.replace(run, train=train), without_batch(ds)[0], options, world_size=dp_size)
+        return resolve_for(dataclasses.replace(run, train=train), without_batch(ds)[0], options)
 
     try:
         largest = largest_micro_batch(resolve(1), limit, options.device, split)
@@ -153,27 +150,22 @@ def try_mixture(
             return None
         micro = max(size for size in range(1, min(share, largest) + 1) if share % size == 0)
         resolved = resolve(micro)
-    except UserError:  # this stage cannot run what the run asks for
+    except UserError:  # the run cannot be split so, or not in this stage
         return None
     memory = estimate_memory(resolved, options.device, split)
     return Mixture(resolved, split, memory, seconds_per_token(resolved, split, options))
 
 
-def splits(model: ModelConfig, seq_len: int, options: PlanOptions) -> list[Split]:
-    """How the ranks can be divided: tensor parallelism inside a node and by whole key heads, sequences by whole query
-    heads of what tensor parallelism leaves, and by tokens."""
+def splits(options: PlanOptions) -> list[Split]:
+    """How the ranks can be divided, tensor parallelism inside a node; resolving tells whether a run can be."""
     ranks = options.num_gpus * options.num_nodes
     return [
         Split(sp_size, tp_size)
-        for tp_size in _divisors(math.gcd(options.num_gpus, model.num_key_value_heads))
-        if model.feed_forward_size % tp_size == 0
-        for sp_size in _divisors(math.gcd(ranks // tp_size, model.num_attention_heads // tp_size, seq_len))
+        for tp_size in range(1, options.num_gpus + 1)
+        if options.num_gpus % tp_size == 0
+        for sp_size in range(1, ranks // tp_size + 1)
+        if ranks // tp_size % sp_size == 0
     ]
-
-
-@functools.cache
-def _divisors(number: int) -> tuple[int, ...]:
-    return tuple(size for size in range(1, number + 1) if number % size == 0)
 
 
 def seconds_per_token(resolved: ResolvedRun, split: Split, options: PlanOptions) -> float:

@@ -171,12 +171,12 @@ def make_plan(run: RunConfig, ds: dict[str, Any], options: PlanOptions) -> Plann
     return PlannedRun(resolved, options, limit, columns, steps, recomputing_nothing)
 
 
-def resolve_for(run: RunConfig, ds: dict[str, Any], options: PlanOptions, *, world_size: int = 0) -> ResolvedRun:
-    """The run as training would resolve it on the planned ranks, or on `world_size` of them."""
+def resolve_for(run: RunConfig, ds: dict[str, Any], options: PlanOptions) -> ResolvedRun:
+    """The run as training would resolve it on the planned ranks."""
     return resolve_run(
         run,
         ds,
-        world_size=world_size or options.num_gpus * options.num_nodes,
+        world_size=options.num_gpus * options.num_nodes,
         local_world_size=options.num_gpus,
         device_type=options.device,
         bf16_supported=options.device == "cuda",

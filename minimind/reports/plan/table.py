@@ -18,13 +18,15 @@ def show_plan(plan: PlannedRun) -> str:
     """The plan as text for a terminal."""
     run, train, options = plan.resolved, plan.resolved.train, plan.options
     gpus = f"{plan.world_size} ranks on {options.num_nodes} node{'s' if options.num_nodes > 1 else ''}"
+    groups = "ranks" if run.dp_size == plan.world_size else "groups of ranks"
     is_assumed = options.gpu_memory is None and not torch.cuda.is_available()
     size, kept = run.checkpoint_bytes, kept_checkpoints(train, plan.steps)
     lines = [
         f"model     {run.describe_size()}",
-        f"ranks     {gpus}, {options.device}, {train.precision}, ZeRO stage {run.zero.stage}",
+        f"ranks     {gpus}, {options.device}, {train.precision}, ZeRO stage {run.zero.stage}"
+        + (f", sp {train.sp_size} x tp {train.tp_size}" if run.dp_size < plan.world_size else ""),
         f"batch     {train.global_batch_size:,} sequences of {run.data.seq_len:,} tokens = {train.micro_batch_size} x "
-        f"{train.gradient_accumulation_steps} accumulated x {plan.world_size} ranks"
+        f"{train.gradient_accumulation_steps} accumulated x {run.dp_size} {groups}"
         + (", activation checkpointing" if train.activation_checkpointing else ""),
         f"limit     {format_bytes(plan.limit)} a rank for tensors, {USABLE:.0%} of the device"
         + (" (assumed; --gpu-memory says another)" if is_assumed else ""),
