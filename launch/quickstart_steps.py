@@ -22,9 +22,9 @@ MODEL = dataclasses.replace(PRESETS["quickstart"], hidden_size=128)
 """Of minutes on two cores a model of 1.7 million parameters makes more than the preset's 5 million."""
 FEWEST, MOST = 60, 3000
 """Too few steps teach nothing; more than these go round the small corpus again."""
-BESIDES = 1.5
-"""Seconds of a step of the whole run for a second of forward and backward: the optimizer (Muon's matrix products are a
-fifth), evaluations, checkpoints."""
+BESIDES = 1.35
+"""Seconds of a step of the whole run for a second of forward and backward: the optimizer (a sixth of processor time, and
+it shares cores less well), evaluations, checkpoints."""
 
 
 def choose_steps(seconds: float, step_seconds: float) -> int:

@@ -25,7 +25,7 @@ esac
 
 
 def test_steps_fill_the_time_between_their_bounds() -> None:
-    assert choose_steps(400, 1.0) == 260 and choose_steps(400, 0.5) == 520
+    assert choose_steps(400, 1.0) == 280 and choose_steps(400, 0.5) == 580
     assert choose_steps(400, 0.001) == MOST and choose_steps(400, 100.0) == FEWEST
 
 
