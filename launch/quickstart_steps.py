@@ -23,8 +23,8 @@ MODEL = dataclasses.replace(PRESETS["quickstart"], hidden_size=128)
 FEWEST, MOST = 60, 3000
 """Too few steps teach nothing; more than these go round the small corpus again."""
 BESIDES = 1.35
-"""Seconds of a step of the whole run for a second of forward and backward: the optimizer (a sixth of processor time, and
-it shares cores less well), evaluations, checkpoints."""
+"""Seconds of a step of the whole run for a second of forward and backward: the optimizer (of processor time a sixth),
+evaluations, checkpoints."""
 
 
 def choose_steps(seconds: float, step_seconds: float) -> int:
