@@ -149,7 +149,7 @@ class Point(NamedTuple):
 
 
 def time_to_loss(
-    peer: Path, text: Path | None = None, texts: int = 4000, batch: int = 32, accumulation: int = 8,
+    peer: Path, text: Path | None = None, texts: int = 2560, batch: int = 32, accumulation: int = 8,
     share: float = 0.25, repeats: int = 3, points: int = 8,
 ) -> None:  # fmt: skip
     """Seconds and tokens until ours is where the reference ends, both with their own defaults, one after the other.
