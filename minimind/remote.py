@@ -4,6 +4,8 @@ Reads by ranges and tries again what may pass: a 503, a connection that is cut. 
 no credentials stand. Knows nothing of what the files hold.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import io
 import os
@@ -232,6 +234,15 @@ def cache_folder() -> Path:
 def cache_bytes() -> int:
     """How many bytes of shards are kept there: $MINIMIND_CACHE_SIZE, or 50 GB."""
     return parse_size(os.environ.get("MINIMIND_CACHE_SIZE") or "50GB", "MINIMIND_CACHE_SIZE")
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """One process of this machine in `folder`: the ranks that want the same files fetch them once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def name_of(url: str) -> str:

@@ -100,7 +100,7 @@ def newest_valid(
 def find_checkpoint(
     path: Path, report: Callable[[str], Any], share: Share = share_among_threads, *, hashes: bool = True
 ) -> Path:
-    """A checkpoint compared with its manifest: `path` itself, or the newest valid one of a run.
+    """A checkpoint compared with its manifest: `path` itself, or the newest valid one of a run, here.
 
     Raises:
         CheckpointError: it is damaged, or the run holds none.

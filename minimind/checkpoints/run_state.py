@@ -45,7 +45,9 @@ AT_RESUME: dict[str, Change] = {
     **dict.fromkeys(
         ("teacher", "teacher_int8", "teacher_top_k", "distill_alpha", "distill_temperature", "distill_kl"), "fixed"
     ),
-    **dict.fromkeys(("run_dir", "resume", "device", "ds_config", "num_workers", "timeout_minutes"), "silent"),
+    **dict.fromkeys(
+        ("run_dir", "resume", "store_checkpoints", "device", "ds_config", "num_workers", "timeout_minutes"), "silent"
+    ),
     "mixture_schedule": "silent",  # what it says is part of the fingerprint of the shards
     **dict.fromkeys(("reward_seconds", "reward_workers", "rollout_seconds", "skip_bad_rewards"), "silent"),
     **dict.fromkeys(("log_every", "tensorboard", "wandb_project", "preflight", "profile_steps"), "silent"),

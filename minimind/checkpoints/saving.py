@@ -36,10 +36,12 @@ from minimind.checkpoints.manifest import (
     TrainState,
     verify_files,
 )
+from minimind.checkpoints.remote_copies import store_checkpoint
 from minimind.checkpoints.retention import prune
 from minimind.checkpoints.run_state import DataFingerprint, describe_run
 from minimind.config.resolved_run import ResolvedRun
 from minimind.distributed.collectives import broadcast_object, gather_objects, gather_on_first
+from minimind.errors import UserError
 from minimind.files import fsync_folder, partial_folder, publish, replace_file
 from minimind.model.pretrained import TIED_NAME
 from minimind.model.tuning import EMBEDDING
@@ -206,6 +208,11 @@ class CheckpointSaver:
             prune(run_dir, keep_last=train.keep_last, keep_every=train.keep_every, keep_best=train.keep_best)
         except OSError as error:  # this one is saved all the same
             print(f"old checkpoints cannot be deleted: {_describe(error)}", flush=True)
+        if train.store_checkpoints is not None:
+            try:
+                store_checkpoint(run_dir, final, train.store_checkpoints)
+            except (UserError, OSError) as error:
+                print(f"{final.name} is saved, and not stored: {error}; the next one is tried again", flush=True)
 
     def _agree(self, failure: str | None) -> None:
         """Stop on every rank when one has failed, leaving nothing half-written. Every rank calls this."""

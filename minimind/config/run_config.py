@@ -16,6 +16,7 @@ from minimind.errors import UserError
 from minimind.model.config import ModelConfig
 from minimind.model.presets import PRESETS
 from minimind.model.tuning import LORA_TARGETS, LoRA, LoRATarget, parameter_shapes, trained_shapes
+from minimind.remote import url_of
 from minimind.schema import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Limits, check_fields, nearest
 
 DeviceName = Literal["auto", "cuda", "cpu"]
@@ -258,6 +259,9 @@ class TrainConfig:
     """Checkpoints with the lowest evaluation loss to keep, of those evaluated at the step of their save."""
     async_save: bool = True
     """Write checkpoints beside training, from a copy in host memory."""
+    store_checkpoints: Annotated[str | None, _default("none")] = None
+    """Copy each checkpoint to this run folder in an object store too (s3://...); with --resume auto a run that finds
+    none in its own goes on from the newest there."""
     resume: str = "auto"
     """auto: continue from the newest valid checkpoint of run_dir, if any; never: start anew; or a checkpoint's path."""
     allow_data_change: bool = False
@@ -358,6 +362,10 @@ def check_run(run: RunConfig) -> None:
             raise UserError(f"{name}: empty; give a value, or leave the flag out")
     if data.shards in ("", ()):
         raise UserError("shards: empty; give a folder made by python -m data_prep.tokenize_corpus")
+    if train.store_checkpoints is not None and url_of(train.store_checkpoints) is None:
+        raise UserError(
+            f"store_checkpoints: {train.store_checkpoints!r} is no address; give one such as s3://bucket/run"
+        )
     _check_trained(run)
     if train.steps is not None and train.warmup_steps is not None and train.warmup_steps > train.steps:
         raise UserError(f"warmup_steps: {train.warmup_steps} is longer than the run of {train.steps} steps")

@@ -4,17 +4,14 @@ A corpus elsewhere has a folder here with its manifests, its tokenizer and a fil
 lie beside by their sha256, so that what grew or moved is not fetched twice.
 """
 
-import contextlib
-import fcntl
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from minimind.data.chat_template import TEMPLATE_NAME
 from minimind.data.manifest import MANIFEST_NAME, Manifest, ShardError
 from minimind.errors import UserError
 from minimind.files import disk_errors, replace_file
-from minimind.remote import cache_bytes, cache_folder, exists, fetch, join_url, name_of, read_bytes
+from minimind.remote import cache_bytes, cache_folder, exists, fetch, join_url, name_of, one_at_a_time, read_bytes
 from minimind.units import format_bytes
 
 ORIGIN_NAME = ".origin"
@@ -70,7 +67,7 @@ def fetch_shard(url: str, sha256: str, size: int) -> Path:
     try:
         with disk_errors(folder, "; give another place by MINIMIND_CACHE, or less by MINIMIND_CACHE_SIZE"):
             folder.mkdir(parents=True, exist_ok=True)
-            with _alone(folder):
+            with one_at_a_time(folder):
                 if not (path.exists() and path.stat().st_size == size):
                     _make_room(folder, limit - size)
                     fetch(url, path, sha256)
@@ -78,14 +75,6 @@ def fetch_shard(url: str, sha256: str, size: int) -> Path:
     except UserError as error:
         raise ShardError(str(error)) from None
     return path
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process of this machine at a time: the ranks that want the same file fetch it once."""
-    with open(folder / ".lock", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _make_room(folder: Path, room: int) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from minimind.checkpoints.consolidate import TrainingCheckpoint
-from minimind.checkpoints.folder import checkpoint_name, checkpoints_folder, step_of
+from minimind.checkpoints.folder import checkpoint_name, checkpoints_folder, list_checkpoints, step_of
 from minimind.checkpoints.loading import find_resume
 from minimind.checkpoints.manifest import CheckpointError, CheckpointManifest, read_manifest
+from minimind.checkpoints.remote_copies import fetch_newest
 from minimind.checkpoints.retention import clear_partials
 from minimind.checkpoints.run_state import DataFingerprint, compare, describe_run, find_obstacles, settings_of
 from minimind.config.deepspeed_file import load_ds_config
@@ -142,6 +143,7 @@ def open_run_folder(
     try:
         for line in clear_partials(run_dir):
             log(line)
+        fetch_stored(resolved.train)
         folder = find_resume(run_dir, resolved.train.resume, share)
         _check_nothing_lost(run_dir, folder, resolved.train.resume)
         resume = None if folder is None else _plan_resume(folder, resolved, corpus, notes)
@@ -158,6 +160,15 @@ def open_run_folder(
         where = error.filename2 or error.filename or run_dir
         raise UserError(f"run_dir {where}: {error.strerror}; give a folder that can be written") from None
     return resume
+
+
+def fetch_stored(train: ResolvedTrain) -> None:
+    """Where the run's folder holds no checkpoint, bring the newest that was stored elsewhere. Raises `UserError`."""
+    run_dir, url = Path(train.run_dir), train.store_checkpoints
+    if url is None or train.resume != "auto" or list_checkpoints(run_dir):
+        return
+    if (found := fetch_newest(url, run_dir)) is not None:
+        log(f"{found.name} was fetched from {url}: {run_dir} held no checkpoint")
 
 
 def _check_nothing_lost(run_dir: Path, found: Path | None, resume: str) -> None:

@@ -19,6 +19,7 @@ from minimind.checkpoints.formats.huggingface_config import from_huggingface
 from minimind.checkpoints.formats.layout import LAYOUTS, Layout, join_parts, lay_out, own_shapes
 from minimind.checkpoints.formats.pth import SUFFIXES, infer_config, layout_of, read_pth
 from minimind.checkpoints.manifest import MANIFEST_NAME
+from minimind.checkpoints.remote_copies import localise_model
 from minimind.checkpoints.run_state import trained_settings
 from minimind.checkpoints.safetensors import INDEX_FILE, SafetensorsFolder
 from minimind.data.tokenizer import JSON_NAME, MODEL_NAME
@@ -28,6 +29,7 @@ from minimind.model.config import ModelConfig
 from minimind.model.lora import merge
 from minimind.model.pretrained import CONFIG_FILE, MODEL_TYPE, TIED_NAME, WEIGHTS_FILE
 from minimind.model.tuning import LoRA, adapters_of, trained_shapes
+from minimind.remote import url_of
 
 # Some versions of the Hugging Face tools saved these beside the weights.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
@@ -82,6 +84,8 @@ def open_source(path: Path, base: ModelConfig | None = None, *, hashes: bool = T
     Raises:
         UserError: there is no model, a file is missing or damaged, or the weights do not fit the config.
     """
+    if (url := url_of(path)) is not None:
+        path = localise_model(url)
     if path.is_file():
         return _open_pth(path, base)
     if not path.is_dir():
