@@ -1,6 +1,6 @@
 """What was learnt for the tokens seen, recipe against recipe: quickstart's model, the same text, several seeds.
 
-    python benchmarks/recipe.py --shards DIR [--model quickstart] [--steps 300] [--seeds 1 2 3] [--only NAME ...]
+    python benchmarks/recipe.py --shards DIR [--model quickstart] [--steps 300] [--seq-len 256] [--seeds 1 2 3]
 
 Each run is `python -m minimind.train` with the flags of its recipe; the figure is bits a byte over the whole validation
 split after its last step. Seconds are not compared. What `--folder` has already is not run again.
@@ -16,15 +16,14 @@ from harness import OUT, Claim, report, train_evaluated
 from minimind.config.muon import default_rates
 from minimind.config.run_config import preset
 
-SHAPE = "--seq-len 256 --global-batch-size 8"  # 2,048 tokens a step
 RECIPES = {
     "muon": "",
     "adamw": "--optimizer adamw --lr 3e-3",
     "adamw 1e-2": "--optimizer adamw --lr 1e-2",
     "half the muon rate": "--muon-lr 0.01",
     "twice the muon rate": "--muon-lr 0.04",
-    "embedding and output at a third": "--lr {low}",
-    "embedding and output at three times": "--lr {high}",
+    "embedding and output at a third": "--lr {low} --norm-lr 1e-2",
+    "embedding and output at three times": "--lr {high} --norm-lr 1e-2",
     "norms at a third": "--norm-lr 3.3e-3",
     "linear to zero": "--schedule linear --min-lr-ratio 0",
     "cosine to zero": "--min-lr-ratio 0",
@@ -41,15 +40,16 @@ RECIPES = {
 
 def main(
     shards: Path, model: str = "quickstart", steps: int = 300, seeds: tuple[int, ...] = (1, 2, 3),
-    only: tuple[str, ...] = (), folder: Path = OUT / "recipe",
+    seq_len: int = 256, only: tuple[str, ...] = (), folder: Path = OUT / "recipe",
 ) -> None:  # fmt: skip
     rate = default_rates(preset(model), None)["lr"]
     given = {"low": rate / 3, "high": 3 * rate, "tenth": steps // 10, "twice": 2 * steps}
     found: dict[str, list[float]] = {name: [] for name in only or RECIPES}
     for seed in seeds:
         for name, figures in found.items():
-            run_dir = folder / f"{model}-{steps}-{name.replace(' ', '_')}-{seed}"
-            flags = [*SHAPE.split(), "--steps", steps, *RECIPES[name].format(**given).split()]
+            run_dir = folder / f"{model}-{seq_len}-{steps}-{name.replace(' ', '_')}-{seed}"
+            flags = ["--seq-len", seq_len, "--global-batch-size", 8, "--steps", steps]
+            flags += RECIPES[name].format(**given).split()
             flags += ["--seed", seed, "--shards", shards]
             figures.append(train_evaluated(model, run_dir, *flags)[-1][1])
             print(f"  {model}, seed {seed}: {figures[-1]:.4f}  {name}", file=sys.stderr, flush=True)

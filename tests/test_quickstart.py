@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from repository import ROOT
 
 sys.path.insert(0, str(ROOT / "launch"))
@@ -32,8 +33,9 @@ def test_steps_fill_the_time_between_their_bounds() -> None:
 def test_the_machine_is_measured_in_about_a_second() -> None:
     command = [sys.executable, "launch/quickstart_steps.py", "400"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    steps, precision = done.stdout.split()
-    assert done.stderr == "" and FEWEST <= int(steps) <= MOST and int(steps) % 20 == 0 and precision in ("fp32", "bf16")
+    steps, *precision = done.stdout.split()
+    assert done.stderr == "" and FEWEST <= int(steps) <= MOST and int(steps) % 20 == 0
+    assert precision in ([["fp32"], ["bf16"]] if not torch.cuda.is_available() else [[]])
 
 
 @pytest.fixture

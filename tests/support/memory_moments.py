@@ -102,7 +102,7 @@ def _measure(one: Setting, env: Any, device: Any, folder: Path) -> dict[str, int
     from minimind.reports.plan import trial
     from minimind.reports.plan.memory import estimate_memory
 
-    train = {"micro_batch_size": 2, "steps": 3, **one["train"]}
+    train = {"micro_batch_size": 2, "steps": 3, "optimizer": "adamw", **one["train"]}
     run = RunConfig(
         model=dataclasses.replace(PRESETS["quickstart"], **one["model"]),
         data=DataConfig(seq_len=128),

@@ -61,10 +61,12 @@ def flags_for(corpus: Path, run_dir: Path, *, stage: int = 1, precision: str = "
         "warmup_steps": 2,
         "save_every": 2,
         "num_workers": 0,
-        "optimizer": "adamw",
         "tensorboard": False,
         **others,
     }
+    file = Path(settings["ds_config"])
+    if not file.exists() or json.loads(file.read_text()).get("optimizer", {}).get("type", "auto") == "auto":
+        settings.setdefault("optimizer", "adamw")
     flags: list[str] = []
     for name, value in settings.items():
         flag = "--" + name.replace("_", "-")
