@@ -6,10 +6,8 @@ without DeepSpeed.
 
 import fnmatch
 import functools
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,57 +15,23 @@ import torch
 
 from minimind.checkpoints.manifest import CLIENT_STATE_KEY, CheckpointError, CheckpointManifest, read_manifest
 from minimind.checkpoints.safe_load import read_states
-from minimind.checkpoints.zero_partitions import WEIGHT, EngineTensors, FlatTensors, SplitTensors, WholeTensors
+from minimind.checkpoints.tensor_parts import WholeTensor
+from minimind.checkpoints.zero_partitions import (
+    WEIGHT,
+    EngineTensors,
+    FlatTensors,
+    SplitTensors,
+    States,
+    WholeTensors,
+)
 from minimind.model.config import ModelConfig
 from minimind.parallel.expert_names import EnginePart, find_part
 
-Index = tuple[int | slice, ...]
 _EXPERT_NUMBER = re.compile(r"(\.deepspeed_experts\.)\d+\.")
-_RANK = re.compile(r"(?:zero_pp_rank|expp_rank)_(\d+)_")
+_RANK = re.compile(r"(?:zero_pp_rank|expp_rank)_(\d+)_(?:mp_rank_(\d+))?")
 
 ENGINE_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 """What DeepSpeed's own load sets on the engine beside tensors."""
-
-
-@dataclass
-class _Tensor:
-    """One tensor of the model: the parameters of engines that it is made of."""
-
-    parts: list[tuple[EnginePart, EngineTensors, str]] = field(default_factory=list)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return _whole_shape([(part.index, tensors.shapes[name]) for part, tensors, name in self.parts])
-
-    @property
-    def state_keys(self) -> tuple[str, ...]:
-        _, tensors, name = self.parts[0]
-        return tensors.state_keys(name)
-
-    def read(self, key: str) -> torch.Tensor:
-        part, tensors, name = self.parts[0]
-        if not part.index:
-            return tensors.read(name, key)
-        whole = torch.empty(self.shape)
-        for part, tensors, name in self.parts:
-            whole[part.index] = tensors.read(name, key)
-        return whole
-
-    def read_range(self, index: Index, key: str, start: int, stop: int) -> torch.Tensor:
-        """The elements from `start` to `stop` of `whole[index]`, laid flat."""
-        _, tensors, name = self.parts[0]
-        if not index:
-            return tensors.read_range(name, key, start, stop)
-        first, found = _experts(index)[0], []
-        for part, tensors, name in sorted(self.parts, key=lambda item: _experts(item[0].index)):
-            if part.index[1:] == index[1:]:  # the same of an expert's matrices
-                begin, end = _experts(part.index)
-                size = math.prod(tensors.shapes[name]) // (end - begin)
-                low, high = max(start, (begin - first) * size), min(stop, (end - first) * size)
-                if low < high:
-                    place = (begin - first) * size
-                    found.append(tensors.read_range(name, key, low - place, high - place))
-        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 class TrainingCheckpoint:
@@ -84,17 +48,21 @@ class TrainingCheckpoint:
         found = self._files("*mp_rank_00_model_states.pt")
         self.model_states = read_states(next(path for path in found if not path.name.startswith("layer_")))
         self._config = ModelConfig.from_dict(self.manifest.model)
-        self._tensors: dict[str, _Tensor] = {}
+        self._tensors: dict[str, WholeTensor] = {}
+        self._places: list[tuple[EnginePart, str, int]] = []
         try:
-            ranks = self._open()
-            for part, tensors, name in self._find_parts(ranks):
-                self._tensors.setdefault(part.name, _Tensor()).parts.append((part, tensors, name))
-            self._by_place = ranks[1:]
+            by_tensor_rank, by_expert_place = self._open()
+            for name in by_tensor_rank[0].shapes:
+                for place, tensors in enumerate(by_expert_place if self._is_expert(name) else by_tensor_rank):
+                    part = self._find_part(name, place)
+                    if place == 0 or part.index:  # the others have the same
+                        self._tensors.setdefault(part.name, WholeTensor()).parts.append((part, tensors, name))
+                        self._places.append((part, name, place))
             self.shapes: Mapping[str, Sequence[int]] = {name: item.shape for name, item in self._tensors.items()}
             """Shape of every parameter that the optimizer trains, by name."""
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise CheckpointError(f"{folder}: not laid out as expected: {error!r}") from None
-        self.optimizer = ranks[0]
+        self.optimizer = by_tensor_rank[0]
         """Its counts, settings and loss scale."""
 
     @property
@@ -130,18 +98,16 @@ class TrainingCheckpoint:
         copy. Under stage 3 there is none, and nothing is found."""
         if self.manifest.zero_stage == 3:
             return []
-        found = []
-        for ep_rank, tensors in enumerate(self._by_place):
-            for name in tensors.shapes:
-                used = self._read_module(ep_rank, name)
-                part = self._find_part(name, ep_rank)
-                if not torch.equal(self.read(part.name)[part.index].to(used.dtype), used):
-                    found.append(part.name)
-        return sorted(set(found))
+        found = set()
+        for part, name, place in self._places:
+            used = self._read_module(place, name)
+            if not torch.equal(self.read(part.name)[part.index].to(used.dtype), used):
+                found.add(part.name)
+        return sorted(found)
 
-    def _open(self) -> list[EngineTensors]:
-        """The tensors as the engines have them: a list by the places in a group of `ep_size` neighbours. What is not an
-        expert is the same in all, but cut over more ranks."""
+    def _open(self) -> tuple[list[EngineTensors], list[EngineTensors]]:
+        """The tensors as the engines have them, by the places in a tensor group and, for experts, by the places in a
+        group of `ep_size` neighbours: the same files in another order."""
         if self.manifest.zero_stage == 0:
             return self._open_whole()
         if (self.folder / "offloaded_tensors").exists():
@@ -149,41 +115,61 @@ class TrainingCheckpoint:
                 f"{self.folder}: its optimizer state is in NVMe swap files, which cannot be read outside DeepSpeed"
             )
         # Opened when they are needed: of thousands, a rank that loads reads a few.
-        states = [
+        states: list[States] = [
             functools.cache(functools.partial(_read_optimizer, path)) for path in self._files("*_optim_states.pt")
         ]
-        world_size, ep_size = self.manifest.world_size, self.manifest.ep_size
+        world_size, ep_size, tp_size = self.manifest.world_size, self.manifest.ep_size, self.manifest.tp_size
         if len(states) != world_size:
             raise CheckpointError(f"{self.folder}: {len(states)} optimizer files of {world_size} ranks")
         groups = self.model_states["param_shapes"]
-        of_places = [states, *(states[place::ep_size] for place in range(ep_size))]
-        if self.manifest.zero_stage < 3:
-            return [FlatTensors(groups, ranks) for ranks in of_places]
+        places = [states[place::tp_size] for place in range(tp_size)], [states[i::ep_size] for i in range(ep_size)]
 
         def count_ranks(name: str) -> int:
-            return world_size // ep_size if self._is_expert(name) else world_size
+            return world_size // (ep_size if self._is_expert(name) else tp_size)
 
-        return [SplitTensors(groups, ranks, count_ranks) for ranks in of_places]
+        def open_each(ranks: list[list[States]]) -> list[EngineTensors]:
+            if self.manifest.zero_stage < 3:
+                return [FlatTensors(groups, own) for own in ranks]
+            return [SplitTensors(groups, own, count_ranks) for own in ranks]
 
-    def _open_whole(self) -> list[EngineTensors]:
+        return open_each(places[0]), open_each(places[1])
+
+    def _open_whole(self) -> tuple[list[EngineTensors], list[EngineTensors]]:
         groups = self.model_states[CLIENT_STATE_KEY]["parameter_names"]
         names = [name for group in groups for name in group]
-        if "num_experts" in self.model_states:
-            optimizers = [read_states(path)["optimizer"] for path in self._files("expp_rank_*_optim_states.pt")]
+        ep_size, tensor_ranks = self.manifest.ep_size, self._states_by_tensor_rank
+        if "num_experts" in self.model_states:  # beside experts the optimizer has files of its own
+            paths = [self._files(f"expp_rank_*_{name}_optim_states.pt")[0] for name in self._tensor_ranks]
+            experts = [self._files(f"expp_rank_{place}_*_optim_states.pt")[0] for place in range(ep_size)]
+            optimizers = [[read_states(path)["optimizer"] for path in found] for found in (paths, experts)]
         else:
-            optimizers = [self.model_states["optimizer"]]
-        if len(optimizers) != self.manifest.ep_size:
-            raise CheckpointError(f"{self.folder}: {len(optimizers)} optimizer files, ep size {self.manifest.ep_size}")
-        ranks: list[EngineTensors] = [
-            WholeTensors(names, optimizer, functools.partial(self._read_module, place))
-            for place, optimizer in enumerate(optimizers)
-        ]
-        return [ranks[0], *ranks]
+            optimizers = [[states["optimizer"] for states in tensor_ranks], []]
 
-    def _read_module(self, ep_rank: int, name: str) -> torch.Tensor:
+        def open_each(found: list[Mapping[str, Any]]) -> list[EngineTensors]:
+            return [
+                WholeTensors(names, optimizer, functools.partial(self._read_module, place))
+                for place, optimizer in enumerate(found)
+            ]
+
+        return open_each(optimizers[0]), open_each(optimizers[1])
+
+    @property
+    def _tensor_ranks(self) -> list[str]:
+        """What the ranks of a tensor group are called in the names of files."""
+        return [f"mp_rank_{rank:02d}" for rank in range(self.manifest.tp_size)]
+
+    @functools.cached_property
+    def _states_by_tensor_rank(self) -> list[Mapping[str, Any]]:
+        """The model states of stages 0 to 2."""
+        others = [read_states(self.folder / f"{name}_model_states.pt") for name in self._tensor_ranks[1:]]
+        return [self.model_states, *others]
+
+    def _read_module(self, place: int, name: str) -> torch.Tensor:
         """What the forward of an engine used; not under stage 3."""
-        index = self._find_part(name, ep_rank).index
-        return _read_saved(self._saved_experts, name, index[0]) if index else self.model_states["module"][name]
+        if self._is_expert(name):
+            index = self._find_part(name, place).index
+            return _read_saved(self._saved_experts, name, index[0])
+        return self._states_by_tensor_rank[place % self.manifest.tp_size]["module"][name]
 
     @functools.cached_property
     def _saved_experts(self) -> dict[str, torch.Tensor]:
@@ -192,20 +178,13 @@ class TrainingCheckpoint:
             saved |= read_states(path)
         return saved
 
-    def _find_parts(self, ranks: Sequence[EngineTensors]) -> Iterator[tuple[EnginePart, EngineTensors, str]]:
-        shared, *by_place = ranks
-        for name in shared.shapes:
-            if self._is_expert(name):
-                for ep_rank, tensors in enumerate(by_place):
-                    yield self._find_part(name, ep_rank), tensors, name
-            else:
-                yield self._find_part(name), shared, name
-
-    def _find_part(self, name: str, ep_rank: int = 0) -> EnginePart:
-        return find_part(name, self._config, self.manifest.ep_size, ep_rank)
+    def _find_part(self, name: str, place: int = 0) -> EnginePart:
+        """What the ranks of a place have, in their groups of `ep_size` or `tp_size`."""
+        ep_size, tp_size = self.manifest.ep_size, self.manifest.tp_size
+        return find_part(name, self._config, ep_size, place % ep_size, tp_size=tp_size, tp_rank=place % tp_size)
 
     def _is_expert(self, name: str) -> bool:
-        return bool(self._find_part(name).index)
+        return bool(find_part(name, self._config, self.manifest.ep_size).index)
 
     def _files(self, pattern: str) -> list[Path]:
         """The files that match, by the number of their rank."""
@@ -219,12 +198,6 @@ def _read_optimizer(path: Path) -> Mapping[str, Any]:
     return read_states(path)["optimizer_state_dict"]
 
 
-def _experts(index: Index) -> tuple[int, int]:
-    """The first expert of a part, and the one behind its last."""
-    experts = index[0]
-    return (experts, experts + 1) if isinstance(experts, int) else (experts.start, experts.stop)
-
-
 def _read_saved(saved: Mapping[str, torch.Tensor], name: str, experts: int | slice) -> torch.Tensor:
     """An engine's parameter of experts, as the engine has it, out of DeepSpeed's files of single experts."""
     if isinstance(experts, int):
@@ -232,20 +205,7 @@ def _read_saved(saved: Mapping[str, torch.Tensor], name: str, experts: int | sli
     return torch.stack([saved[f"{name}.{expert}"] for expert in range(experts.start, experts.stop)])
 
 
-def _whole_shape(parts: Sequence[tuple[Index, Sequence[int]]]) -> tuple[int, ...]:
-    """Shape of what these parts, each at its place and with its own shape, make up."""
-    ends: list[int] = []
-    for place, shape in parts:
-        reached = list(shape)
-        for position, item in enumerate(place):
-            if isinstance(item, int):
-                reached.insert(position, item + 1)
-            else:
-                reached[position] = item.stop
-        ends = [max(pair) for pair in zip(ends, reached, strict=True)] if ends else reached
-    return tuple(ends)
-
-
-def _rank_of(path: Path) -> int:
+def _rank_of(path: Path) -> tuple[int, int]:
+    """Its numbers in the names of files: the last, of a tensor group, counts neighbours."""
     match = _RANK.search(path.name)
-    return int(match[1]) if match else 0
+    return (int(match[1]), int(match[2] or 0)) if match else (0, 0)

@@ -29,6 +29,7 @@ def list_run(run: Path) -> int:
         loss = "" if manifest.eval_loss is None else f"{manifest.eval_loss:.4f}"
         topology = f"{manifest.world_size} ranks, ZeRO {manifest.zero_stage}, {manifest.precision}"
         topology += f", ep {manifest.ep_size}" if manifest.ep_size > 1 else ""
+        topology += f", tp {manifest.tp_size}" if manifest.tp_size > 1 else ""
         topology += "; portable form kept" if portable_folder(folder).exists() else ""
         rows.append([folder.name, f"{size / 1e6:.1f} MB", f"{manifest.tokens_seen:,}", loss, topology])
     print(format_table(rows, "<>>><"))

@@ -64,6 +64,7 @@ class CheckpointManifest(TrainState):
     world_size: int = 1
     zero_stage: int = 0
     ep_size: int = 1
+    tp_size: int = 1
     precision: str = "fp32"
     layout: Mapping = dataclasses.field(default_factory=dict)
     """Further settings that decide what DeepSpeed's files look like."""

@@ -61,5 +61,5 @@ def load_resharded(engine: deepspeed.DeepSpeedEngine, checkpoint: TrainingCheckp
 
 def part_of(name: str, resolved: ResolvedRun) -> EnginePart:
     """Which part of which of the model's tensors this rank's engine calls `name`."""
-    ep_size = resolved.train.ep_size
-    return find_part(name, resolved.model, ep_size, torch.distributed.get_rank() % ep_size)
+    ep_size, tp_size, rank = resolved.train.ep_size, resolved.train.tp_size, torch.distributed.get_rank()
+    return find_part(name, resolved.model, ep_size, rank % ep_size, tp_size=tp_size, tp_rank=rank % tp_size)

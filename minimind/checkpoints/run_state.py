@@ -32,7 +32,7 @@ AT_RESUME: dict[str, Change] = {
     **dict.fromkeys(("router_aux_loss_coef", "router_z_loss_coef", "seq_aux", "aux_loss_scope"), "free"),
     "rope_original_max_position_embeddings": "free",  # a run notes it by itself
     # How DeepSpeed's files are cut: each rank reads its part of what others wrote.
-    **dict.fromkeys(("world_size", "zero_stage", "ep_size", "precision", *_LAYOUT), "topology"),
+    **dict.fromkeys(("world_size", "zero_stage", "ep_size", "tp_size", "precision", *_LAYOUT), "topology"),
     # Which samples a step takes, and what the optimizer's state means.
     **dict.fromkeys((*_SAMPLING, "shards", "tokenizer", "optimizer"), "fixed"),
     **dict.fromkeys(("objective", "beta", "label_smoothing", "length_normalised", "target_margin"), "fixed"),
@@ -80,6 +80,7 @@ def describe_run(resolved: ResolvedRun, corpus: DataFingerprint) -> dict[str, An
         "world_size": torch.distributed.get_world_size(),
         "zero_stage": resolved.zero.stage,
         "ep_size": resolved.train.ep_size,
+        "tp_size": resolved.train.tp_size,
         "precision": resolved.train.precision,
         "layout": {name: values[name] for name in _LAYOUT},
         "sampling": {name: values[name] for name in _SAMPLING},
@@ -133,7 +134,7 @@ def find_obstacles(there: Mapping[str, Any], here: Mapping[str, Any], *, allow_d
 
 def settings_of(manifest: CheckpointManifest) -> dict[str, Any]:
     """What `AT_RESUME` is about, of a checkpoint or of one that would be saved now."""
-    names = ("world_size", "zero_stage", "ep_size", "precision")
+    names = ("world_size", "zero_stage", "ep_size", "tp_size", "precision")
     return {
         **manifest.model,
         **manifest.sampling,

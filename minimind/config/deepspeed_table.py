@@ -360,9 +360,8 @@ TABLE = (
     Row("sequence_parallel_size", 2, off=(0, 1)),
     *(Row(key, 2, (refuse(f"the model has no {kind} parallelism; remove it"),), off=(0, 1)) for key, kind in (
         ("pipe-parallel-size", "pipeline"), ("model-parallel-size", "tensor"),
-        ("tensor_parallel.autotp_size", "tensor"), ("tensor_parallel.tp_size", "tensor"),
-        ("tensor_parallel.tp.tp_size", "tensor"))),
-    *_rows("", ("tensor_parallel", {"dtype": "fp16"}, note("the model has no tensor parallelism")),
+        ("tensor_parallel.tp_size", "tensor"))),
+    *_rows("", ("tensor_parallel.autotp_size", 2), ("tensor_parallel.tp_overlap_comm", True),
            ("seq_parallel_communication_data_type", "fp32", note(
                "ranks that share sequences average gradients as others do: communication_data_type")),
            ("pipeline", {"stages": 2}, _NO_PIPELINE)),

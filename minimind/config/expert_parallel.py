@@ -125,7 +125,9 @@ def check_experts(resolved: ResolvedRun) -> None:
     """
     if resolved.train.moe_backend is None:
         return
-    _check_ep_size(resolved.train.ep_size, resolved.model.num_experts, resolved.num_averaging)
+    # Beside tensor groups AutoEP shares experts over all ranks.
+    num_ranks = resolved.world_size if resolved.train.tp_size > 1 else resolved.num_averaging
+    _check_ep_size(resolved.train.ep_size, resolved.model.num_experts, num_ranks)
     _check_gating(resolved)
     _check_zero(resolved)
 

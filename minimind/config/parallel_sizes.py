@@ -9,6 +9,7 @@ from typing import Any
 from minimind.config.overlaps import Overlaps
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import RunConfig, TrainConfig
+from minimind.config.tensor_parallel import possible_tp_sizes, take_tensor_parallel
 from minimind.errors import UserError
 from minimind.model.config import ModelConfig
 from minimind.schema import check_fields
@@ -25,14 +26,16 @@ def take_sizes(overlaps: Overlaps, run: RunConfig, ds: dict[str, Any], world_siz
     """
     sp_size = overlaps.take("sp_size", run.train.sp_size, ds, SEQUENCE_KEY)
     ds.pop(SEQUENCE_KEY, None)
-    sizes = {"sp_size": sp_size or 1, "tp_size": run.train.tp_size or 1}
+    sizes = {"sp_size": sp_size or 1, "tp_size": take_tensor_parallel(overlaps, run, ds)}
     sizes = check_fields(TrainConfig, sizes, "DeepSpeed config")
-    if sizes["tp_size"] > 1:
-        raise UserError(f"tp_size: {sizes['tp_size']}: tensor parallelism is not there yet; use --sp-size, or ZeRO")
-    if world_size % sizes["sp_size"]:
+    sp_size, tp_size = sizes["sp_size"], sizes["tp_size"]
+    if world_size % tp_size:
+        possible = [str(size) for size in possible_tp_sizes(run.model) if world_size % size == 0]
+        raise UserError(f"tp_size: {tp_size} does not divide {world_size} ranks; possible: {', '.join(possible)}")
+    if world_size // tp_size % sp_size:
         raise UserError(
-            f"sp_size: {sizes['sp_size']} does not divide {world_size} ranks; possible: "
-            f"{_possible(run, range(1, world_size + 1), world_size)}"
+            f"sp_size: {sp_size} does not divide {world_size // tp_size} ranks; possible: "
+            f"{_possible(run, tp_size, world_size)}"
         )
     return sizes
 
@@ -46,10 +49,10 @@ def check_sequence(resolved: ResolvedRun) -> None:
     train, model, sp_size = resolved.train, resolved.model, resolved.train.sp_size
     if sp_size == 1:
         return
-    possible = _possible(resolved.run, range(1, resolved.world_size + 1), resolved.world_size)
+    possible = _possible(resolved.run, train.tp_size, resolved.world_size)
     if resolved.data.seq_len % sp_size:
         raise UserError(f"sp_size: {sp_size} does not divide seq_len {resolved.data.seq_len}; possible: {possible}")
-    if not _shares_heads(model, sp_size):
+    if not _shares_heads(model, sp_size, train.tp_size):
         raise UserError(
             f"sp_size: {sp_size} ranks cannot share {model.num_attention_heads} query heads that read "
             f"{model.num_key_value_heads} key-value heads; possible: {possible}"
@@ -67,15 +70,19 @@ def check_sequence(resolved: ResolvedRun) -> None:
         )
 
 
-def _shares_heads(model: ModelConfig, sp_size: int) -> bool:
-    """Whether each rank gets as many query heads, with the key-value heads that they read (repeated if need be)."""
-    return model.num_attention_heads % math.lcm(model.num_key_value_heads, sp_size) == 0
+def _shares_heads(model: ModelConfig, sp_size: int, tp_size: int) -> bool:
+    """Whether each rank gets as many query heads, with the key-value heads that they read (repeated if need be), out of
+    those that its tensor group leaves it."""
+    heads, key_heads = model.num_attention_heads // tp_size, model.num_key_value_heads // tp_size
+    return key_heads > 0 and heads % math.lcm(key_heads, sp_size) == 0
 
 
-def _possible(run: RunConfig, sizes: range, world_size: int) -> str:
+def _possible(run: RunConfig, tp_size: int, world_size: int) -> str:
+    """The sizes of sequence groups beside tensor groups of this size."""
+    num_ranks = world_size // tp_size
     fits = [
         size
-        for size in sizes
-        if world_size % size == 0 and run.data.seq_len % size == 0 and _shares_heads(run.model, size)
+        for size in range(1, num_ranks + 1)
+        if num_ranks % size == 0 and run.data.seq_len % size == 0 and _shares_heads(run.model, size, tp_size)
     ]
     return ", ".join(map(str, fits))

@@ -18,8 +18,10 @@ from minimind.config.overlaps import Overlaps, take_batch, take_optimizer, take_
 from minimind.config.parallel_sizes import check_sequence, take_sizes
 from minimind.config.resolved_run import ResolvedRun, ResolvedTrain
 from minimind.config.run_config import DTYPE_NAMES, Precision, RunConfig, TrainConfig, check_run
+from minimind.config.tensor_parallel import check_tensor_parallel, write_tensor_parallel
 from minimind.errors import UserError
 from minimind.model.config import ModelConfig
+from minimind.model.tuning import trained_shapes
 from minimind.schema import check_fields
 
 DEFAULTS: dict[str, Any] = {
@@ -112,12 +114,15 @@ def resolve_run(
     settled = ResolvedTrain(**{**vars(run.train), **values})
     _write_back(ds, settled)
     write_experts(ds, run.model, settled)
+    trained = trained_shapes(run.model, settled.lora, settled.freeze)
+    write_tensor_parallel(ds, settled.tp_size, trained)
     model, length_notes = _note_trained_length(run)
     notes += length_notes
     resolved = ResolvedRun(model, run.data, settled, ds, dp_size, notes=())
     _check_combinations(resolved, device_type)
     check_experts(resolved)
     check_sequence(resolved)
+    check_tensor_parallel(resolved)
     zero = resolved.zero
     if settled.gradient_accumulation_steps > 1 and zero.weights == "bf16" and zero.grad_accum_dtype is None:
         notes.append('gradients accumulate in bf16; "data_types": {"grad_accum_dtype": "fp32"} keeps them exact')

@@ -223,7 +223,7 @@ class TrainConfig:
     """Neighbouring ranks that share each sequence (DeepSpeed-Ulysses, arXiv 2309.14509): each has so many times fewer
     of its tokens, and around attention they exchange tokens for heads. Divides the ranks, seq_len and the heads."""
     tp_size: Annotated[int | None, _default("1"), AT_LEAST_1] = None
-    """Neighbouring ranks that share each layer."""
+    """Neighbouring ranks that share the matrices of every layer (AutoTP); divides the key-value heads and the ranks."""
     ep_size: Annotated[int | None, _default("1"), AT_LEAST_1] = None
     """Ranks that share one set of experts; divides the experts and the ranks. 1: every rank holds all experts."""
     moe_drop_tokens: bool = False

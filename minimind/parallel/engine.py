@@ -39,6 +39,7 @@ from minimind.parallel.muon import Muon, attach_layouts
 from minimind.parallel.op_builds import build_ops
 from minimind.parallel.optimizer import clips_here, own_optimizer, parameter_groups
 from minimind.parallel.sequence import share_sequences
+from minimind.parallel.tensor_parallel import share_layers
 
 
 def build_model(resolved: ResolvedRun, device: torch.device, mesh: Mesh | None = None) -> MiniMindForCausalLM:
@@ -116,7 +117,7 @@ def build_engine(
         optimizer=build_optimizer,
         model_parameters=None if build_optimizer is not None else parameter_groups(model, train.weight_decay),
         config=ds,
-        mpu=None if mesh is None else mesh.mpu,
+        mpu=share_layers(model, mesh),
         dist_init_required=False,
     )
     if isinstance(engine.basic_optimizer, Muon):

@@ -28,10 +28,14 @@ What DeepSpeed writes of them, beside what it writes of a dense model:
 Works without DeepSpeed. See also `config.expert_parallel`, `parallel.experts` and `checkpoints.consolidate`.
 """
 
+import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from minimind.config.tensor_parallel import cut_dimension
 from minimind.model.config import ModelConfig
+from minimind.model.tuning import parameter_shapes
 
 _LAYER = re.compile(r"(model\.layers\.\d+\.mlp\.)(.+)")
 _NATIVE_EXPERT = re.compile(r"moe\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(gate|up|down)_proj\.weight")
@@ -53,11 +57,16 @@ class EnginePart:
     """`whole[index]` is the part; empty: all of it."""
 
 
-def find_part(name: str, config: ModelConfig, ep_size: int = 1, ep_rank: int = 0) -> EnginePart:
-    """What an engine's parameter or buffer `name` is, on the ranks of place `ep_rank` in their groups of `ep_size`.
+def find_part(
+    name: str, config: ModelConfig, ep_size: int = 1, ep_rank: int = 0, *, tp_size: int = 1, tp_rank: int = 0
+) -> EnginePart:
+    """What an engine's parameter or buffer `name` is, on the ranks of place `ep_rank` in their groups of `ep_size`, and
+    `tp_rank` in their tensor groups of `tp_size`.
 
     A name that no backend has changed stands for itself.
     """
+    if tp_size > 1 and (dimension := cut_dimension(name)) is not None:
+        return EnginePart(name, own_index(_shapes(config)[name], dimension, tp_size, tp_rank))
     match = _LAYER.fullmatch(name)
     if match is None:
         return EnginePart(name, ())
@@ -71,6 +80,16 @@ def find_part(name: str, config: ModelConfig, ep_size: int = 1, ep_rank: int = 0
     if native := _NATIVE_EXPERT.fullmatch(rest):
         return _expert_part(prefix, native[2], first + int(native[1]), config)
     return EnginePart(name, ())
+
+
+def own_index(shape: Sequence[int], dimension: int, tp_size: int, tp_rank: int) -> tuple[slice, ...]:
+    """What the rank of this place in its tensor group has of a whole parameter, cut into equal parts."""
+    width = shape[dimension] // tp_size
+    own = slice(tp_rank * width, (tp_rank + 1) * width)
+    return (own,) if dimension == 0 else (slice(0, shape[0]), own)
+
+
+_shapes = functools.lru_cache(maxsize=4)(parameter_shapes)
 
 
 def _expert_part(prefix: str, matrix: str, experts: int | slice, config: ModelConfig) -> EnginePart:

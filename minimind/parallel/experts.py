@@ -17,6 +17,7 @@ from deepspeed.moe.ep_experts import GroupedExperts
 from deepspeed.moe.ep_repack import repack_expert_weights
 from deepspeed.moe.utils import is_moe_param, split_params_into_different_moe_groups_for_optimizer
 from deepspeed.ops.triton_ops import is_triton_available
+from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils import groups
 from torch import nn
 
@@ -183,16 +184,23 @@ def split_groups(parameter_groups: list[dict[str, Any]]) -> list[dict[str, Any]]
 def global_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
     """2-norm of the reduced gradients of all parameters of all ranks, float32 () on the device. Every rank calls this.
 
-    A shared parameter has the same gradient on every rank, an expert's on those that hold it.
+    A shared parameter has the same gradient on every rank, an expert's on those that hold it; of a matrix that a tensor
+    group shares each of its ranks has a part.
     """
     shared: list[torch.Tensor] = []
+    cut: list[torch.Tensor] = []
     experts: dict[str, list[torch.Tensor]] = {}
     for parameter in parameters:
         kind = experts.setdefault(parameter.group_name, []) if is_moe_param(parameter) else shared  # type: ignore
+        kind = cut if is_model_parallel_parameter(parameter) else kind
         # On CPU the squares are summed in float64: in float32 the sum over a large matrix is off by 1e-4.
         dtype = torch.float64 if parameter.device.type == "cpu" else torch.float32
         kind.append(torch.linalg.vector_norm(parameter.grad, dtype=dtype))
     norms = [_combine(shared)] if shared else []
+    if cut:
+        square = _combine(cut).square()
+        torch.distributed.all_reduce(square, group=groups.get_tensor_model_parallel_group())
+        norms.append(square.sqrt())
     for name in sorted(experts):
         square = _combine(experts[name]).square()
         group = groups._get_expert_parallel_group(name)

@@ -7,6 +7,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils import groups
 from torch import Tensor
 
@@ -27,10 +28,11 @@ def gather_model(engine: Any, resolved: ResolvedRun) -> MiniMindForCausalLM:
         if resolved.train.lora is not None:
             add_adapters(model, resolved.train.lora)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    ep_size, tensors = resolved.train.ep_size, dict[str, Tensor]()
-    for name, parts in _read(engine, ep_size):
+    ep_size, tp_size, tensors = resolved.train.ep_size, resolved.train.tp_size, dict[str, Tensor]()
+    for name, parts in _read(engine, ep_size, tp_size):
         for place, tensor in enumerate(parts):
-            part = find_part(name, resolved.model, ep_size, place if len(parts) > 1 else 0)
+            place = place if len(parts) > 1 else 0
+            part = find_part(name, resolved.model, ep_size, place, tp_size=tp_size, tp_rank=place % tp_size)
             if not part.index:
                 tensors[part.name] = tensor
                 continue
@@ -42,19 +44,22 @@ def gather_model(engine: Any, resolved: ResolvedRun) -> MiniMindForCausalLM:
     return model.eval()
 
 
-def _read(engine: Any, ep_size: int) -> Iterator[tuple[str, list[Tensor]]]:
-    """Name and values of each parameter and buffer; of an expert's those of all ranks of its group."""
+def _read(engine: Any, ep_size: int, tp_size: int) -> Iterator[tuple[str, list[Tensor]]]:
+    """Name and values of each parameter and buffer; of an expert's, and of what a tensor group shares, those of all
+    ranks of its group."""
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
             here = parameter.detach()
             if hasattr(parameter, "ds_id"):  # released when the block ends
                 here = here.clone()
-            parts = [here]
+            parts, group, size = [here], None, 1
             if ep_size > 1 and is_moe_param(parameter):
-                parts = [torch.empty_like(here) for _ in range(ep_size)]
-                torch.distributed.all_gather(
-                    parts, here.contiguous(), group=groups._get_expert_parallel_group(parameter.group_name)
-                )
+                group, size = groups._get_expert_parallel_group(parameter.group_name), ep_size
+            elif is_model_parallel_parameter(parameter):
+                group, size = groups.get_tensor_model_parallel_group(), tp_size
+            if size > 1:
+                parts = [torch.empty_like(here) for _ in range(size)]
+                torch.distributed.all_gather(parts, here.contiguous(), group=group)
         yield name, parts
     for name, buffer in engine.module.named_buffers():
         yield name, [buffer]

@@ -1,0 +1,87 @@
+"""Tensor parallelism, applied to a plain model from outside: DeepSpeed's AutoTP, told by `config.tensor_parallel`.
+
+A group of `tp_size` neighbouring ranks shares the matrices of every block (Megatron's cut, arXiv 1909.08053): of
+attention each rank has whole heads, of a feed-forward some inner features. All ranks of a group read the same batch,
+and hold the same hidden states, embedding, norms and output matrix. Two sums over the group in a block's forward, and
+one for every matrix that is cut by its outputs in its backward.
+"""
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.utils import is_model_parallel_parameter
+from deepspeed.runtime.zero import stage_1_and_2
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from minimind.config.tensor_parallel import cut_dimension
+from minimind.model.attention import Attention
+from minimind.parallel.mesh import Mesh
+
+
+def share_layers(model: nn.Module, mesh: Mesh | None) -> Any:
+    """Prepare `deepspeed.initialize` to cut the layers over the mesh's tensor groups; the `mpu` for it. Every rank calls
+    this."""
+    groups.mpu = None  # DeepSpeed keeps that of the engine before
+    if mesh is None or mesh.tensor is None:
+        return None
+    # AutoTP takes these groups, and makes none: its own would leave out sequence groups.
+    groups._TENSOR_MODEL_PARALLEL_GROUP = groups._MODEL_PARALLEL_GROUP = mesh.tensor
+    groups._DATA_PARALLEL_GROUP = mesh.averaging
+    draw_apart(model, mesh.tp_rank)
+    # What the batch is checked with. AutoEP refuses an mpu that tells of tensor groups, and does with AutoTP's own.
+    size = mesh.num_averaging
+    return SimpleNamespace(get_data_parallel_world_size=lambda: size, get_model_parallel_world_size=lambda: 1)
+
+
+def _configure_groups(engine: DeepSpeedEngine, model: nn.Module) -> None:
+    """In place of DeepSpeed's, which also sends the arguments of the first forward to all ranks of a group, pickled:
+    an objective's functions cannot be. That they read the same batch is a matter of the order of the data."""
+    engine._set_client_model(model)
+    engine.mpu = groups
+
+
+DeepSpeedEngine._configure_tensor_parallel_states = _configure_groups
+
+
+def _is_counted_everywhere(parameter: nn.Parameter) -> bool:
+    """Whether each rank of a tensor group has another part of a parameter. DeepSpeed's stages 1 and 2 forget routed
+    experts here, and leave those of all but the first rank out of the gradient norm."""
+    return is_model_parallel_parameter(parameter) or is_moe_param(parameter)
+
+
+stage_1_and_2.is_model_parallel_parameter = _is_counted_everywhere
+
+
+def own_part(name: str, whole: Tensor, rank: int, size: int) -> Tensor:
+    """What the rank of this place in its group of `size` has of a parameter."""
+    dimension = cut_dimension(name)
+    return whole if dimension is None else whole.chunk(size, dimension)[rank]
+
+
+def draw_apart(model: nn.Module, rank: int) -> None:
+    """Let attention's dropout differ between the ranks of a tensor group, which have different heads. All else that is
+    drawn stays the same on all of them, as are the hidden states that it falls on."""
+    for module in model.modules():
+        if isinstance(module, Attention) and module.dropout:
+            states: list[Tensor] = []
+            module.register_forward_pre_hook(functools.partial(_draw_own, states, rank))
+            module.register_forward_hook(functools.partial(_draw_together, states), always_call=True)
+
+
+def _draw_own(states: list[Tensor], rank: int, module: Attention, _inputs: Any) -> None:
+    on_cpu = module.q_proj.weight.device.type == "cpu"
+    # A number that all ranks draw, and again when the block is recomputed.
+    seed = (int(torch.randint(2**48, ())) << 14) + rank
+    states.append(torch.get_rng_state() if on_cpu else get_accelerator().get_rng_state())
+    (torch.manual_seed if on_cpu else get_accelerator().manual_seed)(seed)
+
+
+def _draw_together(states: list[Tensor], module: Attention, _inputs: Any, _output: Any) -> None:
+    on_cpu = module.q_proj.weight.device.type == "cpu"
+    (torch.set_rng_state if on_cpu else get_accelerator().set_rng_state)(states.pop())
