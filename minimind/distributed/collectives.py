@@ -18,9 +18,9 @@ from minimind.errors import UserError
 T = TypeVar("T")
 
 
-def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum `tensor` over all ranks, in place. Every rank calls this."""
-    torch.distributed.all_reduce(tensor)
+def all_reduce_sum(tensor: torch.Tensor, group: torch.distributed.ProcessGroup | None = None) -> torch.Tensor:
+    """Sum `tensor` over all ranks, or those of a group, in place. Every rank calls this."""
+    torch.distributed.all_reduce(tensor, group=group)
     return tensor
 
 

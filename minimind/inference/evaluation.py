@@ -113,6 +113,7 @@ def measure_loss(
     dp_rank: int = 0,
     dp_size: int = 1,
     part: SequencePart = WHOLE,
+    group: torch.distributed.ProcessGroup | None = None,
     before_batch: Callable[[], object] = lambda: None,
     sums: Callable[[Any, Batch], Sums] = token_sums,
 ) -> Evaluation:
@@ -122,6 +123,7 @@ def measure_loss(
         model: a model, or a DeepSpeed engine.
         dp_rank, dp_size: this rank among those that share the windows.
         part: of each window, where ranks share it.
+        group: ranks that have all windows together; None: all ranks.
         sums: what is measured of a batch on its device.
     """
 
@@ -130,7 +132,7 @@ def measure_loss(
             dataset, micro_batch_size, dp_rank, dp_size, part, max_samples=max_samples or None, windows=windows
         )
         num_samples = min(max_samples or len(windows), len(windows))
-        return _measure(model, batches, num_samples, manifest, device, dp_size * part.count, before_batch, sums)
+        return _measure(model, batches, num_samples, manifest, device, dp_size * part.count, group, before_batch, sums)
 
     if not isinstance(dataset, Mixture):
         return measure(range(len(dataset)), dataset.reader.manifest)
@@ -148,6 +150,7 @@ def _measure(
     manifest: Manifest,
     device: torch.device,
     num_ranks: int,
+    group: torch.distributed.ProcessGroup | None,
     before_batch: Callable[[], object],
     sums: Callable[[Any, Batch], Sums],
 ) -> Evaluation:
@@ -168,7 +171,7 @@ def _measure(
     finally:
         model.train(was_training)
     totals = torch.tensor([num_targets, *total.tolist()], dtype=torch.float64)
-    num_targets, *means = (all_reduce_sum(totals) if num_ranks > 1 else totals).tolist()
+    num_targets, *means = (all_reduce_sum(totals, group) if num_ranks > 1 else totals).tolist()
     loss, *figures = (value / num_targets if num_targets else math.nan for value in means)
     bytes_per_token = 0.0 if manifest.is_chat else manifest.bytes_per_token
     bits_per_byte = loss / math.log(2) / bytes_per_token if bytes_per_token else None

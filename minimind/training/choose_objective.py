@@ -53,7 +53,7 @@ def check_kind(train: TrainConfig, reader: ShardReader) -> bool:
     return alone
 
 
-def check_objective(run: RunConfig, dataset: Dataset, sp_size: int) -> None:
+def check_objective(run: RunConfig, dataset: Dataset, sp_size: int, tp_size: int) -> None:
     """Refuse rewards, a teacher or a reference that cannot be, and what the objective would not read. Raises
     `UserError`."""
     objective, defaults = choose_objective(run.train, dataset), TrainConfig()
@@ -67,6 +67,11 @@ def check_objective(run: RunConfig, dataset: Dataset, sp_size: int) -> None:
         raise UserError(
             f"sp_size: {sp_size}: {objective} needs whole sequences on a rank; use --sp-size 1 (with "
             "--activation-checkpointing or a higher ZeRO stage for memory), or pretrain on texts or conversations"
+        )
+    if tp_size > 1 and objective == "grpo":
+        raise UserError(
+            f"tp_size: {tp_size}: {objective} samples and rewards answers on every rank by itself, and ranks that share "
+            "layers must read the same; use --tp-size 1, and a higher ZeRO stage for memory"
         )
     check_rewards(run.train)
     if run.train.teacher is not None:

@@ -11,6 +11,7 @@ from minimind.data.loader import Batch
 from minimind.distributed.collectives import all_reduce_sum
 from minimind.model.config import ModelConfig
 from minimind.model.router import balance_over
+from minimind.parallel.mesh import Mesh
 from minimind.training.objectives.objective import LossParts, Objective
 
 
@@ -21,7 +22,7 @@ def balances_step(model: ModelConfig) -> bool:
 
 
 @torch.no_grad()
-def read_expert_share(objective: Objective, engine: Any, batches: Sequence[Batch], num_averaging: int) -> torch.Tensor:
+def read_expert_share(objective: Objective, engine: Any, batches: Sequence[Batch], mesh: Mesh) -> torch.Tensor:
     """Each expert's share of the whole step's choices, (num_moe_layers, num_experts). Every rank calls this.
 
     `batches` are on the device. It has to be known before the first backward, so every micro-batch is read once more
@@ -32,15 +33,15 @@ def read_expert_share(objective: Objective, engine: Any, batches: Sequence[Batch
         parts = objective.loss(engine, batch)
         assert parts.expert_share is not None
         shares.append(parts.expert_share)
-    return mean_over_ranks(torch.stack(shares).mean(dim=0), num_averaging)
+    return mean_over_ranks(torch.stack(shares).mean(dim=0), mesh)
 
 
-def mean_over_ranks(share: torch.Tensor, num_averaging: int) -> torch.Tensor:
+def mean_over_ranks(share: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     """The mean of a tensor over all ranks that average. Every rank calls this."""
-    return all_reduce_sum(share.clone()) / num_averaging
+    return all_reduce_sum(share.clone(), mesh.averaging) / mesh.num_averaging
 
 
-def step_aux_loss(parts: LossParts, share: torch.Tensor | None, model: ModelConfig, num_averaging: int) -> torch.Tensor:
+def step_aux_loss(parts: LossParts, share: torch.Tensor | None, model: ModelConfig, mesh: Mesh) -> torch.Tensor:
     """The auxiliary loss of a micro-batch with the load of the whole step. Every rank calls this.
 
     Args:
@@ -48,16 +49,16 @@ def step_aux_loss(parts: LossParts, share: torch.Tensor | None, model: ModelConf
     """
     aux_loss, own, score = parts.aux_loss, parts.expert_share, parts.expert_score
     assert aux_loss is not None and own is not None and score is not None
-    return balance_over(mean_over_ranks(own, num_averaging) if share is None else share, aux_loss, own, score, model)
+    return balance_over(mean_over_ranks(own, mesh) if share is None else share, aux_loss, own, score, model)
 
 
-def step_router_biases(engine: Any, counts: torch.Tensor, grad_norm: torch.Tensor | float | None) -> None:
+def step_router_biases(engine: Any, counts: torch.Tensor, grad_norm: torch.Tensor | float | None, mesh: Mesh) -> None:
     """Move the routers' selection biases by the load of the whole step; a step whose gradient was not finite moves
     nothing. Every rank calls this.
 
     Args:
         counts: (num_moe_layers, num_experts + 1) of this rank's step, as in `LossParts`.
     """
-    load = all_reduce_sum(counts[:, :-1].clone())
+    load = all_reduce_sum(counts[:, :-1].clone(), mesh.averaging)
     finite = grad_norm.isfinite() if isinstance(grad_norm, torch.Tensor) else math.isfinite(grad_norm or 0.0)
     engine.module.step_router_biases(load * finite)

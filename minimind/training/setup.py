@@ -84,7 +84,7 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
     if run.train.keeps_frozen and run.train.init_from is None:
         flag = "lora_rank" if run.train.lora_rank else "freeze"
         raise UserError(f"{flag}: frozen weights are those of a trained model; give it by --init-from")
-    check_objective(run, data.train, resolved.train.sp_size)
+    check_objective(run, data.train, resolved.train.sp_size, resolved.train.tp_size)
     if run.train.init_from is not None:
         trained = resolved.trained if run.train.keeps_frozen else None
         source = check_init_checkpoint(run.model, Path(run.train.init_from), trained)

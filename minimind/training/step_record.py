@@ -14,6 +14,7 @@ from minimind.checkpoints.manifest import TrainState
 from minimind.data.dataset import Mixture
 from minimind.data.loader import BatchLoader
 from minimind.distributed.collectives import all_reduce_sum, gather_on_first
+from minimind.parallel.mesh import Mesh
 from minimind.training.record.run_files import StepRecord
 from minimind.training.step_timer import StepTimer, describe_times, seconds
 
@@ -39,7 +40,7 @@ class Figures:
     On CUDA nothing waits for the device: the figures are summed over the ranks there, and copied to pinned memory.
     """
 
-    def __init__(self, pending: list[PendingStep], timer: StepTimer) -> None:
+    def __init__(self, pending: list[PendingStep], timer: StepTimer, mesh: Mesh) -> None:
         self.pending = pending
         self._reading = timer.read()
         losses = torch.stack([item.loss for item in pending])
@@ -53,12 +54,12 @@ class Figures:
         figures = [value for item in pending for value in item.figures.values()]
         sources = [item.sources.flatten() for item in pending if item.sources is not None]
         parts = [losses, torch.stack([*(item.aux_loss for item in pending), *figures]), *sources]
-        means = all_reduce_sum(torch.cat(parts))
+        means = all_reduce_sum(torch.cat(parts), mesh.averaging)
         counts = [item.expert_counts for item in pending if item.expert_counts is not None]
         self._device = losses.device
         self._losses, self._means = _copy_to_host(losses), _copy_to_host(means)
         self._norms = _copy_to_host(torch.stack(norms))
-        self._loads = _copy_to_host(all_reduce_sum(torch.stack(counts))) if counts else None
+        self._loads = _copy_to_host(all_reduce_sum(torch.stack(counts), mesh.averaging)) if counts else None
         self._copied: torch.cuda.Event | None = None
         if self._device.type == "cuda":
             self._copied = torch.cuda.Event()

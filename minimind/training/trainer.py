@@ -159,7 +159,7 @@ class Trainer:
             if parts.aux_loss is not None:  # a mean over this micro-batch: DeepSpeed's own averaging is right for it
                 own = parts.aux_loss
                 if balances_step:
-                    own = expert_balance.step_aux_loss(parts, share, model, self.mesh.num_averaging)
+                    own = expert_balance.step_aux_loss(parts, share, model, self.mesh)
                 total = total + own
                 aux_loss = aux_loss + own.detach() / (len(batches) * self.mesh.num_averaging)
             if parts.expert_counts is not None:
@@ -172,7 +172,7 @@ class Trainer:
         with self.timer.part("optimizer"):
             grad_norm = optimizer_step(self.engine, self.resolved)
         if counts is not None and model.router_bias_update_rate and self.resolved.trains_routers:
-            expert_balance.step_router_biases(self.engine, counts, grad_norm)
+            expert_balance.step_router_biases(self.engine, counts, grad_norm, self.mesh)
         self.state = replace(
             self.state,
             step=step + 1,
@@ -189,7 +189,7 @@ class Trainer:
     def _read_expert_share(self, batches: list[Batch]) -> torch.Tensor:
         self.control.report(self.state.step + 1, "reading the experts' load")
         with self.timer.part("forward"):
-            share = expert_balance.read_expert_share(self.objective, self.engine, batches, self.mesh.num_averaging)
+            share = expert_balance.read_expert_share(self.objective, self.engine, batches, self.mesh)
         self._seed_dropout(self.state.step)  # the same draws again
         return share
 
@@ -218,7 +218,8 @@ class Trainer:
         """Targets of the whole step over all ranks, which the hosts know without the device. Every rank calls this."""
         count = self.objective.count_targets(batches)
         if self.resolved.data.document_mask and self.mesh.num_averaging > 1:
-            return max(1, *all_reduce_ints([count], torch.add))
+            (total,) = all_reduce_ints([count], torch.add)
+            return max(1, total // self.mesh.tp_size)  # the ranks of a tensor group count the same targets
         return max(1, count * self.mesh.num_averaging)  # without a mask every position of every window has a target
 
     def _seed_dropout(self, step: int) -> None:
@@ -232,7 +233,7 @@ class Trainer:
     def _send_figures(self) -> None:
         """Send the figures of the pending steps to the host. Every rank calls this: it holds collectives."""
         if self._pending:
-            self._arriving.append(Figures(self._pending, self.timer))
+            self._arriving.append(Figures(self._pending, self.timer, self.mesh))
             self._pending = []
 
     def _log_figures(self, count: int) -> None:
@@ -281,6 +282,7 @@ class Trainer:
             dp_rank=self.loader.dp_rank,
             dp_size=self.loader.dp_size,
             part=self.loader.part,
+            group=self.mesh.averaging,
             before_batch=lambda: self.control.report(step, "evaluating"),
             sums=self.objective.evaluate,
         )

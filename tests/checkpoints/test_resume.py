@@ -86,12 +86,17 @@ def test_one_rank_continues_bit_for_bit(tiny_corpus, tmp_path, stage, precision)
 
 
 EP_2 = {**EXPERTS, "ep_size": 2}
+# Enough heads for two ranks to share.
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+TP_2 = {**HEADS, "attention_bias": True, "attention_dropout": 0.1, "tp_size": 2}
 
 
 @pytest.mark.parametrize(
     ("stage", "settings"),
     [
-        *((stage, settings) for settings in ({}, EP_2) for stage in range(4)),
+        *((stage, settings) for settings in ({}, EP_2, TP_2) for stage in range(4)),
+        *((stage, {**EP_2, **TP_2}) for stage in (0, 1, 3)),
+        (1, {**TP_2, "precision": "bf16", "activation_checkpointing": True}),
         (2, {"optimizer": "muon", "tie_word_embeddings": False}),
         (3, {**EP_2, "optimizer": "muon"}),
         (1, {**EP_2, "precision": "bf16"}),
@@ -201,6 +206,19 @@ def test_any_ep_size_continues_one_run(tiny_corpus, tmp_path, run_ranks):
     walk(tiny_corpus, tmp_path, starts, run_ranks, **EXPERTS)
 
 
+def test_any_tp_size_continues_one_run(tiny_corpus, tmp_path, run_ranks):
+    # (ranks, tp size, stage): from layers that two ranks share to one rank and to two with other samples, and back.
+    cells = (
+        (1, 1, 1), (2, 2, 1), (1, 1, 3), (2, 2, 3), (2, 1, 2), (2, 2, 2), (2, 1, 0), (2, 2, 0), (1, 1, 0), (2, 2, 3),
+        (2, 2, 0), (2, 2, 1),
+    )  # fmt: skip
+    starts = [(world_size, {"tp_size": tp_size, "stage": stage}) for world_size, tp_size, stage in cells]
+    walk(tiny_corpus, tmp_path / "dense", starts, run_ranks, **HEADS, attention_bias=True)
+    cells = ((2, 2, 1), (1, 1, 0), (2, 2, 3), (2, 1, 2), (2, 2, 0), (2, 2, 2))
+    starts = [(n, {"tp_size": size, "stage": stage, "ep_size": n}) for n, size, stage in cells]
+    walk(tiny_corpus, tmp_path / "experts", starts, run_ranks, **EXPERTS, **HEADS)
+
+
 def test_any_backend_of_the_experts_continues_one_run(tiny_corpus, tmp_path, run_ranks):
     cells = (
         (1, 1, 1, "autoep"), (2, 2, 0, "deepspeed"), (2, 2, 3, "autoep"), (1, 1, 2, "deepspeed"),
@@ -242,7 +260,8 @@ def train_and_see_logits(flags: list[str]) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("stage", "settings"),
-    [(stage, settings) for settings in ({}, {**EXPERTS, "ep_size": 1}, EP_2) for stage in range(4)]
+    [(stage, settings) for settings in ({}, {**EXPERTS, "ep_size": 1}, EP_2, TP_2) for stage in range(4)]
+    + [(stage, {**EP_2, **TP_2}) for stage in (0, 3)]
     + [(stage, {**NATIVE, "ep_size": ep_size}) for ep_size in (1, 2) for stage in range(3)],
 )
 def test_a_checkpoint_of_two_ranks_is_one_model(tiny_corpus, tmp_path, pool: RankPool, stage, settings):

@@ -1,4 +1,4 @@
-"""Tiny runs on ranks that share sequences, and the plain loop on one process that they are compared with.
+"""Tiny runs on ranks that share sequences or layers, and the plain loop on one process that they are compared with.
 
 The steps are taken by the trainer itself, from shards, with documents that end everywhere.
 """
@@ -74,7 +74,7 @@ def walk(cells: list[Cell], count: int) -> list[Curve]:
                 for step in range(count):
                     trainer.train_step(trainer.loader.step_batches(step))
                     loss = trainer._pending[-1].loss.clone()
-                    torch.distributed.all_reduce(loss)
+                    torch.distributed.all_reduce(loss, group=trainer.mesh.averaging)
                     losses.append(float(loss))
                     norms.append(float(trainer._pending[-1].grad_norm))
                 trainer.engine.destroy()

@@ -249,7 +249,8 @@ def pair_up(sums: Tensor, lengths: Tensor, reference: Tensor | None) -> Answers:
 def measure_answers(engine: Any, dataset: Dataset, micro_batch_size: int) -> np.ndarray:
     """(num_documents, 2) float32 log-probabilities of the answers under the engine's weights; NaN for a pair that fits
     no window. Every rank calls this, and each reads its share."""
-    ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    group = engine.seq_data_parallel_group  # the ranks of a tensor group read the same
+    ranks, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
     table = torch.zeros(dataset.reader.manifest.total_documents, 3, dtype=torch.float64)
     engine.eval()
     for batch in eval_batches(dataset, micro_batch_size, rank, ranks):
@@ -257,7 +258,7 @@ def measure_answers(engine: Any, dataset: Dataset, micro_batch_size: int) -> np.
         table[list(batch.pairs), :2] = log_probs.view(-1, 2).double().cpu()
         table[list(batch.pairs), 2] = 1
     engine.train()
-    table = all_reduce_sum(table)
+    table = all_reduce_sum(table, group)
     table[table[:, 2] == 0] = float("nan")
     return table[:, :2].float().numpy()
 
