@@ -121,6 +121,13 @@ def check_tensor_parallel(resolved: ResolvedRun) -> None:
         heads = f"{model.num_key_value_heads} key-value heads and feed-forwards of {model.feed_forward_size}"
         sizes = ", ".join(map(str, possible))
         raise UserError(f"tp_size: {size} ranks cannot share {heads} evenly; possible: {sizes}; or use --sp-size")
+    if train.moe_backend == "deepspeed":
+        raise UserError(f"moe_backend: deepspeed does not know tp_size {size}; use --moe-backend autoep, or --sp-size")
+    if train.moe_backend == "autoep" and train.ep_size == 1:
+        raise UserError(f"tp_size: {size} needs an ep_size above 1 beside experts: AutoEP shares them over all ranks")
+    if train.moe_backend == "autoep" and (train.sp_size > 1 or resolved.zero.offloaded):
+        other = f"sp_size {train.sp_size}" if train.sp_size > 1 else "offload"
+        raise UserError(f"tp_size: {size} beside experts does not go with {other}; leave one out")
     if train.lora is not None:
         raise UserError(f"tp_size: {size}: AutoTP would drop the adapters of lora_rank; use a ZeRO stage or --sp-size")
     if train.optimizer == "muon":

@@ -25,8 +25,8 @@ from minimind.parallel.mesh import Mesh
 
 
 def share_layers(model: nn.Module, mesh: Mesh | None) -> Any:
-    """Prepare `deepspeed.initialize` to cut the layers over the mesh's tensor groups; the `mpu` for it. Every rank calls
-    this."""
+    """Prepare `deepspeed.initialize` to cut the layers over the mesh's tensor groups; gives it its `mpu`. Every rank
+    calls this."""
     groups.mpu = None  # DeepSpeed keeps that of the engine before
     if mesh is None or mesh.tensor is None:
         return None

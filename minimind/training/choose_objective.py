@@ -70,8 +70,8 @@ def check_objective(run: RunConfig, dataset: Dataset, sp_size: int, tp_size: int
         )
     if tp_size > 1 and objective == "grpo":
         raise UserError(
-            f"tp_size: {tp_size}: {objective} samples and rewards answers on every rank by itself, and ranks that share "
-            "layers must read the same; use --tp-size 1, and a higher ZeRO stage for memory"
+            f"tp_size: {tp_size}: {objective} samples and rewards answers on every rank by itself, and ranks that "
+            "share layers must read the same; use --tp-size 1, and a higher ZeRO stage for memory"
         )
     check_rewards(run.train)
     if run.train.teacher is not None:
