@@ -130,9 +130,5 @@ def check_tensor_parallel(resolved: ResolvedRun) -> None:
         raise UserError(f"tp_size: {size} beside experts does not go with {other}; leave one out")
     if train.lora is not None:
         raise UserError(f"tp_size: {size}: AutoTP would drop the adapters of lora_rank; use a ZeRO stage or --sp-size")
-    if train.optimizer == "muon":
-        raise UserError(
-            f"tp_size: {size}: muon needs whole matrices, and a rank has a part of each; use adamw, or --sp-size"
-        )
     if resolved.ds[BLOCK].get("tp_overlap_comm") and model.attention_bias:
         raise UserError(f"DeepSpeed config: {BLOCK}.tp_overlap_comm knows no attention_bias; remove it")

@@ -121,7 +121,7 @@ def build_engine(
         dist_init_required=False,
     )
     if isinstance(engine.basic_optimizer, Muon):
-        attach_layouts(engine, engine.basic_optimizer)
+        attach_layouts(engine, engine.basic_optimizer, None if mesh is None else mesh.tensor)
     if engine.device.type == "cuda":
         leave_checks_on_device(engine.optimizer, resolved)
     if nothing_to_reduce(resolved, engine.optimizer):

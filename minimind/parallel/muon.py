@@ -7,7 +7,7 @@ on one of the ranks that share it, orthogonalised there, and sent back; all else
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor
+
+from minimind.config.tensor_parallel import cut_dimension
 
 MUON = "muon"
 """The `kind` of a parameter group that Muon updates."""
@@ -37,6 +39,8 @@ class Piece(NamedTuple):
     """How many are here; 0: none."""
     is_cut: bool
     """Other ranks hold others."""
+    shared: int | None = None
+    """The dimension along which a tensor group shares it: then this is a matrix of its own, and a part of the whole."""
 
 
 class Place(NamedTuple):
@@ -72,6 +76,7 @@ class Muon(torch.optim.AdamW):
     def __init__(self, groups: list[dict[str, Any]], *, device: torch.device, dtype: torch.dtype, **adamw: Any) -> None:
         super().__init__(groups, fused=True, **adamw)
         self.device, self.dtype = device, dtype
+        self.tensor_group: dist.ProcessGroup | None = None
         self.layouts: dict[Tensor, Layout] = {}
         """Of ZeRO's partitions; a parameter without one is a matrix, or several along its first dimension."""
         self._step_supports_amp_scaling = False  # torch's scaler leaves a bad step out itself
@@ -111,7 +116,8 @@ class Muon(torch.optim.AdamW):
 
     def _orthogonalize(self, update: Tensor, layout: Layout) -> None:
         """Every matrix of a flat partition, in place. Every rank of its group calls this."""
-        self._orthogonalize_each([_part(update, piece).view(piece.shape) for piece in layout.whole])
+        matrices = [_part(update, piece).view(piece.shape) for piece in layout.whole]
+        self._orthogonalize_each(matrices, layout.whole)
         for bucket in layout.buckets:
             self._exchange(update, bucket, layout.group)
 
@@ -125,25 +131,39 @@ class Muon(torch.optim.AdamW):
             sent.copy_(own)
         row = rows.new_empty(length)
         dist.reduce_scatter_tensor(row, rows.view(-1), group=group)  # of each element all but one rank sends zero
-        matrices = (row[place.start :][: math.prod(place.piece.shape)].view(place.piece.shape) for place in bucket)
-        owned = [matrix for place, matrix in zip(bucket, matrices, strict=True) if place.owner == rank]
-        self._orthogonalize_each(owned)
+        pieces = [place.piece for place in bucket if place.owner == rank]
+        starts = [place.start for place in bucket if place.owner == rank]
+        owned = [
+            row[start:][: math.prod(piece.shape)].view(piece.shape) for start, piece in zip(starts, pieces, strict=True)
+        ]
+        self._orthogonalize_each(owned, pieces)
         dist.all_gather_into_tensor(rows.view(-1), row, group=group)
         for own, sent in here:
             own.copy_(sent)
 
-    def _orthogonalize_each(self, matrices: Sequence[Tensor]) -> None:
-        """In place; matrices of one shape in one product."""
-        by_shape: defaultdict[torch.Size, list[Tensor]] = defaultdict(list)
-        for matrix in matrices:
-            by_shape[matrix.shape].append(matrix)
-        for shape, same in by_shape.items():
+    def _orthogonalize_each(self, matrices: Sequence[Tensor], pieces: Sequence[Piece]) -> None:
+        """In place; matrices of one shape in one product. The ranks of a tensor group call this with their parts of the
+        same matrices."""
+        alike: defaultdict[tuple[torch.Size, int | None], list[Tensor]] = defaultdict(list)
+        for matrix, piece in zip(matrices, pieces, strict=True):
+            alike[matrix.shape, piece.shared].append(matrix)
+        for (shape, shared), same in alike.items():
             count = max(1, BUCKET_ELEMENTS // shape.numel())
             for first in range(0, len(same), count):
                 some = same[first : first + count]
                 stack = torch.stack([matrix.to(self.device, self.dtype) for matrix in some])
-                for matrix, found in zip(some, orthogonalize(stack), strict=True):
+                for matrix, found in zip(some, self._orthogonalize_whole(stack, shared), strict=True):
                     matrix.copy_(found)
+
+    def _orthogonalize_whole(self, parts: Tensor, shared: int | None) -> Tensor:
+        """`orthogonalize` of the matrices of which this rank has (N, rows, columns) `parts`: its parts of the outcome.
+        Each rank computes all of it."""
+        if shared is None:
+            return orthogonalize(parts)
+        rank, size = dist.get_rank(self.tensor_group), dist.get_world_size(self.tensor_group)
+        found = [torch.empty_like(parts) for _ in range(size)]
+        dist.all_gather(found, parts, group=self.tensor_group)
+        return orthogonalize(torch.cat(found, dim=shared - 2)).chunk(size, dim=shared - 2)[rank]
 
 
 ZERO_SUPPORTED_OPTIMIZERS.append(Muon)  # DeepSpeed warns of others
@@ -186,15 +206,20 @@ def _iterate_gram(gram: Tensor) -> Tensor:
     return product
 
 
-def attach_layouts(engine: deepspeed.DeepSpeedEngine, optimizer: Muon) -> None:
-    """Tell the optimizer where ZeRO has put its matrices, from what the stages call their partitions."""
-    zero = engine.optimizer
+def attach_layouts(engine: deepspeed.DeepSpeedEngine, optimizer: Muon, tensor_group: dist.ProcessGroup | None) -> None:
+    """Tell the optimizer where ZeRO has put its matrices, from what the stages call their partitions, and which of them
+    are parts that a tensor group shares."""
+    zero, optimizer.tensor_group = engine.optimizer, tensor_group
+
+    def shared(parameter: Any) -> int | None:
+        return None if tensor_group is None else cut_dimension(engine.param_names[parameter])
+
     if hasattr(zero, "fp16_groups") and hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
         for number, partition in enumerate(zero.fp32_partitioned_groups_flat):
             parameters = zero.fp16_groups[number]
             if optimizer.param_groups[zero.sub_group_to_group_id[number]]["kind"] == MUON:
                 group = parameters[0].ds_process_group
-                optimizer.layouts[partition] = _layout(_split_pieces(parameters, dist.get_rank(group)), group)
+                optimizer.layouts[partition] = _layout(_split_pieces(parameters, dist.get_rank(group), shared), group)
         return
     if hasattr(zero, "single_partition_of_fp32_groups"):  # stages 1 and 2
         partitions, names = zero.single_partition_of_fp32_groups, zero.round_robin_bit16_groups
@@ -202,7 +227,10 @@ def attach_layouts(engine: deepspeed.DeepSpeedEngine, optimizer: Muon) -> None:
     elif hasattr(zero, "fp32_groups_flat_partition"):  # stage 1, bf16 with float32 gradients
         partitions, names = zero.fp32_groups_flat_partition, zero.bf16_groups
         offsets = [list(itertools.accumulate((p.numel() for p in group), initial=0))[:-1] for group in names]
-    else:
+    else:  # stage 0
+        for own in optimizer.param_groups:
+            for parameter in own["params"] if own["kind"] == MUON else ():
+                optimizer.layouts[parameter] = Layout(_whole(parameter, shared(parameter)), [], None)
         return
     for number, partition in enumerate(partitions):
         if optimizer.param_groups[number]["kind"] == MUON:
@@ -211,23 +239,25 @@ def attach_layouts(engine: deepspeed.DeepSpeedEngine, optimizer: Muon) -> None:
             pieces = [
                 piece
                 for parameter, begin in zip(names[number], offsets[number], strict=True)
-                for piece in _pieces(parameter.shape, begin, length, rank, -rank * length)
+                for piece in _pieces(parameter.shape, begin, length, rank, -rank * length, shared(parameter))
             ]
             optimizer.layouts[partition] = _layout(pieces, group)
 
 
-def _split_pieces(parameters: Sequence[Any], rank: int) -> list[Piece]:
+def _split_pieces(parameters: Sequence[Any], rank: int, shared: Callable[[Any], int | None]) -> list[Piece]:
     """Stage 3: each parameter is cut into equal parts, and a rank's parts follow each other."""
     pieces: list[Piece] = []
     start = 0
     for parameter in parameters:
         length = parameter.ds_tensor.ds_numel
-        pieces += _pieces(parameter.ds_shape, 0, length, rank, start - rank * length)
+        pieces += _pieces(parameter.ds_shape, 0, length, rank, start - rank * length, shared(parameter))
         start += length
     return pieces
 
 
-def _pieces(shape: Sequence[int], begin: int, length: int, rank: int, shift: int) -> Iterator[Piece]:
+def _pieces(
+    shape: Sequence[int], begin: int, length: int, rank: int, shift: int, shared: int | None = None
+) -> Iterator[Piece]:
     """The matrices of a parameter that begins at `begin` of a vector of which each rank has `length` elements.
 
     Args:
@@ -238,11 +268,11 @@ def _pieces(shape: Sequence[int], begin: int, length: int, rank: int, shift: int
         first = begin + number * size
         low, high = max(first, rank * length), min(first + size, (rank + 1) * length)
         is_cut = first // length != (first + size - 1) // length
-        yield Piece((shape[-2], shape[-1]), low + shift, low - first, max(0, high - low), is_cut)
+        yield Piece((shape[-2], shape[-1]), low + shift, low - first, max(0, high - low), is_cut, shared)
 
 
-def _whole(parameter: Tensor) -> list[Piece]:
-    return list(_pieces(parameter.shape, 0, parameter.numel(), 0, 0))
+def _whole(parameter: Tensor, shared: int | None = None) -> list[Piece]:
+    return list(_pieces(parameter.shape, 0, parameter.numel(), 0, 0, shared))
 
 
 def _layout(pieces: Sequence[Piece], group: dist.ProcessGroup) -> Layout:

@@ -72,6 +72,15 @@ def test_four_ranks(pool_of_four, plain):
     assert_same(pool_of_four, cells_of(sp_size=2), plain["dense"])
 
 
+def test_muon_takes_whole_matrices(pool, pool_of_four):
+    """Of a matrix that a tensor group shares, put together from its parts, in every stage: what ranks that share
+    nothing make of it."""
+    muon = {"optimizer": "muon", "muon_lr": 0.02}
+    expected = pool.run(walk, [({"tp_size": 1, **muon}, {}, UNTIED)], 4)[0][0]
+    assert_same(pool, cells_of((0, 2), UNTIED, **muon), expected, 4)
+    assert_same(pool_of_four, cells_of((1, 3), UNTIED, **muon), expected, 4)
+
+
 def test_experts_on_all_ranks(pool_of_four):
     """AutoEP shares them over tensor groups and beyond; the rest of a layer with experts is shared as ever."""
     expected = train_plainly(WITH_EXPERTS, 4)
@@ -131,7 +140,6 @@ def test_a_rule_names_every_parameter_once(config):
         (({"tp_size": 2}, {}, {"intermediate_size": 99}), "feed-forwards of 99 evenly; possible: 1;"),
         (({"tp_size": 2, "sp_size": 4}, {}, {}), "sp_size: 4 does not divide 2 ranks; possible: 1, 2"),
         (({"tp_size": 2, "lora_rank": 2}, {}, {}), "AutoTP would drop the adapters of lora_rank"),
-        (({"tp_size": 2, "optimizer": "muon"}, {}, {}), "muon needs whole matrices"),
         (({"tp_size": 2}, {}, EXPERTS), "tp_size: 2 needs an ep_size above 1"),
         (({"tp_size": 2, "moe_backend": "deepspeed"}, {}, EXPERTS), "moe_backend: deepspeed"),
         (({"tp_size": 2}, {"tensor_parallel": {"autotp_size": 4}}, {}), "tp_size is 2 in the run and 4"),

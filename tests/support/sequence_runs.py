@@ -43,6 +43,7 @@ def resolve(world_size: int, cell: Cell) -> ResolvedRun:
     zero = {"stage": 1, "reduce_bucket_size": 5000, "allgather_bucket_size": 5000, **ds.get("zero_optimization", {})}
     settings = {
         **SETTINGS,
+        "optimizer": "adamw",
         "micro_batch_size": 1,
         "global_batch_size": ROWS,
         "schedule": "constant",
