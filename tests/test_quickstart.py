@@ -13,7 +13,7 @@ import torch
 from repository import ROOT
 
 sys.path.insert(0, str(ROOT / "launch"))
-from quickstart_steps import FEWEST, MOST, choose_steps
+from quickstart_steps import FEWEST, MODEL, MOST, SEQ_LEN, WINDOWS, choose_steps
 
 # Stands for Python and for launch/pretrain.sh: writes down what is called, and makes the files that are looked for.
 STUB = """#!/usr/bin/env bash
