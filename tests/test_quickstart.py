@@ -66,9 +66,10 @@ def test_the_chosen_number_is_said_and_kept(repository: Path) -> None:
     done, calls = run(repository)
     assert done.returncode == 0, done.stderr
     assert "140 steps, and as much to fine-tune it, each at most 3 minutes here" in done.stdout
-    assert any(
-        call.startswith("pretrain.sh") and "--steps 140 " in call and "--precision bf16" in call for call in calls
-    )
+    (trained,) = [call for call in calls if call.startswith("pretrain.sh")]
+    shape = {"hidden-size": MODEL.hidden_size, "seq-len": SEQ_LEN, "global-batch-size": WINDOWS}
+    for name, value in {"steps": 140, "precision": "bf16", **shape}.items():
+        assert f"--{name} {value} " in trained, "another step than was measured"
     (measured,) = [call for call in calls if "quickstart_steps.py" in call]
     assert 180 <= int(measured.split()[-1]) <= 195
     assert any(call.startswith("sft.sh") and "--steps 280 " in call for call in calls)
