@@ -46,7 +46,8 @@ class PrepareFlags:
     """Where documents come from and go to."""
 
     input: tuple[str, ...]
-    """Files (.jsonl .ndjson .json .txt .parquet .csv .tsv, also .gz .zst .bz2 .xz), folders, globs, - or hf:NAME."""
+    """Files (.jsonl .ndjson .json .txt .parquet .csv .tsv .warc .wet, also .gz .zst .bz2 .xz), folders, globs, -,
+    hf:NAME, or addresses such as s3://bucket/text."""
     output: Path
     """Folder of the corpus: train/ and val/ are made in it."""
     val_input: tuple[str, ...] = ()

@@ -64,7 +64,8 @@ class TrainTokenizerFlags(ReadOptions):
     """Train a tokenizer on text files or data sets, or add tokens to one."""
 
     input: tuple[str, ...] = ()
-    """Files (.jsonl .ndjson .json .txt .parquet .csv .tsv, also .gz .zst .bz2 .xz), folders, globs, - or hf:NAME."""
+    """Files (.jsonl .ndjson .json .txt .parquet .csv .tsv .warc .wet, also .gz .zst .bz2 .xz), folders, globs, -,
+    hf:NAME, or addresses such as s3://bucket/text."""
     output: Path
     """Folder for tokenizer.model and tokenizer_config.json."""
     vocab_size: Annotated[int, Limits(at_least=SMALLEST_VOCABULARY)] = 6400

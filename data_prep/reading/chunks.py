@@ -15,6 +15,7 @@ from data_prep.reading.byte_stream import Source, open_source, open_text, spool
 from data_prep.reading.records import CHUNK_BYTES, ReadOptions, Record, Rejected, reject_long
 from data_prep.reading.sources import DATASET
 from data_prep.reading.tables import read_csv, read_dataset, read_parquet
+from data_prep.reading.warc import read_warc
 
 # White space of Unicode in UTF-8: a line of ideographic spaces is blank too.
 _is_blank = re.compile(
@@ -41,6 +42,9 @@ def cut_source(source: Source, options: ReadOptions) -> Iterator[Chunk]:
         yield from _pack(source, read_dataset(source, options), lambda: 0)
         return
     with open_source(source) as (stream, raw):
+        if source.format == "warc":
+            yield from _pack(source, read_warc(stream, source.name, options.max_document_bytes), raw.tell)
+            return
         if source.format != "parquet":
             records = _read_text_format(open_text(stream, source, options.encoding), source, options)
             yield from _pack(source, records, raw.tell)

@@ -11,7 +11,7 @@ CHUNK_BYTES = 1 << 19
 FRACTION = Limits(at_least=0, at_most=1)
 
 TxtDocuments = Literal["paragraph", "line", "document"]
-InputFormat = Literal["jsonl", "json", "txt", "parquet", "csv", "tsv"]
+InputFormat = Literal["jsonl", "json", "txt", "parquet", "csv", "tsv", "warc"]
 
 
 class Rejected(Exception):

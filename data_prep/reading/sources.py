@@ -25,6 +25,8 @@ SUFFIXES: dict[str, InputFormat] = {
     ".parquet": "parquet",
     ".csv": "csv",
     ".tsv": "tsv",
+    ".warc": "warc",
+    ".wet": "warc",
 }
 DATASET = "dataset"
 """The format of an input that Hugging Face `datasets` loads."""

@@ -77,7 +77,7 @@ class ChatOptions(CorpusOptions):
     def check_sources(self, sources: list[Source]) -> None:
         """Raise `UserError` for a text file, which holds no conversations."""
         for source in sources:
-            if source.format == "txt":
+            if source.format in ("txt", "warc"):
                 raise UserError(f"{source.name} is plain text: conversations are read from records, such as .jsonl")
 
     def read_record(self, record: Any) -> dict[str, Any]:
