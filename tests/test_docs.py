@@ -242,14 +242,15 @@ def test_internal_links_and_anchors_exist(path):
             assert anchor in find_anchors(target.read_text(encoding="utf-8")), f"{path}: {link}"
 
 
-@pytest.mark.parametrize("page", [ARCHITECTURE, GUIDE, "data_format.md"])
+@pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_formulas_are_written_so_that_they_are_shown(language, page):
     text = re.sub(r"`[^`\n]*`", "", without_blocks(read_page(language, page)))
     formulas = re.findall(r"\$\$.+?\$\$", text, re.S)
     text = re.sub(r"\$\$.+?\$\$", "", text, flags=re.S)
     inline = re.findall(r"(.?)\$([^$]+)\$(.?)", text)
-    assert text.count("$") == 2 * len(inline) and inline
+    assert text.count("$") == 2 * len(inline)
+    assert inline or page not in (ARCHITECTURE, GUIDE, "data_format.md", "rewards.md")
     for before, formula, after in inline:
         # A formula that touches a Chinese character or mark is not taken for one.
         assert ord(before or " ") < 0x2000 and ord(after or " ") < 0x2000, f"{before}${formula}${after}"
