@@ -128,6 +128,13 @@ def check_tensor_parallel(resolved: ResolvedRun) -> None:
     if train.moe_backend == "autoep" and (train.sp_size > 1 or resolved.zero.offloaded):
         other = f"sp_size {train.sp_size}" if train.sp_size > 1 else "offload"
         raise UserError(f"tp_size: {size} beside experts does not go with {other}; leave one out")
+    zero = resolved.ds.get("zero_optimization", {})
+    if resolved.zero.hpz_partition_size > 1 or zero.get("zero_quantized_gradients"):
+        name = "zero_hpz_partition_size" if resolved.zero.hpz_partition_size > 1 else "zero_quantized_gradients"
+        raise UserError(
+            f"DeepSpeed config: zero_optimization.{name} takes neighbours for ranks with the same weights, and with "
+            f"tp_size {size} they have others; remove it"
+        )
     if train.lora is not None:
         raise UserError(f"tp_size: {size}: AutoTP would drop the adapters of lora_rank; use a ZeRO stage or --sp-size")
     if resolved.ds[BLOCK].get("tp_overlap_comm") and model.attention_bias:

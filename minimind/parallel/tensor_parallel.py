@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import is_model_parallel_parameter
@@ -56,6 +57,8 @@ def _is_counted_everywhere(parameter: nn.Parameter) -> bool:
 
 
 stage_1_and_2.is_model_parallel_parameter = _is_counted_everywhere
+for _layer in (LinearLayer, LinearAllreduce):  # a compiled block leaves its graph for the collectives
+    _layer.forward = torch.compiler.disable(_layer.forward)
 
 
 def own_part(name: str, whole: Tensor, rank: int, size: int) -> Tensor:

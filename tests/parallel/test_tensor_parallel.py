@@ -25,6 +25,7 @@ STAGES = (0, 1, 2, 3)
 # Weights that start large, so that a gradient which is wrong is seen in the losses.
 DENSE = {"initializer_range": 0.1}
 UNTIED = {**DENSE, "tie_word_embeddings": False, "attention_bias": True}
+HPZ = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
 WITH_EXPERTS = {**EXPERTS, "aux_loss_scope": "global"}
 
 
@@ -139,6 +140,7 @@ def test_a_rule_names_every_parameter_once(config):
         (({"tp_size": 3}, {}, {}), "tp_size: 3 does not divide 4 ranks; possible: 1, 2"),
         (({"tp_size": 2}, {}, {"intermediate_size": 99}), "feed-forwards of 99 evenly; possible: 1;"),
         (({"tp_size": 2, "sp_size": 4}, {}, {}), "sp_size: 4 does not divide 2 ranks; possible: 1, 2"),
+        (({"tp_size": 2}, HPZ, {}), "zero_hpz_partition_size takes neighbours"),
         (({"tp_size": 2, "lora_rank": 2}, {}, {}), "AutoTP would drop the adapters of lora_rank"),
         (({"tp_size": 2}, {}, EXPERTS), "tp_size: 2 needs an ep_size above 1"),
         (({"tp_size": 2, "moe_backend": "deepspeed"}, {}, EXPERTS), "moe_backend: deepspeed"),
