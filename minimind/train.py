@@ -190,7 +190,8 @@ def describe(resolved: ResolvedRun, env: RankEnvironment, device: torch.device, 
         *describe_mixture(data.train, order, train.global_batch_size, train.steps),
         f"batch     {train.global_batch_size} samples = {train.micro_batch_size} x {train.gradient_accumulation_steps} "
         f"accumulated x {resolved.dp_size} ranks; {tokens_per_step:,} tokens a step"
-        + (f"; each sequence on {train.sp_size} ranks" if train.sp_size > 1 else ""),
+        + (f"; each sequence on {train.sp_size} ranks" if train.sp_size > 1 else "")
+        + (f"; each layer on {train.tp_size} ranks" if train.tp_size > 1 else ""),
         f"length    {train.steps:,} steps, {train.steps / per_epoch:.2f} epochs ({per_epoch:.1f} steps an epoch), "
         f"{train.steps * tokens_per_step:,} tokens",
         f"optimizer {describe_rates(resolved)}",

@@ -14,6 +14,7 @@ from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import RunConfig
 from minimind.errors import UserError
 from minimind.model.config import ModelConfig
+from minimind.model.tuning import trained_shapes
 from minimind.schema import nearest
 
 BLOCK = "tensor_parallel"
@@ -80,8 +81,9 @@ def take_tensor_parallel(overlaps: Overlaps, run: RunConfig, ds: dict[str, Any])
         UserError: a key of the block that is unknown or not used.
     """
     block = ds.get(BLOCK, {})
+    written = autotp_block(1, trained_shapes(run.model, run.train.lora, run.train.freeze))
     for key, value in block.items():
-        if key in _UNUSED_KEYS and value != AUTO:
+        if key in _UNUSED_KEYS and value not in (AUTO, written.get(key)):  # what a run has written can be given again
             raise UserError(f"DeepSpeed config: {BLOCK}.{key} is not used: {_UNUSED_KEYS[key]}; remove it")
         if key not in ("autotp_size", *_FREE_KEYS, *_UNUSED_KEYS):
             known = ["autotp_size", *_FREE_KEYS]

@@ -39,7 +39,7 @@ from minimind.parallel.muon import Muon, attach_layouts
 from minimind.parallel.op_builds import build_ops
 from minimind.parallel.optimizer import clips_here, own_optimizer, parameter_groups
 from minimind.parallel.sequence import share_sequences
-from minimind.parallel.tensor_parallel import share_layers
+from minimind.parallel.tensor_parallel import share_layers, sum_gradients_once
 
 
 def build_model(resolved: ResolvedRun, device: torch.device, mesh: Mesh | None = None) -> MiniMindForCausalLM:
@@ -126,6 +126,7 @@ def build_engine(
         leave_checks_on_device(engine.optimizer, resolved)
     if nothing_to_reduce(resolved, engine.optimizer):
         engine.enable_backward_allreduce = False
+    sum_gradients_once(model, mesh)
     attach_router_hooks(resolved, model)
     choose_grouped_product(resolved, model, engine.device)
     apply_kernels(model, engine.device, AUTOEP_EXPERTS)

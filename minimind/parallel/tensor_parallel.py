@@ -3,7 +3,7 @@
 A group of `tp_size` neighbouring ranks shares the matrices of every block (Megatron's cut, arXiv 1909.08053): of
 attention each rank has whole heads, of a feed-forward some inner features. All ranks of a group read the same batch,
 and hold the same hidden states, embedding, norms and output matrix. Two sums over the group in a block's forward, and
-one for every matrix that is cut by its outputs in its backward.
+two in its backward.
 """
 
 import functools
@@ -19,9 +19,12 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero import stage_1_and_2
 from deepspeed.utils import groups
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from minimind.config.tensor_parallel import cut_dimension
+from minimind.model import MiniMindForCausalLM
 from minimind.model.attention import Attention
+from minimind.model.layers import FeedForward
 from minimind.parallel.mesh import Mesh
 
 
@@ -65,6 +68,43 @@ def own_part(name: str, whole: Tensor, rank: int, size: int) -> Tensor:
     """What the rank of this place in its group of `size` has of a parameter."""
     dimension = cut_dimension(name)
     return whole if dimension is None else whole.chunk(size, dimension)[rank]
+
+
+class _SumGradient(torch.autograd.Function):
+    """The same hidden states; their gradient is the sum over a tensor group."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return hidden_states.view_as(hidden_states)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].contiguous()
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def sum_gradients_once(model: MiniMindForCausalLM, mesh: Mesh | None) -> None:
+    """After `deepspeed.initialize`: what several matrices read that are cut by their outputs gets its gradient summed
+    over the tensor group once, and not, as AutoTP does it, for each of them."""
+    if mesh is None or mesh.tensor is None or LinearLayer.tp_overlap_comm:
+        return
+
+    @torch.compiler.disable
+    def sum_once(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return _SumGradient.apply(output, mesh.tensor)
+
+    blocks: Any = model.model.layers
+    for block in blocks:
+        attention, mlp = block.self_attn, block.mlp
+        readers: list[Any] = [(block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj))]
+        if isinstance(mlp, FeedForward):
+            readers.append((block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)))
+        for norm, layers in readers:
+            norm.register_forward_hook(sum_once)
+            for layer in layers:
+                layer.mp_group = None  # it sums nothing by itself
 
 
 def draw_apart(model: nn.Module, rank: int) -> None:

@@ -13,6 +13,7 @@ from sequence_runs import resolve, train_plainly, walk
 from training_runs import RankPool, rank_pool
 
 from minimind.config import tensor_parallel
+from minimind.config.resolve import resolve_run
 from minimind.config.tensor_parallel import COLUMNS, ROWS, SUMMED, WHOLE, autotp_block, possible_tp_sizes
 from minimind.errors import UserError
 from minimind.model import ModelConfig
@@ -156,6 +157,8 @@ def test_what_cannot_be_is_one_line(settings, word):
 
 def test_the_json_may_say_it():
     resolved = resolve(4, ({}, {"tensor_parallel": {"autotp_size": 2, "tp_overlap_comm": True}}, {}))
+    again = resolve_run(resolved.run, resolved.ds, world_size=4, local_world_size=4)
+    assert again.run == resolved.run and again.ds == resolved.ds
     assert (resolved.train.tp_size, resolved.dp_size) == (2, 2) and resolved.ds["tensor_parallel"]["tp_overlap_comm"]
     assert "tensor_parallel" not in resolve(4, ({}, {"tensor_parallel": {"autotp_size": 0}}, {})).ds
     assert possible_tp_sizes(MODEL) == [1, 2] and tensor_parallel.cut_dimension("lm_head.weight") is None
