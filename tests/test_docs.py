@@ -378,6 +378,7 @@ def find_flags() -> set[str]:
     names: set[str] = set()
     places = (
         "data_prep/*.py",
+        "launch/*.py",
         "data_prep/reading/*.py",
         "data_prep/writing/*.py",
         "minimind/*.py",
