@@ -18,6 +18,7 @@ from minimind.config.deepspeed_file import load_ds_config
 from minimind.config.deepspeed_table import STAGES, TABLE, Row
 from minimind.config.resolve import resolve_run
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig, preset
+from minimind.errors import UserError
 from minimind.model.config import ModelConfig
 from minimind.model.presets import PRESETS
 from minimind.reports.plan.memory import MemoryEstimate, estimate_memory
@@ -125,6 +126,38 @@ def zero_memory(language: str) -> str:
             parts = (memory.parameters, memory.gradients, memory.optimizer, memory.gathered)
             rows.append((f"`{name}`", stage, *map(format_bytes, parts), format_bytes(sum(parts))))
     return format_table(head, rows)
+
+
+SHARING: dict[str, tuple[bool, dict[str, Any]]] = {
+    "dense": (False, {}),
+    "LoRA": (False, {"lora_rank": 4}),
+    "AutoEP, `--ep-size 1`": (True, {}),
+    "AutoEP, `--ep-size 2`": (True, {"ep_size": 2}),
+    "DeepSpeed-MoE, `--ep-size 2`": (True, {"ep_size": 2, "moe_backend": "deepspeed"}),
+}
+"""What may train on ranks that share something: whether the model has experts, and the settings."""
+
+
+def shares(row: str, size: dict[str, int], stage: int) -> bool:
+    """Whether a row of `SHARING` runs with `--sp-size` or `--tp-size`, as `size` says, in a ZeRO stage on two ranks."""
+    experts, train = SHARING[row]
+    run = RunConfig(preset("minimind3-moe" if experts else "minimind3"), DataConfig(), TrainConfig(**train, **size))
+    try:
+        _estimate(run, stage, 2, "cpu")
+    except UserError:
+        return False
+    return True
+
+
+def sharing(language: str) -> str:
+    """What runs on ranks that share sequences or layers, in which ZeRO stage."""
+    yes, no = {"en": ("yes", "refused"), "zh": ("支持", "拒绝")}[language]
+    rows = [
+        (row, f"`--{name.replace('_', '-')} 2`", *(yes if shares(row, {name: 2}, stage) else no for stage in STAGES))
+        for name in ("sp_size", "tp_size")
+        for row in SHARING
+    ]
+    return format_table(["", "", *(f"ZeRO {stage}" for stage in STAGES)], rows)
 
 
 def softmax(logits: Sequence[float], temperature: float = 1.0) -> list[float]:
@@ -277,6 +310,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "kv_cache": kv_cache,
     "yarn": yarn,
     "zero_memory": zero_memory,
+    "sharing": sharing,
     "temperature": temperature,
     "ds_configs": ds_configs,
     "ds_keys": ds_keys,

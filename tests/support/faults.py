@@ -43,6 +43,7 @@ STEPS = 30
 SECONDS_TO_WAIT = 120.0
 OBJECTIVES = ("dpo", "ipo", "orpo", "simpo", "kto")
 KINDS: dict[str, dict[str, Any]] = {"dense": {}, "experts": EXPERTS, "chat": {"seq_len": 64}}
+KINDS |= {"sequences": {"sp_size": 2, "document_mask": True}}
 KINDS |= {name: {"objective": name, "seq_len": 64, "vocab_size": 400, "lr": 1e-2} for name in OBJECTIVES}
 KINDS |= {"distill": {"objective": "distill", "teacher_top_k": 4}}
 KINDS["grpo"] = {
@@ -68,7 +69,7 @@ class Flags:
     seed: int = 0
     """Of the random moments and places."""
     kinds: tuple[str, ...] = ("dense", "experts")
-    """What is killed: dense, experts, chat (fine-tuning), or an objective."""
+    """What is killed: dense, experts, sequences (two ranks share each), chat (fine-tuning), or an objective."""
     stage: int = 1
     """ZeRO stage of the runs that are killed."""
 
@@ -166,6 +167,7 @@ def run_to_end(context: Any, flags: list[str], world_size: int, folder: Path) ->
 def kill_runs(context: Any, corpus: Path, folder: Path, flags: Flags, rng: random.Random, report: Report) -> None:
     """Kill runs until there were enough kills; every run is then taken to its end and compared."""
     every = [("experts", 2), ("dense", 1), ("chat", 2), ("dense", 2), ("experts", 1), ("chat", 1)]
+    every += [("sequences", 2)]
     every += [(name, ranks) for name in (*OBJECTIVES, "distill", "grpo") for ranks in (1, 2)]
     settings = [(kind, world_size) for kind, world_size in every if kind in flags.kinds]
     references: dict[tuple[str, int], dict[int, float]] = {}
