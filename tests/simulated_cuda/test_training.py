@@ -59,6 +59,14 @@ def test_a_run_continues_at_another_stage_on_fewer_gpus(one_gpu, two_gpus, tiny_
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=2e-3)
 
 
+@pytest.mark.parametrize(("file", "precision"), [("zero2", "bf16"), ("zero3", "fp16")])
+def test_ranks_that_share_sequences_lose_what_others_lose(two_gpus, tiny_corpus, tmp_path, file, precision):
+    for sp_size in (1, 2):
+        given = flags(tiny_corpus, tmp_path / str(sp_size), file, precision, document_mask=True, sp_size=sp_size)
+        two_gpus.run(train, given)
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=5e-3)
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_memory_that_ends_is_one_line(one_gpu, tiny_corpus, tmp_path, moment):
     given = flags(tiny_corpus, tmp_path, "zero1", "bf16", steps=2, save_every=1, eval_every=1, global_batch_size=1)
@@ -70,10 +78,13 @@ def test_memory_that_ends_is_one_line(one_gpu, tiny_corpus, tmp_path, moment):
 # Waits of the host.
 
 
-@pytest.mark.parametrize("ranks", ["one_gpu", "two_gpus"])
-@pytest.mark.parametrize("file", STAGES)
-def test_the_host_does_not_wait_for_the_device(request, tiny_corpus, tmp_path, file, ranks):
-    given = flags(tiny_corpus, tmp_path, file, "bf16", steps=24, global_batch_size=2, log_every=10, document_mask=True)
+@pytest.mark.parametrize(
+    ("ranks", "file", "sp_size"),
+    [*((ranks, file, 1) for ranks in ("one_gpu", "two_gpus") for file in STAGES), ("two_gpus", "zero2", 2)],
+)
+def test_the_host_does_not_wait_for_the_device(request, tiny_corpus, tmp_path, file, ranks, sp_size):
+    shared = {"document_mask": True, "sp_size": sp_size}
+    given = flags(tiny_corpus, tmp_path, file, "bf16", steps=24, global_batch_size=2, log_every=10, **shared)
     for found in request.getfixturevalue(ranks).run(count_waits, given, 11, 20):
         assert found["code"] == 0 and found["all"] == {}
 
