@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed
+from torch.distributed import ProcessGroup
 
 from minimind.data.dataset import WHOLE, Dataset, Mixture, SequencePart
 from minimind.data.loader import Batch, DeviceCopy, eval_batches
@@ -86,20 +88,32 @@ def pair_sums(model: Any, batch: Batch) -> Sums:
     return Sums(-means[:, 0].sum(), len(batch.pairs), figures)
 
 
-def answer_log_probs(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability and number of tokens of each answer of a batch of pairs, (2 * num_pairs,) float32."""
+def answer_log_probs(
+    model: Any, batch: Batch, sequence: ProcessGroup | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability and number of tokens of each answer of a batch of pairs, (2 * num_pairs,) float32.
+
+    Args:
+        sequence: ranks that have the other parts of these rows; each of them calls this.
+    """
     losses = sum_loss(model, batch, loss_reduction="none").loss
     assert losses is not None
-    return sum_answers(losses, batch)
+    return sum_answers(losses, batch, sequence)
 
 
-def sum_answers(losses: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def sum_answers(
+    losses: torch.Tensor, batch: Batch, sequence: ProcessGroup | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As `answer_log_probs`, from the (B, T) cross-entropy of each label."""
     assert batch.answers is not None
     places = batch.answers.flatten() + 1  # the first place is of labels of no answer
     sums = losses.new_zeros(2 * len(batch.pairs) + 1)
     lengths = torch.zeros_like(sums).index_add_(0, places, torch.ones_like(losses.flatten()))
-    return sums.index_add_(0, places, -losses.flatten())[1:], lengths[1:]
+    sums.index_add_(0, places, -losses.flatten())
+    if sequence is not None:
+        for parts in (sums, lengths):
+            torch.distributed.all_reduce(parts, group=sequence)
+    return sums[1:], lengths[1:]
 
 
 @torch.no_grad()

@@ -84,6 +84,9 @@ class Mesh:
         }
 
 
+ALONE = Mesh(1, 1, 1)
+
+
 def make_mesh(resolved: ResolvedRun) -> Mesh:
     """The mesh of a run, inside its process group. Every rank calls this, once: it makes the groups."""
     train = resolved.train

@@ -15,6 +15,8 @@ from minimind.data.shards import ShardReader
 from minimind.data.tokenizer import load_tokenizer
 from minimind.distributed.collectives import on_first_rank
 from minimind.errors import UserError
+from minimind.parallel.mesh import Mesh
+from minimind.parallel.sequence import share_sequences
 from minimind.training.objectives.distillation import Distillation, check_teacher
 from minimind.training.objectives.grpo import GroupRelative
 from minimind.training.objectives.objective import Objective
@@ -63,10 +65,10 @@ def check_objective(run: RunConfig, dataset: Dataset, sp_size: int, tp_size: int
             raise UserError(
                 f"{name}: {value} has no effect on {objective}, only on {', '.join(objectives)}; leave it out"
             )
-    if sp_size > 1 and objective != "pretrain":
+    if sp_size > 1 and objective == "grpo":
         raise UserError(
-            f"sp_size: {sp_size}: {objective} needs whole sequences on a rank; use --sp-size 1 (with "
-            "--activation-checkpointing or a higher ZeRO stage for memory), or pretrain on texts or conversations"
+            f"sp_size: {sp_size}: grpo samples whole answers on a rank; use --sp-size 1, with "
+            "--activation-checkpointing or a higher ZeRO stage for memory"
         )
     if tp_size > 1 and objective == "grpo":
         raise UserError(
@@ -105,7 +107,9 @@ def choose_objective(train: TrainConfig, dataset: Dataset) -> ObjectiveName:
     return train.objective or by_kind[dataset.reader.manifest.kind]
 
 
-def make_objective(resolved: ResolvedRun, dataset: Dataset, device: torch.device, loader: BatchLoader) -> Objective:
+def make_objective(
+    resolved: ResolvedRun, dataset: Dataset, device: torch.device, loader: BatchLoader, mesh: Mesh
+) -> Objective:
     """What the run minimises."""
     name = choose_objective(resolved.train, dataset)
     if name == "pretrain":
@@ -114,7 +118,7 @@ def make_objective(resolved: ResolvedRun, dataset: Dataset, device: torch.device
     if name == "distill":
         assert train.teacher is not None, "as checked when the data was opened"
         where = ("teacher", Path(train.teacher), resolved, device)
-        return Distillation(train, lambda: FrozenModel(*where, int8=train.teacher_int8))
+        return Distillation(train, lambda: FrozenModel(*where, int8=train.teacher_int8), mesh)
     if name == "grpo":
         reader, start = dataset.reader, find_start(resolved) if train.kl_coef else None
         reference = None if start is None else FrozenModel("reference", Path(start.path), resolved, device)
@@ -124,4 +128,5 @@ def make_objective(resolved: ResolvedRun, dataset: Dataset, device: torch.device
     if train.reference == "live":
         assert train.init_from is not None, "as checked when the data was opened"
         reference = FrozenModel("reference", Path(train.init_from), resolved, device)
-    return Preference(train, name, reference)
+        share_sequences(reference.model, mesh)
+    return Preference(train, name, reference, mesh)

@@ -126,7 +126,7 @@ def run_rank(
         stack.callback(engine.destroy)
         state = load_state(engine, resolved, resume, corpus)
         loader = make_loader(resolved, data.train, mesh, state, pin_memory=device.type == "cuda")
-        objective = make_objective(resolved, data.train, device, loader)
+        objective = make_objective(resolved, data.train, device, loader, mesh)
         stack.callback(objective.close)
         splits = {"train": data.train} if data.val is None else {"train": data.train, "val": data.val}
         objective.prepare(engine, splits, run_dir, is_new=resume is None)

@@ -19,7 +19,7 @@ from minimind.parallel.mesh import Mesh
 from minimind.training.trainer import Trainer
 
 sys.path.insert(0, str(ROOT / "docs"))
-from tables import SHARING, shares  # noqa: E402
+from tables import SHARING, shares
 
 COUNT = 10
 STAGES = (0, 1, 2, 3)

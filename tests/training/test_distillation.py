@@ -160,11 +160,12 @@ def test_a_student_comes_closer_to_its_teacher(plain: Path, tiny_corpus: Path) -
 def test_any_stage_and_ranks_give_the_same_losses(
     pool: RankPool, plain: Path, teacher: Path, tiny_corpus: Path, tmp_path: Path, ranks: int
 ) -> None:
-    for stage in (1, 2, 3):
-        line = flags(tiny_corpus, tmp_path / str(stage), teacher, stage=stage, save_every=0)
+    for stage, sp_size in ((1, 1), (2, 1), (3, 1), *(((1, 2), (3, 2)) if ranks == 2 else ())):
+        run_dir = tmp_path / f"{stage}_{sp_size}"
+        line = flags(tiny_corpus, run_dir, teacher, stage=stage, sp_size=sp_size, save_every=0)
         _, printed = train(line) if ranks == 1 else pool.run(train, line)[0]
         assert ("partitioned over the ranks" if stage == 3 else "whole on every rank") in printed
-        assert list(losses(tmp_path / str(stage)).values()) == approx(list(losses(plain).values()), rel=1e-4)
+        assert list(losses(run_dir).values()) == approx(list(losses(plain).values()), rel=1e-4)
 
 
 def test_a_teacher_with_experts_is_partitioned_too(pool: RankPool, tiny_corpus: Path, tmp_path: Path) -> None:

@@ -313,14 +313,16 @@ def test_any_stage_and_ranks_give_the_same_losses(
     pool: RankPool, shards: Path, judged: Path, tmp_path: Path, name: str
 ) -> None:
     corpus, expected = judged if name == "kto" else shards, None
-    for ranks, run in ((1, train), (2, pool.run)):
-        for stage in (1, 2, 3):
-            run_dir = tmp_path / f"{ranks}_{stage}"
-            line = flags(corpus, run_dir, objective=name, stage=stage, steps=3, save_every=0, eval_every=3, beta=0.5)
-            run(*((line,) if run is train else (train, line)))
-            found = [record.get("loss", record.get("eval_loss")) for record in read_metrics(run_dir)]
-            expected = expected or found
-            assert len(found) == 4 and found == approx(expected, rel=1e-4), (ranks, stage)
+    settings = {"objective": name, "steps": 3, "save_every": 0, "eval_every": 3, "beta": 0.5}
+    # (ranks, ranks that share each sequence, stage)
+    for ranks, sp_size, stage in (*((ranks, 1, stage) for ranks in (1, 2) for stage in (1, 2, 3)), (2, 2, 2)):
+        run_dir = tmp_path / f"{ranks}_{sp_size}_{stage}"
+        line = flags(corpus, run_dir, stage=stage, sp_size=sp_size, **settings)
+        _ = train(line) if ranks == 1 else pool.run(train, line)
+        found = [[r.get(key) for key in ("loss", "eval_loss", "eval_targets")] for r in read_metrics(run_dir)]
+        found = [value for record in found for value in record if value is not None]
+        expected = expected or found
+        assert len(found) == 5 and found == approx(expected, rel=1e-4), (ranks, sp_size, stage)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -329,9 +331,11 @@ def test_a_live_reference_gives_what_the_stored_one_does(
 ) -> None:
     for name, corpus in (("dpo", shards), ("kto", judged)):
         found = {}
-        for form in ("stored", "live"):
+        for form in ("stored", "live", "shared"):  # the last: live, on ranks that share each sequence
             run_dir = tmp_path / f"{name}_{form}"
-            others = {"init_from": plain, "objective": name, "reference": form, "beta": 0.5, "eval_every": 4}
+            others = {"init_from": plain, "objective": name, "beta": 0.5, "eval_every": 4}
+            others |= {"reference": "stored"} if form == "stored" else {"reference": "live"}
+            others |= {"sp_size": 2 if form == "shared" else 1}
             printed = pool.run(train, flags(corpus, run_dir, stage=stage, save_every=0, **others))[0][1]
             assert (
                 "partitioned over the ranks" if stage == 3 else "whole on every rank"
@@ -339,6 +343,7 @@ def test_a_live_reference_gives_what_the_stored_one_does(
             found[form] = [record.get("loss", record.get("eval_loss")) for record in read_metrics(run_dir)]
             assert bool(list((run_dir / "reference").glob("*.npy"))) == (form == "stored")
         assert found["live"] == approx(found["stored"], rel=1e-5), name
+        assert found["shared"] == approx(found["stored"], rel=1e-4), name
         assert len(found["live"]) == 5 and found["live"][-1] != approx(found["live"][0], rel=1e-3)
 
 

@@ -111,11 +111,11 @@ def test_the_loss_is_that_of_an_independent_rule(shards: Path, tmp_path: Path) -
     assert losses(tmp_path / "run")[1] == approx(total / count, rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("stage", "sp_size"), [(0, 1), (1, 1), (2, 1), (3, 1), (2, 2)])
 def test_two_ranks_of_any_stage_give_the_same_losses(
-    pool: RankPool, plain: Path, shards: Path, tmp_path: Path, stage: int
+    pool: RankPool, plain: Path, shards: Path, tmp_path: Path, stage: int, sp_size: int
 ) -> None:
-    pool.run(train, flags(shards, tmp_path, stage=stage))
+    pool.run(train, flags(shards, tmp_path, stage=stage, sp_size=sp_size))
     assert list(losses(tmp_path).values()) == approx(list(losses(plain).values()), rel=1e-5)
 
 

@@ -29,6 +29,8 @@ from minimind.errors import UserError
 from minimind.files import hash_file
 from minimind.inference.evaluation import Sums, sum_loss, token_sums
 from minimind.model.loss import LMHead
+from minimind.parallel.mesh import ALONE, Mesh
+from minimind.parallel.sequence import share_sequences
 from minimind.training.objectives.objective import LossParts, Objective, SourceLosses
 
 TEACHER_NAME = "teacher"
@@ -62,8 +64,8 @@ class Distillation(Objective):
     r"""The objective $\alpha\,\mathrm{CE} + (1 - \alpha)\,\tau^2\,\mathrm{KL}$ a token, where both models' logits are
     divided by the temperature $\tau$ in the divergence."""
 
-    def __init__(self, train: TrainConfig, load_teacher: Callable[[], FrozenModel]) -> None:
-        self._train = train
+    def __init__(self, train: TrainConfig, load_teacher: Callable[[], FrozenModel], mesh: Mesh = ALONE) -> None:
+        self._train, self._mesh = train, mesh
         self._load_teacher = load_teacher
         self._teacher: FrozenModel | None = None  # not needed where its top k tokens are stored
         self._divergence = DIVERGENCES[train.distill_kl]
@@ -87,6 +89,8 @@ class Distillation(Objective):
                 store_soft_labels(self._teacher, dataset, place, train, engine.device)
             dataset.soft_labels = SoftLabels(place, len(dataset), dataset.seq_len, train.teacher_top_k)
         self._teacher = None if train.teacher_top_k else self._load_teacher()
+        if self._teacher is not None:
+            share_sequences(self._teacher.model, self._mesh)
 
     def loss(self, engine: Any, batch: Batch) -> LossParts:
         """The loss summed over the labels of `batch`, and the figures of a step. Every rank calls this."""

@@ -25,6 +25,8 @@ from minimind.distributed.collectives import all_reduce_sum, log, on_first_rank
 from minimind.errors import UserError
 from minimind.files import disk_errors, replace_file
 from minimind.inference.evaluation import Sums, answer_log_probs, sum_answers, sum_loss
+from minimind.parallel.mesh import ALONE, Mesh
+from minimind.parallel.sequence import whole_rows
 from minimind.training.objectives.objective import LossParts, Objective
 
 REFERENCE_NAME = "reference"
@@ -134,8 +136,10 @@ def _log1mexp(log_prob: Tensor) -> Tensor:
 class Preference(Objective):
     """The objective of a run on pairs, or on feedback; the loss is a mean over the pairs, or answers, of a step."""
 
-    def __init__(self, train: TrainConfig, name: PreferenceObjective, reference: FrozenModel | None = None) -> None:
-        self._train = train
+    def __init__(
+        self, train: TrainConfig, name: PreferenceObjective, reference: FrozenModel | None = None, mesh: Mesh = ALONE
+    ) -> None:
+        self._train, self._mesh = train, mesh
         self._name = name
         self._loss = LOSSES[name]
         self._needs_reference = name in WITH_REFERENCE
@@ -165,8 +169,8 @@ class Preference(Objective):
                 dataset.reference = on_first_rank(functools.partial(_load, path, num_documents))
 
     def count_targets(self, batches: Sequence[Batch]) -> int:
-        """Pairs."""
-        return sum(len(batch.pairs) for batch in batches)
+        """Pairs, which of the ranks that share their rows the first one counts."""
+        return sum(len(batch.pairs) for batch in batches) if self._mesh.sp_rank == 0 else 0
 
     @torch.no_grad()
     def roll_out(self, engine: Any, batches: list[Batch], step: int) -> list[Batch]:
@@ -177,7 +181,7 @@ class Preference(Objective):
             for batch in (one.to(engine.device, non_blocking=True) for one in batches):
                 reference, liked = self._read_reference(batch), batch.liked
                 assert reference is not None and liked is not None
-                moved = (answer_log_probs(engine, batch)[0] - reference)[1::2]
+                moved = (answer_log_probs(engine, batch, self._mesh.sequence)[0] - reference)[1::2]
                 total += torch.stack([moved.sum(), torch.ones_like(moved).sum(), liked.float().sum()])
             engine.train()
             moved, count, num_liked = all_reduce_sum(total)
@@ -191,7 +195,7 @@ class Preference(Objective):
         reference = self._read_reference(batch)
 
         def weigh(losses: Tensor) -> Tensor:
-            sums, lengths = sum_answers(losses, batch)
+            sums, lengths = sum_answers(losses, batch, self._mesh.sequence)
             with torch.enable_grad():
                 sums.requires_grad_()
                 answers = pair_up(sums, lengths, reference)
@@ -199,7 +203,8 @@ class Preference(Objective):
                     answers = answers._replace(liked=batch.liked, baseline=self._baseline)
                 value = self._loss(answers, self._train).sum()
                 (gradient,) = torch.autograd.grad(value, sums) if len(sums) else (sums,)
-            found.extend([value.detach(), *self._figures(answers)])
+            is_first = float(self._mesh.sp_rank == 0)
+            found.extend(is_first * figure for figure in (value.detach(), *self._figures(answers)))
             assert batch.answers is not None
             # d loss / d log-probability of a token is that of its answer, and the cross-entropy is minus the latter.
             return -F.pad(gradient.detach(), (1, 0))[batch.answers + 1]
@@ -218,7 +223,11 @@ class Preference(Objective):
         return dataclasses.replace(sums, figures={name: sums.figures[name] for name in kept})
 
     def _read_reference(self, batch: Batch) -> Tensor | None:
-        return batch.reference if self._reference is None else answer_log_probs(self._reference, batch)[0]
+        return (
+            batch.reference
+            if self._reference is None
+            else answer_log_probs(self._reference, batch, self._mesh.sequence)[0]
+        )
 
     @torch.no_grad()
     def _figures(self, answers: Answers) -> list[Tensor]:
@@ -253,10 +262,11 @@ def measure_answers(engine: Any, dataset: Dataset, micro_batch_size: int) -> np.
     ranks, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
     table = torch.zeros(dataset.reader.manifest.total_documents, 3, dtype=torch.float64)
     engine.eval()
-    for batch in eval_batches(dataset, micro_batch_size, rank, ranks):
-        log_probs, _ = answer_log_probs(engine, batch.to(engine.device))
-        table[list(batch.pairs), :2] = log_probs.view(-1, 2).double().cpu()
-        table[list(batch.pairs), 2] = 1
+    with whole_rows(engine.module):
+        for batch in eval_batches(dataset, micro_batch_size, rank, ranks):
+            log_probs, _ = answer_log_probs(engine, batch.to(engine.device))
+            table[list(batch.pairs), :2] = log_probs.view(-1, 2).double().cpu()
+            table[list(batch.pairs), 2] = 1
     engine.train()
     table = all_reduce_sum(table, group)
     table[table[:, 2] == 0] = float("nan")
