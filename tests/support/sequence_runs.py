@@ -30,10 +30,10 @@ Cell = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 """Settings of training, of DeepSpeed's JSON, and of the model, all beside the defaults."""
 
 
-def open_windows(folder: Path, count: int, document_mask: bool = True) -> TokenDataset:
-    """Random tokens for `count` steps, in documents of about seven."""
+def open_windows(folder: Path, document_mask: bool = True) -> TokenDataset:
+    """Random tokens for ten steps, in documents of about seven."""
     with unittest.mock.patch.object(trial, "DOCUMENT_TOKENS", 7):
-        trial.write_random_tokens(folder, MODEL.vocab_size, count * ROWS * SEQ_LEN + 1)
+        trial.write_random_tokens(folder, MODEL.vocab_size, 10 * ROWS * SEQ_LEN + 1)
     return TokenDataset(open_split(folder, "train"), SEQ_LEN, document_mask)
 
 
@@ -70,7 +70,7 @@ def walk(cells: list[Cell], count: int) -> list[Curve]:
             resolved = resolve(env.world_size, cell)
             with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as other:
                 trainer = trial.make_trainer(resolved, env, CPU, Path(other))
-                windows = open_windows(Path(folder), count, resolved.data.document_mask)
+                windows = open_windows(Path(folder), resolved.data.document_mask)
                 trainer.loader = trial.make_loader(resolved, windows, trainer.mesh, trainer.state, pin_memory=False)
                 losses, norms = [], []
                 for step in range(count):
@@ -91,7 +91,7 @@ def train_plainly(model: dict[str, Any], count: int, document_mask: bool = True)
     optimizer = plain_optimizer(module)
     losses, norms = [], []
     with tempfile.TemporaryDirectory() as folder:
-        loader = BatchLoader(open_windows(Path(folder), count, document_mask), SETTINGS["seed"], ROWS, ROWS)
+        loader = BatchLoader(open_windows(Path(folder), document_mask), SETTINGS["seed"], ROWS, ROWS)
         for step in range(count):
             (batch,) = loader.step_batches(step)
             optimizer.zero_grad()

@@ -58,7 +58,7 @@ def find_micro_batch(run: RunConfig, ds: dict[str, Any], limit: int | None, *, n
         if finding is None:
             print(f"{micro:>6}    more than {format_bytes(limit)}", flush=True)
             return None
-        tokens = micro * ranks * run.data.seq_len * resolved.train.gradient_accumulation_steps
+        tokens = resolved.train.global_batch_size * run.data.seq_len
         speed = tokens / finding["step_seconds"]
         print(f"{micro:>6}    {format_bytes(finding['peak_bytes'])}, {speed:,.0f} tokens/s", flush=True)
         return int(finding["peak_bytes"])
