@@ -140,6 +140,7 @@ def walk_trapped(trap: str, stages: tuple[int, ...]) -> list[Curve]:
         "told of sequences": [
             by_rows,
             unittest.mock.patch.object(groups, "_get_sequence_parallel_world_size", lambda: 2),
+            unittest.mock.patch.object(groups, "_get_sequence_parallel_group", lambda: None),
         ],
         # Each rank's mean over its own targets, averaged over the ranks.
         "a mean of means": [unittest.mock.patch.object(Trainer, "_count_targets", count_own_targets)],
