@@ -16,6 +16,7 @@ PAGES = (
     ARCHITECTURE,
     GUIDE,
     "fine_tuning.md",
+    "parallelism.md",
     "preferences.md",
     "distillation.md",
     "rewards.md",
