@@ -46,7 +46,6 @@ def resolve(world_size: int, cell: Cell) -> ResolvedRun:
         "optimizer": "adamw",
         "micro_batch_size": 1,
         "global_batch_size": ROWS,
-        "optimizer": "adamw",
         "schedule": "constant",
         "warmup_steps": 0,
         **train,
