@@ -57,7 +57,7 @@ def cpu_adam():
 
 
 def run(ranks, corpus, folder, file: str, kind: str, precision: str) -> tuple[str, dict[int, float]]:
-    settings = {"steps": 3, "save_every": 0, "eval_every": 0, "precision": precision, **KINDS[kind]}
+    settings = {"steps": 3, "save_every": 0, "eval_every": 0, "lr": 5e-4, "precision": precision, **KINDS[kind]}
     flags = flags_for(corpus, folder, ds_config=ROOT / "ds_configs" / f"{file}.json", **settings)
     (code, printed), *_ = ranks.run(train, flags)
     assert code == 0
