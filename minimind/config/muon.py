@@ -15,17 +15,14 @@ REFERENCE_WIDTH = 256
 
 def default_optimizer(run: RunConfig, ds: dict[str, Any]) -> str:
     """`muon` for weights that begin fresh; `adamw` where others are trained further, and where the JSON says more of an
-    optimizer than "auto", offloads it, moves its rate, or cuts matrices."""
+    optimizer than "auto", offloads it, or moves its rate."""
     train, section = run.train, ds.get("optimizer") or {}
     is_fresh = train.init_from is None and not train.keeps_frozen
     is_open = all(value == AUTO for value in (section.get("params") or {}).values())
     scheduler = (ds.get("scheduler") or {}).get("type", AUTO)
     is_near = offload_device(ds, "optimizer") is None and offload_device(ds, "param") is None
-    tp_sizes = (train.tp_size, (ds.get("tensor_parallel") or {}).get("autotp_size"))
-    is_whole = all(size in (None, AUTO, 0, 1) for size in tp_sizes)
     on_text = train.objective in (None, "pretrain", "distill")
-    takes_muon = is_fresh and is_open and is_near and is_whole and on_text and scheduler == AUTO
-    return "muon" if takes_muon else "adamw"
+    return "muon" if is_fresh and is_open and is_near and on_text and scheduler == AUTO else "adamw"
 
 
 def default_rates(model: ModelConfig, given: float | None) -> dict[str, float]:
@@ -72,8 +69,6 @@ def check_muon(resolved: ResolvedRun) -> None:
         _refuse_rates(train, ("embedding_lr",), "an embedding that is the output matrix too: that has lr; leave it out")
     if not resolved.num_muon_params:
         raise UserError("optimizer: muon has nothing to update: it takes no adapters, embeddings or norms; use adamw")
-    if train.tp_size > 1:
-        raise UserError(f"optimizer: muon takes whole matrices, which tp_size {train.tp_size} cuts; use adamw")
     offload = resolved.ds.get("zero_optimization", {}).get("offload_optimizer") or {}
     if "nvme" in (resolved.zero.offload_optimizer, resolved.zero.offload_param):
         raise UserError("optimizer: muon keeps nothing on nvme; offload to cpu, or use adamw")

@@ -1,7 +1,6 @@
 """DeepSpeed's JSON beside the run: who decides what, and what is refused before anything starts."""
 
 import copy
-import dataclasses
 import json
 import re
 from typing import Any
@@ -11,7 +10,6 @@ from pytest import approx
 from repository import ROOT
 
 from minimind.config.deepspeed_file import load_ds_config
-from minimind.config.muon import check_muon, default_optimizer
 from minimind.config.resolve import DEFAULTS, resolve_run, zero_stage
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
@@ -251,15 +249,6 @@ OFFLOADED = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "
 )  # fmt: skip
 def test_fresh_weights_begin_with_muon_where_nothing_says_otherwise(ds, train, optimizer):
     assert resolve(ds, **train).train.optimizer == optimizer
-
-
-def test_muon_is_not_for_matrices_that_ranks_cut():
-    assert default_optimizer(RunConfig(train=TrainConfig(tp_size=2)), STAGE_1) == "adamw"
-    assert default_optimizer(RunConfig(), {**STAGE_1, "tensor_parallel": {"autotp_size": 2}}) == "adamw"
-    resolved = resolve(STAGE_1)
-    cut = dataclasses.replace(resolved, train=dataclasses.replace(resolved.train, tp_size=2))
-    with pytest.raises(UserError, match="muon takes whole matrices, which tp_size 2 cuts; use adamw"):
-        check_muon(cut)
 
 
 @pytest.mark.parametrize("hidden_size", [64, 256, 768])
