@@ -30,13 +30,14 @@ from data_prep.writing.corpus_writer import CorpusWriter
 from data_prep.writing.encode_chunk import CorpusOptions, Task, encode_chunk
 from data_prep.writing.growing_folder import GrowingFolder
 from data_prep.writing.pool import count_workers, map_ordered
+from minimind.cache import cache_folder, name_of
 from minimind.cli import parse_flags
 from minimind.data.manifest import MANIFEST_NAME, Manifest, ShardError
 from minimind.data.shards import BAD_DOCUMENTS_NAME, CORPUS_NAME, SPLITS, ShardReader
 from minimind.data.tokenizer import Tokenizer, load_tokenizer
 from minimind.errors import UserError, run_main
 from minimind.files import disk_errors, hash_file
-from minimind.remote import cache_folder, exists, join_url, name_of, store_folder, url_of
+from minimind.remote import exists, join_url, store_folder, url_of
 
 _LISTED_INPUTS = 20
 

@@ -4,8 +4,6 @@ Reads by ranges and tries again what may pass: a 503, a connection that is cut. 
 no credentials stand. Knows nothing of what the files hold.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import io
 import os
@@ -20,7 +18,6 @@ from fsspec.registry import known_implementations
 
 from minimind.errors import UserError, first_line
 from minimind.files import new_file
-from minimind.units import parse_size
 
 T = TypeVar("T")
 
@@ -224,30 +221,6 @@ def store_folder(folder: Path, url: str, marks: tuple[str, ...], journal: Path |
             if journal:
                 with open(journal, "a", encoding="utf-8") as file:
                     file.write(line + "\n")
-
-
-def cache_folder() -> Path:
-    """Where copies of remote files lie: $MINIMIND_CACHE, or ~/.cache/minimind."""
-    return Path(os.environ.get("MINIMIND_CACHE") or Path.home() / ".cache" / "minimind")
-
-
-def cache_bytes() -> int:
-    """How many bytes of shards are kept there: $MINIMIND_CACHE_SIZE, or 50 GB."""
-    return parse_size(os.environ.get("MINIMIND_CACHE_SIZE") or "50GB", "MINIMIND_CACHE_SIZE")
-
-
-@contextlib.contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """One process of this machine in `folder`: the ranks that want the same files fetch them once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def name_of(url: str) -> str:
-    """A file name that stands for a URL."""
-    return hashlib.sha256(url.encode()).hexdigest()[:24]
 
 
 def _request(url: str, function: Callable[[Any, str], T], what: str = "read") -> T:

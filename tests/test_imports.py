@@ -19,7 +19,7 @@ COMMANDS = {
     "train", "generate", "answer", "evaluate", "export", "serve", "plan", "doctor", "status", "report", "checkpoint",
     "tune",
 }  # fmt: skip
-GROUND = {"__init__", "errors", "schema", "files", "units", "cli", "remote"}
+GROUND = {"__init__", "errors", "schema", "files", "units", "cli", "remote", "cache"}
 # `config` asks the model for nothing but its shape.
 CONFIG_MAY_IMPORT = {"minimind.model.config", "minimind.model.presets", "minimind.model.tuning"}
 

@@ -20,6 +20,7 @@ from data_prep.reading.byte_stream import Source, hash_remote, is_url
 from data_prep.reading.records import ReadOptions
 from data_prep.reading.sources import DATASET
 from data_prep.reading.tables import find_commit
+from data_prep.writing.digests import digests_name
 from minimind.data.manifest import MANIFEST_NAME, ShardInfo
 from minimind.data.shards import BAD_DOCUMENTS_NAME, CORPUS_NAME, PARTIAL_NAME, SPLITS
 from minimind.errors import UserError
@@ -100,10 +101,9 @@ class CorpusFolder:
         begun = self.sources[: self._num_begun] if counts["limit_reached"] else self.sources
         inputs = []
         for source in begun:
-            splits: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
-            for (split, what), count in written.get(source.name, {}).items():
-                splits[split][what] = count
-            documents = sum(counts["documents"] for counts in splits.values() if counts)
+            found = written.get(source.name, {})
+            splits = {split: {what: n for (of, what), n in found.items() if of == split} for split in SPLITS}
+            documents = sum(n for (_, what), n in found.items() if what == "documents")
             inputs.append({**self._identify(source), "documents": documents, "splits": splits})
         return {"format_version": 2, "settings": dict(self._settings), "inputs": inputs, **counts}
 
@@ -135,8 +135,10 @@ class CorpusFolder:
                     "or give --overwrite to replace it, or --append to add new inputs to it"
                 )
             self.is_finished = True
-            if not self._read_journal()[0].get("settings", {}).get("appended_to"):
-                shutil.rmtree(self.partial, ignore_errors=True)
+            with contextlib.suppress(ValueError):
+                if "appended_to" in self._read_journal()[0].get("settings", {}):
+                    return  # a part that is being added, by another command
+            shutil.rmtree(self.partial, ignore_errors=True)
             return
         if finished is None and complete is None and any((self.output / split).exists() for split in SPLITS):
             raise UserError(
@@ -267,7 +269,7 @@ class CorpusFolder:
     def _publish_whole(self, corpus: dict[str, Any]) -> None:
         parts = {"val": "val" in corpus["splits"], BAD_DOCUMENTS_NAME: corpus["bad_documents"] > 0, "train": True}
         parts |= {path.name: False for path in self.output.glob("digests_*.bin")}
-        parts |= {self.digests_name(0): True} if corpus["settings"].get("dedup") else {}
+        parts |= {digests_name(0): True} if corpus["settings"].get("dedup") else {}
         (self.output / CORPUS_NAME).unlink(missing_ok=True)
         for name, is_part in parts.items():
             new, old = self.partial / name, self.output / name
@@ -289,14 +291,9 @@ class CorpusFolder:
                 os.replace(file, old / file.name)
             fsync_folder(old)
         is_bad = any(part["bad_documents"] for part in appended)
-        for name in [self.digests_name(len(appended)), *([BAD_DOCUMENTS_NAME] if is_bad else [])]:
+        for name in [digests_name(len(appended)), *([BAD_DOCUMENTS_NAME] if is_bad else [])]:
             if (self.partial / name).exists():
                 os.replace(self.partial / name, self.output / name)
-
-    @staticmethod
-    def digests_name(part: int) -> str:
-        """The file with the digests of the documents of one part, where repeats were left out."""
-        return f"digests_{part:05d}.bin"
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

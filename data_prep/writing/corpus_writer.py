@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 
 from data_prep.writing.corpus_folder import CorpusFolder
-from data_prep.writing.digests import DigestSet
+from data_prep.writing.digests import DigestSet, digests_name
 from data_prep.writing.encode_chunk import CorpusOptions, EncodedChunk
 from minimind.data.shard_writer import ShardWriter
 from minimind.data.tokenizer import Tokenizer
@@ -93,7 +93,7 @@ class CorpusWriter:
         if not self._num_met["train"]:
             raise UserError("the inputs hold no document for the training split: nothing to prepare")
         if self._seen is not None:
-            self._seen.save(self._folder.partial / self._folder.digests_name(self._folder.part), self._unwritten)
+            self._seen.save(self._folder.partial / digests_name(self._folder.part), self._unwritten)
         totals = {}
         for split, writer in self._writers.items():
             if not writer.num_documents:

@@ -11,6 +11,11 @@ DIGEST_BYTES = 16
 _DTYPE = np.dtype(f"S{DIGEST_BYTES}")
 
 
+def digests_name(part: int) -> str:
+    """The file with the digests of the documents of one part of a corpus, where repeats were left out."""
+    return f"digests_{part:05d}.bin"
+
+
 class DigestSet:
     """Sorted runs of falling length, merged as they grow: 16 bytes a digest, and as much again while two runs merge."""
 

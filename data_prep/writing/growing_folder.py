@@ -12,6 +12,7 @@ from typing import Any
 
 from data_prep.reading.byte_stream import Source
 from data_prep.writing.corpus_folder import CorpusFolder, read_object
+from data_prep.writing.digests import digests_name
 from data_prep.writing.encode_chunk import CorpusOptions
 from minimind.data.manifest import MANIFEST_NAME, Manifest
 from minimind.data.shards import BAD_DOCUMENTS_NAME, CORPUS_NAME, SPLITS
@@ -93,7 +94,7 @@ class GrowingFolder(CorpusFolder):
             if self._corpus["settings"].get("dedup"):
                 print("note: without --dedup documents that are in the corpus already come in again", file=sys.stderr)
             return found
-        self.known_digests = [self.output / self.digests_name(part) for part in range(self.part)]
+        self.known_digests = [self.output / digests_name(part) for part in range(self.part)]
         for path in self.known_digests:
             if not path.exists():
                 raise UserError(

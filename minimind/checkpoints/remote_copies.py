@@ -7,10 +7,11 @@ with its hash: without it there is no checkpoint.
 import shutil
 from pathlib import Path
 
+from minimind.cache import cache_folder, name_of, one_at_a_time
 from minimind.checkpoints.folder import LATEST_NAME, checkpoint_name, checkpoints_folder, step_of
 from minimind.checkpoints.manifest import MANIFEST_NAME, CheckpointError, read_manifest
 from minimind.files import disk_errors, partial_folder, publish
-from minimind.remote import cache_folder, fetch, join_url, list_files, name_of, one_at_a_time, store, store_folder
+from minimind.remote import fetch, join_url, list_files, store, store_folder
 
 _STORED = ("run_config.json", "ds_config.json", "tokenizer.*", "chat_template.jinja", "metrics.jsonl", "events.jsonl")
 """Files of a run's folder that go with its checkpoints."""

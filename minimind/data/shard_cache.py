@@ -7,11 +7,12 @@ lie beside by their sha256, so that what grew or moved is not fetched twice.
 import os
 from pathlib import Path
 
+from minimind.cache import cache_bytes, cache_folder, name_of, one_at_a_time
 from minimind.data.chat_template import TEMPLATE_NAME
 from minimind.data.manifest import MANIFEST_NAME, Manifest, ShardError
 from minimind.errors import UserError
 from minimind.files import disk_errors, replace_file
-from minimind.remote import cache_bytes, cache_folder, exists, fetch, join_url, name_of, one_at_a_time, read_bytes
+from minimind.remote import exists, fetch, join_url, read_bytes
 from minimind.units import format_bytes
 
 ORIGIN_NAME = ".origin"

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
+from minimind.cache import cache_bytes
 from minimind.data.array_file import HEADER_BYTES, check_array_file, map_array_file
 from minimind.data.chat_template import TEMPLATE_NAME
 from minimind.data.manifest import MANIFEST_NAME, Manifest, ShardError, ShardInfo
 from minimind.data.shard_cache import ORIGIN_NAME, fetch_shard, localise
 from minimind.files import hash_file, raise_open_files
-from minimind.remote import cache_bytes, join_url, list_files, url_of
+from minimind.remote import join_url, list_files, url_of
 from minimind.units import format_bytes
 
 SPLITS = ("train", "val")
