@@ -251,6 +251,10 @@ def test_fresh_weights_begin_with_muon_where_nothing_says_otherwise(ds, train, o
     assert resolve(ds, **train).train.optimizer == optimizer
 
 
+def test_ranks_that_share_layers_begin_as_others_do():
+    assert resolve(STAGE_1, world_size=2, tp_size=2).train.optimizer == "muon"
+
+
 @pytest.mark.parametrize("hidden_size", [64, 256, 768])
 def test_rates_keep_their_meaning_over_width(hidden_size):
     def rates(tied: bool, **train: Any) -> tuple[float | None, ...]:

@@ -53,6 +53,7 @@ KINDS["grpo"] = {
     "lr": 1e-2,
     "reward": "comparison_shards:count_letters",
 }
+KINDS["layers"] = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_dropout": 0.1, "tp_size": 2}
 KINDS["grpo"] |= {"group_size": 3, "max_new_tokens": 4, "rollout_steps": 3, "reward_workers": 1}
 PREPARING = ("windows of train pairs before training", "tokens of the teacher for")
 """What a run says before it computes what lasts from one start to the next."""
@@ -69,7 +70,7 @@ class Flags:
     seed: int = 0
     """Of the random moments and places."""
     kinds: tuple[str, ...] = ("dense", "experts")
-    """What is killed: dense, experts, sequences (two ranks share each), chat (fine-tuning), or an objective."""
+    """What is killed: dense, experts, sequences or layers (two ranks share each), chat (fine-tuning), or an objective."""
     stage: int = 1
     """ZeRO stage of the runs that are killed."""
 
@@ -169,6 +170,7 @@ def kill_runs(context: Any, corpus: Path, folder: Path, flags: Flags, rng: rando
     every = [("experts", 2), ("dense", 1), ("chat", 2), ("dense", 2), ("experts", 1), ("chat", 1)]
     every += [("sequences", 2)]
     every += [(name, ranks) for name in (*OBJECTIVES, "distill", "grpo") for ranks in (1, 2)]
+    every.append(("layers", 2))
     settings = [(kind, world_size) for kind, world_size in every if kind in flags.kinds]
     references: dict[tuple[str, int], dict[int, float]] = {}
     while report.kills < flags.kills:

@@ -88,12 +88,14 @@ def weight_casts(config: ModelConfig, split: Split = ALONE) -> int:
 
 
 def params_of_rank(config: ModelConfig, split: Split) -> int:
-    """Parameters that a rank computes with, experts of others included: its part of the matrices of attention and of
-    dense feed-forwards, and all of what tensor parallelism leaves whole (embedding, norms, experts)."""
+    """Parameters that a rank computes with, experts of others included: its part of the matrices of attention, of dense
+    feed-forwards and shared experts, and all of what tensor parallelism leaves whole (embedding, norms, experts)."""
     query, key = _attention_widths(config)
     dense = config.num_hidden_layers - config.num_moe_layers
     shared = config.num_hidden_layers * 2 * config.hidden_size * (query + key)
     shared += dense * 3 * config.hidden_size * config.feed_forward_size
+    width = config.n_shared_experts * config.expert_feed_forward_size if config.use_moe else 0
+    shared += config.num_moe_layers * 3 * config.hidden_size * width
     return config.num_params() - shared + shared // split.tp_size
 
 
@@ -181,5 +183,6 @@ def _attention_widths(config: ModelConfig) -> tuple[int, int]:
 def _feed_forward_width(config: ModelConfig, has_experts: bool, split: Split) -> int:
     if not has_experts:
         return config.feed_forward_size // split.tp_size
-    visited = config.num_experts_per_tok + config.n_shared_experts + config.moe_residual
-    return config.expert_feed_forward_size * visited
+    visited = config.num_experts_per_tok + config.moe_residual
+    size = config.expert_feed_forward_size
+    return size * visited + size * config.n_shared_experts // split.tp_size

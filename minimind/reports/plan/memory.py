@@ -121,6 +121,7 @@ class _Rank:
         self.here = whole - experts * (ep_size - 1)  # it computes with all but experts on other ranks
         # What the optimizer updates: of all ranks, and (gradients) of this one.
         trained = self.trained_here = count(resolved.trained)
+        whole -= experts * ep_size - experts * ep_size // split.tp_size  # cut over all ranks, and the rest over fewer
         if not resolved.train.keeps_frozen:
             trained, self.trained_here = whole, self.here
         adapters = trained if resolved.train.lora is not None else 0
