@@ -1,6 +1,6 @@
-"""Peak memory of a rank that shares long sequences with others, measured on a CPU beside what the plan says.
+"""Peak memory of a rank that shares long sequences or layers with others, measured on a CPU beside what the plan says.
 
-    python benchmarks/sequence_memory.py [--model minimind3] [--seq-len 32768] [--sp-sizes 1 2 4]
+    python benchmarks/sequence_memory.py [--model minimind3] [--seq-len 32768] [--sp-sizes 1 2 4] [--tp-sizes 2]
 
 One window a step, documents masked, blocks recomputed, float32, ZeRO 1. The first step is of a short window: it makes
 the optimizer's states; the second is measured.
@@ -42,30 +42,32 @@ class Measurement:
     model: str = "minimind3"
     seq_len: int = 32768
     sp_sizes: tuple[int, ...] = (1, 2, 4)
+    tp_sizes: tuple[int, ...] = (2,)
     port: int = 29611
 
 
-def resolve(given: Measurement, sp_size: int) -> ResolvedRun:
+def resolve(given: Measurement, sp_size: int, tp_size: int) -> ResolvedRun:
     """The run, with one window a step."""
     run = RunConfig(
         preset(given.model),
         DataConfig(seq_len=given.seq_len, document_mask=True),
         TrainConfig(
-            sp_size=sp_size, micro_batch_size=1, global_batch_size=1, precision="fp32", optimizer="adamw",
-            activation_checkpointing=True, steps=10,
+            sp_size=sp_size, tp_size=tp_size, micro_batch_size=1, global_batch_size=1, precision="fp32",
+            optimizer="adamw", activation_checkpointing=True, steps=10,
         ),
     )  # fmt: skip
-    return resolve_run(run, load_ds_config(str(ROOT / "ds_configs" / "zero1.json")), world_size=sp_size)
+    return resolve_run(run, load_ds_config(str(ROOT / "ds_configs" / "zero1.json")), world_size=sp_size * tp_size)
 
 
-def measure(given: Measurement, sp_size: int, rank: int, found: Any) -> None:
+def measure(given: Measurement, sp_size: int, tp_size: int, rank: int, found: Any) -> None:
     """One rank: bytes beyond what the process held before the model, at the peak of a step."""
+    size = str(sp_size * tp_size)
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(sp_size), LOCAL_WORLD_SIZE=str(sp_size),
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size,
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(given.port),
     )  # fmt: skip
     torch.set_num_threads(1)
-    resolved, env = resolve(given, sp_size), read_environment()
+    resolved, env = resolve(given, sp_size, tp_size), read_environment()
     trial.return_freed_memory()
     with process_group(env, CPU), tempfile.TemporaryDirectory() as folder:
         base = trial.held_bytes(CPU)
@@ -82,17 +84,20 @@ def measure(given: Measurement, sp_size: int, rank: int, found: Any) -> None:
 def main(given: Measurement) -> None:
     """Print a line for each size."""
     context = multiprocessing.get_context("spawn")
-    for sp_size in given.sp_sizes:
+    for sp_size, tp_size in [*((size, 1) for size in given.sp_sizes), *((1, size) for size in given.tp_sizes)]:
         found = context.Queue()
-        ranks = [context.Process(target=measure, args=(given, sp_size, rank, found)) for rank in range(sp_size)]
+        ranks = [
+            context.Process(target=measure, args=(given, sp_size, tp_size, rank, found))
+            for rank in range(sp_size * tp_size)
+        ]
         for rank in ranks:
             rank.start()
         peaks = [found.get()[1] for _ in ranks]
         for rank in ranks:
             rank.join()
-        planned = estimate_memory(resolve(given, sp_size), "cpu").total
+        planned = estimate_memory(resolve(given, sp_size, tp_size), "cpu").total
         print(
-            f"sp_size {sp_size}: measured {format_bytes(min(peaks))} to {format_bytes(max(peaks))} a rank, planned "
+            f"sp_size {sp_size} tp_size {tp_size}: measured {format_bytes(min(peaks))} to {format_bytes(max(peaks))} a rank, planned "
             f"{format_bytes(planned)} ({planned / max(peaks) - 1:+.0%})",
             flush=True,
         )

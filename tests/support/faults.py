@@ -70,7 +70,7 @@ class Flags:
     seed: int = 0
     """Of the random moments and places."""
     kinds: tuple[str, ...] = ("dense", "experts")
-    """What is killed: dense, experts, sequences or layers (two ranks share each), chat (fine-tuning), or an objective."""
+    """What is killed: dense, experts, sequences or layers (two ranks share each), chat, or an objective."""
     stage: int = 1
     """ZeRO stage of the runs that are killed."""
 
