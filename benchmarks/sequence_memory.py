@@ -97,8 +97,8 @@ def main(given: Measurement) -> None:
             rank.join()
         planned = estimate_memory(resolve(given, sp_size, tp_size), "cpu").total
         print(
-            f"sp_size {sp_size} tp_size {tp_size}: measured {format_bytes(min(peaks))} to {format_bytes(max(peaks))} a rank, planned "
-            f"{format_bytes(planned)} ({planned / max(peaks) - 1:+.0%})",
+            f"sp_size {sp_size} tp_size {tp_size}: measured {format_bytes(min(peaks))} to {format_bytes(max(peaks))} a "
+            f"rank, planned {format_bytes(planned)} ({planned / max(peaks) - 1:+.0%})",
             flush=True,
         )
 
