@@ -16,6 +16,7 @@ from minimind.units import format_table
 _COUNTED = 1 << 24
 _PIECE = 1 << 18
 _SHOWN_SOURCES = 20
+_SHOWN_POSITIONS = 12
 _BACKGROUNDS = (153, 223, 151, 224)  # of xterm's 256 colours: light, so that black can be read on all
 _BORDER = "\u2500" * 8
 
@@ -157,7 +158,7 @@ def _source_of(reader: ShardReader, document: int) -> str:
 
 def describe_window(dataset: Dataset, painter: TokenPainter, index: int) -> str:
     """One window as the model sees it: its inputs cut at the borders of documents, those alone in colour that the model
-    learns to predict; then, of the first positions, input and target."""
+    learns to predict; then input and target of a few positions, from about the first that has one."""
     sample = dataset[index]
     # The token at position t is predicted at t - 1, where one is asked for; the last label is no input any more.
     tokens = np.append(sample.input_ids, sample.labels[-1:] if sample.labels[-1] >= 0 else sample.input_ids[-1:])
@@ -171,11 +172,12 @@ def describe_window(dataset: Dataset, painter: TokenPainter, index: int) -> str:
         )
     ]
     rows = [("position", "input", "", "target", "")]
-    for position in range(min(12, dataset.seq_len)):
+    first = max(0, int(np.argmax(sample.labels != IGNORED_LABEL)) - 2)
+    for position in range(first, min(first + _SHOWN_POSITIONS, dataset.seq_len)):
         token, label = int(sample.input_ids[position]), int(sample.labels[position])
         target = ("-", "none") if label == IGNORED_LABEL else (str(label), _quote(painter.name(label)))
         rows.append((str(position), str(token), _quote(painter.name(token)), *target))
     counted = int(np.count_nonzero(sample.labels != IGNORED_LABEL))
-    borders = "attention crosses borders" if sample.document_starts is None else f"{len(starts)} borders of documents"
+    borders = "attention crosses borders" if sample.document_starts is None else f"borders of documents: {len(starts)}"
     title = f"window {index:,} of {len(dataset):,}: {dataset.seq_len} positions, {counted} targets, {borders}"
     return "\n".join([title, *pieces, "", format_table(rows, ">><><")])

@@ -53,7 +53,7 @@ def test_a_window_has_its_borders_and_targets(
     capsys.readouterr()
     main(["look", str(tmp_path / "out"), "--window", str(index), "--seq-len", "96", "--documents", "0"])
     window = capsys.readouterr().out.split("\nwindow ")[1]
-    assert window.startswith(f"{index} of {len(dataset)}: 96 positions, ") and "3 borders of documents" in window
+    assert window.startswith(f"{index} of {len(dataset)}: 96 positions, ") and "borders of documents: 3" in window
     starts = re.findall(r"from position (\d+)\n(\(.*?\))?", window)
     assert [int(start) for start, _ in starts] == [0, *dataset[index].document_starts.tolist()]
     assert all(first for _, first in starts), "a document's first token is no target"
