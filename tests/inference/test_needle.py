@@ -13,7 +13,7 @@ from minimind.evaluate import main
 from minimind.inference import needle
 from minimind.inference.evaluation import shards_of_texts
 from minimind.inference.likelihood import log_likelihood
-from minimind.inference.needle import NeedleOptions, make_test, read_in_pieces, score_test
+from minimind.inference.needle import NeedleOptions, find_needles, make_test, read_in_pieces, score_test
 from minimind.model import CausalLMOutput, KVCache, MiniMindForCausalLM
 
 
@@ -118,6 +118,19 @@ def test_a_model_that_looks_back_finds_every_needle(model, haystack):
         perfect.seen = test.prompt
         exact, first, rank, loss = score_test(perfect, KVCache(model[0].config, 1, 200), test)
         assert (exact, first, rank) == (1, 1, 1) and loss < 0.1
+
+
+def test_ranks_share_the_needles(model, haystack, monkeypatch):
+    options = NeedleOptions(
+        needle_lengths=(100,), needle_depths=(0, 100), needle_samples=3, needle_template=SHORT, needle_others=1
+    )
+    alone = find_needles(*model, haystack, options)
+    parts = []
+    monkeypatch.setattr(needle, "all_reduce_sum", lambda sums: parts.append(sums) or sums)
+    for rank in range(2):
+        find_needles(*model, haystack, options, rank=rank, world_size=2)
+    means = (sum(parts) / 3).tolist()
+    assert means == [pytest.approx([cell.exact, cell.first, cell.rank, cell.loss]) for cell in alone]
 
 
 def test_the_command_hides_needles(capsys, exported, text_file, tmp_path):
