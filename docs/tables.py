@@ -160,6 +160,25 @@ def sharing(language: str) -> str:
     return format_table(["", "", *(f"ZeRO {stage}" for stage in STAGES)], rows)
 
 
+def long_memory(language: str) -> str:
+    """The peak of a step of minimind3 at two lengths, by ranks that share the sequence, on GPUs in bf16 and ZeRO 2."""
+    head = {
+        "en": ["length", "`--sp-size`", "all activations kept", "`--activation-checkpointing`"],
+        "zh": ["长度", "`--sp-size`", "保留所有激活", "`--activation-checkpointing`"],
+    }[language]
+    model = dataclasses.replace(PRESETS["minimind3"], max_position_embeddings=1_000_000)
+    rows = []
+    for seq_len, sp_size in ((32_768, 1), (32_768, 4), (1_000_000, 1), (1_000_000, 4), (1_000_000, 8)):
+        peaks = []
+        for recomputes in (False, True):
+            train = TrainConfig(
+                micro_batch_size=1, precision="bf16", sp_size=sp_size, activation_checkpointing=recomputes
+            )
+            peaks.append(_estimate(RunConfig(model, DataConfig(seq_len=seq_len), train), 2, sp_size, "cuda").total)
+        rows.append((f"{seq_len:,}", sp_size, *map(format_bytes, peaks)))
+    return format_table(head, rows)
+
+
 def softmax(logits: Sequence[float], temperature: float = 1.0) -> list[float]:
     """Probabilities of scores divided by a temperature."""
     powers = [math.exp(value / temperature) for value in logits]
@@ -311,6 +330,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "yarn": yarn,
     "zero_memory": zero_memory,
     "sharing": sharing,
+    "long_memory": long_memory,
     "temperature": temperature,
     "ds_configs": ds_configs,
     "ds_keys": ds_keys,

@@ -20,6 +20,7 @@ PAGES = (
     "preferences.md",
     "distillation.md",
     "rewards.md",
+    "long_context.md",
     "configuration.md",
     "data_sources.md",
     "data_format.md",
