@@ -298,18 +298,23 @@ LEFT_OUT = {
 }
 
 
-def find_commands() -> list[str]:
-    """Every command line without a mark in README and docs, in order, each once."""
-    texts = [(ROOT / "README.md").read_text(encoding="utf-8"), *(read_page("en", page) for page in PAGES)]
+def find_commands(text: str) -> list[str]:
+    """Every command line of a page without a mark, in order, each once."""
     commands: dict[str, None] = {}
-    for text in texts:
-        for block in find_blocks(text):
-            if block.kind == "bash" and block.needs is None:
-                for line in block.text.replace("\\\n", " ").splitlines():
-                    command = line.split(" #")[0].strip()
-                    if command and not command.startswith(tuple(LEFT_OUT)):
-                        commands[command] = None
+    for block in find_blocks(text):
+        if block.kind == "bash" and block.needs is None:
+            for line in block.text.replace("\\\n", " ").splitlines():
+                command = line.split(" #")[0].strip()
+                if command and not command.startswith(tuple(LEFT_OUT)):
+                    commands[command] = None
     return list(commands)
+
+
+def find_base(text: str) -> str | None:
+    """The page whose commands come before those of this one, which says so."""
+    found = re.search(r"^<!-- after: (\S+) -->\n.*\]\((\S+)\)", text, re.M)
+    assert found is None or found[1] == found[2]
+    return found and found[1]
 
 
 def shorten(command: str) -> str:
@@ -347,30 +352,47 @@ def run_in(folder, command: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_every_unmarked_command_runs(scratch):
-    commands = find_commands()
-    corpus = next(command for command in commands if "data_prep.default_corpus" in command)
+def test_every_page_runs_alone_by_its_own_commands(scratch):
+    """Each page begins with an empty data/ and runs/, or with what the page that it names has left there."""
+    texts = {page: read_page("en", page) for page in PAGES}
+    bases = {page: find_base(text) for page, text in texts.items()}
+    texts["../README.md"] = (ROOT / "README.md").read_text(encoding="utf-8")
+    corpus = next(command for command in find_commands(texts[GUIDE]) if "data_prep.default_corpus" in command)
     run_in(scratch, corpus)
-    shutil.copy2(scratch / "data/guide/corpus.jsonl", scratch / "pretrain.jsonl")
-    commands.remove(corpus)
-    printed = {command: run_in(scratch, shorten(command)) for command in commands}
-    plan = next(output for command, output in printed.items() if "--run-dir runs/plan" in command)
-    assert tables.estimate_plan("minimind3", 2, 512).summary() in plan, "--dry-run and the guide's table disagree"
-    steps = [json.loads(line) for line in (scratch / "runs/guide/metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in steps if "loss" in record] == list(range(1, 26))
-    assert abs(steps[0]["loss"] - math.log(6400)) < 0.1
+    shutil.move(scratch / "data/guide/corpus.jsonl", scratch / "pretrain.jsonl")  # README's reader has a text
+    printed: dict[str, str] = {}
     tried = {"\n".join(entry["code"]) + "\n" for entry in worked.read_practice().values()}  # in test_exercises.py
-    for page in ("data_format.md", GUIDE):
-        for block in find_blocks(read_page("en", page)):
+    for page, text in texts.items():
+        for folder in ("data", "runs"):
+            shutil.rmtree(scratch / folder, ignore_errors=True)
+            if base := bases.get(page):
+                shutil.copytree(scratch / "left" / base / folder, scratch / folder, symlinks=True)
+        for command in find_commands(text):
+            printed[command] = run_in(scratch, shorten(command))
+        for block in find_blocks(text) if page in (GUIDE, "data_format.md") else ():
             if block.kind == "python" and block.text.startswith(("import", "from")) and block.text not in tried:
                 subprocess.run([scratch / ".venv/bin/python", "-c", block.text], cwd=scratch, check=True)
+        if page in bases.values():
+            for folder in ("data", "runs"):
+                shutil.copytree(scratch / folder, scratch / "left" / page / folder, symlinks=True)
+    plan = next(output for command, output in printed.items() if "--run-dir runs/plan" in command)
+    assert tables.estimate_plan("minimind3", 2, 512).summary() in plan, "--dry-run and the guide's table disagree"
+    metrics = scratch / "left" / GUIDE / "runs/guide/metrics.jsonl"
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [record["step"] for record in steps if "loss" in record] == list(range(1, 26))
+    assert abs(steps[0]["loss"] - math.log(6400)) < 0.1
 
 
 def test_a_command_is_found_and_a_marked_one_is_not():
-    commands = find_commands()
+    commands = find_commands(read_page("en", GUIDE))
     assert any(command.startswith("NUM_RANKS=2 DRY_RUN=1") for command in commands)
     assert not any("srun" in command or "mpirun" in command for command in commands)
     assert len(commands) >= 12
+
+
+def test_both_languages_say_which_page_comes_before():
+    bases = [{page: find_base(read_page(language, page)) for page in PAGES} for language in LANGUAGES]
+    assert bases[0] == bases[1] and set(bases[0].values()) == {None, GUIDE, "fine_tuning.md"}
 
 
 def find_flags() -> set[str]:
