@@ -390,6 +390,20 @@ def test_a_command_is_found_and_a_marked_one_is_not():
     assert len(commands) >= 12
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_use_what_was_made_before_them(page):
+    """The cheap half of the test above: no command names data or a run that no earlier one has named as its output."""
+    chain = [page]
+    while base := find_base(read_page("en", chain[0])):
+        chain.insert(0, base)
+    made: set[str] = set()
+    for command in [command for name in chain for command in find_commands(read_page("en", name))]:
+        outputs = set(re.findall(r"(?:--output|--run-dir|>) ((?:data|runs)/[\w/.-]+)", command))
+        for path in set(re.findall(r"(?<![\w/])(?:data|runs)/[\w/.-]+", command)) - outputs:
+            assert any(path.startswith(place) for place in made), f"{page}: nothing has made {path}: {command}"
+        made |= outputs
+
+
 def test_both_languages_say_which_page_comes_before():
     bases = [{page: find_base(read_page(language, page)) for page in PAGES} for language in LANGUAGES]
     assert bases[0] == bases[1] and set(bases[0].values()) == {None, GUIDE, "fine_tuning.md"}
