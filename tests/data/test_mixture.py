@@ -52,7 +52,10 @@ SKEWED = [round(0.62**i + 0.0007, 4) for i in range(20)]
 
 @pytest.mark.parametrize(
     "weights",
-    [SKEWED, [1] * 20, [0.5, *[0.0263] * 18, 0.0266], list(range(1, 21)), np.random.default_rng(0).dirichlet(np.ones(20))],
+    [
+        SKEWED, [1] * 20, [0.5, *[0.0263] * 18, 0.0266], list(range(1, 21)),
+        np.random.default_rng(0).dirichlet(np.ones(20)),
+    ],
     ids=["skewed", "equal", "one heavy", "linear", "any floats"],
 )  # fmt: skip
 def test_every_source_is_within_one_window_of_its_share_at_each_of_a_million_places(weights):
@@ -234,7 +237,7 @@ def test_a_mixture_of_another_form_is_refused(values, words):
         ({"step": 1}, "not a list of"),
         ([{"step": 5, "weight": {}}], "not a list of"),
         ([{"step": 0, "weights": {"web": 1}}], "step 0 is not a whole number above 0"),
-        ([{"step": 5, "weights": {"web": 1}}, {"step": 5, "weights": {"web": 1}}], "step 5 is not a whole number above 5"),
+        ([{"step": 5, "weights": {"web": 1}}] * 2, "step 5 is not a whole number above 5"),
         ([{"step": 5, "weights": {"wob": 1}}], "no source 'wob'; did you mean 'web'?"),
         ([{"step": 5, "weights": {"web": "a"}}], "web: weight a is not a number"),
         ([{"step": 5, "weights": {"web": 0}}], "step 5: every weight is 0"),
