@@ -14,6 +14,7 @@ from training_runs import RankPool, rank_pool
 
 from minimind.data import loader
 from minimind.data.dataset import SequencePart
+from minimind.distributed.collectives import all_reduce_ints
 from minimind.errors import UserError
 from minimind.parallel.mesh import Mesh
 from minimind.training.trainer import Trainer
@@ -24,6 +25,8 @@ from tables import SHARING, shares
 COUNT = 10
 STAGES = (0, 1, 2, 3)
 UNEVEN = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
+LOUD = {"initializer_range": 0.2}
+"""A model in which a token far off can be seen in the loss."""
 UNTIED = {"tie_word_embeddings": False, "flash_attn": False}
 HPZ = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
 
@@ -126,19 +129,26 @@ def collate_from_zero(real: Any, samples: Any, positions: Any, reference: Any, p
     return loader.dataclasses.replace(batch, position_ids=torch.arange(length).expand(batch.input_ids.shape))
 
 
+def count_all_targets(trainer: Trainer, batches: Any) -> int:
+    return all_reduce_ints([trainer.objective.count_targets(batches)], torch.add)[0]
+
+
 def count_own_targets(trainer: Trainer, batches: Any) -> int:
     return trainer.objective.count_targets(batches) * trainer.mesh.num_averaging
 
 
 def walk_trapped(trap: str, stages: tuple[int, ...]) -> list[Curve]:
     """The walk with a trap set again."""
-    by_rows = unittest.mock.patch.object(Mesh, "num_averaging", property(lambda mesh: mesh.dp_size))
+    by_rows = [
+        unittest.mock.patch.object(Mesh, "num_averaging", property(lambda mesh: mesh.dp_size)),
+        unittest.mock.patch.object(Trainer, "_count_targets", count_all_targets),
+    ]
     traps = {
         # DeepSpeed averages over the world, and the loss is scaled by the ranks with other rows alone.
-        "scaled by dp": [by_rows],
+        "scaled by dp": by_rows,
         # It is told of sequence groups, and sums over them: not so at stage 3 with reduce_scatter.
         "told of sequences": [
-            by_rows,
+            *by_rows,
             unittest.mock.patch.object(groups, "_get_sequence_parallel_world_size", lambda: 2),
             unittest.mock.patch.object(groups, "_get_sequence_parallel_group", lambda: None),
         ],
@@ -154,7 +164,7 @@ def walk_trapped(trap: str, stages: tuple[int, ...]) -> list[Curve]:
     for patch in traps:
         patch.start()
     try:
-        return walk([at(stage) for stage in stages], 2)
+        return walk([at(stage, model=LOUD) for stage in stages], 2)
     finally:
         for patch in traps:
             patch.stop()
@@ -165,9 +175,9 @@ def test_the_comparison_sees_each_trap(two, plain, trap):
     for curves in two.run(walk_trapped, trap, (1, 3)):
         for stage, curve in zip((1, 3), curves, strict=True):
             if trap == "told of sequences" and stage == 1:  # what DeepSpeed says it does: the trap is that 3 does not
-                assert_same(curve, plain({}), trap)
+                assert_same(curve, plain(LOUD), trap)
                 continue
             with pytest.raises(AssertionError):
-                assert_same(curve, plain({}), trap)
+                assert_same(curve, plain(LOUD), trap)
             if trap == "told of sequences":
-                assert curve[1][0] == pytest.approx(plain({})[1][0] / 2, rel=1e-3)
+                assert curve[1][0] == pytest.approx(plain(LOUD)[1][0] / 2, rel=1e-3)

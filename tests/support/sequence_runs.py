@@ -4,10 +4,10 @@ The steps are taken by the trainer itself, from shards, with documents that end 
 """
 
 import tempfile
-import unittest.mock
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from engine_runs import CPU, MODEL, SETTINGS, plain_optimizer
 from torch import nn
@@ -17,6 +17,7 @@ from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
 from minimind.data.dataset import TokenDataset
 from minimind.data.loader import BatchLoader
+from minimind.data.shard_writer import ShardWriter
 from minimind.data.shards import open_split
 from minimind.distributed.environment import read_environment
 from minimind.distributed.process_group import process_group
@@ -31,9 +32,15 @@ Cell = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 
 
 def open_windows(folder: Path, document_mask: bool = True) -> TokenDataset:
-    """Random tokens for ten steps, in documents of about seven."""
-    with unittest.mock.patch.object(trial, "DOCUMENT_TOKENS", 7):
-        trial.write_random_tokens(folder, MODEL.vocab_size, 10 * ROWS * SEQ_LEN + 1)
+    """Random tokens for ten steps, in documents that end anywhere."""
+    rng, tokens = np.random.default_rng(0), 10 * ROWS * SEQ_LEN + 1
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text("{}")
+    with ShardWriter(folder / "train", vocab_size=MODEL.vocab_size, eos_token_id=0, tokenizer_file=tokenizer) as writer:
+        while tokens > 0:
+            document = rng.integers(1, MODEL.vocab_size, rng.integers(1, 20))
+            writer.add_document(document, num_bytes=len(document))
+            tokens -= len(document) + 1
     return TokenDataset(open_split(folder, "train"), SEQ_LEN, document_mask)
 
 
