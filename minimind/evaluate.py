@@ -22,7 +22,8 @@ from tqdm import tqdm
 from minimind.checkpoints.formats.load_model import load_model, stretch_context
 from minimind.cli import parse_flags, without_local_rank
 from minimind.data.dataset import Dataset, open_dataset
-from minimind.data.shards import ShardReader
+from minimind.data.mixture import open_mixture, read_mixture
+from minimind.data.shards import ShardReader, find_split
 from minimind.data.tokenizer import Tokenizer, load_tokenizer
 from minimind.distributed.environment import RankEnvironment, find_device, is_first_rank, read_environment
 from minimind.distributed.out_of_memory import explain_out_of_memory
@@ -52,8 +53,9 @@ OUTPUT_NAME, NEEDLE_NAME = "evaluation.json", "needle.json"
 class EvaluateFlags(ModelFlags, NeedleOptions):
     """Measure loss, perplexity and bits per byte of a trained model, or what it finds in long texts."""
 
-    shards: Path | None = None
-    """A corpus made by data_prep.tokenize_corpus, or one shard folder."""
+    shards: str | tuple[str, ...] | None = None
+    """A corpus made by data_prep.tokenize_corpus, or one shard folder; or a mixture, as training takes it: each source
+    by itself, and the mean by their weights."""
     split: Literal["train", "val"] = "val"
     """Which split of the corpus."""
     text: tuple[Path, ...] = ()
@@ -119,10 +121,8 @@ def run(flags: EvaluateFlags, env: RankEnvironment, device: torch.device, dtype:
             ]
             values = asdict(score)
         else:
-            if flags.shards is None:
-                reader = stack.enter_context(shards_of_texts(flags.text, tokenizer_file))
-            else:
-                reader = open_shards(flags.shards, flags.split)
+            dataset = open_data(flags, stack, tokenizer_file)
+            reader = dataset.reader
             check_vocabulary(model, reader)
             if reader.manifest.kind == "feedback":
                 raise UserError(
@@ -132,7 +132,6 @@ def run(flags: EvaluateFlags, env: RankEnvironment, device: torch.device, dtype:
             if flags.needle:
                 report_needles(model, load_tokenizer(tokenizer_file), reader, flags, env)
                 return
-            dataset = open_dataset(reader, flags.seq_len, flags.document_mask, keep_tail=True)
             found = measure(model, dataset, flags, env)
             rows = [
                 ("loss", f"{found.loss:.4f}"),
@@ -143,11 +142,36 @@ def run(flags: EvaluateFlags, env: RankEnvironment, device: torch.device, dtype:
             if reader.manifest.is_pairs:  # the loss is that of the preferred answers, a mean over the pairs
                 rows = [(name.replace("_per_", "/"), f"{value:.4f}") for name, value in found.figures.items()]
                 rows += [("chosen loss", f"{found.loss:.4f}"), ("pairs", f"{found.num_targets:,}")]
-            values = {**asdict(found), "data_fingerprint": reader.fingerprint}
+            rows += [(f"loss of {name}", f"{one.loss:.4f}") for name, one in found.sources.items()]
+            values = {**asdict(found), "data_fingerprint": dataset.fingerprint}
             values |= values.pop("figures")
+            if not found.sources:
+                del values["sources"]
     if env.is_first:
         for name, value in [*rows, ("written to", write_result(flags, values))]:
             print(f"{name:<16}{value}")
+
+
+def open_data(flags: EvaluateFlags, stack: contextlib.ExitStack, tokenizer_file: Path) -> Dataset:
+    """The windows to measure; `stack` closes what they need.
+
+    Raises:
+        UserError: there are none, or not such.
+    """
+    named = None if flags.shards is None else read_mixture(flags.shards)
+    if named is not None:
+        if flags.needle:
+            raise UserError("needle: hides sentences in one corpus, not in a mixture; give a single --shards folder")
+        places = {source.name: Path(source.folder) for source in named}
+        readers = {name: open_shards(at, flags.split) for name, at in places.items() if find_split(at, flags.split)}
+        if not readers:
+            raise UserError(f"shards: no source has a {flags.split} split; prepare one with --val-fraction above 0")
+        return open_mixture(named, readers, [], flags.seq_len, flags.document_mask, keep_tail=True)
+    if flags.shards is None:
+        reader = stack.enter_context(shards_of_texts(flags.text, tokenizer_file))
+    else:
+        reader = open_shards(Path(flags.shards if isinstance(flags.shards, str) else flags.shards[0]), flags.split)
+    return open_dataset(reader, flags.seq_len, flags.document_mask, keep_tail=True)
 
 
 def report_needles(
@@ -178,7 +202,7 @@ def measure(model: MiniMindForCausalLM, dataset: Dataset, flags: EvaluateFlags, 
             dataset,
             model.lm_head.weight.device,
             micro_batch_size=flags.micro_batch_size,
-            max_samples=num_samples,
+            max_samples=flags.max_samples,
             dp_rank=env.rank,
             dp_size=env.world_size,
             before_batch=bar.update,

@@ -14,6 +14,7 @@ from minimind.training.record.events import Event, read_events
 from minimind.training.record.run_files import (
     METRICS_NAME,
     RUN_CONFIG_NAME,
+    EvaluationRecord,
     StepRecord,
     evaluations_of,
     read_records,
@@ -40,6 +41,8 @@ class RunStatus:
     loss: float | None
     trend: str
     eval_loss: float | None
+    sources: str
+    """Loss of each source of a mixture: of its evaluation, before there is one, of the last step that read it."""
     tokens_per_second: float | None
     mfu: float | None
     seconds_left: float | None
@@ -88,6 +91,7 @@ def read_status(folder: Path) -> RunStatus:
         loss=last.get("loss"),
         trend=describe_trend(steps),
         eval_loss=evaluations[-1].get("eval_loss") if evaluations else None,
+        sources=describe_sources(steps, evaluations),
         tokens_per_second=last.get("tokens_per_second"),
         mfu=last.get("mfu"),
         seconds_left=left,
@@ -127,6 +131,14 @@ def describe_trend(steps: Sequence[StepRecord]) -> str:
     return "falling" if change < 0 else "rising"
 
 
+def describe_sources(steps: Sequence[StepRecord], evaluations: Sequence[EvaluationRecord]) -> str:
+    """The newest loss of each source of a mixture; of a single corpus nothing."""
+    losses = evaluations[-1].get("eval_source_loss") if evaluations else None
+    if losses is None:
+        losses = {name: loss for record in steps for name, loss in record.get("source_loss", {}).items()}
+    return ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if isinstance(loss, float))
+
+
 def describe_health(state: str, events: Sequence[Event], step: int) -> str:
     """ "ok", or the newest alarms and failures since the last start."""
     begun = max((i for i, event in enumerate(events) if event.event in ("start", "resume")), default=0)
@@ -147,7 +159,11 @@ def status_table(found: Sequence[RunStatus]) -> str:
     def cell(value: float | None, pattern: str) -> str:
         return "" if value is None else pattern.format(value)
 
-    rows = [("run", "state", "step", "loss", "eval", "tokens/s", "MFU", "ETA", "checkpoint", "health")]
+    by_source = any(status.sources for status in found)
+    rows = [
+        ("run", "state", "step", "loss", "eval", *["by source"] * by_source, "tokens/s", "MFU", "ETA", "checkpoint",
+         "health")
+    ]  # fmt: skip
     for status in found:
         total = f"/{status.total_steps}" if status.total_steps else ""
         rows.append(
@@ -157,6 +173,7 @@ def status_table(found: Sequence[RunStatus]) -> str:
                 f"{status.step}{total}" if status.step or total else "",
                 f"{cell(status.loss, '{:.4f}')} {status.trend}".strip(),
                 cell(status.eval_loss, "{:.4f}"),
+                *[status.sources] * by_source,
                 cell(status.tokens_per_second, "{:,.0f}"),
                 cell(status.mfu, "{:.1%}"),
                 "" if status.seconds_left is None else format_duration(status.seconds_left),

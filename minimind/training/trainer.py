@@ -23,6 +23,7 @@ from minimind.config.expert_parallel import uses_random_routing
 from minimind.config.resolved_run import ResolvedRun
 from minimind.data.dataset import Dataset
 from minimind.data.loader import Batch, BatchLoader, DeviceCopy
+from minimind.data.manifest import ShardError
 from minimind.distributed.collectives import all_reduce_ints, gather_objects
 from minimind.distributed.stop_requests import Requests
 from minimind.errors import UnmadeStep, UserError
@@ -203,8 +204,13 @@ class Trainer:
 
     def _next(self, steps: Generator[list[Batch], None, None]) -> list[Batch]:
         self.control.report(self.state.step + 1, "reading the batch")
-        with self.timer.part("data"):
-            return next(steps)
+        try:
+            with self.timer.part("data"):
+                return next(steps)
+        except ShardError as error:
+            if self.loader.dp_size > 1:
+                raise  # the other ranks are in the step already: they end as where a rank dies
+            raise UnmadeStep(f"{error}; the steps before are saved: bring it back and give the same command") from None
 
     def _set_learning_rate(self, step: int) -> float:
         train = self.resolved.train

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 import unittest.mock
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -358,6 +359,56 @@ def test_other_shards_only_on_purpose(tiny_corpus, tmp_path):
     code, printed = train(flags_for(other, tmp_path / "run", allow_data_change=True))
     assert code == 0 and "at step 2" in printed and "their order begins at step 2" in printed
     assert read_manifest(list_checkpoints(tmp_path / "run")[-1]).data_start_step == 2
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> Callable[..., tuple[str, ...]]:
+    """Flags of a mixture of three small corpora with these weights."""
+    folder = tmp_path_factory.mktemp("mixture")
+    for number, name in enumerate(("web", "code", "zh")):
+        write_corpus(folder / name, tokens=3000 // (number + 1), seed=number)
+    return lambda **weights: tuple(f"{name}={folder / name}:{weight}" for name, weight in weights.items())
+
+
+def test_a_mixture_is_one_stream_on_any_number_of_ranks(mixture, tmp_path, run_ranks):
+    schedule = tmp_path / "schedule.json"
+    schedule.write_text('[{"step": 3, "weights": {"code": 1, "zh": 1}}]')
+    starts = [(1, {}), (2, {}), (3, {}), (1, {}), (3, {}), (2, {})]
+    common = {"global_batch_size": 6, "mixture_schedule": schedule}
+    walk(mixture(web=6, code=3, zh=1), tmp_path, starts, run_ranks, **common)
+    by_source = [
+        [
+            (record["source_tokens"], record["source_loss"].keys())
+            for record in read_metrics(tmp_path / name)
+            if "loss" in record
+        ]
+        for name in ("whole", "run")
+    ]
+    assert by_source[0] == by_source[1] and by_source[0][2][0] == {"web": 176, "code": 80, "zh": 32}
+
+
+def test_a_mixture_changes_its_weights_only_on_purpose_and_exactly(mixture, tmp_path):
+    """A run whose weights change at a resume takes the windows of one that had the change in its schedule."""
+    (tmp_path / "schedule.json").write_text('[{"step": 3, "weights": {"web": 1, "zh": 3}}]')
+    before, after = mixture(web=6, code=3, zh=1), mixture(web=1, zh=3)
+    planned = flags_for(before, tmp_path / "planned", mixture_schedule=tmp_path / "schedule.json", save_every=3)
+    assert train(planned)[0] == 0
+    run = tmp_path / "run"
+    train(flags_for(before, run, steps=3, warmup_steps=2, schedule="constant"))
+    with pytest.raises(UserError, match="--allow-data-change"):
+        train(flags_for(after, run, schedule="constant"))
+    code, printed = train(flags_for(after, run, schedule="constant", allow_data_change=True))
+    assert code == 0 and "mixture" in printed and "their order begins at step 3" in printed
+    read = [
+        [r["source_tokens"] for r in read_metrics(tmp_path / name) if "loss" in r][-1] for name in ("planned", "run")
+    ]
+    assert {name: read[0][name] for name in ("web", "zh")} == read[1]
+    # And again, which needs no word now; the stream is that of the change.
+    cut_back(run, 4)
+    expected = losses(run)
+    assert train(flags_for(after, run, schedule="constant"))[0] == 0 and losses(run) == expected
+    taken = [read_manifest(list_checkpoints(tmp_path / name)[-1]).windows_taken for name in ("planned", "run")]
+    assert dict(taken[0]) == dict(taken[1])
 
 
 def test_a_run_goes_on_with_the_part_of_a_grown_corpus_that_it_began_with(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,11 @@ import pytest
 import torch
 from pytest import approx
 from structured_corpus import write_corpus
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import ROOT, flags_for, losses, read_metrics, train
 
+import minimind.evaluate
+import minimind.plan
 import minimind.train
 from minimind.checkpoints.folder import list_checkpoints
 from minimind.checkpoints.formats.load_model import load_model
@@ -23,6 +27,10 @@ from minimind.data.loader import BatchLoader
 from minimind.data.shards import open_split
 from minimind.errors import UserError, run_main
 from minimind.model import MiniMindForCausalLM, ModelConfig
+from minimind.reports.run.charts import list_charts
+from minimind.reports.run.data import read_run
+from minimind.reports.run.page import compose_page
+from minimind.reports.status import read_status, status_table
 from minimind.training.trainer import BadStepError
 
 # One start of this command line, on float32 on a CPU. Rounding differs a little from one machine to another.
@@ -250,6 +258,140 @@ def test_one_bad_step_more_than_allowed_stops(tiny_corpus, tmp_path, spoil_steps
     with pytest.raises(BadStepError, match=r"step 3: loss is nan on rank 0; .* last good checkpoint: none was saved"):
         train(flags(tiny_corpus, tmp_path, skip_bad_steps=1))
     assert list_checkpoints(tmp_path) == []
+
+
+# Mixtures.
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory) -> dict[str, Path]:
+    """Corpora of 4,000, 400 and 1,000 training tokens; the second has nothing to evaluate."""
+    folder = tmp_path_factory.mktemp("three")
+    sizes = {"web": (4000, 100), "code": (400, 0), "zh": (1000, 60)}
+    return {
+        name: write_corpus(folder / name, tokens=tokens, val_tokens=val_tokens, seed=number)
+        for number, (name, (tokens, val_tokens)) in enumerate(sizes.items())
+    }
+
+
+def mixture_of(three: dict[str, Path], **suffixes: str) -> tuple[str, ...]:
+    return tuple(f"{name}={three[name]}:{suffix}" for name, suffix in suffixes.items())
+
+
+@pytest.fixture(scope="module")
+def mixed(three, tmp_path_factory) -> tuple[Path, str]:
+    """A run on a mixture whose shares change after step 4, and one source of which runs dry; what it printed."""
+    run_dir = tmp_path_factory.mktemp("mixed") / "run"
+    schedule = run_dir.parent / "schedule.json"
+    schedule.write_text(json.dumps([{"step": 4, "weights": {"web": 1, "code": 2, "zh": 1}}]))
+    shards = mixture_of(three, web="0.5", code="0.25:max-epochs=0.5", zh="0.25")
+    code, printed = train(flags(shards, run_dir, mixture_schedule=schedule, tensorboard=True, micro_batch_size=2))
+    assert code == 0
+    return run_dir, printed
+
+
+def test_a_mixture_says_before_it_starts_what_each_source_gives(mixed):
+    lines = mixed[1].splitlines()
+    (at,) = [number for number, line in enumerate(lines) if line.startswith("mixture")]
+    cells = [line.split() for line in lines[at + 1 : at + 6]]
+    assert [row[:2] for row in cells[:3]] == [["web", "50.00%"], ["code", "25.00%"], ["zh", "25.00%"]]
+    # Of the 40 windows code may give 14: 4 of the first 16, and then half of what follows.
+    assert "0.50 of 0.5" in lines[at + 2] and cells[1][3] == str(14 * 16)
+    assert lines[at + 4].split("from ")[1] == "step 4: web 25.00%, code 50.00%, zh 25.00%"
+    assert lines[at + 5].split("from ")[1] == "step 8: code has run dry: web 50.00%, zh 50.00%"
+
+
+def test_the_losses_of_the_sources_make_up_the_loss(mixed):
+    steps = [record for record in read_metrics(mixed[0]) if "loss" in record]
+    before = dict.fromkeys(("web", "code", "zh"), 0)
+    for record in steps:
+        read = {name: tokens - before[name] for name, tokens in record["source_tokens"].items()}
+        before = record["source_tokens"]
+        assert sum(read.values()) == 4 * 16
+        assert set(record["source_loss"]) == {name for name, tokens in read.items() if tokens}
+        total = sum(loss * read[name] for name, loss in record["source_loss"].items())
+        assert total / 64 == approx(record["loss"], rel=1e-5)
+    assert steps[3]["source_tokens"] == {"web": 128, "code": 64, "zh": 64}
+    assert steps[-1]["source_tokens"]["code"] == 14 * 16
+
+
+def test_a_mixture_is_evaluated_by_source_and_as_a_whole(mixed, three, capsys):
+    (record,) = [record for record in read_metrics(mixed[0]) if "eval_loss" in record]
+    found = record["eval_source_loss"]
+    assert list(found) == ["web", "zh"] and "web" in mixed[1].splitlines()[-2]
+    assert record["eval_loss"] == approx((0.5 * found["web"] + 0.25 * found["zh"]) / 0.75, rel=1e-6)
+    # The command measures the same, the folder alone too.
+    common = ["--checkpoint", str(mixed[0]), "--seq-len", "16"]
+    minimind.evaluate.main([*common, "--shards", *mixture_of(three, web="2", code="1", zh="1")])
+    written = json.loads((mixed[0] / "evaluation.json").read_text())
+    assert written["loss"] == approx(record["eval_loss"], rel=1e-5)
+    assert "loss of zh" in capsys.readouterr().out
+    minimind.evaluate.main([*common, "--shards", str(three["zh"])])
+    alone = json.loads((mixed[0] / "evaluation.json").read_text())
+    assert alone["loss"] == approx(found["zh"], rel=1e-5) == written["sources"]["zh"]["loss"]
+
+
+def test_status_report_and_tensorboard_show_the_sources(mixed, tmp_path):
+    events = EventAccumulator(str(mixed[0] / "tensorboard")).Reload()
+    assert {"source_loss/web", "source_tokens/code", "eval_source_loss/zh"} <= set(events.Tags()["scalars"])
+    (status,) = [read_status(mixed[0])]
+    assert status.sources.startswith("web 5.") and "by source" in status_table([status])
+    run = read_run(mixed[0], "run")
+    charts = {chart.key: chart.curves for chart in list_charts([run])}
+    assert charts["source_loss"] == ("source_loss/code", "source_loss/web", "source_loss/zh")
+    assert run.curves["source_tokens/web"]["value"][3] == 128
+    assert "Training loss by source" in compose_page([run])
+
+
+def test_a_plan_says_what_each_source_gives(three, capsys):
+    shards = mixture_of(three, web="0.5", code="0.25:max-epochs=0.5", zh="0.25")
+    given = ["--model", "tiny", "--seq-len", "16", "--global-batch-size", "4", "--micro-batch-size", "4", "--shards"]
+    minimind.plan.main([*given, *shards, "--steps", "10"])
+    text = capsys.readouterr().out
+    assert "web     50.00%" in text and "code     25.00%" in text.replace("code    ", "code     ")
+    with pytest.raises(UserError, match="every source runs dry after 3 of 10 steps"):
+        limited = mixture_of(three, code="1:max-epochs=0.5")
+        minimind.plan.main([*given, *limited, "--steps", "10"])
+
+
+def test_a_source_that_disappears_is_one_line_and_no_step_is_lost(tmp_path, three):
+    for name in ("web", "zh"):
+        shutil.copytree(three[name], tmp_path / name)
+    places = {name: tmp_path / name for name in ("web", "zh")}
+    given = flags(mixture_of(places, web="1", zh="1"), tmp_path / "run")
+    train(flags(mixture_of(places, web="1", zh="1"), tmp_path / "whole"))
+    step_batches = BatchLoader.step_batches
+
+    def losing(loader: BatchLoader, step: int):
+        if step == 5:  # as another program deletes it; what is mapped already would stay
+            (tmp_path / "zh").rename(tmp_path / "gone")
+            for source in loader.dataset.sources:
+                source.windows.reader._map_file.cache_clear()
+        return step_batches(loader, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BatchLoader, "step_batches", losing)
+        with pytest.raises(UserError) as failure:
+            train(given)
+    words = str(failure.value)
+    assert f"{tmp_path / 'zh'}" in words and "is missing" in words and "the steps before are saved" in words
+    assert "\n" not in words and list_checkpoints(tmp_path / "run")[-1].name == "step_00000005"
+    (tmp_path / "gone").rename(tmp_path / "zh")
+    code, printed = train(given)
+    assert code == 0 and "at step 5" in printed and losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_what_cannot_be_mixed_is_one_line(three, tmp_path, no_group):
+    shards = mixture_of(three, web="1", zh="1")
+    for others, words in (
+        ({"objective": "grpo", "reward": "length"}, "objective: grpo learns from questions in conversations"),
+        ({"corpus_parts": 1}, "corpus_parts: 1 is of one corpus, not of a mixture"),
+        ({"mixture_schedule": tmp_path / "none.json"}, "none.json: No such file or directory"),
+    ):
+        with pytest.raises(UserError, match=words):
+            train(flags(shards, tmp_path / "run", **others))
+    with pytest.raises(UserError, match=r"mixture_schedule: .* is for a mixture"):
+        train(flags(three["web"], tmp_path / "run", mixture_schedule=tmp_path / "none.json"))
 
 
 # What is refused, before a process group is made.

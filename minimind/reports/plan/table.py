@@ -3,10 +3,13 @@
 import torch
 
 from minimind.config.run_config import TrainConfig
+from minimind.data.loader import order_windows
+from minimind.data.mixture import read_mixture
 from minimind.reports.plan.advice import advise
 from minimind.reports.plan.memory import ITEMS
 from minimind.reports.plan.planned_run import USABLE, PlannedRun, PlanOptions
 from minimind.training.peak_flops import data_sheet_peak
+from minimind.training.run_data import check_length, describe_mixture, open_data
 from minimind.units import format_bytes, format_hours, format_table
 
 ASSUMED_MFU = 0.35
@@ -34,6 +37,7 @@ def show_plan(plan: PlannedRun) -> str:
         memory_table(plan),
         "",
         *time_and_cost(plan),
+        *data_of(plan),
         f"disk      {format_bytes(size)} a checkpoint; up to {format_bytes(size * (kept + 1))} for {kept} kept and one "
         "being written",
         *(f"warning   {line}" for line in advise(plan)),
@@ -59,6 +63,17 @@ def time_and_cost(plan: PlannedRun) -> list[str]:
         f"time      {format_hours(hours)}: {tokens:,} tokens, {plan.steps:,} steps, at {speed:,.0f} tokens/s{basis}",
         f"cost      {hours * ranks:,.1f} GPU-hours{price}",
     ]
+
+
+def data_of(plan: PlannedRun) -> list[str]:
+    """What each source of a mixture gives to the run, where the shards are there to see."""
+    run = plan.resolved.run
+    if plan.steps is None or run.data.shards is None or read_mixture(run.data.shards) is None:
+        return []
+    train, dataset = plan.resolved.train, open_data(run, check=False).train
+    order = order_windows(dataset, train.seed, train.global_batch_size)
+    check_length(order, plan.steps, train.global_batch_size)
+    return describe_mixture(dataset, order, train.global_batch_size, plan.steps)
 
 
 def planned_speed(options: PlanOptions, *, half: bool) -> tuple[float, str] | None:

@@ -35,7 +35,7 @@ _SETTINGS: Any = {
 
 
 class Chart(NamedTuple):
-    """A chart of one or two curves of every run."""
+    """A chart of one or two curves of every run, or of one for each source of a mixture."""
 
     key: str
     title: str
@@ -57,6 +57,21 @@ CHARTS = (
 )
 
 
+def list_charts(runs: Sequence[RunData]) -> list[Chart]:
+    """`CHARTS`, and of mixtures those by source: the keys of their curves are `FIGURE/SOURCE`."""
+    keys = sorted({key for run in runs for key in run.curves if "/" in key})
+    titles = {
+        "source_loss": ("Training loss by source", "nats a token"),
+        "eval_source_loss": ("Evaluation loss by source", "nats a token"),
+        "source_tokens": ("Tokens read by source", "tokens"),
+    }
+    charts = list(CHARTS)
+    for figure, (title, unit) in titles.items():
+        if own := tuple(key for key in keys if key.startswith(f"{figure}/")):
+            charts.append(Chart(figure, title, own, unit))
+    return charts
+
+
 def draw_chart(chart: Chart, runs: Sequence[RunData], axis: str) -> Figure | None:
     """A figure of one chart over one axis; None if no run has it."""
     if not any(key in run.curves for run in runs for key in chart.curves):
@@ -70,14 +85,14 @@ def draw_chart(chart: Chart, runs: Sequence[RunData], axis: str) -> Figure | Non
         axes.set_title(chart.title, loc="left", fontsize=11, fontweight="bold")
         if chart.log:
             axes.set_yscale("log")
-        elif chart.unit in ("bytes", "tokens/s"):
+        elif chart.unit in ("bytes", "tokens", "tokens/s"):
             axes.yaxis.set_major_formatter(EngFormatter())
         if axis == "tokens":
             axes.xaxis.set_major_formatter(EngFormatter())
         for number, run in enumerate(runs):
-            for key in chart.curves:
-                if key in run.curves:
-                    _draw_curve(axes, run, key, axis, number, label=run.name if key == chart.curves[0] else None)
+            own = [key for key in chart.curves if key in run.curves]
+            for key in own:
+                _draw_curve(axes, run, key, axis, number, label=run.name if key == own[0] else None)
             _draw_events(axes, run, axis, number)
         figure.legend(loc="outside lower left", ncols=min(3, len(runs)), frameon=False, fontsize=9, handlelength=3)
     return figure
@@ -86,9 +101,12 @@ def draw_chart(chart: Chart, runs: Sequence[RunData], axis: str) -> Figure | Non
 def _draw_curve(axes: Any, run: RunData, key: str, axis: str, number: int, *, label: str | None) -> None:
     color, dashes, marker, _ = STYLES[number]
     places, values = run.curves[key][axis], run.curves[key]["value"]
-    if key == "loss" and len(values) > 40:
+    if (key == "loss" or key.startswith("source_loss/")) and len(values) > 40:
         axes.plot(places, values, color=color, linewidth=0.5, alpha=0.3)
         values = smooth(values)
+    if "/" in key:  # of a source, which stands at its end
+        name, at = key.partition("/")[2], (places[-1], values[-1])
+        axes.annotate(name, at, (3, 0), textcoords="offset points", color=color, fontsize=8, va="center")
     stride = max(1, len(values) // 8)  # a marker here and there, in different places for each run
     axes.plot(
         places, values, color=color, linestyle=dashes, linewidth=1.5, label=label,

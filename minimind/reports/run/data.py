@@ -16,8 +16,10 @@ from minimind.training.record.run_files import (
     DS_CONFIG_NAME,
     METRICS_NAME,
     RUN_CONFIG_NAME,
+    Record,
     StepRecord,
     evaluations_of,
+    figures_by_source,
     read_records,
     steps_of,
 )
@@ -65,6 +67,10 @@ def read_run(folder: Path, name: str) -> RunData:
         key: [(record["step"], record.get(key)) for record in shown] for key in STEP_CURVES
     }
     points["eval_loss"] = [(record["step"], record.get("eval_loss")) for record in evaluations_of(records)]
+    by_source: list[Record] = [*shown, *evaluations_of(records)]
+    for item in by_source:
+        for name, value in figures_by_source(item).items():
+            points.setdefault(name, []).append((item["step"], value))
     loaded = [record for record in steps if record.get("expert_load")]  # of many experts, not in every line
     for record in loaded[:: max(1, math.ceil(len(loaded) / MOST_POINTS))]:
         load = [share for layer in _shares(record["expert_load"]) for share in layer]

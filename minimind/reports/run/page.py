@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from minimind.files import replace_file
-from minimind.reports.run.charts import CHARTS, STYLES, draw_chart, draw_expert_load, plot_area, to_png, to_svg
+from minimind.reports.run.charts import STYLES, draw_chart, draw_expert_load, list_charts, plot_area, to_png, to_svg
 from minimind.reports.run.data import AXES, RunData, find_differences
 from minimind.units import format_duration
 
@@ -23,7 +23,7 @@ def compose_page(runs: Sequence[RunData]) -> str:
     environment.filters |= {"duration": format_duration, "json": json.dumps}
     charts: list[dict[str, Any]] = []  # each with its SVG by axis
     areas = {}
-    for chart in CHARTS:
+    for chart in list_charts(runs):
         figures = {axis: figure for axis in AXES if (figure := draw_chart(chart, runs, axis)) is not None}
         if figures:
             svgs = {axis: to_svg(figure, f"{chart.key}-{axis}") for axis, figure in figures.items()}
@@ -56,7 +56,7 @@ def compose_page(runs: Sequence[RunData]) -> str:
 def write_pictures(runs: Sequence[RunData], folder: Path) -> int:
     """Write a PNG of each chart by step, and of each run's expert load; their number."""
     folder.mkdir(exist_ok=True)
-    drawn = {chart.key: draw_chart(chart, runs, "step") for chart in CHARTS}
+    drawn = {chart.key: draw_chart(chart, runs, "step") for chart in list_charts(runs)}
     drawn |= {f"experts_{number}": draw_expert_load(run) for number, run in enumerate(runs)}
     pictures = {name: to_png(figure) for name, figure in drawn.items() if figure is not None}
     for name, picture in pictures.items():
