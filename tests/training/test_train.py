@@ -27,9 +27,8 @@ from minimind.data.loader import BatchLoader
 from minimind.data.shards import open_split
 from minimind.errors import UserError, run_main
 from minimind.model import MiniMindForCausalLM, ModelConfig
-from minimind.reports.run.charts import list_charts
+from minimind.reports.run.charts import draw_chart, list_charts, to_svg
 from minimind.reports.run.data import read_run
-from minimind.reports.run.page import compose_page
 from minimind.reports.status import read_status, status_table
 from minimind.training.trainer import BadStepError
 
@@ -295,8 +294,8 @@ def test_a_mixture_says_before_it_starts_what_each_source_gives(mixed):
     (at,) = [number for number, line in enumerate(lines) if line.startswith("mixture")]
     cells = [line.split() for line in lines[at + 1 : at + 6]]
     assert [row[:2] for row in cells[:3]] == [["web", "50.00%"], ["code", "25.00%"], ["zh", "25.00%"]]
-    # Of the 40 windows code may give 14: 4 of the first 16, and then half of what follows.
-    assert "0.50 of 0.5" in lines[at + 2] and cells[1][3] == str(14 * 16)
+    # Of its 25 windows code may give 12: 4 of the first 16 places, and then every second one.
+    assert "0.48 of 0.5" in lines[at + 2] and cells[1][3] == str(12 * 16)
     assert lines[at + 4].split("from ")[1] == "step 4: web 25.00%, code 50.00%, zh 25.00%"
     assert lines[at + 5].split("from ")[1] == "step 8: code has run dry: web 50.00%, zh 50.00%"
 
@@ -312,7 +311,7 @@ def test_the_losses_of_the_sources_make_up_the_loss(mixed):
         total = sum(loss * read[name] for name, loss in record["source_loss"].items())
         assert total / 64 == approx(record["loss"], rel=1e-5)
     assert steps[3]["source_tokens"] == {"web": 128, "code": 64, "zh": 64}
-    assert steps[-1]["source_tokens"]["code"] == 14 * 16
+    assert steps[-1]["source_tokens"]["code"] == 12 * 16
 
 
 def test_a_mixture_is_evaluated_by_source_and_as_a_whole(mixed, three, capsys):
@@ -340,7 +339,8 @@ def test_status_report_and_tensorboard_show_the_sources(mixed, tmp_path):
     charts = {chart.key: chart.curves for chart in list_charts([run])}
     assert charts["source_loss"] == ("source_loss/code", "source_loss/web", "source_loss/zh")
     assert run.curves["source_tokens/web"]["value"][3] == 128
-    assert "Training loss by source" in compose_page([run])
+    figure = draw_chart(next(chart for chart in list_charts([run]) if chart.key == "source_loss"), [run], "step")
+    assert figure is not None and ">zh<" in to_svg(figure, "by-source").replace(" ", "")
 
 
 def test_a_plan_says_what_each_source_gives(three, capsys):
@@ -348,7 +348,11 @@ def test_a_plan_says_what_each_source_gives(three, capsys):
     given = ["--model", "tiny", "--seq-len", "16", "--global-batch-size", "4", "--micro-batch-size", "4", "--shards"]
     minimind.plan.main([*given, *shards, "--steps", "10"])
     text = capsys.readouterr().out
-    assert "web     50.00%" in text and "code     25.00%" in text.replace("code    ", "code     ")
+    assert [line.split()[:2] for line in text.splitlines() if "%  " in line][-3:] == [
+        ["web", "50.00%"],
+        ["code", "25.00%"],
+        ["zh", "25.00%"],
+    ]
     with pytest.raises(UserError, match="every source runs dry after 3 of 10 steps"):
         limited = mixture_of(three, code="1:max-epochs=0.5")
         minimind.plan.main([*given, *limited, "--steps", "10"])
