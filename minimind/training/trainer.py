@@ -208,7 +208,7 @@ class Trainer:
             with self.timer.part("data"):
                 return next(steps)
         except ShardError as error:
-            if self.loader.dp_size > 1:
+            if torch.distributed.get_world_size() > 1:
                 raise  # the other ranks are in the step already: they end as where a rank dies
             raise UnmadeStep(f"{error}; the steps before are saved: bring it back and give the same command") from None
 
