@@ -297,7 +297,7 @@ def test_a_mixture_says_before_it_starts_what_each_source_gives(mixed):
     # Of its 25 windows code may give 12: 4 of the first 16 places, and then every second one.
     assert "0.48 of 0.5" in lines[at + 2] and cells[1][3] == str(12 * 16)
     assert lines[at + 4].split("from ")[1] == "step 4: web 25.00%, code 50.00%, zh 25.00%"
-    assert lines[at + 5].split("from ")[1] == "step 8: code has run dry: web 50.00%, zh 50.00%"
+    assert lines[at + 5].split("from ")[1] == "step 7: code has run dry: web 50.00%, zh 50.00%"
 
 
 def test_the_losses_of_the_sources_make_up_the_loss(mixed):
