@@ -145,8 +145,6 @@ def run(flags: EvaluateFlags, env: RankEnvironment, device: torch.device, dtype:
             rows += [(f"loss of {name}", f"{one.loss:.4f}") for name, one in found.sources.items()]
             values = {**asdict(found), "data_fingerprint": dataset.fingerprint}
             values |= values.pop("figures")
-            if not found.sources:
-                del values["sources"]
     if env.is_first:
         for name, value in [*rows, ("written to", write_result(flags, values))]:
             print(f"{name:<16}{value}")
