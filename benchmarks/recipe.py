@@ -33,7 +33,7 @@ RECIPES = {
     "z-loss": "--z-loss-coef 1e-4",
     "half the batch, twice the steps": "--global-batch-size 4 --steps {twice}",
     "document mask": "--document-mask",
-    "beta1 0.8": "--betas 0.8 0.95",
+    "beta1 0.9": "--betas 0.9 0.95",
 }
 """Flags beside the defaults: a third and three times the rate that would be, a tenth and twice the steps."""
 

@@ -25,6 +25,10 @@ def default_optimizer(run: RunConfig, ds: dict[str, Any]) -> str:
     return "muon" if is_fresh and is_open and is_near and on_text and scheduler == AUTO else "adamw"
 
 
+BETAS = (0.8, 0.95)
+"""Of the AdamW beside Muon."""
+
+
 def default_rates(model: ModelConfig, given: float | None) -> dict[str, float]:
     """Peak rates of a run with Muon where nothing says them.
 

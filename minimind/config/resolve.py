@@ -13,7 +13,7 @@ from minimind.config.deepspeed_file import modernize
 from minimind.config.deepspeed_keys import AUTO, check_types, settle_communication, zero_stage
 from minimind.config.deepspeed_table import settle_table
 from minimind.config.expert_parallel import check_experts, take_experts, write_experts
-from minimind.config.muon import MUON_MOMENTUM, check_muon, default_optimizer, default_rates
+from minimind.config.muon import BETAS, MUON_MOMENTUM, check_muon, default_optimizer, default_rates
 from minimind.config.overlaps import Overlaps, take_batch, take_optimizer, take_precision, take_schedule
 from minimind.config.parallel_sizes import check_sequence, take_sizes
 from minimind.config.resolved_run import ResolvedRun, ResolvedTrain
@@ -93,7 +93,7 @@ def resolve_run(
     values["optimizer"] = values["optimizer"] or default_optimizer(run, ds)
     defaults = DEFAULTS if values["optimizer"] != "deepspeed" else {**DEFAULTS, "betas": None, "eps": None}
     if values["optimizer"] == "muon":
-        defaults = {**defaults, **default_rates(run.model, values["lr"])}
+        defaults = {**defaults, "betas": BETAS, **default_rates(run.model, values["lr"])}
     values = {name: defaults.get(name) if value is None else value for name, value in values.items()}
     half = "bf16" if bf16_supported else "fp16"  # GPUs older than sm80 only emulate bf16
     if ds.get(half, {}).get("enabled") is False:

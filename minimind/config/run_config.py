@@ -187,7 +187,9 @@ class TrainConfig:
     """The same of an embedding that is not the output matrix too (--no-tie-word-embeddings)."""
     norm_lr: Annotated[float | None, _default("beside Muon lr, or 1e-2 if that is not set"), ABOVE_0] = None
     """The same of norms and biases."""
-    betas: Annotated[tuple[float, float] | None, _default("0.9 0.95"), Limits(at_least=0, below=1)] = None
+    betas: Annotated[
+        tuple[float, float] | None, _default("0.9 0.95; beside Muon 0.8 0.95"), Limits(at_least=0, below=1)
+    ] = None
     """Adam's decay rates of the first and second moment."""
     eps: Annotated[float | None, _default("1e-8"), AT_LEAST_0] = None
     """Adam's epsilon."""

@@ -267,6 +267,8 @@ def test_rates_keep_their_meaning_over_width(hidden_size):
     assert rates(False, lr=3e-3) == (0.02, 3e-3, 3e-3, 3e-3), "a rate that is given is that of all but Muon's"
     assert rates(False, lr=3e-3, norm_lr=1e-4, muon_lr=0.1, embedding_lr=1e-5) == (0.1, 3e-3, 1e-5, 1e-4)
     assert rates(True, optimizer="adamw") == (None, 5e-4, None, None)
+    betas = [resolve(STAGE_1, **train).train.betas for train in ({}, {"optimizer": "adamw"}, {"betas": (0.9, 0.99)})]
+    assert betas == [(0.8, 0.95), (0.9, 0.95), (0.9, 0.99)]
 
 
 def test_other_autos_go_and_are_told():
