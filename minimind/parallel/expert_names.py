@@ -25,6 +25,9 @@ What DeepSpeed writes of them, beside what it writes of a dense model:
   `ep_size_N`) is cut over the ranks that hold the same experts (those of equal rank % ep_size), other groups over all.
 - Under stage 3 there are no files of experts: their weights are in the `zero_pp_rank_N` files alone.
 
+Where tensor groups share matrices (`tp_size`), each rank R of a group has files of its own, `mp_rank_R` in the names
+above, with its part of every matrix of `config.tensor_parallel` and all of the rest; experts then lie over all ranks.
+
 Works without DeepSpeed. See also `config.expert_parallel`, `parallel.experts` and `checkpoints.consolidate`.
 """
 

@@ -21,7 +21,6 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from minimind.config.tensor_parallel import cut_dimension
 from minimind.model import MiniMindForCausalLM
 from minimind.model.attention import Attention
 from minimind.model.layers import FeedForward
@@ -62,12 +61,6 @@ def _is_counted_everywhere(parameter: nn.Parameter) -> bool:
 stage_1_and_2.is_model_parallel_parameter = _is_counted_everywhere
 for _layer in (LinearLayer, LinearAllreduce):  # a compiled block leaves its graph for the collectives
     _layer.forward = torch.compiler.disable(_layer.forward)
-
-
-def own_part(name: str, whole: Tensor, rank: int, size: int) -> Tensor:
-    """What the rank of this place in its group of `size` has of a parameter."""
-    dimension = cut_dimension(name)
-    return whole if dimension is None else whole.chunk(size, dimension)[rank]
 
 
 class _SumGradient(torch.autograd.Function):

@@ -59,11 +59,20 @@ def test_a_run_continues_at_another_stage_on_fewer_gpus(one_gpu, two_gpus, tiny_
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=2e-3)
 
 
-@pytest.mark.parametrize(("file", "precision"), [("zero2", "bf16"), ("zero3", "fp16")])
-def test_ranks_that_share_sequences_lose_what_others_lose(two_gpus, tiny_corpus, tmp_path, file, precision):
-    for sp_size in (1, 2):
-        given = flags(tiny_corpus, tmp_path / str(sp_size), file, precision, document_mask=True, sp_size=sp_size)
-        two_gpus.run(train, given)
+@pytest.mark.parametrize(
+    ("file", "precision", "shared"),
+    [
+        ("zero2", "bf16", "sp_size"),
+        ("zero3", "fp16", "sp_size"),
+        ("zero1", "fp16", "tp_size"),
+        ("zero3", "bf16", "tp_size"),
+    ],
+)
+def test_ranks_that_share_lose_what_others_lose(two_gpus, tiny_corpus, tmp_path, file, precision, shared):
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    for size in (1, 2):
+        settings = {"document_mask": True, **heads, shared: size}
+        two_gpus.run(train, flags(tiny_corpus, tmp_path / str(size), file, precision, **settings))
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=5e-3)
 
 
