@@ -7,7 +7,6 @@ feed-forward, and the whole residual stream.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 
@@ -21,35 +20,22 @@ from minimind.model.pretrained import TIED_NAME
 from minimind.model.tuning import EMBEDDING
 
 
-@dataclass(frozen=True)
-class Split:
-    """How many ranks share one data-parallel part of a run."""
-
-    sp_size: int = 1
-    """Ranks that share each sequence."""
-    tp_size: int = 1
-    """Ranks that share the matrices of each layer."""
-
-
-ALONE = Split()
-
-
 def precision_of(resolved: ResolvedRun) -> tuple[int, int]:
     """Bytes of an element in matrix products, and in the residual stream: they differ under autocast."""
     compute = 4 if resolved.train.precision == "fp32" else 2
     return compute, 4 if resolved.zero.autocast else compute
 
 
-def tokens_of_rank(resolved: ResolvedRun, split: Split = ALONE) -> int:
+def tokens_of_rank(resolved: ResolvedRun) -> int:
     """Tokens of one micro-batch whose hidden states this rank has."""
-    return resolved.train.micro_batch_size * resolved.data.seq_len // split.sp_size
+    return resolved.train.micro_batch_size * resolved.data.seq_len // resolved.train.sp_size
 
 
-def activation_bytes(resolved: ResolvedRun, device_type: str, split: Split = ALONE) -> int:
+def activation_bytes(resolved: ResolvedRun, device_type: str) -> int:
     """Bytes that one micro-batch keeps from the forward for the backward."""
     model, train = resolved.model, resolved.train
     compute, residual = precision_of(resolved)
-    tokens = tokens_of_rank(resolved, split)
+    tokens = tokens_of_rank(resolved)
     # The final norm keeps its input (and on a CPU a number a token), the loss its gradient.
     ends = model.hidden_size * (compute + residual) + (4 if device_type == "cpu" else 0)
     total = tokens * ends
@@ -59,9 +45,9 @@ def activation_bytes(resolved: ResolvedRun, device_type: str, split: Split = ALO
         total += tokens * model.num_hidden_layers * model.hidden_size * residual
     else:
         layers = range(model.num_hidden_layers)
-        total += sum(tokens * _block_bytes(resolved, device_type, model.has_experts(layer), split) for layer in layers)
+        total += sum(tokens * _block_bytes(resolved, device_type, model.has_experts(layer)) for layer in layers)
     if residual != compute:
-        total += weight_casts(model, split)
+        total += weight_casts(model, train.tp_size)
     # Of each adapted matrix, the few numbers between its adapters.
     return total + tokens * compute * sum(
         shape[-2] * (1 if len(shape) == 2 else model.num_experts_per_tok)
@@ -82,12 +68,12 @@ def scores_on_gpu(resolved: ResolvedRun, device_type: str) -> bool:
     return device_type != "cpu" and resolved.train.precision == "fp32" and grouped
 
 
-def weight_casts(config: ModelConfig, split: Split = ALONE) -> int:
+def weight_casts(config: ModelConfig, tp_size: int) -> int:
     """Bytes of the 16-bit copies of all matrices that autocast makes in a forward and keeps for the backward."""
-    return 2 * (params_of_rank(config, split) - config.vocab_size * config.hidden_size)
+    return 2 * (params_of_rank(config, tp_size) - config.vocab_size * config.hidden_size)
 
 
-def params_of_rank(config: ModelConfig, split: Split) -> int:
+def params_of_rank(config: ModelConfig, tp_size: int) -> int:
     """Parameters that a rank computes with, experts of others included: its part of the matrices of attention, of dense
     feed-forwards and shared experts, and all of what tensor parallelism leaves whole (embedding, norms, experts)."""
     query, key = _attention_widths(config)
@@ -96,14 +82,14 @@ def params_of_rank(config: ModelConfig, split: Split) -> int:
     shared += dense * 3 * config.hidden_size * config.feed_forward_size
     width = config.n_shared_experts * config.expert_feed_forward_size if config.use_moe else 0
     shared += config.num_moe_layers * 3 * config.hidden_size * width
-    return config.num_params() - shared + shared // split.tp_size
+    return config.num_params() - shared + shared // tp_size
 
 
-def loss_peak(resolved: ResolvedRun, device_type: str, split: Split = ALONE) -> int:
+def loss_peak(resolved: ResolvedRun, device_type: str) -> int:
     """Bytes of the loss at its highest: a chunk's logits and float32 log-probabilities, the gradient that the chunk
     before left, and the float32 gradient of the output matrix."""
     model, compute = resolved.model, precision_of(resolved)[0]
-    tokens = tokens_of_rank(resolved, split)
+    tokens = tokens_of_rank(resolved)
     chunk_logits = matmul.CPU_CHUNK_LOGITS if device_type == "cpu" else CHUNK_LOGITS
     rows = max(1, chunk_logits // model.vocab_size)
     first = min(tokens, rows)
@@ -119,25 +105,25 @@ def output_matrix_gradient(resolved: ResolvedRun) -> int:
     return model.vocab_size * model.hidden_size * precision_of(resolved)[1] * trains_output_matrix(resolved)
 
 
-def backward_peak(resolved: ResolvedRun, device_type: str, split: Split = ALONE) -> int:
+def backward_peak(resolved: ResolvedRun, device_type: str) -> int:
     """Bytes on top of the activations when the backward begins: the scaled gradient of the output matrix, and one
     block's gradients (under checkpointing also its recomputed activations)."""
     model, train = resolved.model, resolved.train
     compute, residual = precision_of(resolved)
-    tokens = tokens_of_rank(resolved, split)
+    tokens = tokens_of_rank(resolved)
     last = model.has_experts(model.num_hidden_layers - 1)
-    width = 3 * _feed_forward_width(model, last, split) * compute + 2 * model.hidden_size * residual
+    width = 3 * _feed_forward_width(model, last, train.tp_size) * compute + 2 * model.hidden_size * residual
     matrix = model.vocab_size * model.hidden_size * (8 if compute == 4 else 6) * trains_output_matrix(resolved)
-    recomputed = _block_bytes(resolved, device_type, last, split) if train.activation_checkpointing else 0
+    recomputed = _block_bytes(resolved, device_type, last) if train.activation_checkpointing else 0
     return matrix + tokens * (width + recomputed)
 
 
-def _block_bytes(resolved: ResolvedRun, device_type: str, has_experts: bool, split: Split) -> int:
+def _block_bytes(resolved: ResolvedRun, device_type: str, has_experts: bool) -> int:
     """Bytes that the backward of one block keeps for a token."""
     model, train = resolved.model, resolved.train
     compute, residual = precision_of(resolved)
     hidden = model.hidden_size
-    heads, key_heads = model.num_attention_heads // split.tp_size, model.num_key_value_heads // split.tp_size
+    heads, key_heads = model.num_attention_heads // train.tp_size, model.num_key_value_heads // train.tp_size
     query, key = heads * model.head_size, key_heads * model.head_size
     # Autocast casts a norm's output once for each matrix that reads it.
     copies = 2 if compute == residual else (5 if not has_experts else 4)
@@ -150,9 +136,9 @@ def _block_bytes(resolved: ResolvedRun, device_type: str, has_experts: bool, spl
     is_upcast = is_16_bit_on_cpu and not matmul.has_fast_matmul(getattr(torch, DTYPE_NAMES[train.precision]))
     inside = 4 if is_upcast else compute
     total += 2 * (query + key) * inside + is_upcast * query * compute + 4 * heads
-    if split.sp_size > 1:
+    if train.sp_size > 1:
         # Fewer key heads than ranks are repeated; the outcome comes back from the other ranks as a second tensor.
-        repeats = split.sp_size // math.gcd(key_heads, split.sp_size)
+        repeats = train.sp_size // math.gcd(key_heads, train.sp_size)
         total += 2 * key * (repeats - 1) * inside + query * compute
     seq_len = resolved.data.seq_len
     by_matmul = is_16_bit_on_cpu and not is_upcast and seq_len <= LONGEST_BY_MATMUL
@@ -163,7 +149,7 @@ def _block_bytes(resolved: ResolvedRun, device_type: str, has_experts: bool, spl
     if not model.flash_attn:
         total += heads * seq_len * (4 + 2 * inside)
     # Gate, up, their product and silu(gate), which a CPU recomputes; its routed experts keep gate and up alone.
-    total += (3 if device_type == "cpu" else 4) * _feed_forward_width(model, has_experts, split) * compute
+    total += (3 if device_type == "cpu" else 4) * _feed_forward_width(model, has_experts, train.tp_size) * compute
     if has_experts and device_type == "cpu":
         total -= model.num_experts_per_tok * model.expert_feed_forward_size * compute
     if has_experts:
@@ -180,9 +166,9 @@ def _attention_widths(config: ModelConfig) -> tuple[int, int]:
     return config.num_attention_heads * config.head_size, config.num_key_value_heads * config.head_size
 
 
-def _feed_forward_width(config: ModelConfig, has_experts: bool, split: Split) -> int:
+def _feed_forward_width(config: ModelConfig, has_experts: bool, tp_size: int) -> int:
     if not has_experts:
-        return config.feed_forward_size // split.tp_size
+        return config.feed_forward_size // tp_size
     visited = config.num_experts_per_tok + config.moe_residual
     size = config.expert_feed_forward_size
-    return size * visited + size * config.n_shared_experts // split.tp_size
+    return size * visited + size * config.n_shared_experts // tp_size

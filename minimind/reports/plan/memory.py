@@ -14,8 +14,6 @@ from minimind.config.resolved_run import ResolvedRun
 from minimind.model.config import ModelConfig
 from minimind.model.tuning import count
 from minimind.reports.plan.activations import (
-    ALONE,
-    Split,
     activation_bytes,
     backward_peak,
     loss_peak,
@@ -67,26 +65,24 @@ class MemoryEstimate:
 ITEMS = ("parameters", "gradients", "optimizer", "activations", "logits", "buckets", "gathered", "update")
 
 
-def estimate_memory(resolved: ResolvedRun, device_type: str = "cuda", split: Split | None = None) -> MemoryEstimate:
+def estimate_memory(resolved: ResolvedRun, device_type: str = "cuda") -> MemoryEstimate:
     """Memory of one rank in a training step of the resolved run.
 
     Args:
-        split: ranks that share a sequence and layers with this one, beside the run's `dp_size`; None: as the run says.
         device_type: on a CPU what counts is resident memory: a buffer counts as far as it is used, and torch's
             unfused kernels keep more.
     """
-    split = split or Split(resolved.train.sp_size, resolved.train.tp_size)
-    rank = _Rank(resolved, device_type, split)
+    rank = _Rank(resolved, device_type)
     backward, kept_buffer = rank.gradient_buffers()
     gathered, prefetched = rank.gathered()
-    activations, logits = activation_bytes(resolved, device_type, split), loss_peak(resolved, device_type, split)
+    activations, logits = activation_bytes(resolved, device_type), loss_peak(resolved, device_type)
     before = rank.kept_gradients or (rank.gradients if rank.accumulates else 0)
     held = rank.parameters + rank.optimizer + kept_buffer
     moments = (
         held + before + gathered + prefetched,  # the forward begins
         held + before + gathered + activations + logits,  # the loss
         # A GPU takes its buckets whole when the backward begins; on a CPU their pages fill as the activations go.
-        held + before + gathered + activations + rank.buckets + backward_peak(resolved, device_type, split),
+        held + before + gathered + activations + rank.buckets + backward_peak(resolved, device_type),
         held + backward + gathered // 2 + output_matrix_gradient(resolved),  # the last gradients are reduced
         held + rank.gradients + rank.update,  # the optimizer updates
     )
@@ -109,19 +105,19 @@ class _Rank:
     """What a rank keeps of the model: counts of elements, and bytes of `parameters`, `gradients`, `optimizer`,
     `buckets` and what is on the `host`."""
 
-    def __init__(self, resolved: ResolvedRun, device_type: str, split: Split) -> None:
-        model, ep_size = resolved.model, resolved.train.ep_size
-        self.model, self.zero, self.split = model, resolved.zero, split
+    def __init__(self, resolved: ResolvedRun, device_type: str) -> None:
+        model, ep_size, self.tp_size = resolved.model, resolved.train.ep_size, resolved.train.tp_size
+        self.model, self.zero = model, resolved.zero
         # Ranks of one sequence hold the same weights, so ZeRO divides the states by them too.
-        self.num_ranks = resolved.dp_size * split.sp_size
+        self.num_ranks = resolved.dp_size * resolved.train.sp_size
         self.stage, self.on_cpu = self.zero.stage, device_type == "cpu"
         self.accumulates = resolved.train.gradient_accumulation_steps > 1
         experts = count_expert_params(model) // ep_size
-        whole = params_of_rank(model, split)
+        whole = params_of_rank(model, self.tp_size)
         self.here = whole - experts * (ep_size - 1)  # it computes with all but experts on other ranks
         # What the optimizer updates: of all ranks, and (gradients) of this one.
         trained = self.trained_here = count(resolved.trained)
-        whole -= experts * ep_size - experts * ep_size // split.tp_size  # cut over all ranks, and the rest over fewer
+        whole -= experts * ep_size - experts * ep_size // self.tp_size  # cut over all ranks, and the rest over fewer
         if not resolved.train.keeps_frozen:
             trained, self.trained_here = whole, self.here
         adapters = trained if resolved.train.lora is not None else 0
@@ -212,7 +208,7 @@ class _Rank:
             return 0, 0
         # A weight used again within the reuse distance is kept: a model smaller than it stays gathered as a whole.
         live = min(zero.max_live_parameters, zero.max_reuse_distance)
-        elements = min(self.here, max(live, largest_gather(self.model, self.split)))
+        elements = min(self.here, max(live, largest_gather(self.model, self.tp_size)))
         prefetched = min(elements, max(zero.prefetch_bucket_size, self.largest))
         return elements * self.weight_bytes, prefetched * self.weight_bytes
 
@@ -241,15 +237,13 @@ def largest_tensor(config: ModelConfig, ep_size: int = 1) -> int:
     return max(config.vocab_size * hidden, hidden * config.feed_forward_size, experts)
 
 
-def largest_gather(config: ModelConfig, split: Split = ALONE) -> int:
+def largest_gather(config: ModelConfig, tp_size: int = 1) -> int:
     """Parameters that ZeRO-3 holds whole at least: two blocks (one in use, one fetched ahead) and the embedding."""
     embedding = config.vocab_size * config.hidden_size
-    return embedding + 2 * ((params_of_rank(config, split) - embedding) // config.num_hidden_layers)
+    return embedding + 2 * ((params_of_rank(config, tp_size) - embedding) // config.num_hidden_layers)
 
 
-def largest_micro_batch(
-    resolved: ResolvedRun, limit: int, device_type: str = "cuda", split: Split | None = None
-) -> int:
+def largest_micro_batch(resolved: ResolvedRun, limit: int, device_type: str = "cuda") -> int:
     """The most sequences of a forward whose step stays below `limit` bytes a rank; 0 where not even one does.
 
     The accumulation is held as it is, so the global batch grows with the micro-batch.
@@ -257,7 +251,7 @@ def largest_micro_batch(
 
     def fits(micro: int) -> bool:
         train = dataclasses.replace(resolved.train, micro_batch_size=micro)
-        return estimate_memory(dataclasses.replace(resolved, train=train), device_type, split).total <= limit
+        return estimate_memory(dataclasses.replace(resolved, train=train), device_type).total <= limit
 
     if not fits(1):
         return 0

@@ -8,6 +8,7 @@ import torch
 from activation_formula import layer_activations_per_token
 
 from minimind.config.resolve import resolve_run
+from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
 from minimind.model import MiniMindForCausalLM
 from minimind.model.config import ModelConfig
@@ -15,7 +16,7 @@ from minimind.model.kernels import matmul
 from minimind.model.kernels.apply import apply_kernels
 from minimind.model.loss import CHUNK_LOGITS
 from minimind.model.presets import PRESETS
-from minimind.reports.plan.activations import Split, activation_bytes
+from minimind.reports.plan.activations import activation_bytes
 from minimind.reports.plan.memory import (
     MemoryEstimate,
     count_expert_params,
@@ -154,22 +155,27 @@ def test_activations_follow_batch_length_layers_and_checkpointing():
     assert activations(model=deeper) - TABLES == 2 * one - ends
 
 
+def shared(resolved: ResolvedRun, **sizes: int) -> ResolvedRun:
+    """The run on more ranks, which share its sequences or layers."""
+    return dataclasses.replace(resolved, train=dataclasses.replace(resolved.train, **sizes))
+
+
 def test_a_shared_sequence_divides_the_activations_and_shared_layers_a_part_of_them():
     resolved = resolve(1, precision="bf16", micro_batch_size=8)
     alone = activation_bytes(resolved, "cuda")
-    parts = [activation_bytes(resolved, "cuda", Split(sp_size=size)) * size for size in (2, 4, 8)]
+    parts = [activation_bytes(shared(resolved, sp_size=size), "cuda") * size for size in (2, 4, 8)]
     outcome = 8 * 8 * 128 * 768 * 2  # of attention, which comes back from other ranks
     assert parts[:2] == [alone + outcome] * 2, "tables too: each rank has those of its tokens"
     assert parts[2] == alone + outcome + 2 * 8 * 8 * 128 * 384 * 2, "8 ranks repeat 4 key and value heads"
     stream = 8 * 8 * 128 * 4 * 768 * 2 + 2 * 8 * 128 * 768 * 2  # norms' inputs and outputs; the ends
     whole = stream + TABLES
-    assert activation_bytes(resolved, "cuda", Split(tp_size=2)) == (alone - whole) // 2 + whole
+    assert activation_bytes(shared(resolved, tp_size=2), "cuda") == (alone - whole) // 2 + whole
 
 
 def test_states_are_divided_by_the_ranks_of_a_sequence_and_matrices_by_those_of_a_layer():
     resolved = resolve(2, precision="bf16", world_size=2)
     alone, sequence, tensor = (
-        estimate_memory(resolved, "cuda", split) for split in (Split(), Split(sp_size=4), Split(tp_size=2))
+        estimate_memory(shared(resolved, **sizes), "cuda") for sizes in ({}, {"sp_size": 4}, {"tp_size": 2})
     )
     assert sequence.optimizer == PARAMS // 8 * 12 and sequence.parameters == alone.parameters
     kept = 6400 * 768 + 768 + 8 * (2 * 768 + 2 * 96)  # embedding and norms
