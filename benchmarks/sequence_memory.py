@@ -59,7 +59,7 @@ def resolve(given: Measurement, sp_size: int, tp_size: int) -> ResolvedRun:
     return resolve_run(run, load_ds_config(str(ROOT / "ds_configs" / "zero1.json")), world_size=sp_size * tp_size)
 
 
-def measure(given: Measurement, sp_size: int, tp_size: int, rank: int, found: Any) -> None:
+def measure(rank: int, given: Measurement, sp_size: int, tp_size: int, found: Any) -> None:
     """One rank: bytes beyond what the process held before the model, at the peak of a step."""
     size = str(sp_size * tp_size)
     os.environ.update(
@@ -77,24 +77,17 @@ def measure(given: Measurement, sp_size: int, tp_size: int, rank: int, found: An
         trainer.train_step(loader.step_batches(0))
         trial.reset_peak(CPU)
         trainer.train_step(trainer.loader.step_batches(0))
-        found.put((rank, trial.peak_bytes(CPU) - base))
+        found.put(trial.peak_bytes(CPU) - base)
         trainer.engine.destroy()
 
 
 def main(given: Measurement) -> None:
     """Print a line for each size."""
-    context = multiprocessing.get_context("spawn")
     for sp_size, tp_size in [*((size, 1) for size in given.sp_sizes), *((1, size) for size in given.tp_sizes)]:
-        found = context.Queue()
-        ranks = [
-            context.Process(target=measure, args=(given, sp_size, tp_size, rank, found))
-            for rank in range(sp_size * tp_size)
-        ]
-        for rank in ranks:
-            rank.start()
-        peaks = [found.get()[1] for _ in ranks]
-        for rank in ranks:
-            rank.join()
+        found = multiprocessing.get_context("spawn").SimpleQueue()
+        ranks = sp_size * tp_size
+        torch.multiprocessing.spawn(measure, (given, sp_size, tp_size, found), ranks)
+        peaks = [found.get() for _ in range(ranks)]
         planned = estimate_memory(resolve(given, sp_size, tp_size), "cpu").total
         print(
             f"sp_size {sp_size} tp_size {tp_size}: measured {format_bytes(min(peaks))} to {format_bytes(max(peaks))} a "
