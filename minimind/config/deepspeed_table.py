@@ -358,10 +358,10 @@ TABLE = (
         ("hybrid_engine", {"enabled": True}, refuse("it serves generation inside reinforcement learning; remove it")),
         ("weight_quantization", {"enabled": True}, refuse("the run does not quantise weights; remove it"))),
     Row("sequence_parallel_size", 2, off=(0, 1)),
-    *(Row(key, 2, (refuse(f"the model has no {kind} parallelism; remove it"),), off=(0, 1)) for key, kind in (
-        ("pipe-parallel-size", "pipeline"), ("model-parallel-size", "tensor"),
-        ("tensor_parallel.tp_size", "tensor"))),
-    *_rows("", ("tensor_parallel.autotp_size", 2), ("tensor_parallel.tp_overlap_comm", True),
+    Row("pipe-parallel-size", 2, (refuse("the model has no pipeline parallelism; remove it"),), off=(0, 1)),
+    Row("model-parallel-size", 2, (refuse("--tp-size shares layers; remove it"),), off=(0, 1)),
+    # One rank, as more need an ep_size beside experts.
+    *_rows("", ("tensor_parallel.autotp_size", 1), ("tensor_parallel.tp_overlap_comm", True),
            ("seq_parallel_communication_data_type", "fp32", note(
                "ranks that share sequences average gradients as others do: communication_data_type")),
            ("pipeline", {"stages": 2}, _NO_PIPELINE)),

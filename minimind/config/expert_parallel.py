@@ -30,8 +30,8 @@ _UNUSED_KEYS = {
     "num_limited_groups": "the model does not group its experts",
     "route_scale": "the model says routed_scaling_factor",
     "shared_experts_gate_pattern": "the shared experts have no gate",
-    "expert_tensor_parallel_size": "the model has no tensor parallelism",
-    "validate_folding_routing": "the model has no tensor parallelism",
+    "expert_tensor_parallel_size": "no matrix of an expert is cut; ep_size shares the experts",
+    "validate_folding_routing": "it is a check of DeepSpeed's own",
 }
 _TYPES = {"enabled": bool | Auto, "autoep_size": Annotated[int, AT_LEAST_1] | Auto}
 # Settings that only deepspeed.moe reads.

@@ -90,6 +90,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "hpZ of another node": engine(3, 8, zero={"zero_hpz_partition_size": 16}),
     "old compile block": engine(2, 8, compile={"disable": False, "backend": "inductor"}),
     "one tensor rank": engine(1, 8, tensor_parallel={"autotp_size": 1}, sequence_parallel_size=1),
+    "two tensor ranks": trainer(2, tensor_parallel={"autotp_size": 2}),
     "watched": engine(1, 8, flops_profiler={"enabled": True, "profile_step": 2}, comms_logger={"enabled": True}),
     "communication": engine(2, 8, communication_data_type="fp32", zero={"round_robin_gradients": True}),
     "pipeline": engine(1, 8, pipeline={"seed_layers": True, "activation_checkpoint_interval": 1}),
@@ -100,7 +101,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "one-bit Adam": (engine(None, 8, optimizer=adam("OnebitAdam")), "AdamW is the optimizer that it compresses"),
     "elasticity": (engine(1, 8, elasticity={"enabled": True}), "resumes on another number of ranks"),
     "MoQ": (engine(1, 8, quantize_training={"enabled": True}), "would train unquantised"),
-    "tensor parallel": (trainer(2, tensor_parallel={"autotp_size": 2}), "no tensor parallelism"),
     "pipeline parallel": ({"pipe-parallel-size": 4, "num-layers": 12}, "no pipeline parallelism"),
     "OneCycle, auto": (trainer(1, scheduler={"type": "OneCycle", "params": {"cycle_min_lr": "auto"}}), '"auto"'),
     "another warm-up": (
