@@ -43,7 +43,11 @@ STEPS = 30
 SECONDS_TO_WAIT = 120.0
 OBJECTIVES = ("dpo", "ipo", "orpo", "simpo", "kto")
 KINDS: dict[str, dict[str, Any]] = {"dense": {}, "experts": EXPERTS, "chat": {"seq_len": 64}}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 KINDS |= {"sequences": {"sp_size": 2, "document_mask": True}}
+KINDS |= {"long": {**HEADS, "sp_size": 4, "document_mask": True}}
+KINDS |= {"layers": {**HEADS, "attention_dropout": 0.1, "tp_size": 2}}
+KINDS |= {"both": {**HEADS, "sp_size": 2, "tp_size": 2, "document_mask": True}}
 KINDS |= {name: {"objective": name, "seq_len": 64, "vocab_size": 400, "lr": 1e-2} for name in OBJECTIVES}
 KINDS |= {"distill": {"objective": "distill", "teacher_top_k": 4}}
 KINDS["grpo"] = {
@@ -53,7 +57,6 @@ KINDS["grpo"] = {
     "lr": 1e-2,
     "reward": "comparison_shards:count_letters",
 }
-KINDS["layers"] = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_dropout": 0.1, "tp_size": 2}
 KINDS["grpo"] |= {"group_size": 3, "max_new_tokens": 4, "rollout_steps": 3, "reward_workers": 1}
 PREPARING = ("windows of train pairs before training", "tokens of the teacher for")
 """What a run says before it computes what lasts from one start to the next."""
@@ -70,7 +73,8 @@ class Flags:
     seed: int = 0
     """Of the random moments and places."""
     kinds: tuple[str, ...] = ("dense", "experts")
-    """What is killed: dense, experts, sequences or layers (two ranks share each), chat, or an objective."""
+    """What is killed: dense, experts, sequences or layers (two ranks share each), long (four share sequences), both, chat,
+    or an objective."""
     stage: int = 1
     """ZeRO stage of the runs that are killed."""
 
@@ -168,9 +172,8 @@ def run_to_end(context: Any, flags: list[str], world_size: int, folder: Path) ->
 def kill_runs(context: Any, corpus: Path, folder: Path, flags: Flags, rng: random.Random, report: Report) -> None:
     """Kill runs until there were enough kills; every run is then taken to its end and compared."""
     every = [("experts", 2), ("dense", 1), ("chat", 2), ("dense", 2), ("experts", 1), ("chat", 1)]
-    every += [("sequences", 2)]
+    every += [(name, ranks) for name in ("sequences", "layers") for ranks in (2, 4)] + [("long", 4), ("both", 4)]
     every += [(name, ranks) for name in (*OBJECTIVES, "distill", "grpo") for ranks in (1, 2)]
-    every.append(("layers", 2))
     settings = [(kind, world_size) for kind, world_size in every if kind in flags.kinds]
     references: dict[tuple[str, int], dict[int, float]] = {}
     while report.kills < flags.kills:
