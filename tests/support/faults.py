@@ -73,8 +73,8 @@ class Flags:
     seed: int = 0
     """Of the random moments and places."""
     kinds: tuple[str, ...] = ("dense", "experts")
-    """What is killed: dense, experts, sequences or layers (two ranks share each), long (four share sequences), both, chat,
-    or an objective."""
+    """What is killed: dense, experts, sequences or layers (two ranks share each), long (four share sequences), both,
+    chat, or an objective."""
     stage: int = 1
     """ZeRO stage of the runs that are killed."""
 
