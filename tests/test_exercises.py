@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from docs_pages import ARCHITECTURE, GUIDE, LANGUAGES, ROOT, find_sections, read_page
 
 sys.path.insert(0, str(ROOT / "exercises"))
@@ -72,6 +73,8 @@ def test_the_page_names_every_exercise(language):
 @pytest.mark.parametrize("section", worked.read_practice())
 def test_what_a_section_lets_its_reader_try_prints_what_it_shows(section, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
+    # DeepSpeed's, where a test before this one trained at stage 3, keeps other tensors.
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
     entry = worked.read_practice()[section]
     exec("\n".join(entry["code"]), {"__name__": "try"})
     assert capsys.readouterr().out.splitlines() == entry["prints"]

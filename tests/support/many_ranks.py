@@ -33,6 +33,7 @@ from minimind.checkpoints.saving import CheckpointSaver
 from minimind.checkpoints.zero_partitions import read_cut
 from minimind.config.resolve import resolve_run
 from minimind.config.run_config import RunConfig
+from minimind.data.dataset import TokenDataset
 from minimind.data.shard_writer import ShardWriter
 from minimind.data.shards import ShardReader
 from minimind.distributed import collectives, heartbeats, preflight, startup, watchdog
@@ -327,23 +328,23 @@ def save_and_resume(world: World, shards: Path, resolved: Any, on_fewer: Any) ->
         return files.hash_file(path)
 
     found = {"save": world.run(save)}
-    reader = ShardReader(shards, check=False)
+    windows = TokenDataset(ShardReader(shards, check=False), resolved.data.seq_len)
     with (
         unittest.mock.patch.object(manifest, "hash_file", hash_and_count),
-        unittest.mock.patch.object(run_folder, "identify", lambda reader: corpus),
+        unittest.mock.patch.object(run_folder, "identify", lambda windows: corpus),
     ):
         found["resume"] = world.run(
-            lambda rank: lead_from_first_rank(lambda share: open_run_folder(resolved, reader, [], share))
+            lambda rank: lead_from_first_rank(lambda share: open_run_folder(resolved, windows, [], share))
         )
-        found["resume on fewer ranks"] = resume_on_fewer(World(on_fewer.dp_size), reader, on_fewer)
+        found["resume on fewer ranks"] = resume_on_fewer(World(on_fewer.dp_size), windows, on_fewer)
     return found
 
 
-def resume_on_fewer(fewer: World, reader: ShardReader, resolved: Any) -> dict[str, Counts]:
+def resume_on_fewer(fewer: World, windows: TokenDataset, resolved: Any) -> dict[str, Counts]:
     """What they read of a checkpoint of more; bytes of weights and moments for each parameter of the model."""
 
     def load(rank: int) -> None:
-        resume = lead_from_first_rank(lambda share: open_run_folder(resolved, reader, [], share))
+        resume = lead_from_first_rank(lambda share: open_run_folder(resolved, windows, [], share))
         assert resume is not None and resume.is_resharded
         engine: Any = Engine()
         load_resharded(engine, TrainingCheckpoint(resume.folder, resume.manifest), resolved)

@@ -64,8 +64,7 @@ def flags_for(corpus: Path, run_dir: Path, *, stage: int = 1, precision: str = "
         "tensorboard": False,
         **others,
     }
-    file = Path(settings["ds_config"])
-    if not file.exists() or json.loads(file.read_text()).get("optimizer", {}).get("type", "auto") == "auto":
+    if not names_optimizer(Path(settings["ds_config"])):
         settings.setdefault("optimizer", "adamw")
     flags: list[str] = []
     for name, value in settings.items():
@@ -75,6 +74,14 @@ def flags_for(corpus: Path, run_dir: Path, *, stage: int = 1, precision: str = "
         else:
             flags += [flag, *map(str, value if isinstance(value, tuple) else [value])]
     return flags
+
+
+def names_optimizer(ds_config: Path) -> bool:
+    """Whether a DeepSpeed JSON, if it is one, says which optimizer it is."""
+    try:
+        return json.loads(ds_config.read_text()).get("optimizer", {}).get("type", "auto") != "auto"
+    except (OSError, ValueError):
+        return False
 
 
 def train(flags: list[str], output: TextIO | None = None) -> tuple[int, str]:
