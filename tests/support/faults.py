@@ -44,6 +44,7 @@ SECONDS_TO_WAIT = 120.0
 OBJECTIVES = ("dpo", "ipo", "orpo", "simpo", "kto")
 KINDS: dict[str, dict[str, Any]] = {"dense": {}, "experts": EXPERTS, "chat": {"seq_len": 64}}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+KINDS |= {"mixture": {}}
 KINDS |= {"sequences": {"sp_size": 2, "document_mask": True}}
 KINDS |= {"long": {**HEADS, "sp_size": 4, "document_mask": True}}
 KINDS |= {"layers": {**HEADS, "attention_dropout": 0.1, "tp_size": 2}}
@@ -74,7 +75,7 @@ class Flags:
     """Of the random moments and places."""
     kinds: tuple[str, ...] = ("dense", "experts")
     """What is killed: dense, experts, sequences or layers (two ranks share each), long (four share sequences), both,
-    chat, or an objective."""
+    mixture (of two corpora), chat, or an objective."""
     stage: int = 1
     """ZeRO stage of the runs that are killed."""
 
@@ -172,6 +173,7 @@ def run_to_end(context: Any, flags: list[str], world_size: int, folder: Path) ->
 def kill_runs(context: Any, corpus: Path, folder: Path, flags: Flags, rng: random.Random, report: Report) -> None:
     """Kill runs until there were enough kills; every run is then taken to its end and compared."""
     every = [("experts", 2), ("dense", 1), ("chat", 2), ("dense", 2), ("experts", 1), ("chat", 1)]
+    every += [("mixture", 1), ("mixture", 2)]
     every += [(name, ranks) for name in ("sequences", "layers") for ranks in (2, 4)] + [("long", 4), ("both", 4)]
     every += [(name, ranks) for name in (*OBJECTIVES, "distill", "grpo") for ranks in (1, 2)]
     settings = [(kind, world_size) for kind, world_size in every if kind in flags.kinds]
@@ -217,6 +219,8 @@ def command(corpus: Path, run_dir: Path, kind: str, world_size: int, flags: Flag
     own = {"chat": "chat", "kto": "judged", "grpo": "asked"} | dict.fromkeys(OBJECTIVES[:-1], "pairs")
     if kind == "distill":
         settings["teacher"] = corpus.with_name("teacher")
+    if kind == "mixture":
+        settings["shards"] = (f"one={corpus}:0.7", f"two={corpus.with_name('other')}:0.3")
     corpus = corpus.with_name(own.get(kind, corpus.name))
     return flags_for(
         corpus, run_dir, stage=flags.stage, steps=STEPS, save_every=2, keep_last=2, dropout=0.1, **settings
@@ -310,6 +314,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = write_corpus(folder / "corpus", tokens=6000)
+        write_corpus(folder / "other", tokens=3000)
         write_corpus(folder / "chat", tokens=6000, chat_template="{{ messages[0].content }}")
         if {"distill", "grpo", *OBJECTIVES} & set(flags.kinds):
             write_comparisons(folder)
