@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import set_z3_leaf_module
 
@@ -40,6 +41,9 @@ from minimind.parallel.op_builds import build_ops
 from minimind.parallel.optimizer import clips_here, own_optimizer, parameter_groups
 from minimind.parallel.sequence import share_sequences
 from minimind.parallel.tensor_parallel import share_layers, sum_gradients_once
+
+# It prints at every start how much memory there is, and at every resume how it reads.
+vars(bf16_optimizer).update(see_memory_usage=lambda *_, **__: None, print=lambda *_: None)
 
 
 def build_model(resolved: ResolvedRun, device: torch.device, mesh: Mesh | None = None) -> MiniMindForCausalLM:
