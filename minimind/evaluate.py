@@ -94,7 +94,7 @@ def main(args: Sequence[str] | None = None) -> None:
     env = read_environment()
     flags = parse_flags(EvaluateFlags, without_local_rank(args), prog="python -m minimind.evaluate")
     device, dtype = choose_device(flags.device, flags.precision, int8=flags.int8)
-    if env.world_size > 1 and device.type == "cuda":
+    if env.world_size > 1 and device.type != "cpu":
         device = find_device(env)
     with explain_out_of_memory(device, remedies(flags, dtype), env.rank_label):
         run(flags, env, device, dtype)

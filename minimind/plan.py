@@ -48,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> int:
     default = _Flags(PlanOptions(), selection, base.data, base.train, base.model)
     flags = parse_flags(_Flags, args, default=default, prog=PROGRAM)
     # --device is a flag of the run, too; "auto" is planned as a GPU.
-    device: Literal["cuda", "cpu"] = "cpu" if flags.train.device == "cpu" else "cuda"
+    device: Literal["gpu", "cpu"] = "cpu" if flags.train.device == "cpu" else "gpu"
     options = check_options(dataclasses.replace(flags.plan, device=device))
     run = RunConfig(model=flags.fields, data=flags.data, train=flags.train)
     check_run(run)

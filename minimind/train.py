@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from minimind.accelerator import compute_capability, count_devices
 from minimind.checkpoints.formats.source import open_source
 from minimind.cli import without_local_rank
 from minimind.config.command_line import CommandLine, parse_command_line
@@ -59,7 +60,7 @@ def main(args: Sequence[str] | None = None) -> int:
     device = find_device(env, command.run.train.device)
     if device.type == "cpu" and not keep_freed_memory():
         log("malloc is left as it is (another C library, or MALLOC_* is set): freed memory may go back to the system")
-    if device.type == "cuda" and command.run.model.use_moe and torch.version.hip is None:
+    if compute_capability(device) is not None and command.run.model.use_moe:
         expand_segments()
     raise_open_files()
     env = find_master(env)
@@ -130,7 +131,7 @@ def settle_micro_batch(
             raise UserError(found)
         return take(int(found)), store
     try:
-        micro, words = fit_micro_batch(resolved, min(env.local_world_size, torch.cuda.device_count()))
+        micro, words = fit_micro_batch(resolved, min(env.local_world_size, count_devices()))
     except UserError as error:
         if store is not None:
             store.set("micro_batch_size", str(error))
@@ -198,7 +199,7 @@ def describe(resolved: ResolvedRun, env: RankEnvironment, device: torch.device, 
         "compile   " + settle_compilation(train.compile, device.type)[1],
         "memory    " + memory.summary(),
     ]
-    if device.type == "cuda":
+    if device.type != "cpu":
         lines.append(describe_gpu(resolved, env))
     lines += [f"note      {note}" for note in resolved.notes]
     return "\n".join(lines)

@@ -20,6 +20,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch.utils._pytree import tree_leaves, tree_map
 
+from minimind.accelerator import default_device, has_streams, synchronize
 from minimind.checkpoints.manifest import FileRecord
 from minimind.checkpoints.safe_load import load_states
 
@@ -97,14 +98,13 @@ class HostCopies:
             if key not in done or not leaf.numel():
                 host = kept[len(self._kept)] if len(self._kept) < len(kept) else None
                 if host is None or host.shape != leaf.shape or host.dtype != leaf.dtype:
-                    host = torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=leaf.is_cuda)
+                    host = torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=has_streams(leaf.device))
                 self._kept.append(host)
-                done[key] = host.copy_(leaf.detach(), non_blocking=True)
+                done[key] = host.copy_(leaf.detach(), non_blocking=has_streams(leaf.device))
             return done[key]
 
         copied = tree_map(copy_leaf, states, is_leaf=lambda value: isinstance(value, torch.Size))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        synchronize(default_device())
         return copied
 
 

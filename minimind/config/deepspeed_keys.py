@@ -117,7 +117,7 @@ def settle_communication(ds: dict[str, Any], model: ModelConfig, *, num_averagin
 
     Args:
         num_averaging: ranks over which gradients are averaged.
-        device_type: "cuda", "cpu"...
+        device_type: torch's name of it: "cpu", or an accelerator's
     """
     zero = ds.get("zero_optimization", {})
     on_cpu = device_type == "cpu"

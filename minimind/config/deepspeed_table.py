@@ -29,7 +29,7 @@ class Rule:
     experts: bool | None = None
     """Only with (True) or without experts (False)."""
     device: str | None = None
-    """Only on "cpu" or "cuda"."""
+    """Only on "cpu", or only on an accelerator: "gpu"."""
     when: Callable[[Section], bool] | None = None
     """Only where this holds of the whole JSON."""
     package: str = ""
@@ -39,7 +39,11 @@ class Rule:
 
     def applies(self, ds: Section, stage: int, experts: bool, device: str) -> bool:
         """Whether it is for this run."""
-        here = stage in self.stages and self.experts in (None, experts) and self.device in (None, device)
+        here = (
+            stage in self.stages
+            and self.experts in (None, experts)
+            and self.device in (None, "cpu" if device == "cpu" else "gpu")
+        )
         return here and (self.when is None or self.when(ds)) and not (self.package and find_spec(self.package))
 
 
@@ -207,7 +211,7 @@ TABLE = (
            ("gradient_clipping", 1.0)),
     # Precision
     Row("amp", {"enabled": True}, (
-        refuse(_NO_OVERFLOW.words, stages=(0,), experts=True, device="cuda"),
+        refuse(_NO_OVERFLOW.words, stages=(0,), experts=True, device="gpu"),
         note("removed from DeepSpeed; torch_autocast takes its place", becomes=_to_autocast),)),
     Row("bf16.enabled", True, (_TO_AUTOCAST,)),
     Row("bf16.immediate_grad_update", True, beside=_BF16),

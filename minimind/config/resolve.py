@@ -62,7 +62,7 @@ def resolve_run(
         world_size: all ranks.
         num_samples: training samples in one epoch; None: not known (a plan), so `steps` is 0 unless the run gives it.
         local_world_size: ranks of one node; what "auto" as ZeRO-3's hpZ partition size means.
-        device_type: "cuda", "cpu"...; decides what precision is possible.
+        device_type: torch's name of it, "cpu" or an accelerator's; decides what precision is possible.
         bf16_supported: whether the device computes in bf16; decides the default precision.
 
     Raises:
@@ -259,7 +259,7 @@ def _check_combinations(resolved: ResolvedRun, device_type: str) -> None:
             f"optimizer: {resolved.optimizer_type} applies a NaN gradient at ZeRO stage 0; use stage 1, or adamw"
         )
     check_muon(resolved)
-    if train.moe_backend == "autoep" and device_type == "cuda":
+    if train.moe_backend == "autoep" and device_type != "cpu":
         _check_alignment(resolved.model, train.precision)
 
 

@@ -19,7 +19,6 @@ from minimind.model.tuning import LORA_TARGETS, LoRA, LoRATarget, parameter_shap
 from minimind.remote import url_of
 from minimind.schema import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Limits, check_fields, nearest
 
-DeviceName = Literal["auto", "cuda", "cpu"]
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPE_NAMES: dict[Precision, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """torch's name of the type that each precision computes in."""
@@ -72,8 +71,9 @@ class TrainConfig:
     """The run's folder: configuration, metrics, TensorBoard, checkpoints."""
     ds_config: Annotated[str | None, _default("ZeRO stage 1")] = None
     """DeepSpeed JSON file."""
-    device: DeviceName = "auto"
-    """auto: CUDA where there is a GPU (one that torch cannot use is an error), else the CPU."""
+    device: str = "auto"
+    """auto: the accelerator, where there is one (a GPU that torch cannot use is an error), else the CPU. Or its name in
+    torch: cpu, cuda (AMD's too), mps (Apple), xpu (Intel), npu (Ascend)."""
     init_from: Annotated[str | None, _default("fresh weights")] = None
     """Begin with the weights (and, without --model, the shape) of a run, a checkpoint, an export, a Hugging Face folder
     or a .pth; a resumed run has its own."""

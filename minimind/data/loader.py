@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from minimind.accelerator import device_module, has_streams
 from minimind.data.dataset import IGNORED_LABEL, WHOLE, Dataset, Mixture, Sample, SequencePart
 from minimind.data.mixture_order import MixtureOrder
 from minimind.data.shuffle import ShuffledOrder
@@ -58,14 +59,15 @@ class DeviceCopy:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = device_module(device).Stream(device) if has_streams(device) else None
 
     def __call__(self, batch: Batch) -> Batch:
         """`batch` on the device, for use on the current stream."""
         if self._stream is None:
             return batch.to(self.device)
-        current = torch.cuda.current_stream(self.device)
-        with torch.cuda.stream(self._stream):
+        module = device_module(self.device)
+        current = module.current_stream(self.device)
+        with module.stream(self._stream):
             moved = batch.to(self.device, non_blocking=True)
         current.wait_stream(self._stream)
         for value in vars(moved).values():

@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import deepspeed.accelerator
 import deepspeed.comm
 import deepspeed.ops
 import torch.distributed
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
+from minimind.accelerator import VISIBLE_DEVICES, accelerator_type, count_devices, toolkit
 from minimind.errors import OneRankError, UserError
 
 # On CPU, DeepSpeed compiles a shared-memory all-reduce at start. It serves inference alone, needs a compiler, and
@@ -137,38 +140,52 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
 
 
 def expand_segments() -> None:
-    """Let CUDA's allocator grow the segments that it has: experts get other numbers of rows in every step, and memory
-    in pieces of fixed size breaks up. Before the first tensor on the device; the user's own settings take precedence.
+    """Let the allocator of an NVIDIA GPU grow the segments that it has: experts get other numbers of rows in every
+    step, and memory in pieces of fixed size breaks up. Before the first tensor on the device; the user's own settings
+    take precedence.
     """
     if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def find_device(env: RankEnvironment, wanted: str = "auto") -> torch.device:
-    """The device of this rank: its CUDA device where there are any, otherwise the CPU, unless one of them is `wanted`.
+    """The device of this rank: its accelerator where there are any, otherwise the CPU, unless one of them is `wanted`.
 
     Raises:
-        OneRankError: fewer CUDA devices than local ranks, or none that torch can use where they are wanted or there.
+        OneRankError: fewer devices than local ranks, or none that torch can use where they are wanted or there.
     """
+    found = accelerator_type()
     if wanted == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
+        return _take_cpu()
+    if found is None or wanted not in ("auto", found):
         is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-        if wanted == "cuda" or (NVIDIA_DEVICE.exists() and not is_hidden):
-            built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs alone"
+        if wanted != "auto" or (NVIDIA_DEVICE.exists() and not is_hidden):
             raise OneRankError(
-                f"{node_name()}: {'--device cuda' if wanted == 'cuda' else NVIDIA_DEVICE}: torch {torch.__version__}, "
-                f"made for {built}, finds no GPU: update the driver, install torch for CUDA, or pass --device cpu"
+                f"{node_name()}: {NVIDIA_DEVICE if wanted == 'auto' else f'--device {wanted}'}: torch "
+                f"{torch.__version__}, made for {toolkit()}, finds {found or 'no GPU'}: update the driver, install "
+                f"torch for this device, or pass --device {found or 'cpu'}"
             )
         return torch.device("cpu")
-    count = torch.cuda.device_count()
+    count = count_devices()
+    if found == "mps" and env.world_size > 1:
+        if wanted == "auto":
+            return _take_cpu()
+        raise OneRankError(f"--device mps: one process computes on it, not {env.world_size}; pass --device cpu")
     # A launcher that shows each rank one device only (srun --gpus-per-task=1, or CUDA_VISIBLE_DEVICES=$SLURM_LOCALID)
     # makes that device number 0.
     index = env.local_rank if count > 1 else 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    visible = next((os.environ[name] for name in VISIBLE_DEVICES.get(found, ()) if name in os.environ), "")
     is_own = "SLURM_STEP_GPUS" in os.environ or visible == str(env.local_rank) or visible.startswith(("GPU-", "MIG-"))
     if env.local_rank >= count > 1 or (count == 1 and env.local_world_size > 1 and not is_own):
         raise OneRankError(
-            f"local rank {env.local_rank} of {env.local_world_size}: this host has {count} CUDA devices ({node_name()})"
+            f"local rank {env.local_rank} of {env.local_world_size}: this host has {count} {found} devices "
+            f"({node_name()})"
         )
-    return torch.device("cuda", index)
+    return torch.device(found, index)
+
+
+def _take_cpu() -> torch.device:
+    """The CPU, for DeepSpeed too, which takes the accelerator that it finds."""
+    if deepspeed.accelerator.get_accelerator().device_name() != "cpu":
+        deepspeed.accelerator.set_accelerator(CPU_Accelerator())
+    return torch.device("cpu")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from minimind.accelerator import device_module
 from minimind.errors import OneRankError
 from minimind.units import format_bytes
 
@@ -37,8 +38,9 @@ def explain_out_of_memory(
         figures = []
         if more := re.search(r"tried to allocate ([\d.]+ ?\w+)", str(error), re.IGNORECASE):
             figures.append(f"{_readable(more[1])} more were wanted")
-        if on_device and device.type == "cuda":
-            held, total = torch.cuda.memory_allocated(device), torch.cuda.mem_get_info(device)[1]
+        if on_device and device.type != "cpu":
+            module = device_module(device)
+            held, total = module.memory_allocated(device), module.mem_get_info(device)[1]
             figures.append(f"tensors hold {format_bytes(held)} of {format_bytes(total)}")
         line = f"{device if on_device else 'the host'} is out of memory"
         line += f" at {position()}" if position else ""

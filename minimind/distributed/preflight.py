@@ -7,7 +7,6 @@ import contextlib
 import datetime
 import hashlib
 import json
-import os
 import platform
 import shutil
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from minimind.accelerator import device_name
 from minimind.distributed.environment import RankEnvironment, node_name
 from minimind.distributed.heartbeats import describe_ranks
 from minimind.errors import OneRankError, UserError, first_line
@@ -53,7 +53,7 @@ def examine(env: RankEnvironment, device: torch.device, run_dir: Path, shards: s
         "rank": env.rank,
         "host": node_name(),
         "device_type": device.type,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores",
+        "device": device_name(device),
     }
     if env.local_rank:
         return report
@@ -153,7 +153,7 @@ def host_table(reports: list[Report]) -> str:
     for host, group in list(by_host.items())[:LONGEST_TABLE]:
         one = next((report for report in group if "code" in report), group[0])
         versions = (one["python"], one["torch"], one["deepspeed"], one["code"])
-        device = f"{len(group)} x {one['device']}" if one["device_type"] == "cuda" else f"cpu, {one['device']}"
+        device = f"{len(group)} x {one['device']}" if one["device_type"] != "cpu" else f"cpu, {one['device']}"
         rows.append((host, _ranks(group), *versions, device, format_bytes(one["free_bytes"])))
     more = f"\nand {len(by_host) - LONGEST_TABLE} more hosts" if len(by_host) > LONGEST_TABLE else ""
     return format_table(rows) + more

@@ -12,6 +12,7 @@ import deepspeed.ops
 import deepspeed.utils.groups
 import torch.distributed
 
+from minimind.accelerator import collectives_of
 from minimind.distributed.cpu_gather import gather_in_place
 from minimind.distributed.environment import DEFAULT_MASTER_PORT, RankEnvironment, node_name
 from minimind.errors import OneRankError, first_line
@@ -82,7 +83,8 @@ def process_group(
 ) -> Iterator[None]:
     """Join the process group of the run, and leave it whatever happens. Every rank calls this.
 
-    A single process needs no port and no address. On CUDA, device tensors go through NCCL, host tensors through gloo.
+    A single process needs no port and no address. Tensors of an accelerator go through its own library (NCCL,
+    XCCL, HCCL), those of the host through gloo.
 
     Args:
         store: the run's store, if the ranks are connected already; otherwise they connect now.
@@ -90,14 +92,15 @@ def process_group(
     Raises:
         UserError: the master cannot be reached, or its port is taken.
     """
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    collectives = collectives_of(device)
+    backend = "gloo" if collectives == "gloo" else f"cpu:gloo,{device.type}:{collectives}"
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device)
     share_cores(env)
     if store is None:
         is_alone = env.world_size == 1 and env.master_addr is None
         store = torch.distributed.HashStore() if is_alone else connect_store(env, timeout_minutes)
-    later = NCCL_SECONDS if device.type == "cuda" else 0.0
+    later = 0.0 if backend == "gloo" else NCCL_SECONDS
     with _told_by_environment(env, device):
         try:
             torch.distributed.init_process_group(
@@ -108,7 +111,7 @@ def process_group(
                 timeout=datetime.timedelta(minutes=timeout_minutes, seconds=later),
                 # NCCL connects now, where a failure is one line, and later groups are cut out of this one. DeepSpeed
                 # leaves it out on a single rank, which has nobody to connect to.
-                device_id=device if device.type == "cuda" and env.world_size > 1 else None,
+                device_id=device if backend != "gloo" and env.world_size > 1 else None,
             )
         except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
             reason = first_line(error)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minimind.accelerator import device_module, has_graphs
 from minimind.inference.sampling import to_device
 from minimind.model import KVCache, MiniMindForCausalLM
 from minimind.model.kernels.apply import chosen_kernels
@@ -19,7 +20,7 @@ def fits_graph(model: MiniMindForCausalLM) -> bool:
     """Whether a step of this model is captured: on CUDA, not compiled, without experts, whose products ask the host how
     many rows they have where no kernel of torch fits, and without hooks, such as those by which ZeRO-3 gathers weights:
     they run on the host."""
-    if not model.lm_head.weight.is_cuda or torch.version.hip is not None or "graphs" not in chosen_kernels():
+    if not has_graphs(model.lm_head.weight.device) or "graphs" not in chosen_kernels():
         return False
     if any(module._forward_pre_hooks or module._forward_hooks for module in model.modules()):
         return False
@@ -44,7 +45,8 @@ class GraphedStep:
         self._mask = ((columns >= starts[:, None]) & (columns < length)).long()  # (B, max_length)
         self._positions = (length - starts)[:, None]  # (B, 1)
         self._column = torch.full((1,), length, device=device)
-        self._graph = torch.cuda.CUDAGraph()
+        self._module = device_module(device)
+        self._graph = self._module.CUDAGraph()
         try:
             self._capture()
         finally:
@@ -58,12 +60,12 @@ class GraphedStep:
         return self._logits
 
     def _capture(self) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        side = self._module.Stream()
+        side.wait_stream(self._module.current_stream())
         try:
-            with torch.cuda.stream(side):
+            with self._module.stream(side):
                 self._read()  # libraries choose and allocate at their first call
-                # Not by torch.cuda.graph, which also collects Python's garbage and empties the allocator's caches.
+                # Not by the module's `graph`, which also collects Python's garbage and empties the allocator's caches.
                 self._graph.capture_begin(capture_error_mode="thread_local")
                 try:
                     self._logits = self._read()
@@ -73,7 +75,7 @@ class GraphedStep:
                 finally:
                     self._graph.capture_end()
         finally:
-            torch.cuda.current_stream().wait_stream(side)
+            self._module.current_stream().wait_stream(side)
 
     def _read(self) -> Tensor:
         cache = self._cache

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
+from minimind.accelerator import computes_bf16, usable_device
 from minimind.config.run_config import DTYPE_NAMES, Precision
-from minimind.errors import UserError, first_line
+from minimind.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,11 +19,11 @@ class ModelFlags:
     tokenizer: Path | None = None
     """Tokenizer file or folder, if none is stored beside the weights."""
     precision: Precision | None = None
-    """Arithmetic [default: bf16 on a GPU that has it, otherwise fp32]."""
+    """Arithmetic [default: bf16 on an accelerator that has it, otherwise fp32]."""
     int8: bool = False
     """On a CPU: 8-bit weights with bf16 arithmetic, the fastest; slightly less exact."""
     device: str | None = None
-    """cpu, cuda, cuda:1 ... [default: a GPU if there is one]."""
+    """cpu, cuda, cuda:1, mps, xpu, npu ... [default: the accelerator if there is one]."""
 
 
 def choose_device(
@@ -35,14 +36,8 @@ def choose_device(
     """
     if int8:
         device, precision = device or "cpu", precision or "bf16"
-    try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device} cannot be used: {first_line(error)}") from None
-    if precision is None:
-        has_bf16 = chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if has_bf16 else "fp32"
+    chosen = usable_device(device)
+    precision = precision or ("bf16" if computes_bf16(chosen) else "fp32")
     if int8 and (chosen.type, precision) != ("cpu", "bf16"):
         raise UserError("int8 works on a CPU in bf16 alone: leave out --precision, and give --device cpu or none")
     return chosen, getattr(torch, DTYPE_NAMES[precision])

@@ -13,6 +13,7 @@ import torch
 import torch.distributed
 from torch.distributed import ProcessGroup
 
+from minimind.accelerator import has_streams
 from minimind.data.dataset import WHOLE, Dataset, Mixture, SequencePart
 from minimind.data.loader import Batch, DeviceCopy, eval_batches
 from minimind.data.manifest import MANIFEST_NAME, Manifest
@@ -176,7 +177,7 @@ def _measure(
     try:
         for batch in batches:
             before_batch()
-            if device.type == "cuda":
+            if has_streams(device):
                 batch = batch.pin_memory()
             found = sums(model, copy(batch))
             names = list(found.figures)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from minimind.accelerator import has_streams
 from minimind.schema import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Limits, check_fields
 
 
@@ -42,8 +43,9 @@ class GenerationOptions:
 
 
 def to_device(values: Sequence[Any], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A tensor of numbers, copied to a GPU without waiting for it."""
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    """A tensor of numbers, copied to a device with streams without waiting for it."""
+    pinned = has_streams(device)
+    return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=pinned)
 
 
 def draw(

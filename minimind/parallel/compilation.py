@@ -15,6 +15,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.ops.triton_ops import is_triton_available
 from torch import nn
 
+from minimind.accelerator import compiles_with_triton
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import CompileMode
 from minimind.errors import UserError
@@ -31,6 +32,8 @@ def find_missing_compiler(device_type: str) -> str | None:
     if device_type == "cpu":
         compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "c++", "clang++"]
         return None if any(map(shutil.which, compilers)) else "a C++ compiler (g++)"
+    if not compiles_with_triton(device_type):
+        return None
     if importlib.util.find_spec("triton") is None:
         return "Triton (pip install triton)"
     # Triton compiles the launcher of each kernel as a module of Python.
@@ -48,8 +51,8 @@ def settle_compilation(mode: CompileMode, device_type: str) -> tuple[bool, str]:
     Raises:
         UserError: it is asked to and cannot.
     """
-    if mode == "off" or (mode == "auto" and device_type == "cpu"):
-        return False, "off" + (", as by default on a CPU" if mode == "auto" else "")
+    if mode == "off" or (mode == "auto" and not compiles_with_triton(device_type)):
+        return False, "off" + (f", as by default on {device_type}" if mode == "auto" else "")
     missing = find_missing_compiler(device_type)
     if missing is None:
         return True, "each block, at the first step"
@@ -64,7 +67,7 @@ def check_expert_kernels(resolved: ResolvedRun, device_type: str) -> None:
     Raises:
         UserError: it could not.
     """
-    if device_type == "cuda" and resolved.train.moe_backend == "autoep" and is_triton_available():
+    if device_type != "cpu" and resolved.train.moe_backend == "autoep" and is_triton_available():
         missing = find_missing_compiler(device_type)
         if missing is not None:
             raise UserError(

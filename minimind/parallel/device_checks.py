@@ -1,4 +1,4 @@
-"""DeepSpeed's optimizers on CUDA, made to leave on the device what they read on the host.
+"""DeepSpeed's optimizers on an accelerator, made to leave on the device what they read on the host.
 
 DeepSpeed asks in each step whether the norm of the gradients is finite and above the limit, and orders its second
 stream by waiting for the whole device. Here the answer stays on the device: clipping multiplies by a factor of at most
@@ -25,7 +25,7 @@ from minimind.config.resolved_run import ResolvedRun
 
 
 def leave_checks_on_device(optimizer: Any, resolved: ResolvedRun) -> None:
-    """Let the optimizer of an engine on CUDA take its steps without the host, where it can.
+    """Let the optimizer of an engine on an accelerator take its steps without the host, where it can.
 
     Not with fp16, whose loss scale the host changes, not under offload, where the host updates, and not with an
     optimizer that has no `found_inf`.
@@ -122,7 +122,7 @@ class DeviceStage1And2(DeepSpeedZeroOptimizer):
     @contextlib.contextmanager
     def _in_order(self) -> Iterator[None]:
         """What asks for the device to be done in the block gets the two streams in order instead."""
-        current, reduction = torch.cuda.current_stream(), self.reduction_stream
+        current, reduction = get_accelerator().current_stream(), self.reduction_stream
 
         def wait_for_each_other(*_: Any) -> None:
             current.wait_stream(reduction)
@@ -164,7 +164,7 @@ class DeviceStage3(DeepSpeedZeroOptimizer_Stage3):
     def independent_gradient_partition_epilogue(self) -> None:
         """As DeepSpeed's."""
         stream = self.reduce_and_partition_stream
-        with _exchanged(stream, synchronize=lambda: torch.cuda.current_stream().wait_stream(stream)):
+        with _exchanged(stream, synchronize=lambda: get_accelerator().current_stream().wait_stream(stream)):
             super().independent_gradient_partition_epilogue()
 
 

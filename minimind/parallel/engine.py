@@ -16,6 +16,7 @@ from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import set_z3_leaf_module
 
+from minimind.accelerator import has_streams
 from minimind.config.deepspeed_keys import offload_device, zero_stage
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import DTYPE_NAMES, Precision
@@ -126,7 +127,7 @@ def build_engine(
     )
     if isinstance(engine.basic_optimizer, Muon):
         attach_layouts(engine, engine.basic_optimizer, None if mesh is None else mesh.tensor)
-    if engine.device.type == "cuda":
+    if has_streams(engine.device):
         leave_checks_on_device(engine.optimizer, resolved)
     if nothing_to_reduce(resolved, engine.optimizer):
         engine.enable_backward_allreduce = False

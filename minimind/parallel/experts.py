@@ -21,6 +21,7 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.utils import groups
 from torch import nn
 
+from minimind.accelerator import compute_capability
 from minimind.config.expert_parallel import uses_random_routing
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import Precision
@@ -146,10 +147,11 @@ class CastGroupedExperts(GroupedExperts):
         return super().forward(x, num_tokens_per_expert)
 
 
-def find_grouped_product(precision: Precision, major: int) -> str:
-    """What multiplies the experts of a layer on a GPU of compute capability `major`.x: "torch" at once, in bf16 on sm90
+def find_grouped_product(precision: Precision, device: torch.device) -> str:
+    """What multiplies the experts of a layer on an accelerator: "torch" at once, in bf16 on sm90
     and sm100 alone; "triton", a kernel of DeepSpeed's, which would compute fp32 in TF32; else "loop", torch's over the
     experts, whose sizes it reads on the host."""
+    major, _ = compute_capability(device) or (0, 0)
     if precision == "bf16" and major in (9, 10):
         return "torch"
     return "triton" if is_triton_available() and precision != "fp32" and major >= 7 else "loop"
@@ -159,9 +161,8 @@ def choose_grouped_product(resolved: ResolvedRun, model: nn.Module, device: torc
     """Let AutoEP's experts take the product of `find_grouped_product`, unless the JSON says which; DeepSpeed itself
     takes its kernel below sm90 alone, and there in fp32 too."""
     told = resolved.ds.get("expert_parallel", {}).keys() & {"gate_up_impl", "disable_triton_grouped_mm"}
-    if device.type == "cuda" and not told and torch.version.hip is None:
-        major, _ = torch.cuda.get_device_capability(device)
-        product = find_grouped_product(resolved.train.precision, major)
+    if compute_capability(device) is not None and not told:
+        product = find_grouped_product(resolved.train.precision, device)
         for module in model.modules():
             if isinstance(module, GroupedExperts) and module.use_grouped_mm:
                 module.use_triton_grouped_mm = product == "triton"

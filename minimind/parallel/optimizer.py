@@ -50,7 +50,7 @@ def own_optimizer(resolved: ResolvedRun, model: nn.Module, device: torch.device)
         group["lr"] = peak_rate(train, group["kind"])
         if group["kind"] == MUON:
             group["momentum"] = resolved.ds["optimizer"]["params"]["momentum"]
-    dtype = torch.bfloat16 if train.precision == "bf16" and device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if train.precision == "bf16" and device.type != "cpu" else torch.float32
     return Muon(groups, device=device, dtype=dtype, lr=train.lr, betas=train.betas, eps=train.eps)
 
 

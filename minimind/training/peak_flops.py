@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from minimind.accelerator import device_name, synchronize
 from minimind.model.kernels.matmul import matmul
 
 # Dense peak of the data sheets in FLOP/s, without sparsity: (bf16 and fp16, fp32 as torch computes it by default).
@@ -39,8 +40,8 @@ _DATA_SHEETS = (
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Peak of one device in FLOP/s for matmuls in `dtype`, and the source of the figure."""
-    if device.type == "cuda":
-        found = data_sheet_peak(torch.cuda.get_device_name(device), half=dtype != torch.float32)
+    if device.type != "cpu":
+        found = data_sheet_peak(device_name(device), half=dtype != torch.float32)
         if found is not None:
             return found[0], f"data sheet of {found[1]}"
     return measure_peak(device, dtype), "measured by a matmul"
@@ -71,7 +72,7 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
     The size follows the speed: a CPU without instructions for `dtype` is a hundred times slower than one with them.
     Measured once in a process.
     """
-    size, largest = (2048, 8192) if device.type == "cuda" else (128, 4096)
+    size, largest = (128, 4096) if device.type == "cpu" else (2048, 8192)
     best = 0.0
     while True:
         seconds = _time_matmul(device, dtype, size)
@@ -89,7 +90,6 @@ def _time_matmul(device: torch.device, dtype: torch.dtype, size: int) -> float:
     for _ in range(3):
         begin = time.perf_counter()
         matmul(left, right)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         fastest = min(fastest, time.perf_counter() - begin)
     return fastest

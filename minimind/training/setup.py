@@ -8,6 +8,7 @@ from pathlib import Path
 import deepspeed
 import torch
 
+from minimind.accelerator import compute_capability, computes_bf16, device_name, has_streams
 from minimind.checkpoints.formats.init_from import check_init_checkpoint, describe_changes, load_init_checkpoint
 from minimind.checkpoints.loading import load_checkpoint
 from minimind.checkpoints.manifest import TrainState
@@ -69,7 +70,7 @@ def prepare(command: CommandLine, env: RankEnvironment, device: torch.device) ->
         num_samples=len(data.train),
         local_world_size=env.local_world_size,
         device_type=device.type,
-        bf16_supported=device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
+        bf16_supported=computes_bf16(device),
     )
     check_ds_config(resolved.ds)
     check_ops(resolved.ds)
@@ -125,7 +126,7 @@ def run_rank(
         engine = build_engine(resolved, model, mesh)
         stack.callback(engine.destroy)
         state = load_state(engine, resolved, resume, corpus)
-        loader = make_loader(resolved, data.train, mesh, state, pin_memory=device.type == "cuda")
+        loader = make_loader(resolved, data.train, mesh, state, pin_memory=has_streams(device))
         objective = make_objective(resolved, data.train, device, loader, mesh)
         stack.callback(objective.close)
         splits = {"train": data.train} if data.val is None else {"train": data.train, "val": data.val}
@@ -167,18 +168,18 @@ def describe_device(device: torch.device, resolved: ResolvedRun) -> float:
     dtype = getattr(torch, DTYPE_NAMES[precision])
     peak, source = peak_flops(device, dtype)
     log(f"peak of one device: {peak / 1e12:.3g} TFLOP/s in {precision} ({source})")
-    if device.type == "cuda" and resolved.data.document_mask and not has_varlen_attention(device):
+    if device.type != "cpu" and resolved.data.document_mask and not has_varlen_attention(device):
         log(
-            "this GPU has no variable-length attention (sm80 and newer have): documents are masked, rows computed whole"
+            "no variable-length attention here (NVIDIA GPUs from sm80 on have it): documents are masked, rows computed "
+            "whole"
         )
-    if device.type == "cuda" and resolved.train.moe_backend == "autoep":
-        major, minor = torch.cuda.get_device_capability(device)
-        if find_grouped_product(precision, major) == "loop":
-            log(
-                f"experts: in {precision} on sm{major}{minor} a layer's are multiplied one after another, and the host "
-                "waits for the device in each layer; all at once in bf16, and in fp16 where Triton is"
-            )
-    if device.type == "cuda" and precision == "fp32":
+    is_autoep = device.type != "cpu" and resolved.train.moe_backend == "autoep"
+    if is_autoep and find_grouped_product(precision, device) == "loop":
+        log(
+            f"experts: in {precision} on {device_name(device)} a layer's are multiplied one after another, and the "
+            "host waits for the device in each layer; on NVIDIA GPUs all at once in bf16, and in fp16 where Triton is"
+        )
+    if compute_capability(device) is not None and precision == "fp32":
         log("TF32 is off: fp32 products are computed in full; bf16 is the fast way")
     if device.type == "cpu" and dtype != torch.float32 and not has_fast_matmul(dtype):
         log(f"this processor has no matmul in {precision}: computed in float32 and rounded, at its speed")

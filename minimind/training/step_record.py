@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 
+from minimind.accelerator import device_module, has_streams, record_event
 from minimind.checkpoints.manifest import TrainState
 from minimind.data.dataset import Mixture
 from minimind.data.loader import BatchLoader
@@ -37,7 +38,8 @@ class PendingStep:
 class Figures:
     """The figures of pending steps, on their way to the host. Every rank makes them: it holds collectives.
 
-    On CUDA nothing waits for the device: the figures are summed over the ranks there, and copied to pinned memory.
+    Where there are streams nothing waits for the device: the figures are summed over the ranks there, and copied to
+    pinned memory.
     """
 
     def __init__(self, pending: list[PendingStep], timer: StepTimer, mesh: Mesh) -> None:
@@ -60,10 +62,7 @@ class Figures:
         self._losses, self._means = _copy_to_host(losses), _copy_to_host(means)
         self._norms = _copy_to_host(torch.stack(norms))
         self._loads = _copy_to_host(all_reduce_sum(torch.stack(counts), mesh.averaging)) if counts else None
-        self._copied: torch.cuda.Event | None = None
-        if self._device.type == "cuda":
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+        self._copied = record_event(self._device) if has_streams(self._device) else None
 
     def are_here(self) -> bool:
         """Whether the host has them."""
@@ -138,9 +137,9 @@ def describe_sources(loader: BatchLoader, step: int, sums: list[float]) -> StepR
 
 
 def _copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of `tensor`; from CUDA into pinned memory, without waiting for it."""
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return host.copy_(tensor, non_blocking=True)
+    """A copy of `tensor`; where there are streams into pinned memory, without waiting for it."""
+    pinned = has_streams(tensor.device)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned).copy_(tensor, non_blocking=pinned)
 
 
 def summarize_load(step: int, counts: torch.Tensor) -> StepRecord:
@@ -170,8 +169,8 @@ def summarize_load(step: int, counts: torch.Tensor) -> StepRecord:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory that this rank has held: device memory on CUDA, resident memory on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """Most memory that this rank has held: memory of an accelerator, on a CPU resident memory."""
+    if device.type != "cpu":
+        return int(device_module(device).max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

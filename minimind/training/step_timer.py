@@ -14,14 +14,15 @@ from typing import NamedTuple
 import torch
 from torch.profiler import record_function
 
+from minimind.accelerator import record_event
 from minimind.training.record.run_files import StepRecord
 
-Mark = float | torch.cuda.Event
-"""A moment: of the host's clock, or on CUDA an event between two operations of the device."""
+Mark = float | torch.Event
+"""A moment: of the host's clock, or on an accelerator an event between two operations of the device."""
 
 
 class Reading(NamedTuple):
-    """The times between two readings, each a pair of marks. On CUDA the device must have passed them."""
+    """The times between two readings, each a pair of marks. On an accelerator the device must have passed them."""
 
     whole: tuple[Mark, Mark]
     data: list[tuple[Mark, Mark]]
@@ -36,25 +37,21 @@ def seconds(spans: list[tuple[Mark, Mark]]) -> float:
             assert isinstance(end, float)
             total += end - begin
         else:
-            assert isinstance(end, torch.cuda.Event)
+            assert not isinstance(end, float)
             total += begin.elapsed_time(end) / 1000
     return total
 
 
 class StepTimer:
-    """Marks the parts of the steps between two readings. On CUDA the host does not wait for what it marks."""
+    """Marks the parts of the steps between two readings. On an accelerator the host does not wait for what it marks."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_cuda = device.type == "cuda"
+        self._device = device
         self._spans: collections.defaultdict[str, list[tuple[Mark, Mark]]] = collections.defaultdict(list)
         self.restart()
 
     def _mark(self) -> Mark:
-        if not self._on_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return time.perf_counter() if self._device.type == "cpu" else record_event(self._device, timed=True)
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:

@@ -33,7 +33,7 @@ def load(
     Args:
         checkpoint: a run (its newest valid checkpoint), one checkpoint, a folder of `minimind.export` or of the
             Hugging Face tools (Llama, Qwen3, Qwen3-MoE), or a `.pth` of jingyaogong/minimind.
-        device: "cpu", "cuda", "cuda:1"; None: a GPU if there is one.
+        device: its name in torch; None: the accelerator if there is one.
         precision: None: bf16 on a GPU that has it, otherwise fp32.
         tokenizer: its file or folder, where none is stored beside the weights.
 

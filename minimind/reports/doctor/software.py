@@ -17,6 +17,16 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 
+from minimind.accelerator import (
+    collectives_of,
+    compute_capability,
+    computes_bf16,
+    count_devices,
+    default_device,
+    device_module,
+    device_name,
+    toolkit,
+)
 from minimind.errors import first_line
 from minimind.files import ROOT
 from minimind.model.kernels.matmul import has_fast_matmul
@@ -60,14 +70,9 @@ def check_package(requirement: Requirement) -> Check:
 
 
 def check_accelerator() -> list[Check]:
-    """CUDA devices, or why there are none."""
-    if torch.cuda.is_available():
-        bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16: train in fp16"
-        devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-        return [
-            Check(f"GPU {i}", "ok", f"{one.name}, {format_bytes(one.total_memory)}, {bf16}, CUDA {torch.version.cuda}")
-            for i, one in enumerate(devices)
-        ]
+    """The accelerators, or why there are none."""
+    if count_devices():
+        return [describe_accelerator(i, torch.device(default_device().type, i)) for i in range(count_devices())]
     if shutil.which("nvidia-smi") is None:
         precisions = "bf16 and fp32" if has_fast_matmul(torch.bfloat16) else "fp32; bf16 is computed in it"
         return [Check("GPU", "ok", f"none; training runs on the CPU ({precisions})")]
@@ -76,6 +81,13 @@ def check_accelerator() -> list[Check]:
         return [Check("GPU", "bad", f"a driver is here, but torch {torch.__version__} is built without CUDA", fix)]
     fix = "see nvidia-smi; the driver may be too old for it, or CUDA_VISIBLE_DEVICES empty"
     return [Check("GPU", "bad", f"torch is built for CUDA {torch.version.cuda}, and finds no device", fix)]
+
+
+def describe_accelerator(number: int, device: torch.device) -> Check:
+    """One accelerator that torch can use."""
+    total = device_module(device).mem_get_info(device)[1]
+    bf16 = "bf16" if computes_bf16(device) else "no bf16: train in fp16"
+    return Check(f"GPU {number}", "ok", f"{device_name(device)}, {format_bytes(total)}, {bf16}, {toolkit()}")
 
 
 def check_ops(build: Sequence[str]) -> list[Check]:
@@ -89,11 +101,11 @@ def check_ops(build: Sequence[str]) -> list[Check]:
         ),
         check_tool("ninja", "ninja", "pip install ninja; only offload needs it"),
     ]
-    if torch.cuda.is_available():
+    if compute_capability(default_device()) is not None:
         home = importlib.import_module("torch.utils.cpp_extension").CUDA_HOME
         fix = "install the CUDA toolkit and set CUDA_HOME; only DeepSpeed's own GPU ops need it"
         found.append(check_tool("nvcc", "nvcc", fix, *([f"{home}/bin"] if home else [])))
-        missing = find_missing_compiler("cuda")
+        missing = find_missing_compiler(default_device().type)
         kernels = Check("kernels", "ok", "Triton can compile them")
         if missing is not None:
             kernels = Check("kernels", "warn", f"{missing} is missing", "install it: experts and --compile need it")
@@ -145,12 +157,14 @@ def build_op(name: str, builders: dict[str, Any]) -> Check:
 
 
 def check_communication() -> list[Check]:
-    """gloo and NCCL, each in a group of one rank that sums a tensor."""
+    """gloo and the accelerator's own library, each in a group of one rank that sums a tensor."""
     found = [check_backend("gloo", torch.device("cpu"))]
-    if torch.cuda.is_available() and torch.distributed.is_nccl_available():
-        found.append(check_backend("nccl", torch.device("cuda", 0)))
-    elif torch.cuda.is_available():
-        found.append(Check("nccl", "bad", "not in this torch", "install torch's CUDA build for Linux"))
+    device = default_device()
+    own = collectives_of(device)
+    if own != "gloo" and torch.distributed.is_backend_available(own):
+        found.append(check_backend(own, torch.device(device.type, 0)))
+    elif own != "gloo":
+        found.append(Check(own, "bad", "not in this torch", f"install torch's build for {device.type} and Linux"))
     return found
 
 

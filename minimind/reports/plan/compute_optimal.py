@@ -68,7 +68,7 @@ def _operations(options: PlanOptions) -> float:
         )
     if not hours:
         return figure
-    speed = planned_speed(options, half=options.device == "cuda")
+    speed = planned_speed(options, half=options.device == "gpu")
     if speed is None:
         raise UserError("compute_optimal: hours of what? give --gpu NAME, or operations, such as 1e19")
     return figure * 3600 * speed[0]

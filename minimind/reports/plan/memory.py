@@ -65,7 +65,7 @@ class MemoryEstimate:
 ITEMS = ("parameters", "gradients", "optimizer", "activations", "logits", "buckets", "gathered", "update")
 
 
-def estimate_memory(resolved: ResolvedRun, device_type: str = "cuda") -> MemoryEstimate:
+def estimate_memory(resolved: ResolvedRun, device_type: str = "gpu") -> MemoryEstimate:
     """Memory of one rank in a training step of the resolved run.
 
     Args:
@@ -243,7 +243,7 @@ def largest_gather(config: ModelConfig, tp_size: int = 1) -> int:
     return embedding + 2 * ((params_of_rank(config, tp_size) - embedding) // config.num_hidden_layers)
 
 
-def largest_micro_batch(resolved: ResolvedRun, limit: int, device_type: str = "cuda") -> int:
+def largest_micro_batch(resolved: ResolvedRun, limit: int, device_type: str = "gpu") -> int:
     """The most sequences of a forward whose step stays below `limit` bytes a rank; 0 where not even one does.
 
     The accumulation is held as it is, so the global batch grows with the micro-batch.

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import torch
 
+from minimind.accelerator import computes_bf16, count_devices, default_device, device_module
 from minimind.config.deepspeed_keys import without_batch
 from minimind.config.resolve import resolve_run
 from minimind.config.resolved_run import ResolvedRun
@@ -40,20 +41,19 @@ def find_micro_batch(run: RunConfig, ds: dict[str, Any], limit: int | None, *, n
 
     Args:
         limit: bytes that a rank may hold; None: what the device, or the host, has free now.
-        num_ranks: ranks to try with, as far as there are CUDA devices; one on a CPU.
+        num_ranks: ranks to try with, as far as there are devices; one on a CPU.
 
     Raises:
         UserError: not even one sequence fits, or a try failed for another reason than memory.
     """
-    on_gpu = torch.cuda.is_available()
-    ranks = min(num_ranks, torch.cuda.device_count()) if on_gpu else 1
+    device = default_device()
+    ranks = min(num_ranks, max(1, count_devices()))
     if limit is None:
-        limit = round(torch.cuda.mem_get_info()[0] * USABLE_DEVICE) if on_gpu else round(free_memory() * USABLE_HOST)
+        limit = round(free_memory() * USABLE_HOST) if device.type == "cpu" else _device_limit(device)
     print(f"limit     {format_bytes(limit)} a rank; {ranks} rank{'s' if ranks > 1 else ''} on this device", flush=True)
-    device_type = "cuda" if on_gpu else "cpu"
 
     def attempt(micro: int) -> int | None:
-        resolved = _resolve(run, ds, micro, ranks, device_type)
+        resolved = _resolve(run, ds, micro, ranks, device)
         finding = try_steps(resolved, ranks, limit)
         if finding is None:
             print(f"{micro:>6}    more than {format_bytes(limit)}", flush=True)
@@ -81,13 +81,14 @@ def fit_micro_batch(resolved: ResolvedRun, ranks: int) -> tuple[int, str]:
     Raises:
         UserError: as in `find_micro_batch`.
     """
-    limit = round(torch.cuda.mem_get_info()[0] * USABLE_DEVICE)
+    device = default_device()
+    limit = _device_limit(device)
     share = resolved.train.global_batch_size // resolved.dp_size
     tried: dict[int, bool] = {}
 
     def settle(micro: int) -> ResolvedRun:
         train = dataclasses.replace(resolved.run.train, gradient_accumulation_steps=share // micro)
-        return _resolve(dataclasses.replace(resolved.run, train=train), resolved.ds, micro, ranks, "cuda")
+        return _resolve(dataclasses.replace(resolved.run, train=train), resolved.ds, micro, ranks, device)
 
     def fits(micro: int) -> bool:
         if micro not in tried:
@@ -95,7 +96,7 @@ def fit_micro_batch(resolved: ResolvedRun, ranks: int) -> tuple[int, str]:
         return tried[micro]
 
     sizes = [size for size in range(1, min(share, LARGEST) + 1) if share % size == 0]
-    largest = max((size for size in sizes if estimate_memory(settle(size), "cuda").total <= limit), default=1)
+    largest = max((size for size in sizes if estimate_memory(settle(size), device.type).total <= limit), default=1)
     while not fits(largest) and largest > 1:
         largest = max(size for size in sizes if size < largest)
     while (larger := [size for size in sizes if size > largest]) and fits(larger[0]):
@@ -144,7 +145,11 @@ def _next_size(peaks: dict[int, int], ceiling: int, limit: int) -> int:
     return max(low, min(reach, 4 * low, ceiling - 1))
 
 
-def _resolve(run: RunConfig, ds: dict[str, Any], micro: int, ranks: int, device_type: str) -> ResolvedRun:
+def _device_limit(device: torch.device) -> int:
+    return round(device_module(device).mem_get_info(device)[0] * USABLE_DEVICE)
+
+
+def _resolve(run: RunConfig, ds: dict[str, Any], micro: int, ranks: int, device: torch.device) -> ResolvedRun:
     """The run with this micro-batch; accumulation over two where it accumulates at all."""
     ds, theirs = without_batch(ds)
     accumulation = min(2, run.train.gradient_accumulation_steps or theirs or 1)
@@ -157,8 +162,8 @@ def _resolve(run: RunConfig, ds: dict[str, Any], micro: int, ranks: int, device_
         world_size=ranks,
         num_samples=1_000_000,
         local_world_size=ranks,
-        device_type=device_type,
-        bf16_supported=device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
+        device_type=device.type,
+        bf16_supported=computes_bf16(device),
     )
 
 

@@ -4,9 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 
+from minimind.accelerator import default_device, device_module
 from minimind.config.deepspeed_keys import with_stage
 from minimind.config.resolve import resolve_run
 from minimind.config.resolved_run import ResolvedRun
@@ -35,7 +35,7 @@ class PlanOptions:
     """GPUs (or CPU ranks) of each node."""
     num_nodes: Annotated[int, AT_LEAST_1] = 1
     """Nodes."""
-    device: Annotated[Literal["cuda", "cpu"], tyro.conf.Fixed, tyro.conf.arg(name="planned-device")] = "cuda"
+    device: Annotated[Literal["gpu", "cpu"], tyro.conf.Fixed, tyro.conf.arg(name="planned-device")] = "gpu"
     """What the ranks compute on."""
     gpu_memory: str | None = None
     """Memory of one GPU, such as 80GiB; the present GPU's, or 80GiB where there is none."""
@@ -179,7 +179,7 @@ def resolve_for(run: RunConfig, ds: dict[str, Any], options: PlanOptions) -> Res
         world_size=options.num_gpus * options.num_nodes,
         local_world_size=options.num_gpus,
         device_type=options.device,
-        bf16_supported=options.device == "cuda",
+        bf16_supported=options.device == "gpu",
     )
 
 
@@ -187,6 +187,7 @@ def device_limit(options: PlanOptions) -> int:
     """Bytes that a rank's tensors may take."""
     if options.gpu_memory is not None:
         return round(parse_size(options.gpu_memory, "gpu_memory", memory=True) * USABLE)
-    if torch.cuda.is_available():
-        return round(torch.cuda.get_device_properties(0).total_memory * USABLE)
+    device = default_device()
+    if device.type != "cpu":
+        return round(device_module(device).mem_get_info(device)[1] * USABLE)
     return round(ASSUMED_GPU_MEMORY * USABLE)

@@ -1,7 +1,6 @@
 """A planned run as text: memory, time and cost."""
 
-import torch
-
+from minimind.accelerator import accelerator_type, default_device, device_name
 from minimind.config.run_config import TrainConfig
 from minimind.data.loader import order_windows
 from minimind.data.mixture import read_mixture
@@ -22,7 +21,7 @@ def show_plan(plan: PlannedRun) -> str:
     run, train, options = plan.resolved, plan.resolved.train, plan.options
     gpus = f"{plan.world_size} ranks on {options.num_nodes} node{'s' if options.num_nodes > 1 else ''}"
     groups = "ranks" if run.dp_size == plan.world_size else "groups of ranks"
-    is_assumed = options.gpu_memory is None and not torch.cuda.is_available()
+    is_assumed = options.gpu_memory is None and accelerator_type() is None
     size, kept = run.checkpoint_bytes, kept_checkpoints(train, plan.steps)
     lines = [
         f"model     {run.describe_size()}",
@@ -82,7 +81,7 @@ def planned_speed(options: PlanOptions, *, half: bool) -> tuple[float, str] | No
     Args:
         half: bf16 and fp16, else fp32.
     """
-    name = options.gpu or (torch.cuda.get_device_name(0) if torch.cuda.is_available() else None)
+    name = options.gpu or (device_name(default_device()) if accelerator_type() else None)
     peak = data_sheet_peak(name, half=half) if name else None
     if peak is None:
         return None

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minimind.accelerator import device_module, has_streams, synchronize
 from minimind.checkpoints.manifest import TrainState
 from minimind.checkpoints.run_state import DataFingerprint
 from minimind.checkpoints.saving import CheckpointSaver
@@ -86,8 +87,7 @@ def take_steps(
             reset_peak(device)
         began = time.perf_counter()
         trainer.train_step(trainer.loader.step_batches(step))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - began)
     finding = {"peak_bytes": peak_bytes(device) - base, "step_seconds": min(seconds)}
     trainer.engine.destroy()
@@ -110,7 +110,7 @@ def make_trainer(resolved: ResolvedRun, env: RankEnvironment, device: torch.devi
         mesh=mesh,
         engine=engine,
         objective=Pretrain(),
-        loader=make_loader(resolved, dataset, mesh, TrainState(), pin_memory=device.type == "cuda"),
+        loader=make_loader(resolved, dataset, mesh, TrainState(), pin_memory=has_streams(device)),
         val=None,
         saver=CheckpointSaver(engine, resolved, DataFingerprint("", ""), asynchronous=False),
         record=NullRecord(),
@@ -143,9 +143,10 @@ def return_freed_memory() -> None:
 
 def give_up_beyond(limit: int, device: torch.device) -> None:
     """From now on, leave the process as soon as it holds more than `limit` bytes."""
-    if device.type == "cuda":
+    if device.type != "cpu":
         # The allocator itself refuses, and torch raises.
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.mem_get_info(device)[1]), device)
+        module = device_module(device)
+        module.set_per_process_memory_fraction(min(1.0, limit / module.mem_get_info(device)[1]), device)
         return
 
     def watch() -> None:
@@ -158,24 +159,24 @@ def give_up_beyond(limit: int, device: torch.device) -> None:
 
 
 def held_bytes(device: torch.device) -> int:
-    """Memory that this process holds at this moment: allocated on a CUDA device, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
+    """Memory that this process holds at this moment: allocated on an accelerator, resident on a CPU."""
+    if device.type != "cpu":
+        return int(device_module(device).memory_allocated(device))
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def reset_peak(device: torch.device) -> None:
     """Forget the peak so far."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if device.type != "cpu":
+        device_module(device).reset_peak_memory_stats(device)
     else:
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes(device: torch.device) -> int:
     """Most memory held since `reset_peak`."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu":
+        return int(device_module(device).max_memory_allocated(device))
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
