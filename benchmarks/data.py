@@ -13,6 +13,7 @@ import torch
 import tyro
 from harness import Claim, ratios, report, time_rounds, workspace
 
+from minimind.accelerator import default_device
 from minimind.config.run_config import preset
 from minimind.data.array_file import npy_header
 from minimind.data.dataset import TokenDataset
@@ -47,7 +48,7 @@ def main(
         read_mixed = lambda: [mixture.step_batches(next(numbers)) for _ in range(READS)]  # noqa: E731
         mixed_seconds = [taken / READS for taken in time_rounds({"read": read_mixed}, repeats, warm_up=0)["read"]]
         batch_seconds = [taken / READS for taken in time_rounds({"read": read}, repeats, warm_up=0)["read"]]
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = default_device()
         model = MiniMindForCausalLM(preset("minimind3")).to(device, torch.bfloat16)
         apply_kernels(model, device)
         tokens = loader.step_batches(0)[0].to(device)

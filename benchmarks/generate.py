@@ -19,6 +19,7 @@ import tyro
 import uvicorn
 from harness import ROOT, Claim, make_tokenizer, ratios, report, time_rounds, transformers_model, workspace
 
+from minimind.accelerator import default_device
 from minimind.data.tokenizer import load_tokenizer
 from minimind.inference.batching import Batcher
 from minimind.inference.decoding import Decoding, Row, decode
@@ -30,8 +31,8 @@ from minimind.model.kernels.packed_weights import prepare_decoding
 from minimind.serve import listen
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12]
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DEVICE = default_device()
+ON_GPU = DEVICE.type != "cpu"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -17,6 +17,7 @@ import torch
 import tyro
 from harness import OUT, Claim, environment, format_table, joined, report, time_rounds
 
+from minimind.accelerator import default_device, has_streams
 from minimind.parallel.compilation import find_missing_compiler
 from minimind.training.peak_flops import data_sheet_peak
 
@@ -60,7 +61,7 @@ def measure_products(device: torch.device, size: int, rounds: int) -> list[Claim
 
 def measure_transfers(device: torch.device, size: int, rounds: int, ranks: int) -> list[Claim]:
     """From pinned memory and back, on the device, which reads and writes, and what each rank of a ring sends."""
-    pinned = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    pinned = torch.empty(size, dtype=torch.uint8, pin_memory=has_streams(device))
     here, there = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     ways: dict[str, tuple[float, Callable[[], Any]]] = {
         "copy to the device": (1, lambda: here.copy_(pinned, non_blocking=True)),
@@ -90,7 +91,7 @@ def write_page(page: Path) -> None:
     """The page, and beside it one JSON with all of it."""
     tests, is_rehearsal = read_tests(OUT / "tests.xml"), "SIMULATED_CUDA" in os.environ
     scripts = [json.loads(path.read_text()) for path in sorted(OUT.glob("*.json")) if path != page.with_suffix(".json")]
-    failed, missing = (OUT / "failed.txt").read_text().splitlines(), find_missing_compiler("cuda")
+    failed, missing = (OUT / "failed.txt").read_text().splitlines(), find_missing_compiler(default_device().type)
     content = {"rehearsal": is_rehearsal, "environment": environment(), "failed": failed, "tests": tests}
     page.with_suffix(".json").write_text(json.dumps({**content, "scripts": scripts}, indent=1) + "\n")
     promised = [row for script in scripts for row in script["claims"] if row["target"] is not None]

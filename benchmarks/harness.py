@@ -100,11 +100,12 @@ def summarize(all: bool = False) -> None:
 
 def environment() -> dict[str, Any]:
     """Date, device, cores, load and versions, without which a figure means nothing."""
-    import torch  # slow to import, and some benchmarks are about just that
+    # Slow to import, and some benchmarks are about just that.
+    from minimind.accelerator import accelerator_type, default_device, device_name
 
     installed = {package.name: package.version for package in importlib.metadata.distributions()}
     versions = ", ".join(f"{name} {installed[name]}" for name in _PACKAGES if name in installed)
-    cores, device = len(os.sched_getaffinity(0)), torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    cores, device = len(os.sched_getaffinity(0)), device_name(default_device()) if accelerator_type() else "cpu"
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "machine": f"{cores} cores, {cpu_name()}, {device}; Python {platform.python_version()}, {versions}",
@@ -129,11 +130,10 @@ def has_fast_bf16() -> bool:
     """Whether the training device multiplies in bf16; if not, bf16 is float32 and a rounding."""
     import torch
 
+    from minimind.accelerator import accelerator_type, computes_bf16, default_device
     from minimind.model.kernels.matmul import has_fast_matmul
 
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return has_fast_matmul(torch.bfloat16)
+    return computes_bf16(default_device()) if accelerator_type() else has_fast_matmul(torch.bfloat16)
 
 
 def core_threads() -> dict[str, str]:
@@ -191,8 +191,8 @@ def joined() -> Iterator[tuple[Any, Any]]:
 
 def resolve(model: Any, env: Any, device: Any, *, stage: int = 1, **run: Any) -> Any:
     """`run` (fields of DataConfig and TrainConfig) as `minimind.train` resolves it, under our JSON of `stage`."""
-    import torch
 
+    from minimind.accelerator import computes_bf16
     from minimind.config.deepspeed_file import load_ds_config
     from minimind.config.resolve import resolve_run
     from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
@@ -204,7 +204,7 @@ def resolve(model: Any, env: Any, device: Any, *, stage: int = 1, **run: Any) ->
         world_size=env.world_size,
         local_world_size=env.local_world_size,
         device_type=device.type,
-        bf16_supported=device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
+        bf16_supported=computes_bf16(device),
     )
 
 

@@ -18,6 +18,7 @@ import tyro
 from harness import ROOT, Claim, core_threads, find_text, has_fast_bf16, make_shards, ratios, read_texts, report, run
 from turns import Contestant, our_trainer, started, take_turns
 
+from minimind.accelerator import default_device
 from minimind.checkpoints.formats.load_model import load_weights
 from minimind.config.run_config import preset
 from minimind.model import MiniMindForCausalLM
@@ -134,7 +135,7 @@ def judge(length: int, speeds: dict[str, list[float]], model: str) -> list[Claim
     if "minimind" in speeds:
         shares = ratios(speeds[best], speeds["minimind"])
         claims.append(Claim(f"{title}: {best} over minimind", shares, TARGETS.get(length), unit="x"))
-    peak, source = peak_flops(torch.device("cuda" if torch.cuda.is_available() else "cpu"), dtype)
+    peak, source = peak_flops(default_device(), dtype)
     shares = [speed * preset(model).flops_per_token(length) / peak for speed in speeds[best]]
     note = f"of the peak of {peak / 1e9:,.0f} GFLOP/s, {source}"
     return [*claims, Claim(f"{title}: MFU of {best}", shares, note=note)]

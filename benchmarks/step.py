@@ -23,6 +23,7 @@ import torch
 import tyro
 from harness import ROOT, Claim, core_threads, joined, report, resolve, run, synchronize, workspace
 
+from minimind.accelerator import default_device
 from minimind.checkpoints.run_state import DataFingerprint
 from minimind.checkpoints.saving import CheckpointSaver
 from minimind.config.run_config import DTYPE_NAMES, Precision, preset
@@ -67,7 +68,7 @@ def main(
     claims, measured = [], {}
     shape = {"seq_len": seq_len, "micro": micro_batch_size, "vocab_size": vocab_size}
     for model, way in itertools.product(models, ways):
-        missing = find_missing_compiler("cuda" if torch.cuda.is_available() else "cpu")
+        missing = find_missing_compiler(default_device().type)
         if missing and WAYS[way]["compile"] == "on":
             print(f"{model}, {way}: not measured, {missing} is missing", file=sys.stderr)
             continue
@@ -162,7 +163,7 @@ def measure_reference(peer: str, vocab_size: int, seq_len: int, micro: int) -> d
     sys.path.insert(0, peer)
     from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     before = trial.held_bytes(device)
     tokens = torch.randint(3, vocab_size, (micro, seq_len)).to(device)
     model = MiniMindForCausalLM(MiniMindConfig(vocab_size=vocab_size)).to(device)

@@ -12,8 +12,10 @@ if [ -z "${NUM_RANKS:-}" ]; then
     NUM_RANKS="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)" # empty: no GPU
   elif command -v nvidia-smi >/dev/null; then
     NUM_RANKS="$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)"
-  elif [ -e /dev/nvidia0 ] || [ -e /dev/kfd ]; then # an image without it, or ROCm
-    NUM_RANKS="$("$python" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || true)"
+  elif [ -e /dev/nvidia0 ] || [ -e /dev/kfd ] || [ -e /dev/davinci_manager ] || [ -e /dev/dri ]; then
+    # An image without it, or a device of AMD, Ascend or Intel.
+    NUM_RANKS="$(cd "$root" && "$python" -c 'from minimind.accelerator import count_devices; print(count_devices())' \
+      2>/dev/null || true)"
   fi
   [ "${NUM_RANKS:-0}" -ge 1 ] || NUM_RANKS=1
 fi

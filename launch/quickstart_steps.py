@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from minimind.accelerator import default_device
 from minimind.model.kernels.apply import apply_kernels
 from minimind.model.presets import PRESETS
 from minimind.model.transformer import MiniMindForCausalLM
@@ -48,9 +49,9 @@ def measure_step(device: torch.device, dtype: torch.dtype) -> float:
 
 
 if __name__ == "__main__":
-    on_gpu = torch.cuda.is_available()
+    device = default_device()
     # A GPU's precision is the run's own choice; of a processor only the clock says what bf16 is worth.
-    dtypes = {"": torch.float32} if on_gpu else {"fp32": torch.float32, "bf16": torch.bfloat16}
-    taken = {name: measure_step(torch.device("cuda" if on_gpu else "cpu"), dtype) for name, dtype in dtypes.items()}
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16} if device.type == "cpu" else {"": torch.float32}
+    taken = {name: measure_step(device, dtype) for name, dtype in dtypes.items()}
     precision = min(taken, key=taken.__getitem__)
     print(choose_steps(float(sys.argv[1]), taken[precision]), precision)

@@ -1,6 +1,7 @@
 """Who may import whom: a room imports the rooms above it in ROOMS, and inside a room no files form a circle."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ COMMANDS = {
     "train", "generate", "answer", "evaluate", "export", "serve", "plan", "doctor", "status", "report", "checkpoint",
     "tune",
 }  # fmt: skip
-GROUND = {"__init__", "errors", "schema", "files", "units", "cli", "remote", "cache"}
+GROUND = {"__init__", "accelerator", "errors", "schema", "files", "units", "cli", "remote", "cache"}
 # `config` asks the model for nothing but its shape.
 CONFIG_MAY_IMPORT = {"minimind.model.config", "minimind.model.presets", "minimind.model.tuning"}
 
@@ -121,6 +122,18 @@ def test_the_rooms_below_the_ranks_run_without_deepspeed():
     run_without(["deepspeed", "transformers"], ["minimind.checkpoints.formats.load_model", "minimind.generate"])
     reading = ["minimind", "minimind.training.record.run_files", "minimind.status", "minimind.report"]
     run_without(["deepspeed", "torch"], reading)
+
+
+def test_one_door_leads_to_the_device():
+    """No other file names a type of device, but for kernels, torch's profiler and what DeepSpeed has for CUDA alone."""
+    found = {
+        MODULES[name].relative_to(ROOT).as_posix()
+        for name in OURS
+        if "/kernels/" not in MODULES[name].as_posix()
+        for line in MODULES[name].read_text(encoding="utf-8").splitlines()
+        if re.search(r"torch\.(cuda|mps|xpu|npu)\b|[\"'](cuda|mps|xpu|npu)\b", line)
+    }
+    assert found == {"minimind/accelerator.py", "minimind/config/deepspeed_table.py", "minimind/training/profiler.py"}
 
 
 def run_without(missing: list[str], names: list[str]) -> None:

@@ -19,6 +19,9 @@ Verdict = Literal["runs", "note", "refused"]
 STAGES = (0, 1, 2, 3)
 
 
+_WITH_OPS = ("cuda", "gpu")  # a plan calls it gpu
+
+
 @dataclass(frozen=True)
 class Rule:
     """Where a key does not simply run, and what is said there."""
@@ -29,7 +32,7 @@ class Rule:
     experts: bool | None = None
     """Only with (True) or without experts (False)."""
     device: str | None = None
-    """Only on "cpu", or only on an accelerator: "gpu"."""
+    """Only on "cpu", only on an accelerator ("gpu"), or only where DeepSpeed's ops for CUDA are not ("no ops")."""
     when: Callable[[Section], bool] | None = None
     """Only where this holds of the whole JSON."""
     package: str = ""
@@ -39,11 +42,8 @@ class Rule:
 
     def applies(self, ds: Section, stage: int, experts: bool, device: str) -> bool:
         """Whether it is for this run."""
-        here = (
-            stage in self.stages
-            and self.experts in (None, experts)
-            and self.device in (None, "cpu" if device == "cpu" else "gpu")
-        )
+        where = {None, "cpu" if device == "cpu" else "gpu", *([] if device in _WITH_OPS else ["no ops"])}
+        here = stage in self.stages and self.experts in (None, experts) and self.device in where
         return here and (self.when is None or self.when(ds)) and not (self.package and find_spec(self.package))
 
 
@@ -179,7 +179,7 @@ _NO_NAN_CHECK = refuse("a NaN gradient would reach the weights; remove it")
 _NO_MICS = refuse("removed from DeepSpeed; zero_hpz_partition_size took its place")
 _SAVES_ITSELF = refuse("the run writes checkpoints itself; remove it")
 _UNREAD = note("DeepSpeed does not read it")
-_NO_CPU_OP = refuse("its op is for CUDA; remove it", stages=(3,), device="cpu")
+_NO_CPU_OP = refuse("its op is for CUDA; remove it", stages=(3,), device="no ops")
 _NO_AUTOEP = refuse("AutoEP does not know it at ZeRO stage 3; remove it", stages=(3,), experts=True)
 _ONLY_1_2 = refuse("experts need true at ZeRO stages 1 and 2", stages=(1, 2), experts=True)
 _NVME_EXPERTS = refuse("experts cannot be saved from nvme at ZeRO stage 3; offload to cpu", stages=(3,), experts=True,
@@ -253,8 +253,8 @@ TABLE = (
         "AdamW", when=_on_device)),
     _optimizer("Lion", refuse(
         'its op is for CUDA; add "offload_optimizer": {"device": "cpu"} to zero_optimization, or use AdamW',
-        device="cpu", when=_on_device)),
-    _optimizer("Lamb", refuse("its op is for CUDA; use AdamW", device="cpu")),
+        device="no ops", when=_on_device)),
+    _optimizer("Lamb", refuse("its op is for CUDA; use AdamW", device="no ops")),
     *(_optimizer(kind, refuse("needs the package mup; pip install mup", package="mup"))
       for kind in ("MuAdam", "MuAdamW", "MuSGD")),
     *(_optimizer(kind, **_UNTESTED) for kind in (
@@ -290,7 +290,7 @@ TABLE = (
     *_rows("", ("zero_allow_untested_optimizer", True), ("zero_force_ds_cpu_optimizer", True)),
     # ZeRO
     Row("zero_optimization.offload_optimizer.super_offload", True, (
-        refuse("its op is for CUDA; remove it", device="cpu"),
+        refuse("its op is for CUDA; remove it", device="no ops"),
         refuse("it is of ZeRO stage 3; remove it", stages=(0, 1, 2))), beside=_OFFLOAD),
     Row("zero_optimization.offload_optimizer.ratio", 0.5, (
         note("a part stays on the device at ZeRO stage 3 alone", stages=(0, 1, 2)),), off=(1,), beside=_OFFLOAD),
@@ -351,7 +351,7 @@ TABLE = (
         ("parallel_write", {"pipeline_stage": True}, _NO_PIPELINE), ("writer", {"type": "torch"}, _SAVES_ITSELF),
         ("use_node_local_storage", True, _SAVES_ITSELF), ("load_universal", True, _SAVES_ITSELF)),
     *_rows(
-        "", ("compile.deepcompile", True, refuse("its op is for CUDA; use --compile", device="cpu")),
+        "", ("compile.deepcompile", True, refuse("its op is for CUDA; use --compile", device="no ops")),
         *((f"compile.{key}", value, note("--compile compiles")) for key, value in (
             ("disable", True), ("backend", "inductor"), ("kwargs", {"mode": "default"}))),
         ("activation_checkpointing", {"partition_activations": True},

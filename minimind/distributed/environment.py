@@ -14,7 +14,7 @@ import deepspeed.ops
 import torch.distributed
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-from minimind.accelerator import VISIBLE_DEVICES, accelerator_type, count_devices, toolkit
+from minimind.accelerator import VISIBLE_DEVICES, accelerator_type, count_devices, takes_one_process, toolkit
 from minimind.errors import OneRankError, UserError
 
 # On CPU, DeepSpeed compiles a shared-memory all-reduce at start. It serves inference alone, needs a compiler, and
@@ -167,10 +167,10 @@ def find_device(env: RankEnvironment, wanted: str = "auto") -> torch.device:
             )
         return torch.device("cpu")
     count = count_devices()
-    if found == "mps" and env.world_size > 1:
+    if takes_one_process(found) and env.world_size > 1:
         if wanted == "auto":
             return _take_cpu()
-        raise OneRankError(f"--device mps: one process computes on it, not {env.world_size}; pass --device cpu")
+        raise OneRankError(f"--device {found}: one process computes on it, not {env.world_size}; pass --device cpu")
     # A launcher that shows each rank one device only (srun --gpus-per-task=1, or CUDA_VISIBLE_DEVICES=$SLURM_LOCALID)
     # makes that device number 0.
     index = env.local_rank if count > 1 else 0

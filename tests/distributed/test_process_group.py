@@ -87,8 +87,8 @@ def test_variables_that_disagree_are_one_line(environment, words):
 
 
 def fake_cuda(monkeypatch, count: int) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(rank_environment, "accelerator_type", lambda: "cuda" if count else None)
+    monkeypatch.setattr(rank_environment, "count_devices", lambda: count)
     monkeypatch.delenv("SLURM_STEP_GPUS", raising=False)
 
 
@@ -97,17 +97,17 @@ def test_each_rank_takes_its_device(monkeypatch):
     assert find_device(RankEnvironment(local_rank=1, local_world_size=2)) == torch.device("cpu")
     fake_cuda(monkeypatch, 4)
     assert find_device(RankEnvironment(local_rank=3, local_world_size=4)) == torch.device("cuda", 3)
-    with pytest.raises(UserError, match="local rank 4 of 5: this host has 4 CUDA devices"):
+    with pytest.raises(UserError, match="local rank 4 of 5: this host has 4 cuda devices"):
         find_device(RankEnvironment(local_rank=4, local_world_size=5))
     fake_cuda(monkeypatch, 1)
-    with pytest.raises(UserError, match="local rank 1 of 2: this host has 1 CUDA devices"):
+    with pytest.raises(UserError, match="local rank 1 of 2: this host has 1 cuda devices"):
         find_device(RankEnvironment(local_rank=1, local_world_size=2))
     # CUDA_VISIBLE_DEVICES=$SLURM_LOCALID, or srun --gpus-per-task=1: each task is shown one device, as number 0.
     for visible in ("1", "GPU-00000002", "MIG-00000002"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert find_device(RankEnvironment(local_rank=1, local_world_size=2)) == torch.device("cuda", 0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    with pytest.raises(UserError, match="this host has 1 CUDA devices"):
+    with pytest.raises(UserError, match="this host has 1 cuda devices"):
         find_device(RankEnvironment(local_rank=1, local_world_size=2))
     monkeypatch.setenv("SLURM_STEP_GPUS", "1")
     assert find_device(RankEnvironment(local_rank=1, local_world_size=2)) == torch.device("cuda", 0)
@@ -122,7 +122,7 @@ def test_a_device_can_be_demanded_and_a_gpu_that_torch_cannot_use_is_told(monkey
     with pytest.raises(UserError, match=r"--device cuda: torch .* finds no GPU: update the driver"):
         find_device(RankEnvironment(), "cuda")
     monkeypatch.setattr(rank_environment, "NVIDIA_DEVICE", tmp_path)
-    with pytest.raises(UserError, match="finds no GPU: update the driver, install torch for CUDA, or"):
+    with pytest.raises(UserError, match="finds no GPU: update the driver, install torch for this device, or"):
         find_device(RankEnvironment())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert find_device(RankEnvironment()) == torch.device("cpu")
