@@ -247,7 +247,8 @@ def train_ours(
     shards = make_shards(file, tokenizer, folder / "shards", val_fraction=0)
     flags: list[object] = ["--model", "minimind3", "--hidden-size", HIDDEN_SIZE, "--num-hidden-layers", LAYERS]
     flags += ["--shards", shards, "--run-dir", folder / "run", "--steps", steps, "--save-every", steps // points]
-    flags += ["--keep-last", 0, "--seed", seed, "--no-tensorboard"]
+    # A save beside the next steps would be on their clock.
+    flags += ["--keep-last", 0, "--seed", seed, "--no-tensorboard", "--no-async-save"]
     flags += ["--precision", "bf16" if has_fast_bf16() else "fp32"]
     run([sys.executable, "-m", "minimind.train", *flags], ROOT, **core_threads())
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
