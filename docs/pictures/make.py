@@ -14,6 +14,7 @@ import matplotlib
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -155,6 +156,10 @@ def draw_time_to_loss(runs: dict) -> None:
                 axis.plot(values, bits, style, label=None if number else name)
     axes[0].set(xlabel="seconds", ylabel="bits a byte", xscale="log")
     axes[1].set(xlabel="tokens", xscale="log")
+    for axis in axes:
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.xaxis.set_minor_formatter(NullFormatter())
     axes[0].legend()
     save(figure, "time_to_loss.svg")
 
