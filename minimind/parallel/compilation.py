@@ -51,8 +51,10 @@ def settle_compilation(mode: CompileMode, device_type: str) -> tuple[bool, str]:
     Raises:
         UserError: it is asked to and cannot.
     """
-    if mode == "off" or (mode == "auto" and not compiles_with_triton(device_type)):
-        return False, "off" + (f", as by default on {device_type}" if mode == "auto" else "")
+    if mode == "off":
+        return False, "off"
+    if mode == "auto" and not compiles_with_triton(device_type):
+        return False, f"off, as by default on {'a CPU' if device_type == 'cpu' else device_type}"
     missing = find_missing_compiler(device_type)
     if missing is None:
         return True, "each block, at the first step"

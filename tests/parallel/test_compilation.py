@@ -72,6 +72,7 @@ def test_by_torchs_own_compiler_losses_stay(rank: RankPool, tiny_corpus, tmp_pat
 def test_without_a_compiler_auto_goes_on_and_on_ends(monkeypatch):
     assert settle_compilation("off", "cuda") == (False, "off")
     assert settle_compilation("auto", "cpu") == (False, "off, as by default on a CPU")
+    assert settle_compilation("auto", "mps") == (False, "off, as by default on mps")
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match=r"compile: on, and a C\+\+ compiler .* is missing; install it"):

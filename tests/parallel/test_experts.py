@@ -256,7 +256,7 @@ def test_under_autocast_experts_multiply_in_its_type(monkeypatch, kind, expected
 )  # fmt: skip
 def test_each_gpu_gets_the_product_of_experts_that_it_has(monkeypatch, precision, major, expected):
     monkeypatch.setattr("minimind.parallel.experts.is_triton_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    monkeypatch.setattr("minimind.parallel.experts.compute_capability", lambda device: (major, 0))
     assert find_grouped_product(precision, torch.device("cuda")) == expected
     layer, train = GroupedExperts(16, 24, num_experts=3), SimpleNamespace(precision=precision)
     for ds, taken in ({}, expected == "triton"), ({"expert_parallel": {"disable_triton_grouped_mm": True}}, False):
@@ -264,7 +264,7 @@ def test_each_gpu_gets_the_product_of_experts_that_it_has(monkeypatch, precision
         choose_grouped_product(SimpleNamespace(ds=ds, train=train), nn.Sequential(layer), torch.device("cuda"))
         assert layer.use_triton_grouped_mm == taken
     monkeypatch.setattr("minimind.parallel.experts.is_triton_available", lambda: False)
-    assert find_grouped_product(precision, major) == ("torch" if expected == "torch" else "loop")
+    assert find_grouped_product(precision, torch.device("cuda")) == ("torch" if expected == "torch" else "loop")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
