@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch.profiler import record_function
 
-from minimind.accelerator import record_event
+from minimind.accelerator import has_streams, record_event
 from minimind.training.record.run_files import StepRecord
 
 Mark = float | torch.Event
-"""A moment: of the host's clock, or on an accelerator an event between two operations of the device."""
+"""A moment: of the host's clock, or, where there are streams, an event between two operations of the device."""
 
 
 class Reading(NamedTuple):
@@ -51,7 +51,9 @@ class StepTimer:
         self.restart()
 
     def _mark(self) -> Mark:
-        return time.perf_counter() if self._device.type == "cpu" else record_event(self._device, timed=True)
+        # Without streams the host waits at each reading. Apple's events are no clock: in torch 2.13 to ask one may hang
+        # (pytorch pull request 196395).
+        return record_event(self._device, timed=True) if has_streams(self._device) else time.perf_counter()
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:

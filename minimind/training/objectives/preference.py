@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind.accelerator import has_streams
 from minimind.checkpoints.formats.frozen_model import FrozenModel, keep_weights
 from minimind.config.run_config import PreferenceObjective, TrainConfig
 from minimind.data.dataset import Dataset
@@ -178,7 +179,7 @@ class Preference(Objective):
         if self._name == "kto":
             total = torch.zeros(3, device=engine.device)  # the second answers' movement, number of answers, liked ones
             engine.eval()
-            for batch in (one.to(engine.device, non_blocking=True) for one in batches):
+            for batch in (one.to(engine.device, non_blocking=has_streams(engine.device)) for one in batches):
                 reference, liked = self._read_reference(batch), batch.liked
                 assert reference is not None and liked is not None
                 moved = (answer_log_probs(engine, batch, self._mesh.sequence)[0] - reference)[1::2]
