@@ -8,6 +8,7 @@ import pickle
 import re
 import threading
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ class StateValue:
         self.args = args
 
 
+def _enum_member(kind: type, name: str) -> Any:
+    """What a file gets for `getattr`, by which Python 3.11.0 to 3.11.3 (Debian 12's) pickles members of an `Enum`."""
+    if not (isinstance(kind, type) and issubclass(kind, (Enum, StateValue))):
+        raise pickle.UnpicklingError("GLOBAL getattr")
+    return kind[name] if issubclass(kind, Enum) else kind(name)
+
+
 def read_states(path: Path) -> dict[str, Any]:
     """The content of one of DeepSpeed's files, its tensors mapped from the disk, without importing DeepSpeed.
 
@@ -54,11 +62,11 @@ def load_states(path: Path, classes: Sequence[Any], *, mmap: bool) -> dict[str, 
         CheckpointError: it cannot be read, or refers to anything else.
     """
     try:
-        with _ALLOWED, torch.serialization.safe_globals(list(classes)):
+        with _ALLOWED, torch.serialization.safe_globals([*classes, (_enum_member, "builtins.getattr")]):
             return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
         reason = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it refers to {reason[1]}" if reason else first_line(error)
         raise CheckpointError(f"{path}: not loaded, because only tensors and plain values are safe: {what}") from None
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
+    except (OSError, RuntimeError, LookupError, ValueError, EOFError) as error:
         raise CheckpointError(f"{path}: cannot be read: {first_line(error)}") from None
