@@ -19,7 +19,7 @@ from minimind.data.manifest import (
     ShardInfo,
     TokenizerInfo,
 )
-from minimind.files import fsync_folder, hash_file, replace_file
+from minimind.files import disk_errors, fsync_folder, hash_file, replace_file
 
 DEFAULT_SHARD_TOKENS = 1 << 26
 
@@ -155,3 +155,16 @@ class ShardWriter:
         fsync_folder(self.folder)
         self.shards.append(shard)
         self._files, self._bytes = [], 0
+
+
+def write_random_tokens(folder: Path, vocab_size: int, tokens: int, document_tokens: int = 500) -> Path:
+    """A corpus of random walks over the vocabulary, which a model can learn, in documents of about so many tokens."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer = folder / "tokenizer.json"
+        tokenizer.write_text("{}")
+        walk = 1 + np.random.default_rng(0).integers(1, 4, tokens).cumsum() % (vocab_size - 1)
+        with ShardWriter(folder / "train", vocab_size=vocab_size, eos_token_id=0, tokenizer_file=tokenizer) as writer:
+            for document in np.array_split(walk, -(-tokens // document_tokens)):
+                writer.add_document(document, num_bytes=len(document))
+    return folder

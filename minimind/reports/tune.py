@@ -8,7 +8,6 @@ import dataclasses
 import json
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,8 +18,9 @@ from matplotlib.figure import Figure
 
 from minimind.config.run_config import RunConfig
 from minimind.errors import UserError
+from minimind.reports.plan.child_run import train_in_child
 from minimind.reports.run.charts import STYLES, to_png
-from minimind.training.record.run_files import evaluations_of, read_records, steps_of
+from minimind.training.record.run_files import evaluations_of, steps_of
 from minimind.units import format_table
 
 PLANNED_RUNS = 12
@@ -167,14 +167,10 @@ class Tuner:
         train |= {"run_dir": str(folder / "run")}
         train["eval_samples"] = self.run.train.eval_samples or EVALUATION_SAMPLES
         run = dataclasses.replace(self.run, train=dataclasses.replace(self.run.train, **train, **fields))
-        (folder / "config.json").write_text(json.dumps(run.to_dict()))
-        command = [sys.executable, "-m", "minimind.train", "--config", str(folder / "config.json")]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        records = read_records(folder / "run" / "metrics.jsonl")
-        if result.returncode and not (records and "nothing of it was saved" in result.stderr):
-            said = [line for line in result.stderr.splitlines() if line.startswith("error: ")] or [result.stderr[-300:]]
-            raise UserError(said[-1].removeprefix("error: "))
-        return records
+        child = train_in_child(run, folder)
+        if child.code and not (child.records and "nothing of it was saved" in child.said):
+            raise UserError(child.error())
+        return child.records
 
 
 def _loss(loss: float) -> str:

@@ -28,6 +28,7 @@ PAGES = (
     "run_folder.md",
     "watching.md",
     "ds_configs.md",
+    "devices.md",
     "gpu.md",
     "exercises.md",
     "glossary.md",

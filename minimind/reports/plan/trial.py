@@ -18,7 +18,6 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from minimind.accelerator import device_module, has_streams, synchronize
@@ -29,14 +28,13 @@ from minimind.config.resolve import resolve_run
 from minimind.config.resolved_run import ResolvedRun
 from minimind.config.run_config import RunConfig
 from minimind.data.dataset import TokenDataset
-from minimind.data.shard_writer import ShardWriter
+from minimind.data.shard_writer import write_random_tokens
 from minimind.data.shards import open_split
 from minimind.distributed.environment import RankEnvironment, find_device, read_environment
 from minimind.distributed.process_group import process_group
 from minimind.distributed.stop_requests import StopRequests
 from minimind.distributed.watchdog import Watchdog
 from minimind.errors import UserError, run_main
-from minimind.files import disk_errors
 from minimind.parallel.engine import build_engine, build_model
 from minimind.parallel.mesh import make_mesh
 from minimind.training.control import RunControl
@@ -48,7 +46,6 @@ from minimind.training.trainer import Trainer
 
 TOO_LARGE = "more than the limit"
 STEPS = 3
-DOCUMENT_TOKENS = 500
 SECONDS_BETWEEN_LOOKS = 0.01
 _M_MMAP_THRESHOLD = -3
 
@@ -118,21 +115,6 @@ def make_trainer(resolved: ResolvedRun, env: RankEnvironment, device: torch.devi
         profiler=StepProfiler(folder, env.rank, 0, device),
         state=TrainState(),
     )
-
-
-def write_random_tokens(folder: Path, vocab_size: int, tokens: int) -> Path:
-    """A corpus of random tokens: as many as one step takes, in documents of ordinary length."""
-    tokenizer = folder / "tokenizer.json"
-    tokenizer.write_text("{}")
-    with (
-        disk_errors(folder),
-        ShardWriter(folder / "train", vocab_size=vocab_size, eos_token_id=0, tokenizer_file=tokenizer) as writer,
-    ):
-        for document in np.array_split(
-            np.random.default_rng(0).integers(1, vocab_size, tokens), -(-tokens // DOCUMENT_TOKENS)
-        ):
-            writer.add_document(document, num_bytes=len(document))
-    return folder
 
 
 def return_freed_memory() -> None:
