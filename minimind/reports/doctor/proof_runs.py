@@ -6,6 +6,7 @@ Each is `minimind.train` in a process of its own. All files lie in one folder, w
 import dataclasses
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from minimind.model.kernels.apply import VARIABLE
 from minimind.model.presets import PRESETS
 from minimind.reports.plan.child_run import train_in_child
 from minimind.reports.plan.memory import estimate_memory
-from minimind.training.record.run_files import Record, StepRecord, steps_of
+from minimind.training.record.run_files import StepRecord, steps_of
 
 # Weights large enough that rounding seldom gives a token another expert.
 _SMALL: dict[str, Any] = {"vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 2, "initializer_range": 0.1}
@@ -43,6 +44,8 @@ SIZES = ("large", "medium", "minimind3", "small", "minimind2-small", "quickstart
 WARM_UP_STEPS, LAST_TIMED_STEP, FEWEST_STEPS = 5, 30, 10
 USABLE_MEMORY, USABLE_TIME, LIKELY_MFU = 0.5, 0.4, 0.25
 """What a large run may take of the free memory and of the time that is left, and its guessed speed."""
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+"""glibc's malloc then returns what is freed; training leaves such a setting alone."""
 
 
 class SmallRun(NamedTuple):
@@ -108,24 +111,27 @@ class ProofRuns:
         self,
         run: RunConfig,
         *,
-        seconds: float | None = None,
         ranks: int = 1,
         variables: Mapping[str, str] | None = None,
+        steps: int = sys.maxsize,
+        seconds: float | None = None,
     ) -> list[StepRecord]:
-        """The steps of a run; with `seconds`, those of so long, up to `LAST_TIMED_STEP`.
+        """The steps of a run, which is ended after `steps`, and after `seconds` however many there are.
 
         Raises:
             UserError: the run failed, or hangs.
         """
-
-        def is_enough(records: list[Record]) -> bool:
-            return seconds is not None and len(steps_of(records)) >= LAST_TIMED_STEP
-
         limit = seconds or min(self.deadline - time.monotonic(), (self.deadline - self._started) / 3)
-        child = train_in_child(run, self.folder, ranks=ranks, variables=variables, seconds=limit, is_enough=is_enough)
-        if child.code or (child.code is None and seconds is None):
-            raise UserError(child.error() if child.code else f"no end after {limit:.0f} s")
-        return steps_of(child.records)
+        child = train_in_child(
+            run, self.folder, ranks=ranks, variables=variables, seconds=limit,
+            is_enough=lambda records: len(steps_of(records)) >= steps,
+        )  # fmt: skip
+        records = steps_of(child.records)
+        if child.code:
+            raise UserError(child.error())
+        if child.code is None and seconds is None and len(records) < steps:
+            raise UserError(f"no end after {limit:.0f} s")
+        return records
 
     def resolve(self, run: RunConfig) -> ResolvedRun:
         """As the training does on one process."""
@@ -133,9 +139,9 @@ class ProofRuns:
         ds = load_ds_config(run.train.ds_config)
         return resolve_run(run, ds, world_size=1, device_type=self.device.type, bf16_supported=bf16)
 
-    def large(self) -> tuple[str, ResolvedRun, list[StepRecord]]:
-        """The largest preset whose plan fits half of the free memory and whose steps fit the time: its name, its run
-        and the steps after the first, which compile."""
+    def large(self) -> tuple[str, RunConfig, list[StepRecord]]:
+        """The largest preset whose plan fits half of the free memory and whose steps fit the time: its name, its
+        settings, and its steps after the first, which compile."""
         seconds = USABLE_TIME * (self.deadline - time.monotonic())
         last = self.small(SmallRun("dense"))[-1]  # which knows the peak
         flops = self.resolve(self.config_of(SmallRun("dense"))).flops_per_token
@@ -152,10 +158,20 @@ class ProofRuns:
         else:
             raise UserError(f"not even {SIZES[-1]} fits {seconds:.0f} s and the free memory; give more --minutes")
         write_random_tokens(Path(str(run.data.shards)), run.model.vocab_size, 64 * run.data.seq_len)
-        records = self.train(run, seconds=seconds)
+        records = self.train(run, steps=LAST_TIMED_STEP, seconds=seconds)
         if len(records) < WARM_UP_STEPS + FEWEST_STEPS:
             raise UserError(f"{name}: {len(records)} steps in {seconds:.0f} s; give more --minutes")
-        return name, resolved, records[WARM_UP_STEPS:]
+        return name, run, records[WARM_UP_STEPS:]
+
+    def resident(self, run: RunConfig) -> int:
+        """Most memory that a run holds on a CPU, without what every run holds, which a small one and its plan tell.
+        Freed memory goes back to the system in both."""
+        small, peaks = self.config_of(SmallRun("dense")), []
+        for one in (small, run):
+            train = dataclasses.replace(one.train, run_dir=f"{one.train.run_dir} memory", log_every=1)
+            records = self.train(dataclasses.replace(one, train=train), steps=3, variables=GIVE_BACK)
+            peaks.append(records[-1]["peak_memory_bytes"])
+        return peaks[1] - peaks[0] + estimate_memory(self.resolve(small), "cpu").total
 
     def _large_run(self, name: str, seq_len: int) -> RunConfig:
         model = PRESETS[name]

@@ -15,8 +15,7 @@ import torch
 
 from minimind.accelerator import computes_bf16, count_devices, default_device, device_name
 from minimind.checkpoints.folder import list_checkpoints, step_of
-from minimind.config.resolved_run import ResolvedRun
-from minimind.config.run_config import Precision
+from minimind.config.run_config import Precision, RunConfig
 from minimind.errors import UserError, first_line
 from minimind.files import disk_errors
 from minimind.model.kernels.matmul import has_fast_matmul
@@ -66,7 +65,7 @@ class Prover:
         self.runs = runs
         self.findings: list[Finding] = []
         self.on_cpu = runs.device.type == "cpu"
-        self._large: tuple[str, ResolvedRun, list[StepRecord]] | None = None
+        self._large: tuple[str, RunConfig, list[StepRecord]] | None = None
 
     def prove_all(self) -> None:
         """Every check, the most telling first."""
@@ -148,26 +147,23 @@ class Prover:
 
     def speed(self) -> Proof:
         """Tokens a second and MFU of the largest size that fits."""
-        self._large = name, resolved, records = self.runs.large()
-        train, data = resolved.train, resolved.data
+        self._large = name, run, records = self.runs.large()
+        train = self.runs.resolve(run).train
         sheet = data_sheet_peak(device_name(self.runs.device), half=train.precision != "fp32")
         figures = {
             "tokens_per_second": statistics.median(record["tokens_per_second"] or 0.0 for record in records),
             "mfu": statistics.median(record["mfu"] or 0.0 for record in records),
         }
-        note = f"{name} in {train.precision}, {train.micro_batch_size} x {data.seq_len} tokens a step; peak by "
+        note = f"{name} in {train.precision}, {train.micro_batch_size} x {run.data.seq_len} tokens a step; peak by "
         return figures, {"mfu": 1.0} if sheet else {}, note + (f"the data sheet of {sheet[1]}" if sheet else "a matmul")
 
     def memory(self) -> Proof:
-        """The peak of that run beside the plan."""
+        """The peak of that size beside the plan."""
         if self._large is None:
             raise UserError("needs the run that measures the speed")
-        (name, resolved, records), device_type = self._large, self.runs.device.type
-        planned, measured = estimate_memory(resolved, device_type).total, records[-1]["peak_memory_bytes"]
-        if self.on_cpu:  # resident memory: without what every run holds
-            small = self.runs.resolve(self.runs.config_of(SmallRun("dense")))
-            held = self.runs.small(SmallRun("dense"))[-1]["peak_memory_bytes"]
-            measured -= held - estimate_memory(small, device_type).total
+        name, run, records = self._large
+        measured = self.runs.resident(run) if self.on_cpu else records[-1]["peak_memory_bytes"]
+        planned = estimate_memory(self.runs.resolve(run), self.runs.device.type).total
         figures = {"measured_bytes": measured, "planned_bytes": planned, "measured_over_planned": measured / planned}
         return figures, {"measured_over_planned": MEMORY_BOUND}, name
 
