@@ -5,7 +5,6 @@ import importlib.metadata
 import os
 import platform
 import re
-import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from minimind.accelerator import count_devices, device_module, device_name, toolkit
+from minimind.accelerator import compute_capability, count_devices, device_module, device_name, toolkit
 from minimind.files import ROOT, replace_file, write_json
 from minimind.units import format_bytes, format_duration
 
@@ -101,7 +100,7 @@ def cpu_name() -> str:
 
 def driver_version(device: torch.device) -> str | None:
     """Of the accelerator, as far as it tells one."""
-    if device.type == "cuda" and shutil.which("nvidia-smi"):
+    if compute_capability(device) is not None:
         return _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     properties = getattr(device_module(device), "get_device_properties", lambda _: None)(device)
     return getattr(properties, "driver_version", None)
