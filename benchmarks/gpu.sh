@@ -5,7 +5,7 @@
 # then the benchmarks; made for 25 minutes on one H100. Installs nothing.
 # --nodes: inside a SLURM job, also over all its tasks. The page is benchmarks/gpu.md, or $BENCHMARKS_OUT/gpu.md.
 # A rehearsal where there is no GPU: .venv/bin/python tests/support/simulated_cuda bash benchmarks/gpu.sh --model tiny
-set -uo pipefail
+set -o pipefail # not -u: to macOS's bash an empty array is unset
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 models=() nodes=''
 while [ $# -gt 0 ]; do
@@ -47,15 +47,15 @@ rm -rf "$BENCHMARKS_OUT" && mkdir -p "$BENCHMARKS_OUT" && : >"$BENCHMARKS_OUT/fa
 # run MINUTES COMMAND: ended when it takes longer than it may; the others go on.
 run() {
   printf '\n== %s  (%s)\n' "${*:2}" "$(date +%H:%M:%S)"
-  timeout --kill-after=60 "$((times * $1))m" "${@:2}" || echo "${*:2} (exit code $?)" >>"$BENCHMARKS_OUT/failed.txt"
+  "$python" benchmarks/limit.py "$((times * $1))" "${@:2}" || echo "${*:2} (exit code $?)" >>"$BENCHMARKS_OUT/failed.txt"
 }
 
 run 2 "$python" -m minimind.doctor
 run 2 "$python" benchmarks/gpu.py "${product[@]}"
 all=("$python" -m torch.distributed.run --standalone "--nproc-per-node=$count")
 if [ -n "$nodes" ]; then
-  mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-  export MASTER_ADDR="${hosts[0]}" MASTER_PORT="$((10000 + SLURM_JOB_ID % 20000))"
+  read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  export MASTER_ADDR MASTER_PORT="$((10000 + SLURM_JOB_ID % 20000))"
   all=(srun --mpi=none "$python")
 fi
 if [ -n "$nodes" ] || [ "$count" -gt 1 ]; then

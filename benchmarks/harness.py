@@ -102,10 +102,11 @@ def environment() -> dict[str, Any]:
     """Date, device, cores, load and versions, without which a figure means nothing."""
     # Slow to import, and some benchmarks are about just that.
     from minimind.accelerator import accelerator_type, default_device, device_name
+    from minimind.host import count_cores
 
     installed = {package.name: package.version for package in importlib.metadata.distributions()}
     versions = ", ".join(f"{name} {installed[name]}" for name in _PACKAGES if name in installed)
-    cores, device = len(os.sched_getaffinity(0)), device_name(default_device()) if accelerator_type() else "cpu"
+    cores, device = count_cores(), device_name(default_device()) if accelerator_type() else "cpu"
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "machine": f"{cores} cores, {cpu_name()}, {device}; Python {platform.python_version()}, {versions}",
@@ -117,6 +118,8 @@ def environment() -> dict[str, Any]:
 
 def cpu_name() -> str:
     """The processor as the kernel names it, and the instruction sets that decide its speed here."""
+    if sys.platform == "darwin":
+        return run(["sysctl", "-n", "machdep.cpu.brand_string"], ROOT).strip()
     fields: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         key, _, value = line.partition(":")
@@ -138,7 +141,9 @@ def has_fast_bf16() -> bool:
 
 def core_threads() -> dict[str, str]:
     """Environment of a program that has all cores; a value that is set already is kept."""
-    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))}
+    from minimind.host import count_cores
+
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(count_cores()))}
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> tuple[float, ...]:

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # Every benchmark that this machine can run, then one table: bash benchmarks/run_all.sh [--peer DIR] [--text FILE.jsonl]
 # Made for under 40 minutes on two quiet cores. A benchmark that fails is named at the end; the others go on.
-set -uo pipefail
+set -o pipefail # not -u: to macOS's bash an empty array is unset
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# whole PATH: from any folder.
+whole() { case "$1" in /*) echo "$1" ;; *) echo "$PWD/$1" ;; esac; }
 peer=() text=()
 while [ $# -gt 0 ]; do
   case "$1" in
-    --peer) peer=(--peer "$(realpath "$2")") ;;
-    --text) text=(--text "$(realpath "$2")") ;;
+    --peer) peer=(--peer "$(whole "$2")") ;;
+    --text) text=(--text "$(whole "$2")") ;;
     *)
       echo "error: unknown argument $1; give --peer DIR or --text FILE.jsonl" >&2
       exit 2
@@ -36,7 +38,7 @@ rm -f benchmarks/out/*.json
 # run NAME MINUTES ARGUMENTS: one benchmark, ended when it takes longer than it may.
 run() {
   printf '\n== %s  (%s)\n' "$1" "$(date +%H:%M:%S)"
-  timeout --kill-after=60 "${2}m" "$python" "benchmarks/$1" "${@:3}" || failed+=("$1 ${*:3}")
+  "$python" benchmarks/limit.py "$2" "$python" "benchmarks/$1" "${@:3}" || failed+=("$1 ${*:3}")
 }
 
 run command.py 4 start "${start[@]}"

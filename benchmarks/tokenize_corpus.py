@@ -5,7 +5,6 @@ python benchmarks/tokenize_corpus.py --kinds code.jsonl chinese.jsonl ...     # 
 """
 
 import itertools
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,8 @@ import tyro
 from harness import OUT, ROOT, Claim, make_tokenizer, ratios, read_texts, report, run_module, workspace, write_texts
 from turns import family, sum_up
 
+from minimind.host import count_cores
+
 
 def main(
     megabytes: int = 50, repeats: int = 5, memory_megabytes: tuple[int, ...] = (50, 500), kinds: tuple[Path, ...] = ()
@@ -26,7 +27,7 @@ def main(
     """Measure throughput at `megabytes` of JSONL, in turns, and the peak memory of one run for each other size."""
     if kinds:
         return compare_kinds(list(kinds))
-    cores = len(os.sched_getaffinity(0))
+    cores = count_cores()
     rows: dict[str, list[float]] = {"library, one core": [], "tool": []}
     with workspace() as folder:
         base, source = folder / "default.jsonl", folder / "speed.jsonl"

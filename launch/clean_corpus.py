@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from minimind.cli import parse_flags
 from minimind.errors import UserError, first_line, run_main
 from minimind.files import disk_errors, read_json, write_json
+from minimind.host import count_cores
 from minimind.schema import AT_LEAST_0, AT_LEAST_1, convert
 from minimind.units import format_bytes, format_table
 
@@ -199,7 +200,7 @@ def written_to(log: Path) -> Iterator[None]:
 
 def count_workers(flags: CleanCorpusFlags) -> int:
     """Processes, of which each has its own output file: an interrupted run goes on with as many."""
-    return flags.workers or len(os.sched_getaffinity(0))
+    return flags.workers or count_cores()
 
 
 def write_ngrams(flags: CleanCorpusFlags, folder: Path) -> None:

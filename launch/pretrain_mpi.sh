@@ -8,15 +8,15 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 . "$root/launch/env.sh"
 python="$root/.venv/bin/python"
 [ -x "$python" ] || python="$(command -v python3)"
-mpirun_flags=()
+command=("${MPIRUN:-mpirun}")
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
-  mpirun_flags+=("$1")
+  command+=("$1")
   shift
 done
 [ $# -gt 0 ] || { echo "error: no -- between the flags of mpirun and those of the run" >&2; exit 2; }
 shift
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-command=("${MPIRUN:-mpirun}" "${mpirun_flags[@]}" "$python" "$root/launch/pretrain.sh" "$@")
+command+=("$python" "$root/launch/pretrain.sh" "$@")
 if [ "${DRY_RUN:-0}" = 1 ]; then
   printf '%q ' "${command[@]}"
   echo

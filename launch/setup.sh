@@ -17,13 +17,13 @@ find_python() {
       return
     fi
   done
-  fail "no Python 3.10, 3.11 or 3.12 found; install one, or name it: PYTHON=/path/to/python3.11"
+  fail "no Python 3.10, 3.11 or 3.12 found; install one (macOS: brew install python@3.12), or name it: PYTHON=/path/to/python3.11"
 }
 
 # setup_venv REQUIREMENTS: done once for each state of the requirements files; a stamp in .venv remembers it.
 setup_venv() {
   local requirements="$1" stamp="$root/.venv/.installed-${1%.txt}" wanted log="$root/.venv/install.log" base
-  wanted="$(cat "$root"/requirements*.txt | sha256sum)"
+  wanted="$(cat "$root"/requirements*.txt)"
   if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
     echo "      .venv is up to date"
     return

@@ -6,7 +6,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 # DeepSpeed compiles two optimizers for the tests, minutes of work: kept for the next checkout on this machine, apart for
 # each processor and each version. A build that was killed leaves a lock that later ones would wait for.
-kind="$( (cat requirements.txt && grep -m 1 '^flags' /proc/cpuinfo) 2>/dev/null | sha256sum | cut -c 1-12)"
+kind="$( (grep -m 1 -E '^(flags|Features)' /proc/cpuinfo || uname -m; cat requirements.txt) 2>/dev/null | cksum | cut -d ' ' -f 1)"
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/minimind/extensions-$kind}"
 [ ! -d "$TORCH_EXTENSIONS_DIR" ] || find "$TORCH_EXTENSIONS_DIR" -name lock -mmin +30 -delete
 # shellcheck source=launch/env.sh
@@ -24,7 +24,7 @@ fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # A test file is one worker's, so what its tests share is made once. One worker more than there are cores, as a third of
 # the time is waiting for time-outs, services and disks; more than four workers would not end any sooner.
-workers="$(($(env -u OMP_NUM_THREADS nproc) + 1))" # which nproc would take for an answer
+workers="$(.venv/bin/python -c 'from minimind.host import count_cores; print(count_cores() + 1)')"
 [ "$workers" -le 4 ] || workers=4
 code=0
 .venv/bin/python -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@" || code=$?

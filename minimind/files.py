@@ -93,10 +93,11 @@ def raise_open_files() -> int:
     shards again and again."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _MOST_OPEN if hard == resource.RLIM_INFINITY else min(hard, _MOST_OPEN)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        with contextlib.suppress(OSError, ValueError):  # a sandbox may refuse
+    while soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):  # a sandbox may refuse, macOS what is beyond its kernel
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
             return most
+        most //= 2
     return _MOST_OPEN if soft == resource.RLIM_INFINITY else soft
 
 
@@ -190,11 +191,3 @@ class FolderLock:
             self._path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
-
-
-def boot_id() -> str:
-    """Identifies this host since it was started (two hosts may have one name); "" where the system does not tell."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""

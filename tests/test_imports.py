@@ -20,7 +20,7 @@ COMMANDS = {
     "train", "generate", "answer", "evaluate", "export", "serve", "plan", "doctor", "status", "report", "checkpoint",
     "tune",
 }  # fmt: skip
-GROUND = {"__init__", "accelerator", "errors", "schema", "files", "units", "cli", "remote", "cache"}
+GROUND = {"__init__", "accelerator", "cache", "cli", "errors", "files", "host", "remote", "schema", "units"}
 # `config` asks the model for nothing but its shape.
 CONFIG_MAY_IMPORT = {"minimind.model.config", "minimind.model.presets", "minimind.model.tuning"}
 

@@ -19,6 +19,7 @@ import zstandard
 
 from data_prep.reading.records import CHUNK_BYTES
 from minimind.errors import UserError, first_line
+from minimind.host import PROC
 from minimind.remote import RemoteFile, describe, url_of
 
 _SIGNATURES = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ\0": ".xz"}
@@ -109,9 +110,11 @@ def open_text(stream: io.BufferedReader, source: Source, encoding: str) -> io.Bu
 
 
 def spool(stream: Any, name: str) -> BinaryIO:
-    """The bytes of `stream` in a nameless temporary file, for inputs that must be read twice or from their end."""
+    """The bytes of `stream` in a temporary file, for inputs that must be read twice or from their end. It is nameless
+    where the system can open such a file again by its number."""
+    make = tempfile.TemporaryFile if (PROC / "self/fd").is_dir() else tempfile.NamedTemporaryFile
     try:
-        file = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
+        file = make()
         while block := stream.read(CHUNK_BYTES):
             try:
                 file.write(block)

@@ -15,6 +15,7 @@ from data_prep.reading.byte_stream import Source, is_url, spool
 from data_prep.reading.records import InputFormat
 from minimind.data.shards import BAD_DOCUMENTS_NAME, CORPUS_NAME, SPLITS
 from minimind.errors import UserError
+from minimind.host import PROC
 from minimind.remote import describe, glob_files, join_url, list_files, redact
 
 SUFFIXES: dict[str, InputFormat] = {
@@ -181,7 +182,8 @@ def _spool_pipe(word: str, default_format: InputFormat | None, is_val: bool) -> 
         raise UserError(f"cannot read {word}: {error.strerror}") from None
     _pipes.append(file)  # held open: the path below leads to it only as long
     size = os.fstat(file.fileno()).st_size
-    return Source(word, default_format, "", f"/proc/self/fd/{file.fileno()}", size, is_val)
+    path = file.name if isinstance(file.name, str) else f"{PROC}/self/fd/{file.name}"
+    return Source(word, default_format, "", path, size, is_val)
 
 
 def _split_name(path: str) -> tuple[InputFormat | None, str]:

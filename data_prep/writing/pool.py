@@ -15,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from minimind.errors import UserError
+from minimind.host import count_cores
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -24,7 +25,7 @@ def count_workers(flag: int) -> int:
     """What `--workers` means: 0 is one for each core that this process may use."""
     if flag < 0:
         raise UserError(f"--workers {flag}: must be at least 1, or 0 for one for each core")
-    return flag or len(os.sched_getaffinity(0))
+    return flag or count_cores()
 
 
 def map_ordered(function: Callable[[T], R], items: Iterable[T], workers: int) -> Generator[R, None, None]:

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ from minimind.accelerator import collectives_of
 from minimind.distributed.cpu_gather import gather_in_place
 from minimind.distributed.environment import DEFAULT_MASTER_PORT, RankEnvironment, node_name
 from minimind.errors import OneRankError, first_line
+from minimind.host import count_cores
 
 NCCL_SECONDS = 60.0
 """On CUDA a collective fails so much later than the watchdog, which says where every rank is: NCCL would only abort."""
@@ -141,6 +143,10 @@ def _told_by_environment(env: RankEnvironment, device: torch.device) -> Iterator
     # gloo connects two ranks when they first speak to each other, instead of everybody with everybody at the start: a
     # rank needs some 20 descriptors at any world size, and the store no list of all addresses for each rank.
     told |= {"TORCH_GLOO_LAZY_INIT": os.environ.get("TORCH_GLOO_LAZY_INIT", "1")}
+    if sys.platform == "darwin":  # its gloo refuses that, and asks the network for the name of a machine it is alone on
+        told["TORCH_GLOO_LAZY_INIT"] = "0"
+        if env.local_world_size == env.world_size:
+            told["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo0")
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed wants both alike
         told["OMPI_COMM_WORLD_LOCAL_RANK"] = local_rank
     before = {name: os.environ.get(name) for name in told}
@@ -165,5 +171,4 @@ def count_threads(env: RankEnvironment) -> int:
     """Threads of a local rank: what OMP_NUM_THREADS says, or its share of the cores."""
     if "OMP_NUM_THREADS" in os.environ:
         return torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // max(1, env.local_world_size))
+    return max(1, count_cores() // max(1, env.local_world_size))

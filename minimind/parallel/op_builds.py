@@ -20,6 +20,7 @@ from torch.utils import cpp_extension
 from minimind.config.resolved_run import ResolvedRun
 from minimind.errors import UserError, first_line
 from minimind.files import FolderLock
+from minimind.host import require_linux
 
 # DeepSpeed's engine imports its own Muon to ask whether it is the optimizer, and that puts torch.compile on it: the
 # import of the compiler takes as long as torch's own, at every start of every run.
@@ -51,6 +52,7 @@ def needed_ops(resolved: ResolvedRun) -> list[str]:
         on_device, on_host = _OPTIMIZER_OPS.get(ds["optimizer"]["type"].lower(), (None, None))
         names.append(on_device if zero.offload_optimizer is None else on_host)
     if "nvme" in (zero.offload_optimizer, zero.offload_param):
+        require_linux("offload to nvme", 'take "device": "cpu"')
         names.append("GDSBuilder" if ds.get("aio", {}).get("use_gds") else "AsyncIOBuilder")
     section = ds.get("zero_optimization", {})
     if any(section.get(f"zero_quantized_{what}") for what in ("weights", "gradients", "nontrainable_weights")):
@@ -84,8 +86,8 @@ def _build(builder: OpBuilder, say: Callable[[str], None]) -> None:
             builder.load(verbose=False)
         except (RuntimeError, ImportError, OSError, ValueError) as error:
             raise UserError(
-                f"DeepSpeed's {name} does not build: {compiler_message(error)}; install a C++ compiler and ninja (and "
-                "the CUDA toolkit on a GPU), or choose a configuration that does not need it"
+                f"DeepSpeed's {name} does not build: {compiler_message(error)}; install a C++ compiler that knows "
+                "OpenMP, and ninja (and the CUDA toolkit on a GPU), or choose a configuration that does not need it"
             ) from error
 
 

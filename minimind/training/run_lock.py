@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from minimind.errors import UserError
-from minimind.files import FolderLock, boot_id, replace_file
+from minimind.files import FolderLock, replace_file
+from minimind.host import boot_id
 
 LOCK_NAME = "run.lock"
 BEAT_SECONDS = 5.0

@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import resource
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,6 +13,7 @@ from minimind.checkpoints.manifest import TrainState
 from minimind.data.dataset import Mixture
 from minimind.data.loader import BatchLoader
 from minimind.distributed.collectives import all_reduce_sum, gather_on_first
+from minimind.host import peak_memory
 from minimind.parallel.mesh import Mesh
 from minimind.training.record.run_files import StepRecord
 from minimind.training.step_timer import StepTimer, describe_times, seconds
@@ -172,5 +171,4 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Most memory that this rank has held: memory of an accelerator, on a CPU resident memory."""
     if device.type != "cpu":
         return int(device_module(device).max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_memory()

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from minimind.files import boot_id
+from minimind.host import boot_id
 from minimind.training import run_lock
 from minimind.training.run_lock import LOCK_NAME, RunLock, RunLockError, hold_run_folder
 

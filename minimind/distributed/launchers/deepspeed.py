@@ -21,6 +21,7 @@ from deepspeed.launcher.multinode_runner import PDSHRunner
 from minimind.distributed.launchers.local import FORWARDED, end_with_parent, exit_code
 from minimind.errors import UserError, first_line, run_main
 from minimind.files import ROOT
+from minimind.host import require_linux
 
 # A connection to a dead host is given up after 30 s; otherwise pdsh would wait for ever.
 SSH_OPTIONS = "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=3"
@@ -33,8 +34,9 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run `deepspeed` with these arguments; the exit code of its remote side.
 
     Raises:
-        UserError: a host that does not answer, a bad hostfile, a path that a shell would change.
+        UserError: a host that does not answer, a bad hostfile, a path that a shell would change, another system.
     """
+    require_linux("launch/deepspeed", "on one machine: bash launch/pretrain.sh")
     given = runner.parse_args(sys.argv[1:] if args is None else list(args))
     hosts = select_hosts(given)
     command, environment = build_command(given, hosts, find_exports(os.environ, [Path.home(), Path.cwd()]))

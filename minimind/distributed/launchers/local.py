@@ -49,10 +49,11 @@ def find_free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def end_with_parent() -> Callable[[], object]:
-    """A `preexec_fn`: the kernel sends the child SIGTERM when this process ends, however it ends."""
-    libc = ctypes.CDLL(None)  # loaded before the fork: between fork and exec nothing may allocate
-    return lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def end_with_parent() -> Callable[[], object] | None:
+    """A `preexec_fn`: the kernel sends the child SIGTERM when this process ends, however it ends. None: not Linux's,
+    where a rank notices only by itself (`launchers.watch`)."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # found before the fork: until exec nothing may allocate
+    return prctl and (lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM))
 
 
 def rank_environment(rank: int, world_size: int, port: str) -> dict[str, str]:

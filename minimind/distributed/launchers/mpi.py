@@ -15,8 +15,8 @@ from minimind.distributed.environment import RankEnvironment, node_name
 from minimind.distributed.launchers.local import find_free_port
 from minimind.errors import OneRankError, first_line
 
-# By launcher; mpi4py is linked against these names.
-_LIBRARIES = {"openmpi": "libmpi.so.40", "mpich": "libmpi.so.12"}
+# The version of its library by launcher, by which mpi4py is linked.
+_LIBRARIES = {"openmpi": "40", "mpich": "12"}
 
 
 def find_master(env: RankEnvironment) -> RankEnvironment:
@@ -31,7 +31,7 @@ def find_master(env: RankEnvironment) -> RankEnvironment:
         return env
     if "MPI4PY_LIBMPI" not in os.environ:
         # A host may have both; the variables tell which mpirun this is. A wheel's library is installed beside Python.
-        name = _LIBRARIES[env.launcher]
+        name = ("libmpi.{}.dylib" if sys.platform == "darwin" else "libmpi.so.{}").format(_LIBRARIES[env.launcher])
         os.environ["MPI4PY_LIBMPI"] = os.pathsep.join([os.path.join(sys.prefix, "lib", name), name])
     mpi4py.rc.initialize = False
     mpi4py.rc.finalize = False

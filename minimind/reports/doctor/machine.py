@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+from minimind.host import count_cores
 from minimind.reports.doctor.check import Check
 from minimind.units import format_bytes
 
@@ -56,6 +57,8 @@ def check_limits() -> list[Check]:
 
 def check_shared_memory(folder: Path) -> list[Check]:
     """NCCL and gloo pass data within a host through it; killed runs leave buffers in it."""
+    if sys.platform != "linux":
+        return []  # there they are pieces of memory without a folder
     if not folder.is_dir():
         return [Check("shared memory", "bad", f"no {folder}", "mount it: mount -t tmpfs tmpfs /dev/shm")]
     usage, fix = shutil.disk_usage(folder), ""
@@ -74,7 +77,7 @@ def check_shared_memory(folder: Path) -> list[Check]:
 
 def check_memory() -> Check:
     """Free memory of the host."""
-    memory, cores = psutil.virtual_memory(), len(os.sched_getaffinity(0))
+    memory, cores = psutil.virtual_memory(), count_cores()
     what = f"{format_bytes(memory.available)} free of {format_bytes(memory.total)}, {cores} cores"
     fix = "close other programs; even small runs need some gigabytes" if memory.available < 4 * 2**30 else ""
     return Check("memory", "warn" if fix else "ok", what, fix)

@@ -11,13 +11,13 @@ import contextlib
 import ctypes
 import json
 import os
-import resource
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import torch
 
 from minimind.accelerator import device_module, has_streams, synchronize
@@ -35,6 +35,7 @@ from minimind.distributed.process_group import process_group
 from minimind.distributed.stop_requests import StopRequests
 from minimind.distributed.watchdog import Watchdog
 from minimind.errors import UserError, run_main
+from minimind.host import PROC, forget_peak, peak_memory
 from minimind.parallel.engine import build_engine, build_model
 from minimind.parallel.mesh import make_mesh
 from minimind.training.control import RunControl
@@ -53,7 +54,8 @@ _M_MMAP_THRESHOLD = -3
 def main() -> int:
     """Take the order from its file and print the finding."""
     # The kernel, where memory is short all the same, is to take this process.
-    Path("/proc/self/oom_score_adj").write_text("1000")
+    with contextlib.suppress(OSError):
+        (PROC / "self/oom_score_adj").write_text("1000")
     order = json.loads(Path(sys.argv[1]).read_text())
     env = read_environment()
     device = find_device(env)
@@ -144,7 +146,7 @@ def held_bytes(device: torch.device) -> int:
     """Memory that this process holds at this moment: allocated on an accelerator, resident on a CPU."""
     if device.type != "cpu":
         return int(device_module(device).memory_allocated(device))
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return psutil.Process().memory_info().rss
 
 
 def reset_peak(device: torch.device) -> None:
@@ -152,15 +154,14 @@ def reset_peak(device: torch.device) -> None:
     if device.type != "cpu":
         device_module(device).reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")
+        forget_peak()
 
 
 def peak_bytes(device: torch.device) -> int:
     """Most memory held since `reset_peak`."""
     if device.type != "cpu":
         return int(device_module(device).max_memory_allocated(device))
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return peak_memory()
 
 
 if __name__ == "__main__":
