@@ -20,7 +20,9 @@ VISIBLE_DEVICES = {
 
 
 def accelerator_type() -> str | None:
-    """The type of the accelerator that torch can use here; None: there is none."""
+    """The type of the accelerator that torch can use here; None: there is none, or DS_ACCELERATOR=cpu hides it."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":  # DeepSpeed's variable; torch has none that hides Apple's
+        return None
     found = torch.accelerator.current_accelerator(check_available=True)
     return None if found is None else found.type
 

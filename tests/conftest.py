@@ -10,6 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests are for the CPU wherever they run: those that start two ranks would want two GPUs. `-m gpu` shows them.
 if "PYTEST_XDIST_WORKER" not in os.environ and "gpu" not in sys.argv:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if sys.platform == "darwin":
+        os.environ["DS_ACCELERATOR"] = "cpu"
 # Processes that the tests start find tests/support too.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(Path(__file__).parent / "support"), os.environ.get("PYTHONPATH")])

@@ -16,6 +16,7 @@ from repository import ROOT
 
 from data_prep.reading import byte_stream, sources
 from minimind import host
+from minimind.accelerator import accelerator_type
 from minimind.config.deepspeed_file import load_ds_config
 from minimind.config.resolve import resolve_run
 from minimind.config.run_config import RunConfig
@@ -62,6 +63,13 @@ def test_the_start_of_the_machine_is_asked_of_sysctl(mac, monkeypatch, tmp_path)
     (tmp_path / "sysctl").write_text('#!/bin/sh\n[ "$*" = "-n kern.bootsessionuuid" ] && echo 1F2E\n')
     (tmp_path / "sysctl").chmod(0o755)
     assert host.boot_id() == "1F2E"
+
+
+def test_an_accelerator_that_torch_cannot_hide_is_hidden_as_from_deepspeed(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+    assert accelerator_type() == "mps"
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert accelerator_type() is None
 
 
 def test_as_many_files_are_opened_as_the_kernel_can_hold(monkeypatch):
