@@ -124,8 +124,9 @@ def cpu_name() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         key, _, value = line.partition(":")
         fields.setdefault(key.strip(), value.strip())
-    sets = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in fields.get("flags", "").split()]
-    family = f"family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
+    flags = fields.get("flags", fields.get("Features", "")).split()  # ARM's word for them
+    sets = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16") if name in flags]
+    family = f"family {fields.get('cpu family', '?')} model {fields.get('model', fields.get('CPU part', '?'))}"
     return f"{fields.get('model name', platform.processor())} ({family}; {' '.join(sets)})"
 
 
