@@ -12,7 +12,9 @@ def prove_little(output: str) -> int:
     with (
         unittest.mock.patch.object(prove, "KINDS", {"dense": prove.KINDS["dense"]}),
         unittest.mock.patch.object(prove, "STAGES", (2,)),
-        unittest.mock.patch.multiple(proof_runs, SIZES=("tiny",), LAST_TIMED_STEP=6, WARM_UP_STEPS=1, FEWEST_STEPS=1),
+        unittest.mock.patch.multiple(
+            proof_runs, SIZES=("tiny",), CPU_SEQ_LEN=64, SEQ_LEN=64, LAST_TIMED_STEP=6, WARM_UP_STEPS=1, FEWEST_STEPS=1
+        ),
         unittest.mock.patch.object(proof_runs, "KINDS", {"dense": prove.KINDS["dense"]}),
     ):
         return doctor.main(["--prove", "--output", output])

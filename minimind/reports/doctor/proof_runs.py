@@ -41,6 +41,7 @@ KINDS: dict[str, tuple[ModelConfig, bool]] = {
 """Small models, and whether documents are masked."""
 STEPS, SAVED_STEP = 6, 3
 SIZES = ("large", "medium", "minimind3", "small", "minimind2-small", "quickstart", "tiny")
+CPU_SEQ_LEN, SEQ_LEN = 512, 2048
 WARM_UP_STEPS, LAST_TIMED_STEP, FEWEST_STEPS = 5, 30, 10
 USABLE_MEMORY, USABLE_TIME, LIKELY_MFU = 0.5, 0.4, 0.25
 """What a large run may take of the free memory and of the time that is left, and its guessed speed."""
@@ -149,7 +150,7 @@ class ProofRuns:
         on_cpu = self.device.type == "cpu"
         free = psutil.virtual_memory().available if on_cpu else device_module(self.device).mem_get_info(self.device)[0]
         for name in SIZES:
-            run = self._large_run(name, 512 if on_cpu else 2048)
+            run = self._large_run(name, CPU_SEQ_LEN if on_cpu else SEQ_LEN)
             resolved = self.resolve(run)
             tokens = LAST_TIMED_STEP * resolved.train.global_batch_size * resolved.data.seq_len
             is_fast = tokens * resolved.flops_per_token <= LIKELY_MFU * peak * seconds
