@@ -49,7 +49,7 @@ class Finding:
 def _figure(name: str, value: float) -> str:
     if name.endswith("_bytes"):
         return format_bytes(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.2g}"
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.2g}"
 
 
 def without_names(text: str) -> str:
