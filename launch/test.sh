@@ -8,7 +8,7 @@ cd "$root"
 # each processor and each version. A build that was killed leaves a lock that later ones would wait for.
 kind="$( (grep -m 1 -E '^(flags|Features)' /proc/cpuinfo || uname -m; cat requirements.txt) 2>/dev/null | cksum | cut -d ' ' -f 1)"
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/minimind/extensions-$kind}"
-[ ! -d "$TORCH_EXTENSIONS_DIR" ] || find "$TORCH_EXTENSIONS_DIR" -name lock -mmin +30 -delete
+[ ! -d "$TORCH_EXTENSIONS_DIR" ] || find "$TORCH_EXTENSIONS_DIR" -name lock -mmin +30 -exec rm {} +
 # shellcheck source=launch/env.sh
 . launch/env.sh
 # shellcheck source=launch/setup.sh
