@@ -1,6 +1,9 @@
 """The search for the largest micro-batch: by figures, and by real steps in real processes."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from minimind import plan
 from minimind.config.deepspeed_file import load_ds_config
@@ -61,7 +64,10 @@ def test_auto_begins_where_the_plan_ends_and_takes_a_divisor(monkeypatch, share)
         return planned(resolve_run(one, load_ds_config(None), world_size=1, device_type="cuda", bf16_supported=True))
 
     limit = sized(4) + 1
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (round(limit / micro_batch.USABLE_DEVICE) + 1, 0))
+    device = SimpleNamespace(mem_get_info=lambda device: (round(limit / micro_batch.USABLE_DEVICE) + 1, 0))
+    monkeypatch.setattr(micro_batch, "device_module", lambda of: device)
+    monkeypatch.setattr(micro_batch, "default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(micro_batch, "computes_bf16", lambda device: True)
     fitting = [size for size in (1, 2, 3, 4, 6, 12) if share * sized(size) <= limit]
     if not fitting:
         with pytest.raises(UserError, match="not even 1 sequence"):
