@@ -1,6 +1,7 @@
 """A scaling law fitted on small runs, and its word on the next size beside what was found.
 
     python benchmarks/scaling_law.py --shards DIR [--widths 64 96 128 192 256] [--steps 400] [--seeds 1]
+        [--precision bf16]
 
 Each width is one run at a constant rate, evaluated on the way; the last is predicted from the others. What is written
 serves `python -m minimind.plan --compute-optimal BUDGET --law FILE`.
@@ -23,14 +24,15 @@ SEQ_LEN, WINDOWS = 256, 8
 
 def main(
     shards: Path, widths: tuple[int, ...] = (64, 96, 128, 192, 256), steps: int = 400, evaluations: int = 8,
-    seeds: tuple[int, ...] = (1,), folder: Path = OUT / "scaling_law",
+    seeds: tuple[int, ...] = (1,), precision: str = "fp32", folder: Path = OUT / "scaling_law",
 ) -> None:  # fmt: skip
     points: dict[int, list[tuple[float, int, float]]] = {}
     every = steps // evaluations
     for width, seed in itertools.product(widths, seeds):
         size = dataclasses.replace(preset("quickstart"), hidden_size=width).flops_per_token(SEQ_LEN) / 6
         flags = ["--hidden-size", width, "--seq-len", SEQ_LEN, "--global-batch-size", WINDOWS, "--schedule", "constant"]
-        flags += ["--steps", steps, "--eval-every", every, "--seed", seed, "--shards", shards]
+        flags += ["--precision", precision, "--steps", steps, "--eval-every", every]
+        flags += ["--seed", seed, "--shards", shards.resolve()]
         found = train_evaluated("quickstart", folder / f"{width}-{steps}-{seed}", *flags)
         points.setdefault(width, []).extend((size, n * SEQ_LEN * WINDOWS, bits) for n, bits in found if n > every)
         print(f"  width {width}, seed {seed}: {found[-1][1]:.4f}", file=sys.stderr, flush=True)

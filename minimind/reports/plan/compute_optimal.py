@@ -46,6 +46,7 @@ def show_compute_optimal(run: RunConfig, options: PlanOptions) -> str:
             f"budget    {budget:.3g} operations",
             f"best      {size:,.0f} parameters and {ratio * size:,.0f} tokens"
             + ("" if law is None else f": {law(size, ratio * size):.3f} bits a byte by {options.law}"),
+            *([] if law is None or budget < 10 * law.largest else [_guess(budget / law.largest)]),
             "",
             format_table(rows, "<>"),
             "",
@@ -53,6 +54,10 @@ def show_compute_optimal(run: RunConfig, options: PlanOptions) -> str:
             "smaller, and trained longer",
         )
     )
+
+
+def _guess(beyond: float) -> str:
+    return f"beyond    {beyond:,.0f} times the largest run that the law was fitted on: a guess; fit it on larger ones"
 
 
 def _operations(options: PlanOptions) -> float:

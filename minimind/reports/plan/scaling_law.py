@@ -23,6 +23,8 @@ class ScalingLaw(NamedTuple):
     tokens: float
     size_exponent: float
     token_exponent: float
+    largest: float = math.inf
+    """Operations of the largest of the runs."""
 
     def __call__(self, size: float, tokens: float) -> float:
         """The loss of N and D."""
@@ -53,7 +55,7 @@ def fit_law(points: np.ndarray) -> ScalingLaw:
             found.append((float(np.square(columns @ factors - 1).sum()), (*factors, a, b)))
     if not found:
         raise UserError("no scaling law: the losses do not fall with size and tokens; take longer runs or more sizes")
-    return ScalingLaw(*map(float, min(found)[1]))
+    return ScalingLaw(*map(float, min(found)[1]))._replace(largest=float(6 * (sizes * tokens).max()))
 
 
 def read_law(path: str) -> ScalingLaw:
@@ -67,6 +69,6 @@ def read_law(path: str) -> ScalingLaw:
         law = ScalingLaw(**{name: float(value) for name, value in content["measured"]["law"].items()})
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"law: {path} holds none; give the JSON that benchmarks/scaling_law.py writes") from None
-    if not all(map(math.isfinite, law)) or min(law[1:]) <= 0:
+    if not all(map(math.isfinite, law[:5])) or min(law[1:]) <= 0:
         raise UserError(f"law: {path}: {json.dumps(law._asdict())} is none: all but the floor are above 0")
     return law
