@@ -196,12 +196,14 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 def _iterate_gram(gram: Tensor) -> Tensor:
     """The product of all steps, from X X^T alone: fewer operations where X is wide, but its squares need float32."""
+    step: Tensor | None = None
     product: Tensor | None = None
     for a, b, c in _COEFFICIENTS:
+        if step is not None:
+            gram = step @ gram @ step
         step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # all of these are symmetric and commute
         step.diagonal(dim1=-2, dim2=-1).add_(a)
         product = step if product is None else step @ product
-        gram = step @ gram @ step
     assert product is not None
     return product
 

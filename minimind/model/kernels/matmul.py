@@ -202,6 +202,23 @@ class FastLMHead(LMHead):
         return super().forward(hidden_states, labels, reduction, weights, loss_of_chunk, on_losses)
 
     @staticmethod
+    def chunk_loss(
+        logits: Tensor, targets: Tensor, counts: Tensor, z_loss_coef: float, need_grad: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `LMHead.chunk_loss`, with one exponential of each logit for loss and gradient, not two."""
+        if not need_grad:
+            return LMHead.chunk_loss(logits, targets, counts, z_loss_coef, need_grad)
+        counted, indices = counts.unsqueeze(1), targets.unsqueeze(1).clamp(min=0)
+        highest, target_logits = logits.amax(dim=1, keepdim=True).float(), logits.gather(1, indices).float()
+        grad = logits.softmax(dim=-1, dtype=torch.float32)
+        log_partition = highest - grad.amax(dim=1, keepdim=True).log_()
+        losses = log_partition - target_logits + z_loss_coef * log_partition.square()
+        if z_loss_coef:
+            grad *= 1 + 2 * z_loss_coef * log_partition
+        grad.scatter_add_(1, indices, grad.new_full((1, 1), -1.0).expand_as(indices))
+        return losses * counted, grad.mul_(counted).to(logits.dtype)
+
+    @staticmethod
     def add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
         """As `LMHead.add_matmul`."""
         if upcasts_to_fp32(left):
