@@ -25,7 +25,7 @@ esac
 
 
 def test_steps_fill_the_time_between_their_bounds() -> None:
-    assert choose_steps(400, 1.0) == 280 and choose_steps(400, 0.5) == 580
+    assert choose_steps(400, 1.0) == 320 and choose_steps(400, 0.5) == 660
     assert choose_steps(400, 0.001) == MOST and choose_steps(400, 100.0) == FEWEST
 
 
@@ -63,19 +63,19 @@ def run(repository: Path, **environment: str) -> tuple["subprocess.CompletedProc
 def test_the_chosen_number_is_said_and_kept(repository: Path) -> None:
     done, calls = run(repository)
     assert done.returncode == 0, done.stderr
-    assert "140 steps, and as much to fine-tune it, each at most 3 minutes here" in done.stdout
+    assert "140 steps, at most 5 minutes here, and a quarter of it to fine-tune it" in done.stdout
     (trained,) = [call for call in calls if call.startswith("pretrain.sh")]
     shape = {"hidden-size": MODEL.hidden_size, "seq-len": SEQ_LEN, "global-batch-size": WINDOWS}
     for name, value in {"steps": 140, "precision": "bf16", **shape}.items():
         assert f"--{name} {value} " in trained, "another step than was measured"
     (measured,) = [call for call in calls if "quickstart_steps.py" in call]
-    assert 180 <= int(measured.split()[-1]) <= 195
-    assert any(call.startswith("sft.sh") and "--steps 280 " in call for call in calls)
+    assert 305 <= int(measured.split()[-1]) <= 320
+    assert any(call.startswith("sft.sh") and "--steps 70 " in call for call in calls)
     done, calls = run(repository)  # goes on with the same number, whatever time is left
     assert not any("quickstart_steps.py" in call for call in calls)
     assert any("--steps 140 " in call and "--precision bf16" in call for call in calls)
     done, calls = run(repository, QUICKSTART_STEPS="20")
-    assert any("--steps 20 " in call for call in calls) and any("--steps 40 " in call for call in calls)
+    assert any("--steps 20 " in call for call in calls) and any("--steps 10 " in call for call in calls)
     assert not any("--precision" in call for call in calls)
 
 
