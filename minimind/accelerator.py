@@ -127,9 +127,9 @@ def has_streams(device: torch.device) -> bool:
     return device.type not in ("cpu", "mps")
 
 
-def has_float64(device: torch.device) -> bool:
-    """Whether tensors of float64 can lie there."""
-    return device.type != "mps"
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 where the device has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def takes_one_process(device_type: str) -> bool:

@@ -19,8 +19,12 @@ T = TypeVar("T")
 
 
 def all_reduce_sum(tensor: torch.Tensor, group: torch.distributed.ProcessGroup | None = None) -> torch.Tensor:
-    """Sum `tensor` over all ranks, or those of a group, in place. Every rank calls this."""
-    torch.distributed.all_reduce(tensor, group=group)
+    """Sum `tensor` over all ranks, or those of a group, in place. Every rank calls this.
+
+    A rank alone has the sum already, and its device may have no collectives (Apple's).
+    """
+    if torch.distributed.get_world_size(group) > 1:
+        torch.distributed.all_reduce(tensor, group=group)
     return tensor
 
 

@@ -13,6 +13,9 @@ from minimind.accelerator import device_module
 from minimind.errors import OneRankError
 from minimind.units import format_bytes
 
+APPLE = "MPS backend out of memory"
+"""A RuntimeError like any other."""
+
 
 @contextlib.contextmanager
 def explain_out_of_memory(
@@ -34,7 +37,7 @@ def explain_out_of_memory(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        on_device = isinstance(error, torch.OutOfMemoryError)
+        on_device = isinstance(error, torch.OutOfMemoryError) or APPLE in str(error)
         figures = []
         if more := re.search(r"tried to allocate ([\d.]+ ?\w+)", str(error), re.IGNORECASE):
             figures.append(f"{_readable(more[1])} more were wanted")
@@ -56,6 +59,7 @@ def is_out_of_memory(error: Exception) -> bool:
         "CUBLAS_STATUS_ALLOC_FAILED",
         "CUDA error: out of memory",
         "failure 'out of memory'",
+        APPLE,
     )
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 from torch.distributed import ProcessGroup
 
-from minimind.accelerator import has_streams
+from minimind.accelerator import has_streams, widest_float
 from minimind.data.dataset import WHOLE, Dataset, Mixture, SequencePart
 from minimind.data.loader import Batch, DeviceCopy, eval_batches
 from minimind.data.manifest import MANIFEST_NAME, Manifest
@@ -171,7 +171,7 @@ def _measure(
 ) -> Evaluation:
     was_training = model.training
     model.eval()
-    total, num_targets = torch.zeros(1, dtype=torch.float64, device=device), 0
+    total, num_targets = torch.zeros(1, dtype=widest_float(device), device=device), 0
     names: list[str] = []
     copy = DeviceCopy(device)
     try:
@@ -181,7 +181,7 @@ def _measure(
                 batch = batch.pin_memory()
             found = sums(model, copy(batch))
             names = list(found.figures)
-            total = total + torch.stack([found.loss, *found.figures.values()]).double()
+            total = total + torch.stack([found.loss, *found.figures.values()]).to(total.dtype)
             num_targets += found.count
     finally:
         model.train(was_training)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from minimind.accelerator import has_streams
+from minimind.accelerator import has_streams, widest_float
 from minimind.schema import ABOVE_0, AT_LEAST_0, AT_LEAST_1, Limits, check_fields
 
 
@@ -77,16 +77,16 @@ def draw(
 
 def _draw_random(scores: Tensor, options: Sequence[GenerationOptions], randoms: Sequence[Random]) -> Tensor:
     def column(values: list[float]) -> Tensor:
-        return to_device([values], scores.device, torch.float64).T  # (B, 1)
+        return to_device([values], scores.device, dtype).T  # (B, 1)
 
-    vocab_size = scores.shape[1]
+    vocab_size, dtype = scores.shape[1], widest_float(scores.device)
     temperature = column([row.temperature or 1.0 for row in options]).float()
     top_k = column([vocab_size if row.top_k is None else row.top_k for row in options])
     top_p = column([2.0 if row.top_p is None else row.top_p for row in options])
     min_p = column([row.min_p or 0.0 for row in options])
     scores, token_ids = (scores / temperature).sort(dim=-1, descending=True, stable=True)  # (B, V)
     ranks = torch.arange(vocab_size, device=scores.device)
-    probs = scores.masked_fill(ranks >= top_k, float("-inf")).double().softmax(dim=-1)
+    probs = scores.masked_fill(ranks >= top_k, float("-inf")).to(dtype).softmax(dim=-1)
     before = probs.cumsum(dim=-1) - probs  # probability of all likelier tokens
     probs = probs * ((before < top_p) & (probs >= min_p * probs[:, :1]))
     cumulated = probs.cumsum(dim=-1)

@@ -10,13 +10,14 @@ import math
 import torch
 from torch import Tensor
 
+from minimind.accelerator import widest_float
 from minimind.model.config import ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
-    """Radians a position for each pair of dimensions, (head_size / 2,) float64, scaling applied."""
-    size = config.head_size
-    exponents = torch.arange(0, size, 2, dtype=torch.float64, device=device) / size
+    """Radians a position for each pair of dimensions, (head_size / 2,), in float64 where there is, scaling applied."""
+    size, dtype = config.head_size, torch.float64 if device is None else widest_float(device)
+    exponents = torch.arange(0, size, 2, dtype=dtype, device=device) / size
     frequencies = config.rope_theta**-exponents
     if config.rope_scaling_factor == 1:
         return frequencies
@@ -30,7 +31,7 @@ def inverse_frequencies(config: ModelConfig, device: torch.device | None = None)
     else:  # over the pairs
         low = max(math.floor(_pair_that_makes(config.rope_beta_fast, config)), 0)
         high = min(math.ceil(_pair_that_makes(config.rope_beta_slow, config)), size - 1)
-        pairs = torch.arange(size // 2, dtype=torch.float64, device=device)
+        pairs = torch.arange(size // 2, dtype=dtype, device=device)
         ramp = (pairs - low) / max(high - low, 0.001)
     ramp = ramp.clamp(0, 1)
     return frequencies * (1 - ramp) + stretched * ramp

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from minimind.accelerator import device_module, has_streams, record_event
+from minimind.accelerator import device_module, has_streams, record_event, widest_float
 from minimind.checkpoints.manifest import TrainState
 from minimind.data.dataset import Mixture
 from minimind.data.loader import BatchLoader
@@ -45,11 +45,12 @@ class Figures:
         self.pending = pending
         self._reading = timer.read()
         losses = torch.stack([item.loss for item in pending])
+        dtype = widest_float(losses.device)
         # A number is filled in by the device; as a tensor of its own it would be copied, and the host would wait.
         norms = [
-            item.grad_norm.double().to(losses.device)
+            item.grad_norm.to(losses.device, dtype)
             if isinstance(item.grad_norm, torch.Tensor)
-            else losses.new_full((), math.nan if item.grad_norm is None else item.grad_norm, dtype=torch.float64)
+            else losses.new_full((), math.nan if item.grad_norm is None else item.grad_norm, dtype=dtype)
             for item in pending
         ]
         figures = [value for item in pending for value in item.figures.values()]
@@ -147,7 +148,7 @@ def summarize_load(step: int, counts: torch.Tensor) -> StepRecord:
     Args:
         counts: (num_moe_layers, num_experts + 1) `LossParts.expert_counts` summed over micro-batches and ranks.
     """
-    load, dropped = counts[:, :-1].double().cpu(), counts[:, -1].double().cpu()
+    load, dropped = counts[:, :-1].cpu().double(), counts[:, -1].cpu().double()
     total = load.sum(dim=1)  # (num_moe_layers,)
     shares = load / total.unsqueeze(1)
     most = math.log(load.shape[1]) or 1.0

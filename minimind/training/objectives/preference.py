@@ -266,7 +266,7 @@ def measure_answers(engine: Any, dataset: Dataset, micro_batch_size: int) -> np.
     with whole_rows(engine.module):
         for batch in eval_batches(dataset, micro_batch_size, rank, ranks):
             log_probs, _ = answer_log_probs(engine, batch.to(engine.device))
-            table[list(batch.pairs), :2] = log_probs.view(-1, 2).double().cpu()
+            table[list(batch.pairs), :2] = log_probs.view(-1, 2).cpu().double()
             table[list(batch.pairs), 2] = 1
     engine.train()
     table = all_reduce_sum(table, group)
