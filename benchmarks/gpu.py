@@ -89,7 +89,7 @@ def read_tests(path: Path) -> list[dict[str, Any]]:
 
 def write_page(page: Path) -> None:
     """The page, and beside it one JSON with all of it."""
-    tests, is_rehearsal = read_tests(OUT / "tests.xml"), "SIMULATED_CUDA" in os.environ
+    tests, is_rehearsal = read_tests(OUT / "tests.xml"), "SIMULATED_DEVICE" in os.environ
     scripts = [json.loads(path.read_text()) for path in sorted(OUT.glob("*.json")) if path != page.with_suffix(".json")]
     failed, missing = (OUT / "failed.txt").read_text().splitlines(), find_missing_compiler(default_device().type)
     content = {"rehearsal": is_rehearsal, "environment": environment(), "failed": failed, "tests": tests}

@@ -4,7 +4,7 @@
 # bf16 and fp16 against the CPU's; a run killed and continued; evaluation, export and server; memory beside the plan),
 # then the benchmarks; made for 25 minutes on one H100. Installs nothing.
 # --nodes: inside a SLURM job, also over all its tasks. The page is benchmarks/gpu.md, or $BENCHMARKS_OUT/gpu.md.
-# A rehearsal where there is no GPU: .venv/bin/python tests/support/simulated_cuda bash benchmarks/gpu.sh --model tiny
+# A rehearsal where there is no GPU: .venv/bin/python tests/support/simulated_device bash benchmarks/gpu.sh --model tiny
 set -o pipefail # not -u: to macOS's bash an empty array is unset
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 models=() nodes=''

@@ -5,7 +5,7 @@ With `-m gpu`, on a machine that has GPUs, the ranks are on those: what is marke
 
 import pytest
 import torch
-from simulated_cuda.build import has_compiler
+from simulated_device.build import has_compiler
 from simulated_ranks import simulated_ranks
 
 

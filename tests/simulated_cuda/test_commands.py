@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from repository import ROOT
-from simulated_cuda import Machine, environment
+from simulated_device import Machine, environment
 from simulated_runs import evaluate_waits, generate_waits, run_command, use_export
 from tokenizers_for_tests import save_byte_level
 from training_runs import EXPERTS, flags_for, train

@@ -3,7 +3,7 @@
 import subprocess
 
 import pytest
-from simulated_cuda import Machine, environment
+from simulated_device import Machine, environment
 from simulated_runs import copy_early, raise_out_of_order
 
 WRONG = {

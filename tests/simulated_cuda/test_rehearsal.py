@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from repository import ROOT
-from simulated_cuda import Machine, environment
+from simulated_device import Machine, environment
 
 
 def test_without_a_gpu_it_says_so_in_a_line():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from repository import ROOT
-from simulated_cuda import Machine
+from simulated_device import Machine
 from simulated_ranks import gpu_environment
 from simulated_runs import (
     MOMENTS,

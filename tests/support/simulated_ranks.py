@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from repository import ROOT
-from simulated_cuda import Machine, environment
+from simulated_device import Machine, environment
 from training_runs import RankPool
 
 

@@ -21,13 +21,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from simulated_cuda import Machine
+from simulated_device import Machine
 from training_runs import train
+
+
+def compute() -> dict[str, Any]:
+    """Two steps of a linear layer on this process's accelerator and on the CPU, and what the former lacks."""
+    from deepspeed.accelerator import get_accelerator
+
+    device = torch.accelerator.current_accelerator(check_available=True)
+    assert device is not None
+    found: dict[str, Any] = {"accelerator": device.type, "deepspeed": get_accelerator().device_name()}
+    for key, where in (("loss", device), ("loss of a cpu", torch.device("cpu"))):
+        torch.manual_seed(0)
+        layer, rows = torch.nn.Linear(8, 8).to(where), torch.randn(4, 8).to(where)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = layer(rows).square().mean()
+            loss.backward()
+            optimizer.step()
+        found |= {key: loss.item(), f"{key} device": loss.device.type}
+    torch.accelerator.synchronize()
+    found["held"] = torch.accelerator.max_memory_allocated()
+    tries: dict[str, Callable[[], Any]] = {
+        "float64": lambda: torch.zeros(1, device=device).double(),
+        "pinned memory": lambda: torch.zeros(1).pin_memory(),
+        "a second stream": lambda: 1 / (torch.Stream(device).stream_id != torch.accelerator.current_stream().stream_id),
+    }
+    found["lacks"] = {}
+    for what, attempt in tries.items():
+        try:
+            attempt()
+        except (RuntimeError, TypeError, ZeroDivisionError) as error:
+            found["lacks"][what] = type(error).__name__
+    return found
 
 
 def train_on(machine: Machine, flags: list[str], visible: str | None = None) -> tuple[int, str]:
     """`training_runs.train` on `machine`; afterwards the process has its own again."""
-    from simulated_cuda.torch_cuda import state, use
+    from simulated_device.device_module import state, use
 
     before = state.machine
     use(machine, visible)
@@ -37,12 +70,12 @@ def train_on(machine: Machine, flags: list[str], visible: str | None = None) -> 
         use(before)
 
 
-def train_with_memory(memory: int, flags: list[str]) -> tuple[int, str]:
+def train_with_memory(memory: int, flags: list[str], kind: str = "H100") -> tuple[int, str]:
     """`training_runs.train` on devices of `memory` bytes, one a rank, and so for every process that it starts; an error
     is what is printed."""
     from minimind.errors import UserError
 
-    machine = Machine(devices=int(os.environ.get("WORLD_SIZE", "1")), memory=memory)
+    machine = Machine(kind, devices=int(os.environ.get("WORLD_SIZE", "1")), memory=memory)
     try:
         with unittest.mock.patch.dict(os.environ, machine.variables()):
             return train_on(machine, flags)
@@ -83,7 +116,7 @@ def resume(flags: list[str], run_dir: Path, step: int) -> tuple[int, str]:
 
 def count_waits(flags: list[str], first: int, last: int) -> dict[str, Any]:
     """Train, and count in steps `first` to `last` (from 1): waits of the host by package and place."""
-    from simulated_cuda.trace import trace
+    from simulated_device.trace import trace
 
     from minimind.training.trainer import Trainer
 
@@ -158,7 +191,7 @@ MOMENTS = {
 
 def run_out_of_memory(moment: str, flags: list[str]) -> str:
     """Train with a device that is full from `moment` on; the error, which is a person's to read."""
-    from simulated_cuda.torch_cuda import device, use
+    from simulated_device.device_module import device, use
 
     from minimind.errors import UserError
 
@@ -230,7 +263,7 @@ def use_export(folder: str, device: str) -> dict[str, str]:
 
 def evaluate_waits(run_dir: str, shards: str) -> dict[str, int]:
     """The waits of an evaluation by the command, by place and kind."""
-    from simulated_cuda.trace import trace
+    from simulated_device.trace import trace
 
     with trace() as counted:
         run_command("evaluate", "--checkpoint", run_dir, "--shards", shards, "--seq-len", "16", "--device", "cuda")
@@ -239,7 +272,7 @@ def evaluate_waits(run_dir: str, shards: str) -> dict[str, int]:
 
 def generate_waits(run_dir: str, num_tokens: int) -> dict[str, int]:
     """The waits of a generation of `num_tokens` tokens, by place and kind."""
-    from simulated_cuda.trace import trace
+    from simulated_device.trace import trace
 
     from minimind.checkpoints.formats.load_model import load_model
     from minimind.inference.decoding import Row, decode

@@ -1,7 +1,7 @@
 """Count the kernels that a GPU would start for one block and for the loss: eagerly, and compiled.
 
 Runs on a simulated GPU, where torch's compiler writes the code that it would give to Triton: nothing is computed, and
-Triton isn't needed. `python tests/support/simulated_cuda python tests/support/traced_kernels.py` prints the counts.
+Triton isn't needed. `python tests/support/simulated_device python tests/support/traced_kernels.py` prints the counts.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The GPUs that are simulated, and which of a machine's a process sees. Imports nothing: `nvidia-smi` is made of it."""
+"""The simulated devices, and which of a machine's a process sees. Imports nothing: `nvidia-smi` is made of it."""
 
 import os
 from collections.abc import Mapping
@@ -6,18 +6,23 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 GIB = 1 << 30
+VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
+"""The variables that say which devices a process sees."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """One kind of GPU."""
+    """One kind of device."""
 
     name: str
     capability: tuple[int, int]
+    """Of CUDA."""
     memory: int
     """Bytes of one device."""
     processors: int
     is_amd: bool = False
+    type: str = "cuda"
+    """What torch calls it."""
 
     @property
     def arch(self) -> str:
@@ -27,7 +32,7 @@ class Profile:
     @property
     def has_nvidia_smi(self) -> bool:
         """Whether NVIDIA's driver is there, with its program."""
-        return not self.is_amd
+        return self.type == "cuda" and not self.is_amd
 
 
 PROFILES = {
@@ -36,11 +41,14 @@ PROFILES = {
     "A100": Profile("NVIDIA A100-SXM4-80GB", (8, 0), 80 * GIB, 108),
     "H100": Profile("NVIDIA H100 80GB HBM3", (9, 0), 80 * GIB, 132),
     "MI300": Profile("AMD Instinct MI300X", (9, 4), 192 * GIB, 304, is_amd=True),
+    "M3": Profile("Apple M3 Max", (0, 0), 27 * GIB, 40, type="mps"),
+    "Max1550": Profile("Intel(R) Data Center GPU Max 1550", (0, 0), 64 * GIB, 512, type="xpu"),
+    "910B": Profile("Ascend910B2", (0, 0), 64 * GIB, 24, type="npu"),
 }
 
 
 class Machine(NamedTuple):
-    """The GPUs of one host."""
+    """The devices of one host."""
 
     kind: str = "H100"
     devices: int = 1
@@ -60,7 +68,9 @@ class Machine(NamedTuple):
     def variables(self) -> dict[str, str]:
         """The machine as environment variables, which `read` reads."""
         memory = str(self.memory_of_each)
-        return {"SIMULATED_CUDA": f"{self.kind},{self.devices},{memory}" + (",mig" if self.mig else "")}
+        said = {"SIMULATED_DEVICE": f"{self.kind},{self.devices},{memory}" + (",mig" if self.mig else "")}
+        # DeepSpeed's builders of ops for Ascend look for its toolkit.
+        return {**said, "ASCEND_HOME_PATH": os.devnull} if self.profile.type == "npu" else said
 
     def identifiers(self) -> list[str]:
         """The UUIDs of the devices, or of their slices."""
@@ -68,8 +78,8 @@ class Machine(NamedTuple):
         return [f"{word}-{index:08x}-0000-4000-8000-000000000000" for index in range(1, self.devices + 1)]
 
     def visible(self, text: str | None) -> list[int]:
-        """The devices that a process sees with CUDA_VISIBLE_DEVICES `text`: numbers or the beginnings of UUIDs, up to
-        the first that names none; of slices, one. A device named twice hides all."""
+        """The devices that a process sees with `text` for its variable of `VISIBLE`: numbers or the beginnings of
+        UUIDs, up to the first that names none; of slices, one. A device named twice hides all."""
         if text is None:
             found = list(range(self.devices))
         else:
@@ -90,7 +100,7 @@ class Machine(NamedTuple):
 
 def read(environment: Mapping[str, str] = os.environ) -> Machine | None:
     """The machine of an environment; None: it has none."""
-    text = environment.get("SIMULATED_CUDA")
+    text = environment.get("SIMULATED_DEVICE")
     if not text:
         return None
     kind, devices, memory, *mig = text.split(",")

@@ -1,4 +1,5 @@
-"""NCCL's collectives: gloo works on the same bytes, seen as tensors of the CPU, and the order of streams is NCCL's.
+"""Collectives of NCCL, XCCL and HCCL: gloo works on the same bytes, seen as tensors of the CPU, and the order of
+streams is theirs. Apple's GPU has none: gloo refuses its tensors.
 
 A collective waits for the current stream and runs on one of its own; the current stream waits for it at once, or where
 the program waits for an asynchronous one.
@@ -14,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from simulated_cuda.torch_cuda import device
+from simulated_device.device_module import device, device_type
+
+BACKENDS = {"cuda": "nccl", "xpu": "xccl", "npu": "hccl"}
 
 # The arguments that each of them writes; it reads its other tensors, and those that it reduces in place.
 WRITTEN = {
@@ -60,7 +63,7 @@ class Work:
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor) and value.is_cuda:
+    if isinstance(value, torch.Tensor) and value.device.type == device_type:
         yield value
     elif isinstance(value, (list, tuple)):
         for part in value:
@@ -69,7 +72,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 def as_host(value: Any) -> Any:
     """Tensors of the device, in lists too, as tensors of the CPU over the same bytes."""
-    if isinstance(value, torch.Tensor) and value.is_cuda:
+    if isinstance(value, torch.Tensor) and value.device.type == device_type:
         return device.as_host(value.detach())
     if isinstance(value, (list, tuple)):
         return type(value)(as_host(part) for part in value)
@@ -87,7 +90,7 @@ def _through_gloo(function: Callable[..., Any], written: set[str]) -> Callable[.
         if not reads and not writes:
             return function(*args, **kwargs)
         seen[function.__name__] += 1
-        collective = device.collective(reads, writes, f"nccl:{function.__name__}")
+        collective = device.collective(reads, writes, f"{BACKENDS[device_type]}:{function.__name__}")
         work = function(*map(as_host, args), **{name: as_host(value) for name, value in kwargs.items()})
         if hasattr(work, "wait"):
             return Work(work, collective)
@@ -100,9 +103,10 @@ def _through_gloo(function: Callable[..., Any], written: set[str]) -> Callable[.
 def _as_gloo(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        args = tuple(arg.replace("nccl", "gloo") if isinstance(arg, str) else arg for arg in args)
+        own = BACKENDS[device_type]
+        args = tuple(arg.replace(own, "gloo") if isinstance(arg, str) else arg for arg in args)
         if isinstance(kwargs.get("backend"), str):
-            kwargs["backend"] = kwargs["backend"].replace("nccl", "gloo")
+            kwargs["backend"] = kwargs["backend"].replace(own, "gloo")
         kwargs.pop("device_id", None)
         return function(*args, **kwargs)
 
@@ -110,7 +114,9 @@ def _as_gloo(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def install() -> None:
-    """Let torch.distributed take gloo where a program asks for NCCL."""
+    """Let torch.distributed take gloo where a program asks for the device's own."""
+    if device_type not in BACKENDS:
+        return
     made = {
         name: _through_gloo(getattr(c10d, name), written) for name, written in WRITTEN.items() if hasattr(c10d, name)
     }
@@ -120,5 +126,9 @@ def install() -> None:
         for module in (c10d, dist):
             if hasattr(module, name):
                 setattr(module, name, function)
-    dist.is_nccl_available = c10d.is_nccl_available = lambda: True
-    torch.cuda.nccl.version = lambda: (2, 29, 7)
+    own = BACKENDS[device_type]
+    if own.upper() in dir(dist.Backend):
+        setattr(dist, f"is_{own}_available", lambda: True)
+        setattr(c10d, f"is_{own}_available", lambda: True)
+    else:
+        dist.Backend.register_backend(own, None, devices=[device_type])

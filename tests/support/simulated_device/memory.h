@@ -6,9 +6,9 @@
 #include "order.h"
 
 namespace simulated {
-constexpr c10::DeviceType kDevice = c10::DeviceType::CUDA;
 inline int device_count = 1;
-inline size_t capacity = size_t(80) << 30;
+inline size_t total = size_t(80) << 30;  // of each device
+inline size_t capacity = total;          // what a process may take of it
 inline std::set<void*> pinned;
 inline std::map<DeviceIndex, std::pair<size_t, size_t>> allocated;  // now, peak
 
@@ -36,8 +36,12 @@ struct DeviceMemory final : c10::DeviceAllocator {
       Lock lock(mutex);
       auto& [now, peak] = allocated[current];
       size_t rounded = (bytes + 511) / 512 * 512;  // as CUDA's allocator rounds
-      TORCH_CHECK_WITH(OutOfMemoryError, now + rounded <= capacity, "CUDA out of memory. Tried to allocate ", readable(bytes),
-                       ". GPU ", int(current), " has a total capacity of ", readable(capacity), " of which ",
+      // Apple's is a plain RuntimeError.
+      TORCH_CHECK(!is_apple() || now + rounded <= capacity, "MPS backend out of memory (MPS allocated: ",
+                  readable(now), ", max allowed: ", readable(capacity), "). Tried to allocate ", readable(bytes), " (simulated)");
+      TORCH_CHECK_WITH(OutOfMemoryError, now + rounded <= capacity, c10::DeviceTypeName(own_type),
+                       " out of memory. Tried to allocate ", readable(bytes), ". GPU ", int(current),
+                       " has a total capacity of ", readable(capacity), " of which ",
                        readable(capacity - std::min(now, capacity)), " is free. (simulated)");
       check_reuse(rounded, stream_of(current));
       pointer = std::aligned_alloc(512, rounded);
@@ -45,7 +49,7 @@ struct DeviceMemory final : c10::DeviceAllocator {
       now += rounded;
       peak = std::max(peak, now);
     }
-    return {pointer, pointer, &release, c10::Device(kDevice, current)};
+    return {pointer, pointer, &release, c10::Device(own_type, current)};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
@@ -65,7 +69,8 @@ struct DeviceMemory final : c10::DeviceAllocator {
   void resetAccumulatedStats(DeviceIndex) override {}
   void resetPeakStats(DeviceIndex device) override { allocated[device].second = allocated[device].first; }
   std::pair<size_t, size_t> getMemoryInfo(DeviceIndex device) override {
-    return {capacity - std::min(capacity, allocated[device].first), capacity};
+    if (is_apple()) return c10::DeviceAllocator::getMemoryInfo(device);  // an error
+    return {capacity - std::min(capacity, allocated[device].first), total};
   }
 };
 inline DeviceMemory device_memory;
@@ -77,6 +82,8 @@ inline void release_pinned(void* pointer) {
 }
 struct PinnedMemory final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
+    TORCH_CHECK(!is_apple(), "Attempted to set the storage of a tensor on device \"cpu\" to a "
+                "storage on different device \"mps:0\".  This is no longer allowed; the devices must match. (simulated)");
     void* pointer = bytes ? std::aligned_alloc(64, (bytes + 63) / 64 * 64) : nullptr;
     if (pointer) {
       Lock lock(mutex);

@@ -1,4 +1,4 @@
-"""The operators that only CUDA has: what they give, and what the real ones refuse."""
+"""The operators that only CUDA has here: what they give, and what the real ones refuse."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simulated_cuda.collectives import as_host
-from simulated_cuda.torch_cuda import device, state
+from simulated_device.collectives import as_host
+from simulated_device.device_module import device, state
 
 _registrations = torch.library.Library("aten", "IMPL")
 

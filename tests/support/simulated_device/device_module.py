@@ -1,21 +1,21 @@
-"""What `torch.cuda` answers: the functions of a CUDA build, over the simulated device."""
+"""What `torch.cuda`, `torch.xpu` and `torch.npu` answer: the functions of their builds, over the simulated device."""
 
 import dataclasses
-import functools
-import os
 import types
 import warnings
 from typing import Any
 
 import torch
-import torch.utils.cpp_extension
 
-from simulated_cuda.build import load
-from simulated_cuda.profiles import Machine, read
+from simulated_device.build import load
+from simulated_device.profiles import Machine, read
 
 device = load()
-CUDA = 1
-"""torch's number of the device type."""
+machine_here = read()
+assert machine_here is not None
+device_type = machine_here.profile.type
+TYPES = {"cuda": 1, "xpu": 12, "mps": 13, "npu": 20}
+"""torch's numbers of the device types."""
 
 
 @dataclasses.dataclass
@@ -26,21 +26,22 @@ class State:
     visible: list[int]
 
 
-state = State(Machine(devices=0), [])
+state = State(machine_here, [])
 
 
 def use(machine: Machine, visible: str | None = None) -> None:
     """Put this process on `machine`."""
     state.machine, state.visible = machine, machine.visible(visible)
     device.set_devices(len(state.visible), machine.memory_of_each)
-    device.set_has_flash(machine.profile.capability >= (8, 0))
-    torch.cuda.default_generators = tuple(map(device.default_generator, range(len(state.visible))))
-    is_amd = machine.profile.is_amd
-    torch.version.cuda, torch.version.hip = (None, "7.0") if is_amd else ("13.0", None)
+    if device_type != "mps":
+        torch.get_device_module(device_type).default_generators = tuple(_generators())
+    if device_type == "cuda":
+        device.set_has_flash(machine.profile.capability >= (8, 0))
+        torch.version.cuda, torch.version.hip = (None, "7.0") if machine.profile.is_amd else ("13.0", None)
 
 
 def index_of(which: Any = None) -> int:
-    """The number of a device given as CUDA's functions take it."""
+    """The number of a device given as these functions take it."""
     if which is None:
         return device.current_device()
     index = which if isinstance(which, int) else torch.device(which).index
@@ -48,10 +49,10 @@ def index_of(which: Any = None) -> int:
 
 
 class Event(torch.Event):
-    """torch.cuda.Event."""
+    """`Event`."""
 
     def __new__(cls, enable_timing=False, blocking=False, interprocess=False, external=False):
-        return super().__new__(cls, device="cuda", enable_timing=enable_timing, blocking=blocking)
+        return super().__new__(cls, device=device_type, enable_timing=enable_timing, blocking=blocking)
 
     def record(self, stream=None):
         super().record(current_stream() if stream is None else stream)
@@ -64,12 +65,12 @@ class Event(torch.Event):
 
 
 class Stream(torch.Stream):
-    """torch.cuda.Stream."""
+    """`Stream`."""
 
     def __new__(cls, device=None, priority=0, **number):
         if number:
             return super().__new__(cls, **number)
-        return super().__new__(cls, device=torch.device("cuda", index_of(device)), priority=priority)
+        return super().__new__(cls, device=torch.device(device_type, index_of(device)), priority=priority)
 
     @property
     def cuda_stream(self):
@@ -88,22 +89,22 @@ class Stream(torch.Stream):
 
 
 def _stream(which: Any, number: int) -> Stream:
-    return Stream(stream_id=number, device_index=index_of(which), device_type=CUDA)
+    return Stream(stream_id=number, device_index=index_of(which), device_type=TYPES[device_type])
 
 
 def current_stream(which: Any = None) -> Stream:
-    """torch.cuda.current_stream."""
+    """`current_stream`."""
     return _stream(which, device.current_stream(index_of(which)))
 
 
 def set_stream(stream: Stream) -> None:
-    """torch.cuda.set_stream."""
+    """`set_stream`."""
     device.set_device(stream.device_index)
     device.set_stream(stream.device_index, stream.stream_id)
 
 
 class StreamContext:
-    """torch.cuda.stream."""
+    """`stream`."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -120,7 +121,7 @@ class StreamContext:
 
 
 class DeviceContext:
-    """torch.cuda.device."""
+    """`device`."""
 
     def __init__(self, which):
         self.index = -1 if which is None else index_of(which)
@@ -135,14 +136,14 @@ class DeviceContext:
 
 
 class DeviceOf(DeviceContext):
-    """torch.cuda.device_of."""
+    """`device_of`."""
 
     def __init__(self, tensor):
         super().__init__(tensor.device if tensor.is_cuda else None)
 
 
 def exchange_device(index: int) -> int:
-    """torch.cuda._exchange_device."""
+    """`_exchange_device`."""
     before = device.current_device()
     if index >= 0:
         device.set_device(index)
@@ -150,14 +151,14 @@ def exchange_device(index: int) -> int:
 
 
 def get_device_properties(which: Any = None) -> types.SimpleNamespace:
-    """torch.cuda.get_device_properties."""
+    """`get_device_properties`."""
     index, profile = index_of(which), state.machine.profile
     if not 0 <= index < len(state.visible):
         raise AssertionError("Invalid device id")
     identifier = state.machine.identifiers()[state.visible[index]]
     return types.SimpleNamespace(
         name=profile.name, major=profile.capability[0], minor=profile.capability[1],
-        total_memory=state.machine.memory_of_each, multi_processor_count=profile.processors,
+        total_memory=state.machine.memory_of_each, has_fp64=True, multi_processor_count=profile.processors,
         gcnArchName=profile.arch if profile.is_amd else "", uuid=identifier.partition("-")[2],
         is_integrated=0, is_multi_gpu_board=0, max_threads_per_multi_processor=2048, warp_size=32,
         regs_per_multiprocessor=65536, shared_memory_per_block=49152, shared_memory_per_block_optin=232448,
@@ -166,8 +167,8 @@ def get_device_properties(which: Any = None) -> types.SimpleNamespace:
 
 
 def is_bf16_supported(including_emulation: bool = True) -> bool:
-    """torch.cuda.is_bf16_supported: by emulation every GPU does."""
-    return including_emulation or state.machine.profile.capability >= (8, 0)
+    """`is_bf16_supported`: by emulation every GPU of CUDA does."""
+    return including_emulation or device_type != "cuda" or state.machine.profile.capability >= (8, 0)
 
 
 def allocated(which: Any = None) -> int:
@@ -179,14 +180,14 @@ def most_allocated(which: Any = None) -> int:
 
 
 def memory_stats(which: Any = None) -> dict[str, int]:
-    """torch.cuda.memory_stats."""
+    """`memory_stats`."""
     figures = {"current": allocated(which), "peak": most_allocated(which)}
     stats = {f"{kind}_bytes.all.{name}": n for kind in ("allocated", "reserved") for name, n in figures.items()}
     return {**stats, "num_alloc_retries": 0, "num_ooms": 0}
 
 
 def mem_get_info(which: Any = None) -> tuple[int, int]:
-    """torch.cuda.mem_get_info: what is free, and all."""
+    """`mem_get_info`: what is free, and all."""
     return device.capacity() - allocated(which), state.machine.memory_of_each
 
 
@@ -208,7 +209,7 @@ def manual_seed_all(seed: int) -> None:
 
 
 def set_sync_debug_mode(mode: int | str) -> None:
-    """torch.cuda.set_sync_debug_mode: a warning wherever an operator makes the host wait."""
+    """`set_sync_debug_mode`: a warning wherever an operator makes the host wait."""
 
     def warn(kind: str) -> None:
         if not kind.endswith("synchronize"):  # what is asked for by name
@@ -220,6 +221,7 @@ def set_sync_debug_mode(mode: int | str) -> None:
 FUNCTIONS: dict[str, Any] = {
     "is_available": lambda: bool(state.visible),
     "_is_compiled": lambda: True,
+    "_is_in_bad_fork": lambda: False,
     "is_initialized": lambda: bool(state.visible),
     "init": lambda: None,
     "_lazy_init": lambda: None,
@@ -270,51 +272,11 @@ FUNCTIONS: dict[str, Any] = {
     "manual_seed_all": manual_seed_all,
     "seed": lambda: None,
     "initial_seed": lambda: device.default_generator(device.current_device()).initial_seed(),
-    "get_rng_state": lambda which="cuda": device.default_generator(index_of(which)).get_state(),
-    "set_rng_state": lambda state, which="cuda": device.default_generator(index_of(which)).set_state(state),
+    "get_rng_state": lambda which=None: device.default_generator(index_of(which)).get_state(),
+    "set_rng_state": lambda state, which=None: device.default_generator(index_of(which)).set_state(state),
     "get_rng_state_all": lambda: [generator.get_state() for generator in _generators()],
     "set_rng_state_all": lambda states: [g.set_state(s) for g, s in zip(_generators(), states, strict=True)],
     "get_sync_debug_mode": lambda: 0,
     "set_sync_debug_mode": set_sync_debug_mode,
     "utilization": lambda which=None: 0,
 }
-BINDINGS: dict[str, Any] = {
-    "_cuda_getDeviceCount": lambda: len(state.visible),
-    "_cuda_init": lambda: None,
-    "_cuda_getDevice": device.current_device,
-    "_cuda_setDevice": device.set_device,
-    "_cuda_isInBadFork": lambda: False,
-    "_cuda_getCurrentStream": lambda index: (device.current_stream(index), index, CUDA),
-    "_cuda_getCurrentRawStream": device.current_stream,
-    "_cuda_synchronize": lambda: device.synchronize(device.current_device()),
-    "_cuda_emptyCache": lambda: None,
-}
-
-
-def install() -> None:
-    """Give this process the machine of its environment."""
-    from simulated_cuda import collectives, compiler, graphs, operators
-
-    cuda = torch.cuda
-    elsewhere = (cuda.memory, cuda.random, cuda.streams, cuda._utils)
-    for name, value in FUNCTIONS.items():
-        # Every name is an object of its own: dynamo's tables refuse one object under two names.
-        if isinstance(value, type):
-            made: Any = type(value.__name__, (value,), {})
-        else:
-            made = functools.partial(lambda call, *args, **kwargs: call(*args, **kwargs), value)
-        for module in (cuda, *(module for module in elsewhere if hasattr(module, name))):
-            setattr(module, name, made)
-    cuda._initialized = True
-    for name, value in BINDINGS.items():
-        setattr(torch._C, name, value)
-    for name in ("range_push", "range_pop", "mark", "range_start", "range_end"):
-        setattr(cuda.nvtx, name, lambda *_, **__: 0)
-    torch.utils.cpp_extension.CUDA_HOME = None  # a GPU, and no toolkit to compile for it
-    machine = read()
-    assert machine is not None
-    use(machine, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    collectives.install()
-    operators.install()
-    compiler.install()
-    graphs.install()

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from simulated_cuda import collectives
-from simulated_cuda.torch_cuda import device
+from simulated_device import collectives
+from simulated_device.device_module import device
 
-HIDDEN = ("/torch/", "/simulated_cuda/", "functools.py", "contextlib.py")
+HIDDEN = ("/torch/", "/simulated_device/", "functools.py", "contextlib.py")
 FRAMES = 3
 
 

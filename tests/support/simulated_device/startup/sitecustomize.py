@@ -16,7 +16,7 @@ class _AfterTorch(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             run(module)
-            from simulated_cuda.torch_cuda import install
+            from simulated_device.kinds import install
 
             install()
 
@@ -24,5 +24,5 @@ class _AfterTorch(importlib.abc.MetaPathFinder):
         return spec
 
 
-if os.environ.get("SIMULATED_CUDA"):
+if os.environ.get("SIMULATED_DEVICE"):
     sys.meta_path.insert(0, _AfterTorch())

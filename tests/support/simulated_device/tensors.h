@@ -17,6 +17,11 @@ namespace simulated {
 using at::IntArrayRef;
 using at::Tensor;
 
+// Whether a parameter of one can be given the other as its data: PyTorch itself knows that of its own devices alone.
+inline bool can_take_place(const Tensor& one, const Tensor& other) {
+  return (one.is_cpu() || is_ours(one)) && (other.is_cpu() || is_ours(other)) && one.layout() == other.layout();
+}
+
 // Run `make` with the memory of a device.
 template <typename Make>
 Tensor on_device(std::optional<c10::Device> device, Make make) {
@@ -28,16 +33,18 @@ Tensor on_device(std::optional<c10::Device> device, Make make) {
 }
 inline Tensor empty(IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
                     std::optional<c10::Device> device, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+  auto made = dtype.value_or(at::get_default_dtype_as_scalartype());
+  check_dtype(made);
   return on_device(device, [&] {
-    return at::detail::empty_generic(size, &device_memory, c10::DispatchKeySet(c10::DispatchKey::CUDA),
-                                     dtype.value_or(at::get_default_dtype_as_scalartype()), format);
+    return at::detail::empty_generic(size, &device_memory, c10::DispatchKeySet(own_key), made, format);
   });
 }
 inline Tensor empty_strided(IntArrayRef size, IntArrayRef stride, std::optional<at::ScalarType> dtype,
                             std::optional<at::Layout>, std::optional<c10::Device> device, std::optional<bool>) {
+  auto made = dtype.value_or(at::get_default_dtype_as_scalartype());
+  check_dtype(made);
   return on_device(device, [&] {
-    return at::detail::empty_strided_generic(size, stride, &device_memory, c10::DispatchKeySet(c10::DispatchKey::CUDA),
-                                             dtype.value_or(at::get_default_dtype_as_scalartype()));
+    return at::detail::empty_strided_generic(size, stride, &device_memory, c10::DispatchKeySet(own_key), made);
   });
 }
 
@@ -55,7 +62,7 @@ inline void check_use(const std::vector<Tensor>& reads, const std::vector<Tensor
   std::optional<Stream> stream;
   for (const auto* list : {&reads, &writes})
     for (const auto& tensor : *list)
-      if (!stream && tensor.defined() && tensor.device().is_cuda()) stream = stream_of(tensor.device().index());
+      if (!stream && tensor.defined() && is_ours(tensor)) stream = stream_of(tensor.device().index());
   if (!stream) return;
   Lock lock(mutex);
   int64_t at = launch(*stream);
@@ -183,6 +190,8 @@ inline void collect(const c10::IValue& value, std::vector<Tensor>& into) {
 inline void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   std::string name = schema.name() + (schema.overload_name().empty() ? "" : "." + schema.overload_name());
+  // Collectives have no CPU kernel to fall back on: gloo takes no tensor of a device.
+  TORCH_CHECK(name.rfind("c10d::", 0) != 0, "No backend type associated with device type ", c10::DeviceTypeName(own_type, true));
   size_t first = stack->size() - schema.arguments().size();
   std::vector<Tensor> reads, writes, made;
   for (size_t i = 0; i < schema.arguments().size(); ++i) {
@@ -190,14 +199,14 @@ inline void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     auto* alias = schema.arguments()[i].alias_info();
     collect(value, alias != nullptr && alias->isWrite() ? writes : reads);
     // A generator of the device is of no use to a kernel of the CPU.
-    if (value.isGenerator() && value.toGenerator().device().type() == kDevice) value = at::detail::getDefaultCPUGenerator();
+    if (value.isGenerator() && value.toGenerator().device().type() == own_type) value = at::detail::getDefaultCPUGenerator();
   }
   if (!inside_operator) {
     operators.add(name);
     check_use(reads, writes, name);
     if (kDataDependent.count(name) || kDataDependent.count(schema.name()))
       for (const auto& tensor : reads)
-        if (tensor.device().is_cuda()) {
+        if (is_ours(tensor)) {
           host_waits_for_current(tensor, name);
           break;
         }
@@ -211,7 +220,7 @@ inline void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   for (size_t i = 0; i < results; ++i) collect((*stack)[stack->size() - results + i], made);
   Lock lock(mutex);
   for (const auto& tensor : made)
-    if (tensor.defined() && tensor.device().is_cuda()) {
+    if (tensor.defined() && is_ours(tensor)) {
       Stream stream = stream_of(tensor.device().index());
       use(tensor, stream, clocks[stream].ended[stream], true, name);
     }
@@ -226,5 +235,13 @@ inline int64_t choose_attention(const Tensor& query, const Tensor& key, const Te
   bool is_square = !is_causal || query.size(-2) == key.size(-2);
   // Flash attention, or the plain form: products and a softmax.
   return has_flash && fits && is_square && !mask.has_value() && dropout == 0.0 ? 1 : 0;
+}
+// A build for CPUs cannot choose for the others: the plain form.
+inline Tensor plain_attention(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask,
+                              double dropout, bool is_causal, std::optional<double> scale, bool enable_gqa) {
+  std::optional<Tensor> added = mask;
+  if (mask && mask->scalar_type() == at::kBool)
+    added = at::zeros(mask->sizes(), query.options()).masked_fill(mask->logical_not(), -INFINITY);
+  return std::get<0>(at::_scaled_dot_product_attention_math(query, key, value, added, dropout, is_causal, {}, scale, enable_gqa));
 }
 }  // namespace simulated

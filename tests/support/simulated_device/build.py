@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 HERE = Path(__file__).parent
-LIBRARY = "SIMULATED_CUDA_LIBRARY"
+LIBRARY = "SIMULATED_DEVICE_LIBRARY"
 """Names the built library for the processes that a test starts, whatever they take for their cache."""
 
 
@@ -28,7 +28,7 @@ def build() -> Path:
 
     text = b"".join(path.read_bytes() for path in sorted([*HERE.glob("*.h"), *HERE.glob("*.cpp")]))
     digest = hashlib.sha256(text + torch.__version__.encode() + sys.version.encode()).hexdigest()[:12]
-    name = f"simulated_cuda_{digest}"
+    name = f"simulated_device_{digest}"
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / name
     library = folder / f"{name}.so"
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,15 +2,14 @@
 // run at once, one after the other, so a program without the waits that a GPU needs would still compute the right thing;
 // here it is told so.
 #pragma once
-#include <ATen/ATen.h>
-#include <c10/core/Stream.h>
-
 #include <chrono>
 #include <map>
 #include <mutex>
 #include <set>
 #include <string>
 #include <vector>
+
+#include "type.h"
 
 namespace simulated {
 using c10::DeviceIndex;
@@ -103,7 +102,7 @@ inline void host_learns(const Clock& clock) {
 }
 
 inline std::string in_words(Stream stream) {
-  return "stream " + std::to_string(stream.second) + " of cuda:" + std::to_string(stream.first);
+  return "stream " + std::to_string(stream.second) + " of " + c10::Device(own_type, stream.first).str();
 }
 
 inline Block* find_block(const void* pointer) {
@@ -115,7 +114,7 @@ inline Block* find_block(const void* pointer) {
 
 // Operator number `at` of `stream` uses the bytes of a tensor: it must come after every use that it collides with.
 inline void use(const at::Tensor& tensor, Stream stream, int64_t at, bool writes, const std::string& name) {
-  if (!tensor.defined() || !tensor.device().is_cuda() || tensor.numel() == 0) return;
+  if (!tensor.defined() || !is_ours(tensor) || tensor.numel() == 0) return;
   Lock lock(mutex);
   Block* block = find_block(tensor.storage().data());
   if (block == nullptr) return;
@@ -139,7 +138,7 @@ inline void use(const at::Tensor& tensor, Stream stream, int64_t at, bool writes
   if (found.empty()) found.swap(pending_error);
   if (!found.empty()) {
     disorder.push_back(found);
-    TORCH_CHECK(false, "simulated CUDA: out of order: ", found);
+    TORCH_CHECK(false, "simulated device: out of order: ", found);
   }
 }
 

@@ -1,4 +1,4 @@
-"""Run a command on simulated GPUs: python tests/support/simulated_cuda [--kind T4] [--devices 2] COMMAND"""
+"""Run a command on simulated GPUs: python tests/support/simulated_device [--kind T4] [--devices 2] COMMAND"""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from simulated_cuda import PROFILES, Machine, environment
+from simulated_device import PROFILES, Machine, environment
 
 flags = argparse.ArgumentParser(description=__doc__)
 flags.add_argument("--kind", choices=sorted(PROFILES), default="H100")
