@@ -90,6 +90,8 @@ def _install_xpu() -> None:
 def _install_npu() -> None:
     """torch.npu, and a torch_npu for who imports it."""
     _answer(torch.npu, whole=True)
+    for name, dtype in (("Float", torch.float32), ("Half", torch.half), ("BFloat16", torch.bfloat16)):
+        setattr(torch.npu, f"{name}Tensor", functools.partial(torch.tensor, dtype=dtype, device="npu"))
     torch.utils.generate_methods_for_privateuse1_backend()
     package = types.ModuleType("torch_npu")
     package.__file__, package.__version__ = __file__, "0 (simulated)"
