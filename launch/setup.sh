@@ -31,7 +31,7 @@ setup_venv() {
   if [ ! -x "$root/.venv/bin/python" ]; then
     base="$(find_python)"
     echo "      making .venv with $base"
-    "$base" -m venv "$root/.venv" >/dev/null 2>&1 ||
+    "$base" -m venv --clear "$root/.venv" >/dev/null 2>&1 ||
       { rm -rf "$root/.venv"; fail "$base cannot make a virtual environment; install python3-venv"; }
   fi
   echo "      installing $requirements (some minutes; log: .venv/install.log)"

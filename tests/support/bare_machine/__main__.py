@@ -28,7 +28,9 @@ def make_path(folder: Path, python: str, bash: str | None, tools: Path | None) -
         own = tools / name if tools and (tools / name).exists() else shutil.which(name)
         if own is not None:
             (folder / name).symlink_to(bash if name == "bash" and bash else own)
-    (folder / "python3").symlink_to(python)
+    # No link: a virtual environment would lead to it when this folder has gone.
+    (folder / "python3").write_text(f'#!/bin/sh\nexec "{python}" "$@"\n')
+    (folder / "python3").chmod(0o755)
 
 
 def main() -> int:
