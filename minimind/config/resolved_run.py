@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from minimind.config.deepspeed_keys import offload_device, zero_stage
+from minimind.config.rate_kinds import is_for_muon
 from minimind.config.run_config import DataConfig, OptimizerName, Precision, RunConfig, Schedule, TrainConfig
 from minimind.model.config import ModelConfig
-from minimind.model.tuning import Shapes, count, is_for_muon, trained_shapes, training_flops_per_token
+from minimind.model.tuning import Shapes, count, trained_shapes, training_flops_per_token
 
 OffloadDevice = Literal["cpu", "nvme"]
 

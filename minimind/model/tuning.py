@@ -17,15 +17,9 @@ _MATRIX = re.compile(r"\.(q|k|v|o|gate|up|down)_proj\.weight$")
 _EXPERTS = re.compile(r"\.experts\.(gate_up|down)_proj$")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
-_NOT_FOR_MUON = ("embed_tokens.", "lm_head.", ".gate.", ".coefficient.", ".lora_")
-
 EMBEDDING = "model.embed_tokens.weight"
 """Also of the output matrix, where the two are tied."""
 Shapes = dict[str, tuple[int, ...]]
-
-RateKind = Literal["muon", "embedding", "matrices", "vectors"]
-"""Parameters that have a learning rate in common under Muon: its own; an embedding that is not the output matrix too;
-what makes scores of hidden states (the output matrix, routers) and other matrices; norms and biases."""
 
 
 @dataclass(frozen=True)
@@ -115,26 +109,6 @@ def trained_shapes(config: ModelConfig, lora: LoRA | None = None, freeze: str = 
             first, second = adapters_of(name)
             adapters |= {first: (*shape[:-2], lora.rank, shape[-1]), second: (*shape[:-1], lora.rank)}
     return adapters
-
-
-def is_for_muon(name: str, shape: Sequence[int]) -> bool:
-    """Whether Muon updates a parameter, where it is the optimizer: the matrices between embedding and output, in which
-    no row or column stands for a token, no row for an expert as in a router's, and none is an adapter's. Of stacked
-    experts (E, rows, columns) each is a matrix."""
-    return len(shape) >= 2 and not any(part in name for part in _NOT_FOR_MUON)
-
-
-def rate_kind(name: str, shape: Sequence[int], *, tied: bool) -> RateKind:
-    """Whose rate a parameter has beside Muon.
-
-    Args:
-        tied: the embedding is the output matrix too, and has its rate.
-    """
-    if is_for_muon(name, shape):
-        return "muon"
-    if len(shape) < 2:
-        return "vectors"
-    return "embedding" if name == EMBEDDING and not tied else "matrices"
 
 
 def count(shapes: Mapping[str, Sequence[int]]) -> int:

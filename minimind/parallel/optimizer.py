@@ -7,8 +7,8 @@ import deepspeed
 import torch
 from torch import nn
 
+from minimind.config.rate_kinds import rate_kind
 from minimind.config.resolved_run import ResolvedRun, ResolvedTrain
-from minimind.model.tuning import rate_kind
 from minimind.parallel.experts import global_norm, split_groups
 from minimind.parallel.muon import MUON, Muon
 
