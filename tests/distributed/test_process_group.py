@@ -157,7 +157,7 @@ def test_nccl_is_told_its_device_and_fails_after_the_watchdog(monkeypatch, clean
         raise torch.distributed.DistNetworkError("not here")
 
     monkeypatch.setattr(torch.distributed, "init_process_group", init)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda device: None)
     second, cpu = torch.device("cuda", 1), torch.device("cpu")
     for size, device in ((1, second), (2, second), (2, cpu)):
         env, store = RankEnvironment(world_size=size), torch.distributed.HashStore()

@@ -114,7 +114,7 @@ def test_generation_does_not_disturb_training(model, tokenizer):
 def test_what_cannot_be_continued_is_one_error(model, tokenizer):
     with pytest.raises(UserError, match="beyond the model's 512"):
         complete(model, tokenizer, ["x " * 600], GREEDY)
-    with pytest.raises(UserError, match="device cuda:99 cannot be used"):
+    with pytest.raises(UserError, match="device cuda:99: cannot be used"):
         choose_device("cuda:99", None)
     with pytest.raises(UserError, match="device nonsense"):
         choose_device("nonsense", None)
