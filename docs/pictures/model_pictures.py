@@ -199,7 +199,7 @@ def cache(say: Words) -> Figure:
 def activations(say: Words) -> Figure:
     """ReLU, GELU, SiLU and what a gate does."""
     figure = plt.figure(figsize=(7.2, 2.7))
-    z = torch.linspace(-4, 3, 141)
+    z = torch.linspace(-4, 3, 141, dtype=torch.float64)  # in float32 the last digits are each processor's own
     axes = figure.add_axes((0.07, 0.17, 0.4, 0.7))
     for (name, function), color in zip(
         (("ReLU", F.relu), ("GELU", F.gelu), ("SiLU", F.silu)), (GREY, ORANGE, BLUE), strict=True
