@@ -2,7 +2,7 @@
 # From nothing to a small model that answers, in about 8 minutes: bash launch/quickstart.sh
 # A demonstration: a model of this size, after minutes, knows a few rules and sentences.
 # Safe to run again: what is done is kept, and an interrupted training goes on from its last checkpoint.
-# QUICKSTART_STEPS=N trains for N steps instead of as many as fit, and fine-tunes for half as many, half as large.
+# QUICKSTART_STEPS=N trains for N steps instead of as many as fit, and fine-tunes for two fifths as many, half as large.
 # Everything lies in data/quickstart, runs/quickstart and runs/quickstart_chat.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -48,9 +48,9 @@ step 4 "train the tokenizer" \
 step 5 "turn the text into token shards" \
   once $data/shards/train/manifest.json $python -m data_prep.tokenize_corpus \
   --input $data/corpus.jsonl --tokenizer $data/tokenizer --output $data/shards
-# Of what is left of 8 minutes four fifths are for this training, 2 minutes at least, and one for fine-tuning. The
+# Of what is left of 8 minutes five sixths are for this training, 2 minutes at least, and one for fine-tuning. The
 # number stays for trainings that were interrupted.
-seconds=$(((8 * 60 - 80 - SECONDS) * 4 / 5))
+seconds=$(((8 * 60 - 45 - SECONDS) * 5 / 6))
 [ "$seconds" -ge 120 ] || seconds=120
 title="train a model of 1.1 million parameters with DeepSpeed"
 precision=""
@@ -62,7 +62,7 @@ else
   chosen="$($python launch/quickstart_steps.py "$seconds")" || fail "the speed of this machine could not be measured"
   echo "$chosen" >$data/steps.txt
   read -r steps precision <<<"$chosen"
-  title="$title: $steps steps, at most $(((seconds + 30) / 60)) minutes here, and a quarter of it to fine-tune it"
+  title="$title: $steps steps, at most $(((seconds + 30) / 60)) minutes here, and a fifth of it to fine-tune it"
 fi
 step 6 "$title" \
   bash launch/pretrain.sh --model quickstart --hidden-size 96 --shards $data/shards --run-dir $run \
@@ -85,7 +85,7 @@ answer() {
 step 10 "ask the model before fine-tuning" answer $run $run/answers.jsonl
 step 11 "fine-tune it on the conversations, and ask again" \
   bash launch/sft.sh --init-from $run --shards $data/chat/shards --run-dir $chat --ds-config ds_configs/zero1.json \
-  ${precision:+--precision "$precision"} --steps $(((steps + 1) / 2)) --seq-len 256 --global-batch-size 4 --lr 2e-3 \
+  ${precision:+--precision "$precision"} --steps $(((2 * steps + 4) / 5)) --seq-len 256 --global-batch-size 4 --lr 2e-3 \
   --save-every $((steps / 4 > 0 ? steps / 4 : 1))
 answer $chat $chat/answers.jsonl || fail "the fine-tuned model could not be asked"
 $python launch/quickstart_answers.py $run/answers.jsonl $chat/answers.jsonl

@@ -63,7 +63,7 @@ def run(repository: Path, **environment: str) -> tuple["subprocess.CompletedProc
 def test_the_chosen_number_is_said_and_kept(repository: Path) -> None:
     done, calls = run(repository)
     assert done.returncode == 0, done.stderr
-    assert "140 steps, at most 5 minutes here, and a quarter of it to fine-tune it" in done.stdout
+    assert "140 steps, at most 5 minutes here, and a fifth of it to fine-tune it" in done.stdout
     (trained,) = [call for call in calls if call.startswith("pretrain.sh")]
     shape = {"hidden-size": MODEL.hidden_size, "seq-len": SEQ_LEN, "global-batch-size": WINDOWS}
     for name, value in {"steps": 140, "precision": "bf16", **shape}.items():
