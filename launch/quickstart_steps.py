@@ -23,7 +23,7 @@ MODEL = dataclasses.replace(PRESETS["quickstart"], hidden_size=96)
 """Of minutes on two cores a model of 1.1 million parameters makes more than the preset's 5 million."""
 FEWEST, MOST = 60, 3000
 """Too few steps teach nothing; more than these go round the small corpus again."""
-BESIDES = 1.1
+BESIDES = 1.2
 """Seconds of a step of the whole run for a second of forward and backward: the optimizer (of processor time 7% beside
 float32, more beside bf16), evaluations, checkpoints."""
 
