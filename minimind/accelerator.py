@@ -46,7 +46,7 @@ def usable_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name) if name else default_device()
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         there = ", ".join(filter(None, (accelerator_type(), "cpu")))
         raise UserError(f"device {name}: cannot be used ({first_line(error)}); this machine has {there}") from None
     return device

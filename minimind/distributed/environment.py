@@ -158,7 +158,7 @@ def find_device(env: RankEnvironment, wanted: str = "auto") -> torch.device:
     if wanted == "cpu":
         return _take_cpu()
     if found is None or wanted not in ("auto", found):
-        is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+        is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == "" or os.environ.get("DS_ACCELERATOR") == "cpu"
         if wanted != "auto" or (NVIDIA_DEVICE.exists() and not is_hidden):
             raise OneRankError(
                 f"{node_name()}: {NVIDIA_DEVICE if wanted == 'auto' else f'--device {wanted}'}: torch "

@@ -124,8 +124,10 @@ def test_a_device_can_be_demanded_and_a_gpu_that_torch_cannot_use_is_told(monkey
     monkeypatch.setattr(rank_environment, "NVIDIA_DEVICE", tmp_path)
     with pytest.raises(UserError, match="finds no GPU: update the driver, install torch for this device, or"):
         find_device(RankEnvironment())
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert find_device(RankEnvironment()) == torch.device("cpu")
+    for name, value in (("CUDA_VISIBLE_DEVICES", ""), ("DS_ACCELERATOR", "cpu")):
+        with monkeypatch.context() as hidden:
+            hidden.setenv(name, value)
+            assert find_device(RankEnvironment()) == torch.device("cpu")
 
 
 @pytest.fixture

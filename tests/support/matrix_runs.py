@@ -22,12 +22,14 @@ def matrix_flags(corpus: Path, folder: Path, file: str, kind: str, precision: st
     return flags_for(corpus, folder, ds_config=ROOT / "ds_configs" / f"{file}.json", **{**settings, **others})
 
 
-def run(ranks: SimulatedRanks, *settings: object, **others: object) -> tuple[str, dict[int, float]]:
+def run(
+    ranks: SimulatedRanks, corpus: Path, folder: Path, file: str, kind: str, precision: str, **others: object
+) -> tuple[str, dict[int, float]]:
     """What a run of `matrix_flags` prints, and its losses."""
-    flags = matrix_flags(*settings, **others)  # type: ignore[arg-type]
+    flags = matrix_flags(corpus, folder, file, kind, precision, **others)
     (code, printed), *_ = ranks.run(train, flags)
     assert code == 0
-    return printed, losses(Path(settings[1]))  # type: ignore[arg-type]
+    return printed, losses(folder)
 
 
 def cpu_reference(corpus: Path, make_folder: Callable[[str], Path]) -> Iterator[Reference]:
