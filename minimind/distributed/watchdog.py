@@ -74,7 +74,7 @@ class Watchdog:
         return describe_position(*self._place)
 
     def connect(self, store: Any, world_size: int, port: int) -> None:
-        """Begin to beat in `store`, whose server listens at `port`. Every rank calls this; it waits for rank 0."""
+        """Begin to beat in `store`, whose server listens at `port`. Every rank calls this; it waits for all of them."""
         shared: Any = torch.distributed.PrefixStore("watchdog", store)
         drop_dead_connections(port, min(CUT_SECONDS, self._timeout))
         if self._rank == 0:
@@ -89,7 +89,15 @@ class Watchdog:
         self._store.set_timeout(datetime.timedelta(days=365))
         addresses = [address for address in open_connections(port) if address not in before]
         self._beat: dict[str, Any] = {"name": self._name, "addresses": addresses, "count": 0}
-        self._send_beat(ended=False)  # from now on this rank is missed if it dies
+        self._send_beat(ended=False)
+        # Rank 0 sees every connection before a rank goes on: from now on one that dies is missed, not merely silent.
+        if shared.add("came", 1) == world_size:
+            shared.set("all came", "")
+        if self._rank == 0:
+            shared.wait(["all came"])
+            self._ranks.look(self._store)
+            shared.set("met", "")
+        shared.wait(["met"])
         self._heard = time.monotonic()
         self._threads = [
             threading.Thread(target=work, daemon=True) for work in (self._keep_beating, self._watch_itself)

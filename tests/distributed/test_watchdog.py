@@ -129,6 +129,12 @@ def test_a_killed_rank_is_named_with_its_place_by_every_other(start, killed):
     assert time.monotonic() - began < 15
 
 
+def test_a_rank_that_is_killed_before_its_second_beat_is_named(start):
+    ranks = start("wait", "wait")
+    ranks[1].signal(signal.SIGKILL)
+    assert f"rank 1 on n1 {ranks[1].name} died: " in ranks[0].says("error: ")
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize(
     ("what", "code", "words"), [("fail", 2, "failed: the disk is full"), ("crash", 1, "ZeroDivisionError: a bug")]

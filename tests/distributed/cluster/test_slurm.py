@@ -91,7 +91,7 @@ def test_a_killed_rank_is_named_and_ends_the_job_within_a_minute(slurm, tiny_cor
     assert time.monotonic() - began < 60
     assert (found["JobState"], found["ExitCode"]) == ("FAILED", "137:0")
     text = output.read_text()
-    assert f"rank 0 on n1: error: rank 1 on n2 (process {ranks[1]}) died" in text and "it was at " in text
+    assert f"rank 0 on n1: error: rank 1 on n2 (process {ranks[1]}) died" in text and "it was at " in text, text
     assert "not queued again: MAX_RESTARTS allows 0 restarts" in text and "Traceback" not in text
 
 
