@@ -7,10 +7,13 @@ bad byte costs it a whole block.
 import contextlib
 import csv
 import functools
+import hashlib
+import json
 import os
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_prep.reading.byte_stream import Source
@@ -24,6 +27,7 @@ from data_prep.reading.records import (
 )
 from data_prep.reading.sources import is_saved_dataset
 from minimind.errors import UserError, first_line
+from minimind.files import hash_file
 
 # An encoded row can be far smaller than its text (a dictionary page holds a repeated text once), so that no batch may
 # have many rows, whatever the file's sizes promise.
@@ -105,6 +109,15 @@ def read_dataset(source: Source, options: ReadOptions) -> Iterator[Record]:
             rows = rows.select_columns([names[column] for column in dict.fromkeys(columns)])
         for number, row in enumerate(rows, start=1):
             yield number, options.find_text(row)
+
+
+def hash_dataset(name: str, options: ReadOptions) -> str:
+    """What stands for a data set's contents: of a folder the sha256 of its files' names and hashes, else its commit."""
+    if not os.path.isdir(name):
+        return find_commit(name, options.hf_config, options.hf_revision)
+    files = sorted(path for path in Path(name).rglob("*") if path.is_file())
+    parts = [[str(path.relative_to(name)), hash_file(path)] for path in files]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @functools.cache

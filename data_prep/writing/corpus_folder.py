@@ -7,7 +7,6 @@ corpus is its journal: the settings, then a line for each finished shard, with t
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from typing import Any
 from data_prep.reading.byte_stream import Source, hash_remote, is_url
 from data_prep.reading.records import ReadOptions
 from data_prep.reading.sources import DATASET
-from data_prep.reading.tables import find_commit
+from data_prep.reading.tables import hash_dataset
 from data_prep.writing.digests import digests_name
 from minimind.data.manifest import MANIFEST_NAME, ShardInfo
 from minimind.data.shards import BAD_DOCUMENTS_NAME, CORPUS_NAME, PARTIAL_NAME, SPLITS
@@ -243,14 +242,10 @@ class CorpusFolder:
         if source.name not in self._identities:
             if is_url(source.path):
                 sha256 = hash_remote(source.path)
-            elif source.format != DATASET:
-                sha256 = hash_file(source.path)
-            elif os.path.isdir(source.name):
-                files = sorted(path for path in Path(source.name).rglob("*") if path.is_file())
-                parts = [[str(path.relative_to(source.name)), hash_file(path)] for path in files]
-                sha256 = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+            elif source.format == DATASET:
+                sha256 = hash_dataset(source.name, self._read)
             else:
-                sha256 = find_commit(source.name, self._read.hf_config, self._read.hf_revision)
+                sha256 = hash_file(source.path)
             identity = {"name": source.name, "is_val": source.is_val, "bytes": source.size, "sha256": sha256}
             self._identities[source.name] = identity
         return self._identities[source.name]
