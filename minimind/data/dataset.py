@@ -4,12 +4,9 @@ Of the token stream, in which documents are joined and windows tile them without
 into windows.
 """
 
+import abc
 import dataclasses
 import functools
-import hashlib
-import json
-from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -58,10 +55,18 @@ class Sample:
     num_sources: int = 0  # ... of so many
 
 
-class _OfOneCorpus:
-    """What identifies the windows of a single corpus."""
+class Dataset(abc.ABC):
+    """Windows of `seq_len` tokens of a corpus, or of a mixture of them (`minimind.data.mixture`)."""
 
     reader: ShardReader
+    seq_len: int
+    document_mask: bool
+    is_packed = False
+    reference: np.ndarray | None = None
+    """(num_documents, 2) float32 of preferences: log-probability of the preferred and of the rejected answer under the
+    model that training began with. Set by an objective that compares with it."""
+    soft_labels: SoftLabels | None = None
+    """Of the windows, where an objective has set them."""
 
     @property
     def readers(self) -> tuple[ShardReader, ...]:
@@ -75,10 +80,20 @@ class _OfOneCorpus:
 
     @property
     def num_tokens(self) -> int:
-        return self.reader.num_tokens
+        return sum(reader.num_tokens for reader in self.readers)
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.read(index)
+
+    @abc.abstractmethod
+    def read(self, index: int, part: SequencePart = WHOLE) -> Sample:
+        """A part of window `index`."""
 
 
-class TokenDataset(_OfOneCorpus):
+class TokenDataset(Dataset):
     """The windows of `seq_len` tokens of one shard folder: window i predicts tokens i*T + 1 .. (i + 1)*T.
 
     With `document_mask` a sample says where documents begin, and the first token of a document is no target
@@ -86,10 +101,6 @@ class TokenDataset(_OfOneCorpus):
     window form one more, filled up with end tokens that have no label; without, they are left out.
     Raises `ShardError` when the folder is too small for a single window.
     """
-
-    reference = None
-    soft_labels: SoftLabels | None = None
-    is_packed = False
 
     def __init__(
         self, reader: ShardReader, seq_len: int, document_mask: bool = False, *, keep_tail: bool = False
@@ -107,9 +118,6 @@ class TokenDataset(_OfOneCorpus):
 
     def __len__(self) -> int:
         return -(-self.num_targets // self.seq_len)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.read(index)
 
     def read(self, index: int, part: SequencePart = WHOLE) -> Sample:
         """A part of window `index`; no other tokens are read."""
@@ -132,7 +140,7 @@ class TokenDataset(_OfOneCorpus):
         return Sample(input_ids, labels, starts[starts < length])
 
 
-class PackedDataset(_OfOneCorpus):
+class PackedDataset(Dataset):
     """Windows of `seq_len` tokens that hold whole documents (`minimind.data.packing`), each attending to itself alone.
 
     The first token of a document is no target; of a conversation only what the assistant wrote is one. A document
@@ -143,11 +151,6 @@ class PackedDataset(_OfOneCorpus):
 
     document_mask = True
     is_packed = True
-    reference: np.ndarray | None = None
-    """(num_documents, 2) float32 of preferences: log-probability of the preferred and of the rejected answer under the
-    model that training began with. Set by an objective that compares with it."""
-    soft_labels: SoftLabels | None = None
-    """Of the windows, where an objective has set them."""
 
     def __init__(self, reader: ShardReader, seq_len: int, *, alone: bool = False) -> None:
         self.reader = reader
@@ -183,9 +186,6 @@ class PackedDataset(_OfOneCorpus):
         """Labels that count, over all windows."""
         return sum(int(np.count_nonzero(self[index].labels != IGNORED_LABEL)) for index in range(len(self)))
 
-    def __getitem__(self, index: int) -> Sample:
-        return self.read(index)
-
     def read(self, index: int, part: SequencePart = WHOLE) -> Sample:
         """A part of window `index`; of texts and conversations no other tokens are read."""
         if not 0 <= index < len(self):
@@ -220,82 +220,6 @@ class PackedDataset(_OfOneCorpus):
         if not is_pairs:
             return Sample(input_ids[columns], labels[columns], starts)
         return Sample(input_ids[columns], labels[columns], starts, documents, answers[columns], liked=liked)
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """One of the corpora of a mixture."""
-
-    name: str
-    windows: TokenDataset | PackedDataset
-    weight: Fraction
-    """In proportion to the others', its share of the windows, and so of the tokens, at the beginning."""
-    max_epochs: Fraction | None = None
-    """Passes over it at most; None: any number."""
-
-    @property
-    def num_windows(self) -> int:
-        return len(self.windows)
-
-    @property
-    def fingerprint(self) -> str:
-        return self.windows.fingerprint
-
-    @property
-    def most_windows(self) -> int | None:
-        """Windows that a run may take of it."""
-        return None if self.max_epochs is None else int(self.max_epochs * self.num_windows)
-
-
-class Mixture:
-    """The windows of several corpora counted through, one source after the other; each window is of one source. The
-    order in which training takes them is that of `minimind.data.mixture_order`.
-
-    Args:
-        schedule: (optimizer step, weights of all sources from that step on), by increasing step.
-    """
-
-    reference = None
-    soft_labels: SoftLabels | None = None
-
-    def __init__(self, sources: Sequence[Source], schedule: Sequence[tuple[int, Sequence[Fraction]]] = ()) -> None:
-        self.sources = tuple(sources)
-        self.shares = ((0, tuple(source.weight for source in sources)), *((step, tuple(w)) for step, w in schedule))
-        """(step from which on, weight of each source), the first from step 0 on."""
-        first = self.sources[0].windows
-        readers = [source.windows.reader for source in self.sources]
-        self.reader = next((reader for reader in readers if reader.manifest.is_chat), first.reader)
-        """Of one source: what all have in common, such as the tokenizer, and the chat template where one has it."""
-        self.seq_len, self.document_mask = first.seq_len, first.document_mask
-        self.is_packed = first.is_packed
-        self.readers = tuple(readers)
-        self.num_tokens = sum(reader.num_tokens for reader in readers)
-        self._ends = np.cumsum([source.num_windows for source in self.sources])
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """sha256 over everything that decides which windows come in which order, beside the seed."""
-        sources = [[source.fingerprint, str(source.max_epochs)] for source in self.sources]
-        shares = [[step, [str(weight / sum(weights)) for weight in weights]] for step, weights in self.shares]
-        return hashlib.sha256(json.dumps([sources, shares]).encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.read(index)
-
-    def read(self, index: int, part: SequencePart = WHOLE) -> Sample:
-        """A part of window `index`, as its source reads it."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        source = self.sources[number]
-        sample = source.windows.read(index - int(self._ends[number]) + source.num_windows, part)
-        return dataclasses.replace(sample, source=number, num_sources=len(self.sources))
-
-
-Dataset = TokenDataset | PackedDataset | Mixture
 
 
 def load_shards(

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from minimind.accelerator import device_module, has_streams
-from minimind.data.dataset import IGNORED_LABEL, WHOLE, Dataset, Mixture, Sample, SequencePart
+from minimind.data.dataset import IGNORED_LABEL, WHOLE, Dataset, Sample, SequencePart
+from minimind.data.mixture import Mixture
 from minimind.data.mixture_order import MixtureOrder
 from minimind.data.shuffle import ShuffledOrder
 from minimind.errors import UserError
@@ -195,7 +196,7 @@ def collate(
     """Stack B windows; their ends are boundaries of `cu_seqlens` too.
 
     Args:
-        reference: (num_documents, 2) float32 of preferences, see `PackedDataset.reference`.
+        reference: (num_documents, 2) float32 of preferences, see `Dataset.reference`.
         part: which of each window the samples are.
     """
     input_ids = np.stack([sample.input_ids for sample in samples])  # (B, T)

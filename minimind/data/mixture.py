@@ -1,14 +1,20 @@
-"""Mixtures of corpora as a person names them: on the command line, or in a file, with a schedule of their shares."""
+"""Mixtures of corpora: as a person names them, on the command line or in a file, with a schedule of their shares; and
+the windows that they are."""
 
 import dataclasses
+import functools
+import hashlib
 import importlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from minimind.data.dataset import Mixture, Source, open_dataset
+import numpy as np
+
+from minimind.data.dataset import WHOLE, Dataset, Sample, SequencePart, open_dataset
 from minimind.data.manifest import ShardError
 from minimind.data.shards import ShardReader
 from minimind.errors import UserError
@@ -157,6 +163,74 @@ def read_schedule(path: str | None, names: Sequence[str]) -> list[tuple[int, tup
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One of the corpora of a mixture."""
+
+    name: str
+    windows: Dataset
+    weight: Fraction
+    """In proportion to the others', its share of the windows, and so of the tokens, at the beginning."""
+    max_epochs: Fraction | None = None
+    """Passes over it at most; None: any number."""
+
+    @property
+    def num_windows(self) -> int:
+        return len(self.windows)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.windows.fingerprint
+
+    @property
+    def most_windows(self) -> int | None:
+        """Windows that a run may take of it."""
+        return None if self.max_epochs is None else int(self.max_epochs * self.num_windows)
+
+
+class Mixture(Dataset):
+    """The windows of several corpora counted through, one source after the other; each window is of one source. The
+    order in which training takes them is that of `minimind.data.mixture_order`.
+
+    Args:
+        schedule: (optimizer step, weights of all sources from that step on), by increasing step.
+    """
+
+    def __init__(self, sources: Sequence[Source], schedule: Sequence[tuple[int, Sequence[Fraction]]] = ()) -> None:
+        self.sources = tuple(sources)
+        self.shares = ((0, tuple(source.weight for source in sources)), *((step, tuple(w)) for step, w in schedule))
+        """(step from which on, weight of each source), the first from step 0 on."""
+        first = self.sources[0].windows
+        self.reader = next((reader for reader in self.readers if reader.manifest.is_chat), first.reader)
+        """Of one source: what all have in common, such as the tokenizer, and the chat template where one has it."""
+        self.seq_len, self.document_mask = first.seq_len, first.document_mask
+        self.is_packed = first.is_packed
+        self._ends = np.cumsum([source.num_windows for source in self.sources])
+
+    @property
+    def readers(self) -> tuple[ShardReader, ...]:
+        return tuple(source.windows.reader for source in self.sources)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 over everything that decides which windows come in which order, beside the seed."""
+        sources = [[source.fingerprint, str(source.max_epochs)] for source in self.sources]
+        shares = [[step, [str(weight / sum(weights)) for weight in weights]] for step, weights in self.shares]
+        return hashlib.sha256(json.dumps([sources, shares]).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def read(self, index: int, part: SequencePart = WHOLE) -> Sample:
+        """A part of window `index`, as its source reads it."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        source = self.sources[number]
+        sample = source.windows.read(index - int(self._ends[number]) + source.num_windows, part)
+        return dataclasses.replace(sample, source=number, num_sources=len(self.sources))
+
+
 def open_mixture(
     named: Sequence[NamedShards],
     readers: Mapping[str, ShardReader],
@@ -192,8 +266,7 @@ def open_mixture(
         one, two, *_ = templates.values()
         raise ShardError(f"shards: {one.folder} and {two.folder} have different chat templates; prepare one again")
     sources = []
-    for number in kept:
-        reader = readers[named[number].name]
-        windows = open_dataset(reader, seq_len, document_mask, packed=packed, keep_tail=keep_tail)
-        sources.append(Source(named[number].name, windows, named[number].weight, named[number].max_epochs))
+    for source in (named[number] for number in kept):
+        windows = open_dataset(readers[source.name], seq_len, document_mask, packed=packed, keep_tail=keep_tail)
+        sources.append(Source(source.name, windows, source.weight, source.max_epochs))
     return Mixture(sources, [(step, [weights[number] for number in kept]) for step, weights in schedule])

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from minimind.data.dataset import Source
+from minimind.data.mixture import Source
 from minimind.data.shuffle import ShuffledOrder, shuffle
 from minimind.errors import UserError
 

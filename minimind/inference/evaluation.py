@@ -14,9 +14,10 @@ import torch.distributed
 from torch.distributed import ProcessGroup
 
 from minimind.accelerator import has_streams, widest_float
-from minimind.data.dataset import WHOLE, Dataset, Mixture, SequencePart
+from minimind.data.dataset import WHOLE, Dataset, SequencePart
 from minimind.data.loader import Batch, DeviceCopy, eval_batches
 from minimind.data.manifest import MANIFEST_NAME, Manifest
+from minimind.data.mixture import Mixture
 from minimind.data.shard_writer import ShardWriter
 from minimind.data.shards import ShardReader, open_split
 from minimind.data.tokenizer import load_tokenizer

@@ -7,8 +7,8 @@ from fractions import Fraction
 from pathlib import Path
 
 from minimind.config.run_config import RunConfig
-from minimind.data.dataset import Dataset, Mixture, open_dataset
-from minimind.data.mixture import FORM, NamedShards, open_mixture, read_mixture, read_schedule
+from minimind.data.dataset import Dataset, open_dataset
+from minimind.data.mixture import FORM, Mixture, NamedShards, open_mixture, read_mixture, read_schedule
 from minimind.data.mixture_order import MOST_PARTS, MixtureOrder
 from minimind.data.shards import ShardReader, find_parts, find_split, open_split
 from minimind.data.shuffle import ShuffledOrder

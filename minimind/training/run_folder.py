@@ -21,7 +21,8 @@ from minimind.config.deepspeed_keys import optimizer_name
 from minimind.config.resolved_run import ResolvedRun, ResolvedTrain
 from minimind.config.run_config import SHARD_FINGERPRINT, SOURCE_FINGERPRINTS, RunConfig, TrainConfig
 from minimind.data.chat_template import TEMPLATE_NAME
-from minimind.data.dataset import Dataset, Mixture
+from minimind.data.dataset import Dataset
+from minimind.data.mixture import Mixture
 from minimind.distributed.collectives import log
 from minimind.distributed.share import Share, share_among_threads
 from minimind.errors import UserError

@@ -10,8 +10,8 @@ import torch
 
 from minimind.accelerator import device_module, has_streams, record_event, widest_float
 from minimind.checkpoints.manifest import TrainState
-from minimind.data.dataset import Mixture
 from minimind.data.loader import BatchLoader
+from minimind.data.mixture import Mixture
 from minimind.distributed.collectives import all_reduce_sum, gather_on_first
 from minimind.host import peak_memory
 from minimind.parallel.mesh import Mesh
