@@ -7,17 +7,16 @@ rules, and its ids are those of its library for the whole text.
 import abc
 import functools
 import hashlib
-import itertools
 import json
 import re
 from array import array
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import sentencepiece
 import tokenizers
 
+from minimind.data.sentencepiece_words import words_pattern
 from minimind.errors import UserError, first_line
 from minimind.files import read_json
 
@@ -36,9 +35,8 @@ CONFIG_NAME = "tokenizer_config.json"
 
 BLANK = "\u2581"
 """What SentencePiece writes for a space."""
+_ONLY_BLANK = re.compile(f"({BLANK})")
 _PROBE = f"a  b\n\t{BLANK} \u4f60\U0001f600"
-# Runs without a word's end are cut here: SentencePiece needs far more memory than text, and time beyond its length.
-_PART_CHARACTERS = 1 << 14
 # What is kept of words seen: so many, of no more characters.
 _KNOWN_WORDS = 1 << 16
 _LONGEST_WORD = 200
@@ -133,7 +131,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._bytes = [self._find_bytes(i, piece) for i, piece in enumerate(pieces)]
         kinds = (self._model.is_byte, self._model.is_control, self._model.is_unknown)
         learnt = [piece for i, piece in enumerate(pieces) if not any(holds(i) for holds in kinds)]
-        self._find_parts = _words_pattern(learnt).findall
+        self._find_parts = words_pattern(learnt).findall
         # What the library cannot be given. It takes the mark for a space: its bytes cannot be mistaken.
         blank_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in BLANK.encode()]
         self._given = {BLANK: array(self.typecode, blank_ids).tobytes()}
@@ -283,31 +281,6 @@ def _check_text(text: str) -> str:
     except UnicodeEncodeError as error:
         raise UserError(f"text is not valid Unicode: lone surrogate at character {error.start}") from None
     return text
-
-
-_ONLY_BLANK = re.compile(f"({BLANK})")
-_CLOSING = "\n\uff0c\u3002\uff01\uff1f\uff1b\uff1a\u3001"
-
-
-def _words_pattern(pieces: Sequence[str]) -> re.Pattern[str]:
-    """Parts that SentencePiece encodes by themselves to the same ids as inside the whole text.
-
-    It merges characters that stand side by side only if one of `pieces` has them so. No piece goes on across the start
-    of a run of spaces, so a part is a run and a word. A word is cut behind a mark of `_CLOSING` where no piece has what
-    follows, and, unless `pieces` mix them, between an ASCII letter and another ASCII character. What has no such place
-    is cut where it is too long for memory.
-    """
-    longest = f"{{1,{_PART_CHARACTERS}}}"
-    other, beyond = r"\x00-\x1f!-@\[-`{-\x7f", r"\x80-\U0010ffff"
-    mixed = re.compile(f"[A-Za-z][{other}]|[{other}][A-Za-z]")
-    ascii_runs = rf"[A-Za-z]{longest}(?![A-Za-z{beyond}])|[{other}]{longest}(?![{other}{beyond}])|"
-    followers: defaultdict[str, set[str]] = defaultdict(set)
-    for mark, after in itertools.chain.from_iterable(map(itertools.pairwise, pieces)):
-        followers[mark].add(after)
-    joined = [f"{c}(?=[{''.join(map(re.escape, sorted(followers[c])))}])" for c in _CLOSING if followers[c]]
-    inside = "|".join([f"[^ {_CLOSING}]", *joined])
-    word = f"{'' if any(map(mixed.search, pieces)) else ascii_runs}(?:{inside}){longest}[{_CLOSING}]?|[{_CLOSING}]"
-    return re.compile(rf" {{0,{_PART_CHARACTERS}}}(?:{word})| {longest}")
 
 
 @functools.lru_cache(maxsize=1)
