@@ -7,7 +7,7 @@ the step has to be remembered to continue. Evaluation: every window once, in ord
 import concurrent.futures
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -139,16 +139,18 @@ class BatchLoader:
         """Windows of each source, by fingerprint, that were taken before `step`."""
         return self.order.taken((step - self.first_step) * self.global_batch_size)
 
-    def iterate(self, start_step: int = 0) -> Iterator[list[Batch]]:
-        """`step_batches` of `start_step`, `start_step + 1`, ... without end, the next step read by a thread meanwhile.
+    def iterate(self, start_step: int = 0, *, ahead: bool = True) -> Generator[list[Batch], None, None]:
+        """`step_batches` of `start_step`, `start_step + 1`, ... without end; `ahead`: a thread reads the next one.
 
         Close the generator (or let it go) to end the thread; an error of reading is raised at the step it concerns.
         """
+        if not ahead:
+            yield from map(self.step_batches, itertools.count(start_step))
         with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="batch-loader") as pool:
-            ahead = pool.submit(self.step_batches, start_step)
+            coming = pool.submit(self.step_batches, start_step)
             for step in itertools.count(start_step + 1):
-                batches = ahead.result()
-                ahead = pool.submit(self.step_batches, step)
+                batches = coming.result()
+                coming = pool.submit(self.step_batches, step)
                 yield batches
 
 

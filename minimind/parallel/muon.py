@@ -131,12 +131,9 @@ class Muon(torch.optim.AdamW):
             sent.copy_(own)
         row = rows.new_empty(length)
         dist.reduce_scatter_tensor(row, rows.view(-1), group=group)  # of each element all but one rank sends zero
-        pieces = [place.piece for place in bucket if place.owner == rank]
-        starts = [place.start for place in bucket if place.owner == rank]
-        owned = [
-            row[start:][: math.prod(piece.shape)].view(piece.shape) for start, piece in zip(starts, pieces, strict=True)
-        ]
-        self._orthogonalize_each(owned, pieces)
+        places = [place for place in bucket if place.owner == rank]
+        owned = [row[at.start :][: math.prod(at.piece.shape)].view(at.piece.shape) for at in places]
+        self._orthogonalize_each(owned, [place.piece for place in places])
         dist.all_gather_into_tensor(rows.view(-1), row, group=group)
         for own, sent in here:
             own.copy_(sent)

@@ -1,8 +1,7 @@
-"""Steps whose figures are still on the device, and their reduction over the ranks into records."""
+"""The figures of steps, still on the device, and their reduction over the ranks into records; those of evaluations."""
 
 import itertools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,13 +9,47 @@ import torch
 
 from minimind.accelerator import device_module, has_streams, record_event, widest_float
 from minimind.checkpoints.manifest import TrainState
+from minimind.config.run_config import Precision
 from minimind.data.loader import BatchLoader
 from minimind.data.mixture import Mixture
-from minimind.distributed.collectives import all_reduce_sum, gather_on_first
+from minimind.distributed.collectives import all_reduce_sum, gather_objects, gather_on_first
 from minimind.host import peak_memory
+from minimind.inference.evaluation import Evaluation
 from minimind.parallel.mesh import Mesh
-from minimind.training.record.run_files import StepRecord
+from minimind.training.objectives.objective import LossParts
+from minimind.training.record.run_files import EvaluationRecord, StepRecord
 from minimind.training.step_timer import StepTimer, describe_times, seconds
+
+
+class StepSums:
+    """What the micro-batches of this rank add up to in a step, on the device.
+
+    Args:
+        num_targets: of the whole step.
+        num_parts: micro-batches of the whole step, over the ranks that average.
+    """
+
+    def __init__(self, device: torch.device, num_targets: int, num_parts: int) -> None:
+        self.loss = torch.zeros((), device=device)  # this rank's share of the global mean loss
+        self.aux_loss = torch.zeros((), device=device)  # and of the routers' mean one, 0 for a dense model
+        self.figures: dict[str, torch.Tensor] = {}  # () each, its share of the means that the objective logs
+        self.expert_counts: torch.Tensor | None = None  # (num_moe_layers, num_experts + 1); None for a dense model
+        self.sources: torch.Tensor | None = None  # of a mixture: (2, num_sources), summed losses and targets
+        self._num_targets, self._num_parts = num_targets, num_parts
+
+    def add(self, parts: LossParts) -> None:
+        """One micro-batch."""
+        self.loss += parts.loss.detach() / self._num_targets
+        if parts.aux_loss is not None:
+            self.aux_loss = self.aux_loss + parts.aux_loss.detach() / self._num_parts
+        for name, value in parts.figures.items():
+            self.figures[name] = self.figures.get(name, 0) + value / self._num_targets
+        self.expert_counts = _plus(self.expert_counts, parts.expert_counts)
+        self.sources = _plus(self.sources, parts.sources)
+
+
+def _plus(total: torch.Tensor | None, value: torch.Tensor | None) -> torch.Tensor | None:
+    return value if total is None else total if value is None else total + value
 
 
 @dataclass(frozen=True)
@@ -24,14 +57,10 @@ class PendingStep:
     """A step whose figures are on the device."""
 
     state: TrainState  # after the step
-    loss: torch.Tensor  # () this rank's share of the global mean loss
-    aux_loss: torch.Tensor  # () this rank's share of the mean auxiliary loss of the routers, 0 for a dense model
+    sums: StepSums
     grad_norm: torch.Tensor | float | None  # global, before clipping
     lr: float
     loss_scale: float | None
-    expert_counts: torch.Tensor | None  # (num_moe_layers, num_experts + 1) of this rank; None for a dense model
-    figures: Mapping[str, torch.Tensor]  # () each, this rank's share of the means that the objective logs
-    sources: torch.Tensor | None = None  # of a mixture: (2, num_sources), this rank's summed losses and targets
 
 
 class Figures:
@@ -44,7 +73,7 @@ class Figures:
     def __init__(self, pending: list[PendingStep], timer: StepTimer, mesh: Mesh) -> None:
         self.pending = pending
         self._reading = timer.read()
-        losses = torch.stack([item.loss for item in pending])
+        losses = torch.stack([item.sums.loss for item in pending])
         dtype = widest_float(losses.device)
         # A number is filled in by the device; as a tensor of its own it would be copied, and the host would wait.
         norms = [
@@ -53,11 +82,11 @@ class Figures:
             else losses.new_full((), math.nan if item.grad_norm is None else item.grad_norm, dtype=dtype)
             for item in pending
         ]
-        figures = [value for item in pending for value in item.figures.values()]
-        sources = [item.sources.flatten() for item in pending if item.sources is not None]
-        parts = [losses, torch.stack([*(item.aux_loss for item in pending), *figures]), *sources]
+        figures = [value for item in pending for value in item.sums.figures.values()]
+        sources = [item.sums.sources.flatten() for item in pending if item.sums.sources is not None]
+        parts = [losses, torch.stack([*(item.sums.aux_loss for item in pending), *figures]), *sources]
         means = all_reduce_sum(torch.cat(parts), mesh.averaging)
-        counts = [item.expert_counts for item in pending if item.expert_counts is not None]
+        counts = [item.sums.expert_counts for item in pending if item.sums.expert_counts is not None]
         self._device = losses.device
         self._losses, self._means = _copy_to_host(losses), _copy_to_host(means)
         self._norms = _copy_to_host(torch.stack(norms))
@@ -73,9 +102,18 @@ class Figures:
         if self._copied is not None:
             self._copied.synchronize()
 
-    def has_bad_loss(self) -> bool:
-        """Whether a loss of this rank is NaN or infinite; they must be here."""
-        return not bool(self._losses.isfinite().all())
+    def find_problem(self, record: StepRecord, precision: Precision) -> str | None:
+        """Which figure of one of the records is not finite, and on which ranks; None: all are. Every rank calls this
+        with the same record."""
+        loss, norm = record["loss"], record["grad_norm"]
+        assert loss is not None
+        if math.isfinite(loss) and (norm is None or math.isfinite(norm) or precision == "fp16"):
+            return None  # an infinite norm alone is how fp16 finds its loss scale
+        is_bad_here = not self._losses.isfinite().all()
+        ranks = [str(rank) for rank, is_bad in enumerate(gather_objects(is_bad_here)) if is_bad]
+        figure = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+        where = f"rank {', '.join(ranks)}" if ranks else "no single rank (found in the reduced gradient)"
+        return f"step {record['step']}: {figure} on {where}"
 
     def records(self, tokens_per_step: int, loader: BatchLoader) -> list[StepRecord]:
         """The records of the steps, the ranks' times on rank 0 alone; they must be here. Every rank calls this: one
@@ -107,12 +145,12 @@ class Figures:
             if self._loads is not None:
                 record["aux_loss"] = means[count + i]
                 record.update(summarize_load(item.state.step, self._loads[i]))
-            if item.figures:
-                values = means[2 * count + i * len(item.figures) :]
-                figures: dict[str, Any] = dict(zip(item.figures, values, strict=False))
+            if item.sums.figures:
+                values = means[2 * count + i * len(item.sums.figures) :]
+                figures: dict[str, Any] = dict(zip(item.sums.figures, values, strict=False))
                 record |= cast(StepRecord, figures)
-            if item.sources is not None:
-                values = means[(2 + len(item.figures)) * count + i * item.sources.numel() :]
+            if item.sums.sources is not None:
+                values = means[(2 + len(item.sums.figures)) * count + i * item.sums.sources.numel() :]
                 record |= describe_sources(loader, item.state.step, values)
             records.append(record)
         if torch.distributed.get_rank() == 0:
@@ -134,6 +172,23 @@ def describe_sources(loader: BatchLoader, step: int, sums: list[float]) -> StepR
         "source_loss": {source.name: loss / count for source, loss, count in pairs if count},
         "source_tokens": {source.name: taken[source.fingerprint] * seq_len for source in sources},
     }
+
+
+def describe_evaluation(step: int, found: Evaluation) -> EvaluationRecord:
+    """The record of an evaluation."""
+    record: EvaluationRecord = {
+        "step": step,
+        "eval_loss": found.loss,
+        "eval_bits_per_byte": found.bits_per_byte,
+        "eval_perplexity": found.perplexity,
+        "eval_targets": found.num_targets,
+    }
+    figures: dict[str, Any] = {f"eval_{name}": value for name, value in found.figures.items()}
+    if found.sources:
+        figures["eval_source_loss"] = {name: one.loss for name, one in found.sources.items()}
+        bits = {name: one.bits_per_byte for name, one in found.sources.items() if one.bits_per_byte is not None}
+        figures["eval_source_bits_per_byte"] = bits
+    return cast(EvaluationRecord, {**record, **figures})
 
 
 def _copy_to_host(tensor: torch.Tensor) -> torch.Tensor:

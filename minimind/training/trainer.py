@@ -6,12 +6,11 @@ logged when they have arrived, a step or more later.
 """
 
 import contextlib
-import math
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,7 +23,7 @@ from minimind.config.resolved_run import ResolvedRun
 from minimind.data.dataset import Dataset
 from minimind.data.loader import Batch, BatchLoader, DeviceCopy
 from minimind.data.manifest import ShardError
-from minimind.distributed.collectives import all_reduce_ints, gather_objects
+from minimind.distributed.collectives import all_reduce_ints
 from minimind.distributed.stop_requests import Requests
 from minimind.errors import UnmadeStep, UserError
 from minimind.inference.evaluation import measure_loss
@@ -37,8 +36,7 @@ from minimind.training.lr_schedule import learning_rate
 from minimind.training.objectives.objective import Objective
 from minimind.training.profiler import StepProfiler
 from minimind.training.record.metrics import NullRecord
-from minimind.training.record.run_files import EvaluationRecord, StepRecord
-from minimind.training.step_record import Figures, PendingStep
+from minimind.training.step_record import Figures, PendingStep, StepSums, describe_evaluation
 from minimind.training.step_timer import StepTimer
 
 if TYPE_CHECKING:
@@ -88,7 +86,7 @@ class Trainer:
         train = self.resolved.train
         self.engine.train()
         self.timer.restart()
-        with contextlib.closing(self._batches()) as steps:
+        with contextlib.closing(self.loader.iterate(self.state.step, ahead=train.num_workers > 0)) as steps:
             while self.state.step < train.steps:
                 with self._keeping_made_steps():
                     self.train_step(self._next(steps))
@@ -129,8 +127,7 @@ class Trainer:
 
     def train_step(self, batches: list[Batch]) -> None:
         """One optimizer step from this rank's micro-batches, without waiting for the device. Every rank calls this."""
-        train, model = self.resolved.train, self.resolved.model
-        step, device = self.state.step, self.engine.device
+        step, model = self.state.step, self.resolved.model
         self._seed_dropout(step)
         lr = self._set_learning_rate(step)
         self.control.report(step + 1, "making the batch")
@@ -141,30 +138,19 @@ class Trainer:
         # this undoes both and divides by the targets.
         scale = len(batches) * self.mesh.num_averaging / num_targets
         batches = list(map(self._copy, batches))
-        loss, aux_loss = torch.zeros((), device=device), torch.zeros((), device=device)
-        counts: torch.Tensor | None = None
-        figures: dict[str, torch.Tensor] = {}
-        sources: torch.Tensor | None = None
+        sums = StepSums(self.engine.device, num_targets, len(batches) * self.mesh.num_averaging)
         balances_step = expert_balance.balances_step(model)
         share = self._read_expert_share(batches) if balances_step and len(batches) > 1 else None
         for batch in batches:
             self.control.report(step + 1, "forward and backward")
             with self.timer.part("forward"):
                 parts = self.objective.loss(self.engine, batch)
-            loss += parts.loss.detach() / num_targets
-            for name, value in parts.figures.items():
-                figures[name] = figures.get(name, 0) + value / num_targets
-            if parts.sources is not None:
-                sources = parts.sources if sources is None else sources + parts.sources
+            if balances_step and parts.aux_loss is not None:
+                parts = parts._replace(aux_loss=expert_balance.step_aux_loss(parts, share, model, self.mesh))
+            sums.add(parts)
             total = parts.loss * scale
             if parts.aux_loss is not None:  # a mean over this micro-batch: DeepSpeed's own averaging is right for it
-                own = parts.aux_loss
-                if balances_step:
-                    own = expert_balance.step_aux_loss(parts, share, model, self.mesh)
-                total = total + own
-                aux_loss = aux_loss + own.detach() / (len(batches) * self.mesh.num_averaging)
-            if parts.expert_counts is not None:
-                counts = parts.expert_counts if counts is None else counts + parts.expert_counts
+                total = total + parts.aux_loss
             with self.timer.part("backward"):
                 self.engine.backward(total)
             if batch is not batches[-1]:
@@ -172,18 +158,16 @@ class Trainer:
         self.control.report(step + 1, "optimizer step")
         with self.timer.part("optimizer"):
             grad_norm = optimizer_step(self.engine, self.resolved)
-        if counts is not None and model.router_bias_update_rate and self.resolved.trains_routers:
-            expert_balance.step_router_biases(self.engine, counts, grad_norm, self.mesh)
+        if sums.expert_counts is not None and model.router_bias_update_rate and self.resolved.trains_routers:
+            expert_balance.step_router_biases(self.engine, sums.expert_counts, grad_norm, self.mesh)
         self.state = replace(
             self.state,
             step=step + 1,
             consumed_samples=self.state.consumed_samples + self.loader.global_batch_size,
             tokens_seen=self.state.tokens_seen + self._tokens_per_step,
         )
-        scale_now = loss_scale(self.engine) if train.precision == "fp16" else None
-        self._pending.append(
-            PendingStep(self.state, loss, aux_loss, grad_norm, lr, scale_now, counts, figures, sources)
-        )
+        scale_now = loss_scale(self.engine) if self.resolved.train.precision == "fp16" else None
+        self._pending.append(PendingStep(self.state, sums, grad_norm, lr, scale_now))
         if table := self.profiler.step():
             self.record.log(table)
 
@@ -193,14 +177,6 @@ class Trainer:
             share = expert_balance.read_expert_share(self.objective, self.engine, batches, self.mesh)
         self._seed_dropout(self.state.step)  # the same draws again
         return share
-
-    def _batches(self) -> Generator[list[Batch], None, None]:
-        step = self.state.step
-        if self.resolved.train.num_workers:
-            yield from self.loader.iterate(step)
-        while True:
-            yield self.loader.step_batches(step)
-            step += 1
 
     def _next(self, steps: Generator[list[Batch], None, None]) -> list[Batch]:
         self.control.report(self.state.step + 1, "reading the batch")
@@ -233,8 +209,7 @@ class Trainer:
         model = self.resolved.model
         if model.dropout or model.attention_dropout or uses_random_routing(self.resolved.train):
             # Distinct for every (step, rank) of a run below 2**20 ranks; torch mixes the bits.
-            seed = (self.resolved.train.seed << 52 ^ step << 20 ^ self.mesh.averaging_rank) % 2**63
-            torch.manual_seed(seed)
+            torch.manual_seed((self.resolved.train.seed << 52 ^ step << 20 ^ self.mesh.averaging_rank) % 2**63)
 
     def _send_figures(self) -> None:
         """Send the figures of the pending steps to the host. Every rank calls this: it holds collectives."""
@@ -248,32 +223,21 @@ class Trainer:
             figures.wait()
             self._arriving.remove(figures)
             for record in figures.records(self._tokens_per_step, self.loader):
-                self._check_step(record, figures.has_bad_loss())
+                if problem := figures.find_problem(record, self.resolved.train.precision):
+                    self._pass_over(problem)
                 self.record.log_step(record)
 
-    def _check_step(self, record: StepRecord, is_bad_here: bool) -> None:
-        """Stop, or count a skipped step, if a figure is not finite. Every rank comes here with the same figures."""
-        loss, norm = record["loss"], record["grad_norm"]
-        assert loss is not None
-        if math.isfinite(loss) and (norm is None or math.isfinite(norm) or self.resolved.train.precision == "fp16"):
-            return  # an infinite norm alone is how fp16 finds its loss scale
-        ranks = [str(rank) for rank, is_bad in enumerate(gather_objects(is_bad_here)) if is_bad]
-        figure = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
-        where = f"rank {', '.join(ranks)}" if ranks else "no single rank (found in the reduced gradient)"
+    def _pass_over(self, problem: str) -> None:
+        """Count a bad step, or stop where no more are allowed. Every rank calls this."""
         allowed = self.resolved.train.skip_bad_steps
         self._skipped += 1
-        if self._skipped <= allowed:
-            self.record.log(
-                f"step {record['step']}: {figure} on {where}; weights left as they were ({self._skipped} of {allowed} "
-                "allowed)"
+        if self._skipped > allowed:
+            self._note_saved(self.saver.wait())
+            raise BadStepError(
+                f"{problem}; nothing of it was saved; last good checkpoint: {self.last_checkpoint or 'none was saved'}"
+                "; lower --lr, look at the data of this step, or allow --skip-bad-steps N"
             )
-            return
-        self._note_saved(self.saver.wait())  # every rank is here
-        raise BadStepError(
-            f"step {record['step']}: {figure} on {where}; nothing of it was saved; last good checkpoint: "
-            f"{self.last_checkpoint or 'none was saved'}; lower --lr, look at the data of this step, or allow "
-            "--skip-bad-steps N"
-        )
+        self.record.log(f"{problem}; weights left as they were ({self._skipped} of {allowed} allowed)")
 
     def _evaluate(self) -> float | None:
         """Mean loss over the validation windows, the same on any number of ranks. Every rank calls this."""
@@ -292,19 +256,7 @@ class Trainer:
             before_batch=lambda: self.control.report(step, "evaluating"),
             sums=self.objective.evaluate,
         )
-        record: EvaluationRecord = {
-            "step": step,
-            "eval_loss": found.loss,
-            "eval_bits_per_byte": found.bits_per_byte,
-            "eval_perplexity": found.perplexity,
-            "eval_targets": found.num_targets,
-        }
-        figures: dict[str, Any] = {f"eval_{name}": value for name, value in found.figures.items()}
-        if found.sources:
-            figures["eval_source_loss"] = {name: one.loss for name, one in found.sources.items()}
-            bits = {name: one.bits_per_byte for name, one in found.sources.items() if one.bits_per_byte is not None}
-            figures["eval_source_bits_per_byte"] = bits
-        self.record.log_evaluation(cast(EvaluationRecord, {**record, **figures}))
+        self.record.log_evaluation(describe_evaluation(step, found))
         self.timer.restart()
         return found.loss
 
