@@ -22,10 +22,9 @@ if [ "${1:-}" = --quick ]; then
 fi
 # One thread a process: the tests are small, and threads waiting for each other cost more than they give.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# A test file is one worker's, so what its tests share is made once. One worker more than there are cores, as a third of
-# the time is waiting for time-outs, services and disks; more than four workers would not end any sooner.
-workers="$(.venv/bin/python -c 'from minimind.host import count_cores; print(count_cores() + 1)')"
-[ "$workers" -le 4 ] || workers=4
+# A test file is one worker's, so what its tests share is made once. Two workers more than there are cores, as half of the
+# time is waiting for time-outs, services and disks; more than six workers would not end any sooner.
+workers="$(.venv/bin/python -c 'from minimind.host import count_cores; print(min(count_cores() + 2, 6))')"
 code=0
 .venv/bin/python -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@" || code=$?
 # All of that ran on the CPU. What is about a GPU runs by itself, where there is one.
