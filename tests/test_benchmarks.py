@@ -1,6 +1,5 @@
 """What the benchmarks stand on: verdicts, turns, the arithmetic of larger worlds. Their figures are no tests."""
 
-import dataclasses
 import json
 import signal
 import sys
@@ -14,7 +13,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import harness
 from harness import Claim, format_table, ratios, report, time_rounds
-from scaling import COUNTS, ROWS, STAGES, Cluster, Job, step_seconds, wire_bytes, write_page
+from scaling import ACCUMULATION, COUNTS, PAGE, ROWS, STAGES, TOKENS, step_seconds, wire_bytes, write_page
 from turns import Contestant, started, take_turns
 
 from minimind.config.run_config import preset
@@ -105,36 +104,34 @@ def test_a_program_that_ends_early_is_named_with_its_last_words():
 
 
 def test_bytes_on_the_wire_follow_the_stages():
-    job = Job(preset("minimind3"))
-    sent = [sum(wire_bytes(job, stage, 8).values()) for stage in STAGES]
-    ring = 2 * preset("minimind3").num_params() * 7 / 8
+    config = preset("minimind3")
+    sent = [sum(wire_bytes(config, stage, 8).values()) for stage in STAGES]
+    ring = 2 * config.num_params() * 7 / 8
     # In units of a bf16 copy of the weights: an all-reduce is two, in float32 four. Stage 2 reduces at each of 4
     # micro-batches, stage 3 gathers twice at each.
     assert sent == pytest.approx([4 * ring, 3 * ring, 9 * ring, 12 * ring])
-    assert sum(wire_bytes(dataclasses.replace(job, accumulation=8), 1, 8).values()) == pytest.approx(3 * ring)
-    assert wire_bytes(job, 3, 1) == {"gradients": 0, "weights": 0, "tokens": 0}
+    assert sum(wire_bytes(config, 1, 8, accumulation=8).values()) == pytest.approx(3 * ring)
+    assert wire_bytes(config, 3, 1) == {"gradients": 0, "weights": 0, "tokens": 0}
 
 
 def test_experts_that_are_spread_reduce_less_and_exchange_tokens():
-    job = Job(preset("moe-64e"))
-    alone, spread = wire_bytes(job, 1, 16, 1), wire_bytes(job, 1, 16, 8)
+    config = preset("moe-64e")
+    alone, spread = wire_bytes(config, 1, 16, 1), wire_bytes(config, 1, 16, 8)
     assert spread["gradients"] < alone["gradients"] and alone["tokens"] == 0
     layers, top_k, hidden_size = 8, 4, 512
-    assert spread["tokens"] == 4 * layers * top_k * job.tokens * job.accumulation * hidden_size * 2 * 7 / 8
+    assert spread["tokens"] == 4 * layers * top_k * TOKENS * ACCUMULATION * hidden_size * 2 * 7 / 8
 
 
 def test_the_page_of_larger_worlds_is_that_of_its_script():
-    computing, small = step_seconds(Job(preset("large")), Cluster(), 3, 8)
-    assert step_seconds(Job(preset("large")), Cluster(), 3, 1024) == (computing, pytest.approx(small, rel=20))
-    page = (ROOT / "benchmarks" / "scaling.md").read_text()
-    assert write_page(page, Cluster()) == page, "python benchmarks/scaling.py"
+    computing, small = step_seconds(preset("large"), 3, 8)
+    assert step_seconds(preset("large"), 3, 1024) == (computing, pytest.approx(small, rel=20))
+    page = PAGE.read_text()
+    assert write_page(page) == page, "python benchmarks/scaling.py"
     assert page.count("\n| 1024 |") == 4
     # Nothing of ours stops being acceptable before 4,096 ranks, and what was counted is what the formulas say.
     counts = json.loads(COUNTS.read_text())
-    for what, path, before, now, most in ROWS:
-        assert now(4096) <= most, what
-        for name, formula in (("before", before), ("now", now)) if path and path[0] != "start" else ():
-            for ranks in (64, 512):
-                if path[0] in counts[name][str(ranks)]:
-                    found = counts[name][str(ranks)][path[0]][path[1]][path[2]]
-                    assert found == pytest.approx(formula(ranks), rel=0.1), what
+    for what, path, formula, most in ROWS:
+        assert formula(4096) <= most, what
+        for ranks in (64, 512) if path and path[0] != "start" else ():
+            found = counts["now"][str(ranks)][path[0]][path[1]][path[2]]
+            assert found == pytest.approx(formula(ranks), rel=0.1), what
