@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import Literal
 
+import harness
 import tyro
 from harness import ROOT, Claim, find_text, make_shards, make_tokenizer, ratios, read_texts, report, workspace
-from harness import write_texts as write
 from turns import our_trainer, started, take_turns
 
 
@@ -20,20 +20,12 @@ def start(repeats: int = 3) -> None:
     with workspace() as folder:
         (text := folder / "text.txt").write_text((ROOT / "README.md").read_text() * 4)
         shards = make_shards(text, make_tokenizer(text, folder / "tokenizer", 2000), folder / "shards")
-        starts = [time_first_step(shards, folder / f"run{number}") for number in range(repeats + 1)][1:]
-    claims = [Claim("start of tiny to its first step", starts, 20.0, at_least=False, unit="s")]
-    report("start", claims, {"first_step_seconds": starts})
-
-
-def time_first_step(shards: Path, run_dir: Path) -> float:
-    """Seconds from the command until metrics.jsonl holds the first step."""
-    flags = ["--model", "tiny", "--shards", shards, "--seq-len", 64, "--save-every", 0]
-    trainer, began = our_trainer("tiny", run_dir, flags, 1, {}), time.perf_counter()
-    try:
-        trainer.start()
-        return trainer.wait_steps(1)[0] - began
-    finally:
-        trainer.end()
+        flags, starts = ["--model", "tiny", "--shards", shards, "--seq-len", 64, "--save-every", 0], []
+        for number in range(repeats + 1):
+            with started([our_trainer("tiny", folder / f"run{number}", flags, 1, {})], warm_steps=1) as began:
+                starts.append(time.perf_counter() - began)
+    claims = [Claim("start of tiny to its first step", starts[1:], 20.0, at_least=False, unit="s")]
+    report("start", claims, {"first_step_seconds": starts[1:]})
 
 
 def scaling(
@@ -43,7 +35,7 @@ def scaling(
 ) -> None:  # fmt: skip
     """Measure ranks, each with `accumulation` micro-batches in an optimizer step, beside one that is alone."""
     with workspace() as folder:
-        source = write(folder / "part.jsonl", read_texts(find_text(text, folder), 20_000))
+        source = harness.write_texts(folder / "part.jsonl", read_texts(find_text(text, folder), 20_000))
         shards = make_shards(source, make_tokenizer(source, folder / "tokenizer"), folder / "shards")
         flags = ["--model", model, "--shards", shards, "--seq-len", seq_len, "--micro-batch-size", micro_batch_size]
         flags += ["--gradient-accumulation-steps", accumulation, "--precision", precision, "--no-tensorboard"]

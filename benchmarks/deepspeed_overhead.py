@@ -3,25 +3,25 @@
 python benchmarks/deepspeed_overhead.py [--precision fp32] [--micro-batches 8]
 """
 
-import functools
 import itertools
 import math
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import tyro
-from harness import OUT, Claim, build_engine, core_threads, joined, ratios, report, synchronize, workspace
+from harness import OUT, Claim, core_threads, joined, ratios, report, resolve, workspace
 from turns import Contestant, started, take_turns
 
 from minimind import openmp_environment
-from minimind.accelerator import accelerator_type
+from minimind.accelerator import accelerator_type, synchronize
 from minimind.config.run_config import preset
 from minimind.model import MiniMindForCausalLM
 from minimind.model.kernels.apply import apply_kernels
 from minimind.parallel.optimizer import optimizer_step, parameter_groups
+from minimind.reports.plan import trial
 
 CPU_TARGETS, TARGETS = {1: 0.95, 2: 0.95, 3: 0.85}, {1: 0.97, 2: 0.95, 3: 0.9}
 
@@ -44,7 +44,7 @@ def main(
     shape += [f"--batch={batch}", f"--seq-len={seq_len}", *["--compile"] * compile]
     env = {**core_threads(), **openmp_environment(os.environ)}
     contestants = [
-        Contestant(name, [sys.executable, __file__, *shape, f"--only={kind}"], r"^step (?P<step>\d+)", steps, env=env)
+        Contestant(name, [sys.executable, __file__, *shape, f"--only={kind}"], r"^step \d+", steps, env=env)
         for name, kind in (("bare", "bare"), *((f"ZeRO {stage}", str(stage)) for stage in stages))
     ]
     with started(contestants) as began:
@@ -55,7 +55,7 @@ def main(
         name = f"{precision}, ZeRO {stage} beside the bare loop"
         target = (TARGETS if accelerator_type() else CPU_TARGETS).get(stage)
         claims.append(Claim(name, ratios(bare, contestant.seconds), target, unit="x"))
-    seconds = {one.name: {"wall": one.seconds, "cpu": one.cpu_seconds} for one in contestants}
+    seconds = {contestant.name: contestant.seconds for contestant in contestants}
     report(__file__, claims, {"run": shape, "seconds_a_step": seconds}, OUT / f"deepspeed_overhead_{precision}.json")
 
 
@@ -63,26 +63,27 @@ def train(kind: str, precision: str, model: str, shape: tuple[int, int, int], co
     """Steps without end, on fixed random tokens of `shape` (micro-batches, sequences, tokens)."""
     batches = torch.randint(3, preset(model).vocab_size, shape, generator=torch.Generator().manual_seed(0))
     with workspace() as folder, joined() as (env, device):
+        batches = batches.to(device)
         if kind == "bare":
-            make_step = bare_step(batches.to(device), precision, model, compile)
+            make_step = bare_step(batches, precision, model, compile)
         else:
-            run = {"run_dir": str(folder), "micro_batch_size": shape[1], "gradient_accumulation_steps": shape[0]}
-            run |= {"seq_len": shape[2], "precision": precision, "compile": "on" if compile else "off"}
-            engine, resolved = build_engine(preset(model), env, device, stage=int(kind), **run)
-            make_step = functools.partial(engine_step, batches.to(device), engine, resolved)
+            run = {"gradient_accumulation_steps": shape[0], "micro_batch_size": shape[1], "seq_len": shape[2]}
+            run |= {"stage": int(kind), "precision": precision, "compile": "on" if compile else "off"}
+            resolved = resolve(preset(model), env, device, **run)
+            engine = trial.make_trainer(resolved, env, device, folder).engine
+
+            def make_step() -> None:
+                """As `minimind.train` does."""
+                for number, tokens in enumerate(batches):
+                    engine.backward(engine(tokens, tokens).loss)
+                    if number + 1 < len(batches):
+                        engine.step()
+                optimizer_step(engine, resolved)
+
         for step in itertools.count(1):
             make_step()
-            synchronize()
+            synchronize(device)
             print(f"step {step}", flush=True)
-
-
-def engine_step(batches: torch.Tensor, engine: Any, resolved: Any) -> None:
-    """As `minimind.train` takes it."""
-    for number, tokens in enumerate(batches):
-        engine.backward(engine(tokens, tokens).loss)
-        if number + 1 < len(batches):
-            engine.step()
-    optimizer_step(engine, resolved)
 
 
 def bare_step(batches: torch.Tensor, precision: str, model: str, compile: bool) -> Callable[[], None]:

@@ -3,30 +3,27 @@
 python benchmarks/experts.py [--tokens 4096] [--precision fp32 bf16]
 """
 
+import copy
 import functools
 import sys
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 import tyro
-from harness import Claim, build_engine, has_fast_bf16, joined, ratios, report, time_rounds, workspace
+from harness import Claim, has_fast_bf16, joined, ratios, report, resolve, time_rounds, workspace
 from harness import transformers_model as build_theirs
-from torch import Tensor, nn
+from torch import nn
 
 from minimind.errors import UserError
 from minimind.model import MiniMindForCausalLM
 from minimind.model.config import ModelConfig
 from minimind.model.kernels.apply import apply_kernels
 from minimind.model.layers import FeedForward
-from minimind.model.moe import MoEFeedForward
-from minimind.model.router import route
+from minimind.reports.plan import trial
 
 # (experts, experts a token, share of the dense block's speed to reach): the experts of a token are as wide together as
 # the dense block.
 SHAPES = ((4, 1, 0.85), (16, 2, 0.8), (64, 4, 0.6))
 DENSE_SIZE = 2432
-Way = Callable[[Tensor], Tensor]
 BACKENDS = {"autoep": "DeepSpeed AutoEP", "deepspeed": "deepspeed.moe, nothing dropped"}
 SEED = 42  # the engine draws the same experts from it as the plain model
 
@@ -55,25 +52,21 @@ def measure_shape(config: ModelConfig, dtype: torch.dtype, tokens: int, rounds: 
         with device:
             torch.manual_seed(SEED)
             model = MiniMindForCausalLM(config)
-            theirs = build_theirs(config, experts_implementation="grouped_mm")
-        theirs.load_state_dict(model.state_dict())
+            theirs = build_theirs(model, experts_implementation="grouped_mm")
+        plain = copy.deepcopy(model)
         apply_kernels(model, device)
-        block = model.model.layers[0].mlp
-        assert isinstance(block, MoEFeedForward)
-        dense = FeedForward(config, DENSE_SIZE).to(device)
-        ways: dict[str, Way] = {"dense": dense, "ours": block}
-        ways["loop over experts"] = functools.partial(loop_over_experts, block)
+        block, dense = model.model.layers[0].mlp, FeedForward(config, DENSE_SIZE).to(device)
+        ways: dict[str, nn.Module] = {"dense": dense, "ours": block, "loop over experts": plain.model.layers[0].mlp}
         ways["transformers, grouped"] = theirs.model.layers[0].mlp
-        modules: list[nn.Module] = [block, dense, theirs]
-        run = {"stage": 0, "seq_len": tokens, "run_dir": str(folder), "micro_batch_size": 1, "seed": SEED}
+        run = {"stage": 0, "seq_len": tokens, "precision": "fp32", "micro_batch_size": 1, "seed": SEED}
         for backend, title in BACKENDS.items():
             try:  # the layer that the backend puts in place of ours, with the same weights
-                engine, _ = build_engine(config, env, device, precision="fp32", moe_backend=backend, **run)
+                resolved = resolve(config, env, device, moe_backend=backend, **run)
+                engine = trial.make_trainer(resolved, env, device, folder / backend).engine
             except UserError as error:  # such as a combination that this backend refuses
                 print(f"{title}: not measured: {error}", file=sys.stderr)
                 continue
-            ways[title] = layer = engine.module.model.layers[0].mlp
-            modules.append(layer)
+            ways[title] = engine.module.model.layers[0].mlp
         states = torch.randn(1, tokens, config.hidden_size, device=device)
         # In float32: a router that a backend keeps in float32 chooses otherwise than one in bfloat16 where it is close.
         with torch.no_grad():
@@ -81,32 +74,16 @@ def measure_shape(config: ModelConfig, dtype: torch.dtype, tokens: int, rounds: 
             for name, compute in ways.items():
                 if name != "dense" and (compute(states) - wanted).norm() > 1e-3 * wanted.norm():
                     raise SystemExit(f"{name} does not compute what the block does")
-        for module in modules:
-            module.to(dtype)
+        for way in ways.values():
+            way.to(dtype)
         states = states.to(dtype).requires_grad_()
 
-        def step(way: Way) -> None:
+        def step(way: nn.Module) -> None:
             states.grad = None
-            for module in modules:
-                module.zero_grad()
+            way.zero_grad()
             way(states).sum().backward()
 
         return time_rounds({name: functools.partial(step, way) for name, way in ways.items()}, rounds)
-
-
-def loop_over_experts(block: MoEFeedForward, states: Tensor) -> Tensor:
-    """The plain way: for each expert, gather its tokens, compute, add to the answer."""
-    tokens = states.flatten(0, -2)
-    weights, experts = route(block.gate(tokens), block.config)
-    mixed = torch.zeros_like(tokens)
-    # Taken apart at once: the gradient of `proj[number]` would be a zero tensor of all experts for each of them.
-    matrices = zip(block.experts.gate_up_proj.unbind(), block.experts.down_proj.unbind(), strict=True)
-    for number, (gate_up, down) in enumerate(matrices):
-        rows, places = (experts == number).nonzero(as_tuple=True)
-        gate, up = F.linear(tokens[rows], gate_up).chunk(2, dim=-1)
-        outputs = F.linear(F.silu(gate) * up, down)
-        mixed = mixed.index_add(0, rows, outputs * weights[rows, places, None].to(outputs.dtype))
-    return mixed.view_as(states)
 
 
 if __name__ == "__main__":

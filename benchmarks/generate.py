@@ -4,7 +4,7 @@ python benchmarks/generate.py [--model minimind3] [--new-tokens 256] [--repeats 
 """
 
 import contextlib
-import dataclasses
+import copy
 import functools
 import json
 import shutil
@@ -54,8 +54,7 @@ def main(
     seconds = time_rounds({name: functools.partial(run, new_tokens) for name, run in rows.items()}, repeats, warm_up=0)
     speeds = {name: [new_tokens / taken for taken in values] for name, values in seconds.items()}
     title = f"decoding {model}, {new_tokens} new tokens, {threads} threads"
-    ours = [name for name in speeds if name.startswith("minimind")]
-    fastest = max(ours, key=lambda name: statistics.median(speeds[name]))
+    fastest = max((name for name in speeds if "minimind" in name), key=lambda name: statistics.median(speeds[name]))
     claims = []
     # The targets are a CPU's. A GPU's fastest is bf16.
     for way, target in (("minimind {}", None),) if ON_GPU else (("minimind {}", 1.3), (fastest, 2.0)):
@@ -78,24 +77,22 @@ def build_rows(model: str) -> dict[str, Callable[[int], object]]:
     rows: dict[str, Callable[[int], object]] = {}
     for name, dtype in PRECISIONS.items():
         rows[f"transformers {name}"] = use_transformers(base, dtype)
-        rows[f"minimind {name}"] = use_ours(copy_of(base, dtype))
+        rows[f"minimind {name}"] = use_ours(prepare(base, dtype))
     if not ON_GPU:
-        rows["minimind int8"] = use_ours(copy_of(base, torch.bfloat16, int8=True))
+        rows["minimind int8"] = use_ours(prepare(base, torch.bfloat16, int8=True))
     if not ON_GPU and shutil.which("g++") is not None:  # without it torch.compile does not compile for a CPU
-        compiled = copy_of(base, torch.bfloat16, int8=True)
+        compiled = prepare(base, torch.bfloat16, int8=True)
         compiled.compile(dynamic=True)
         rows["minimind int8, compiled"] = use_ours(compiled)
     return rows
 
 
-def copy_of(base: MiniMindForCausalLM, dtype: torch.dtype, *, int8: bool = False) -> MiniMindForCausalLM:
-    """The same weights as another type, as the command loads them."""
-    copy = MiniMindForCausalLM(base.config)
-    copy.load_state_dict(base.state_dict())
-    copy = copy.to(DEVICE, dtype).eval()
-    apply_kernels(copy, DEVICE)
-    prepare_decoding(copy, int8=int8)
-    return copy
+def prepare(base: MiniMindForCausalLM, dtype: torch.dtype, *, int8: bool = False) -> MiniMindForCausalLM:
+    """A copy of another type, as the command loads it."""
+    model = copy.deepcopy(base).to(DEVICE, dtype).eval()
+    apply_kernels(model, DEVICE)
+    prepare_decoding(model, int8=int8)
+    return model
 
 
 def greedy(count: int) -> Row:
@@ -109,8 +106,7 @@ def use_ours(model: MiniMindForCausalLM) -> Callable[[int], object]:
 
 def measure_waiting(model: str, count: int) -> tuple[float, float]:
     """Seconds to a one-token answer beside a running one of `count` tokens: joined at once, and after its end."""
-    ours = copy_of(MiniMindForCausalLM(PRESETS[model]), torch.float32)
-    decoding = Decoding(ours)
+    decoding = Decoding(prepare(MiniMindForCausalLM(PRESETS[model]), torch.float32))
     decoding.join([greedy(count)])
     for _ in range(10):
         decoding.step()
@@ -127,9 +123,7 @@ def use_transformers(base: MiniMindForCausalLM, dtype: torch.dtype) -> Callable[
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    theirs = transformers_model(base.config)
-    theirs.load_state_dict(base.state_dict())
-    theirs = theirs.to(DEVICE, dtype).eval()
+    theirs = transformers_model(base).to(DEVICE, dtype).eval()
     theirs.generation_config.eos_token_id = None
     input_ids = torch.tensor([PROMPT], device=DEVICE)
     mask = torch.ones_like(input_ids)
@@ -138,12 +132,10 @@ def use_transformers(base: MiniMindForCausalLM, dtype: torch.dtype) -> Callable[
 
 def measure_server(model: str, count: int, new_tokens: int) -> float:
     """Tokens a second of the server with `count` clients over HTTP, each with one request."""
-    dtype = torch.bfloat16 if ON_GPU else torch.float32
     with workspace() as folder:
         (text := folder / "text.txt").write_text((ROOT / "README.md").read_text() * 4)
         tokenizer = load_tokenizer(make_tokenizer(text, folder, 2000))
-        config = dataclasses.replace(PRESETS[model], vocab_size=tokenizer.vocab_size)
-    ours = copy_of(MiniMindForCausalLM(config), dtype)
+    ours = prepare(MiniMindForCausalLM(PRESETS[model]), torch.bfloat16 if ON_GPU else torch.float32)
     body = json.dumps({"model": "m", "prompt": PROMPT, "max_tokens": new_tokens, "temperature": 0}).encode()
     listener = listen("127.0.0.1", 0)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/completions"

@@ -22,11 +22,6 @@ from minimind.parallel.compilation import find_missing_compiler
 from minimind.training.peak_flops import data_sheet_peak
 
 REHEARSAL = "**A rehearsal on a simulated GPU: no figure below was measured on a GPU, and none means anything.**"
-HEAD = """# One machine with GPUs
-
-{rehearsal}`bash benchmarks/gpu.sh`, {date}. {reached} of {promised} targets reached; {passed} of {tests} tests passed.
-{failed}
-"""
 
 
 def main(megabytes: int = 256, size: int = 8192, rounds: int = 5, page: Path | None = None) -> None:
@@ -94,24 +89,21 @@ def write_page(page: Path) -> None:
     failed, missing = (OUT / "failed.txt").read_text().splitlines(), find_missing_compiler(default_device().type)
     content = {"rehearsal": is_rehearsal, "environment": environment(), "failed": failed, "tests": tests}
     page.with_suffix(".json").write_text(json.dumps({**content, "scripts": scripts}, indent=1) + "\n")
-    promised = [row for script in scripts for row in script["claims"] if row["target"] is not None]
-    head = HEAD.format(
-        rehearsal=f"{REHEARSAL}\n\n" if is_rehearsal else "", date=time.strftime("%Y-%m-%d"),
-        reached=sum(row["passed"] for row in promised), promised=len(promised),
-        passed=sum(test["outcome"] == "passed" for test in tests),
-        tests=sum(test["outcome"] != "skipped" for test in tests),
-        failed="".join(f"\n- failed or not run: {line}" for line in failed)
-        + (f"\n- not measured compiled: {missing} is missing" if missing else ""),
-    )  # fmt: skip
-    parts = [head]
+    verdicts = [row["passed"] for script in scripts for row in script["claims"] if row["target"] is not None]
+    ran = [test["outcome"] == "passed" for test in tests if test["outcome"] != "skipped"]
+    lines = ["# One machine with GPUs\n", *[f"{REHEARSAL}\n"] * is_rehearsal]
+    lines.append(f"`bash benchmarks/gpu.sh`, {time.strftime('%Y-%m-%d')}. {sum(verdicts)} of {len(verdicts)} targets")
+    lines[-1] += f" reached; {sum(ran)} of {len(ran)} tests passed.\n"
+    lines += [f"- failed or not run: {line}" for line in failed]
+    lines += [f"- not measured compiled: {missing} is missing"] if missing else []
     for script in scripts:
         where, table = script["environment"], format_table(script["claims"])
-        parts.append(f"## {script['script']}\n\n{where['date']}; {where['machine']}\n\n{table}\n")
-    lines = ["## Tests\n", "| Test | | Figures |", "|---|---|---|"]
+        lines.append(f"\n## {script['script']}\n\n{where['date']}; {where['machine']}\n\n{table}")
+    lines += ["\n## Tests\n", "| Test | | Figures |", "|---|---|---|"]
     for test in tests:
         figures = "; ".join(f"{name} {value}" for name, value in list(test.items())[3:])
         lines.append(f"| {test['test']} | {test['outcome']} | {figures} |")
-    page.write_text("\n".join([*parts, *lines]) + "\n")
+    page.write_text("\n".join(lines) + "\n")
     print(f"wrote {page} and {page.with_suffix('.json')}")
 
 

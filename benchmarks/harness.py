@@ -18,10 +18,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-OUT = Path(os.environ.get("BENCHMARKS_OUT") or ROOT / "benchmarks" / "out")
 # A benchmark is started as a file, so the repository is not on the path; every one of them imports this module first.
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from minimind.accelerator import accelerator_type, computes_bf16, default_device, device_name, synchronize
+from minimind.checkpoints.formats.huggingface_config import to_huggingface
+from minimind.config.deepspeed_file import load_ds_config
+from minimind.config.resolve import resolve_run
+from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
+from minimind.files import ROOT
+from minimind.host import count_cores
+from minimind.model.kernels.matmul import has_fast_matmul
+from minimind.reports.doctor.finding import cpu_name
+from minimind.training.record.run_files import METRICS_NAME, evaluations_of, read_records
+
+OUT = Path(os.environ.get("BENCHMARKS_OUT") or ROOT / "benchmarks" / "out")
 LOAD_AT_START = os.getloadavg()[0]
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "sentencepiece", "tokenizers")
 
@@ -90,9 +103,7 @@ def summarize(all: bool = False) -> None:
     contents = [json.loads(path.read_text()) for path in sorted(OUT.glob("*.json"))]
     rows = [row for content in contents for row in content["claims"]]
     promised = [row for row in rows if row["target"] is not None]
-    for machine in sorted({content["environment"]["machine"] for content in contents}):
-        print(machine)
-    print(format_table(promised))
+    print(*sorted({content["environment"]["machine"] for content in contents}), format_table(promised), sep="\n")
     print(f"{sum(row['passed'] for row in promised)} of {len(promised)} reached")
     if all:
         print("\n" + format_table([row for row in rows if row["target"] is None]))
@@ -100,50 +111,27 @@ def summarize(all: bool = False) -> None:
 
 def environment() -> dict[str, Any]:
     """Date, device, cores, load and versions, without which a figure means nothing."""
-    # Slow to import, and some benchmarks are about just that.
-    from minimind.accelerator import accelerator_type, default_device, device_name
-    from minimind.host import count_cores
-
     installed = {package.name: package.version for package in importlib.metadata.distributions()}
     versions = ", ".join(f"{name} {installed[name]}" for name in _PACKAGES if name in installed)
-    cores, device = count_cores(), device_name(default_device()) if accelerator_type() else "cpu"
+    device = device_name(default_device()) if accelerator_type() else "cpu"
+    products = f"{device} {'with' if has_fast_bf16() else 'without'} products in bf16"
+    python = f"Python {platform.python_version()}, {versions}"
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "machine": f"{cores} cores, {cpu_name()}, {device}; Python {platform.python_version()}, {versions}",
+        "machine": f"{count_cores()} cores, {cpu_name()}, {products}; {python}",
         "device": device,
         "load_at_start": round(LOAD_AT_START, 2),
         "threads": os.environ.get("OMP_NUM_THREADS", "torch's default"),
     }
 
 
-def cpu_name() -> str:
-    """The processor as the kernel names it, and the instruction sets that decide its speed here."""
-    if sys.platform == "darwin":
-        return run(["sysctl", "-n", "machdep.cpu.brand_string"], ROOT).strip()
-    fields: dict[str, str] = {}
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    flags = fields.get("flags", fields.get("Features", "")).split()  # ARM's word for them
-    sets = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16") if name in flags]
-    family = f"family {fields.get('cpu family', '?')} model {fields.get('model', fields.get('CPU part', '?'))}"
-    return f"{fields.get('model name', platform.processor())} ({family}; {' '.join(sets)})"
-
-
 def has_fast_bf16() -> bool:
     """Whether the training device multiplies in bf16; if not, bf16 is float32 and a rounding."""
-    import torch
-
-    from minimind.accelerator import accelerator_type, computes_bf16, default_device
-    from minimind.model.kernels.matmul import has_fast_matmul
-
     return computes_bf16(default_device()) if accelerator_type() else has_fast_matmul(torch.bfloat16)
 
 
 def core_threads() -> dict[str, str]:
     """Environment of a program that has all cores; a value that is set already is kept."""
-    from minimind.host import count_cores
-
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(count_cores()))}
 
 
@@ -159,18 +147,10 @@ def time_rounds(ways: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int
         for name, way in ways.items():
             began = time.perf_counter()
             way()
-            synchronize()
+            synchronize(default_device())
             if number >= 0:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
-
-
-def synchronize() -> None:
-    """Wait for the GPU, if this process uses one."""
-    import torch
-
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 @contextlib.contextmanager
@@ -197,12 +177,6 @@ def joined() -> Iterator[tuple[Any, Any]]:
 
 def resolve(model: Any, env: Any, device: Any, *, stage: int = 1, **run: Any) -> Any:
     """`run` (fields of DataConfig and TrainConfig) as `minimind.train` resolves it, under our JSON of `stage`."""
-
-    from minimind.accelerator import computes_bf16
-    from minimind.config.deepspeed_file import load_ds_config
-    from minimind.config.resolve import resolve_run
-    from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
-
     data = {name: run.pop(name) for name in ("seq_len", "document_mask") if name in run}
     return resolve_run(
         RunConfig(model=model, data=DataConfig(**data), train=TrainConfig(**{"optimizer": "adamw", **run})),
@@ -214,39 +188,27 @@ def resolve(model: Any, env: Any, device: Any, *, stage: int = 1, **run: Any) ->
     )
 
 
-def build_engine(model: Any, env: Any, device: Any, **run: Any) -> Any:
-    """The engine that `minimind.train` builds, and its run as `resolve` gives it. Every rank calls this, inside
-    `joined`."""
-    from minimind.parallel import engine
-
-    resolved = resolve(model, env, device, **run)
-    return engine.build_engine(resolved, engine.build_model(resolved, device)), resolved
-
-
 def train_evaluated(model: str, run_dir: Path, *flags: object) -> list[tuple[int, float]]:
     """`python -m minimind.train` to its end, or what is there of it: (step, bits a byte) of each evaluation."""
-    command = [sys.executable, "-m", "minimind.train", "--model", model, "--run-dir", run_dir, "--no-tensorboard"]
-    run([*command, *flags], ROOT)
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [(record["step"], record["eval_bits_per_byte"]) for record in records if "eval_bits_per_byte" in record]
+    run_module("minimind.train", "--model", model, "--run-dir", run_dir, "--no-tensorboard", *flags)
+    found = evaluations_of(read_records(run_dir / METRICS_NAME))
+    return [(record["step"], record["eval_bits_per_byte"]) for record in found]
 
 
-def transformers_model(config: Any, **options: Any) -> Any:
-    """transformers' own model of the shape of one of our configs, its weights random."""
+def transformers_model(ours: Any, **options: Any) -> Any:
+    """transformers' own model of the shape and the weights of one of ours."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from minimind.checkpoints.formats.huggingface_config import to_huggingface
-
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**to_huggingface(config)), **options)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**to_huggingface(ours.config)), **options)
+    theirs.load_state_dict(ours.state_dict())
+    return theirs
 
 
 def find_text(given: Path | None, folder: Path) -> Path:
     """`given`, or the default corpus as a JSONL file in `folder`."""
     if given is None:
-        path = folder / "text.jsonl"
-        run_module("data_prep.default_corpus", "--output", path)
-        return path
-    if not given.is_file():
+        run_module("data_prep.default_corpus", "--output", given := folder / "text.jsonl")
+    elif not given.is_file():
         raise SystemExit(f"--text {given}: no such file")
     return given.resolve()
 
@@ -276,15 +238,15 @@ def make_shards(source: Path, tokenizer: Path, folder: Path, val_fraction: float
     return folder
 
 
-def run_module(module: str, *flags: object) -> None:
+def run_module(module: str, *flags: object, **env: str) -> None:
     """Run a module of this repository; its messages are shown only if it fails."""
-    run([sys.executable, "-m", module, *flags], ROOT)
+    run([sys.executable, "-m", module, *flags], **env)
 
 
-def run(command: Sequence[object], folder: Path, **env: str) -> str:
+def run(command: Sequence[object], **env: str) -> str:
     """Run a program to its end; its output."""
     words = [str(part) for part in command]
-    done = subprocess.run(words, cwd=folder, env={**os.environ, **env}, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(words)} failed:\n{(done.stderr or done.stdout).strip()[-800:]}")
     return done.stdout

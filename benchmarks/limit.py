@@ -1,27 +1,20 @@
 """Ends a command, and all that it has started, when it takes longer than it may:
 python benchmarks/limit.py MINUTES COMMAND..."""
 
-import contextlib
-import os
-import signal
-import subprocess
 import sys
 
-GRACE_SECONDS = 60.0
+import psutil
+from turns import end_family
 
 
 def main(minutes: float, command: list[str]) -> int:
     """The exit code of the command; 124: it was ended."""
-    process = subprocess.Popen(command, start_new_session=True)
-    code = 124
+    process = psutil.Popen(command)
     try:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            code = process.wait(60 * minutes)
-    finally:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, number)
-                process.wait(GRACE_SECONDS)
+        code = process.wait(60 * minutes)
+    except psutil.TimeoutExpired:
+        end_family(process.pid, patience=60)
+        return 124
     return 128 - code if code < 0 else code
 
 

@@ -3,81 +3,88 @@
 python benchmarks/reference.py speed | time-to-loss --peer DIR [--text FILE.jsonl]
 """
 
-import json
 import math
 import shutil
+import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import harness
 import torch
 import tyro
-from harness import ROOT, Claim, core_threads, find_text, has_fast_bf16, make_shards, ratios, read_texts, report, run
+from harness import Claim, core_threads, find_text, has_fast_bf16, make_shards, ratios, read_texts, report, run_module
+from transformers import AutoTokenizer
 from turns import Contestant, our_trainer, started, take_turns
 
 from minimind.accelerator import default_device
 from minimind.checkpoints.formats.load_model import load_weights
 from minimind.config.run_config import preset
-from minimind.model import MiniMindForCausalLM
 from minimind.training.peak_flops import peak_flops
+from minimind.training.record.run_files import METRICS_NAME, read_records, steps_of
 
 TARGETS = {340: 4.0, 512: 5.0}
 FEWEST_TEXTS = 4000  # a mean over so many is within 2% of the corpus's
-OURS = {"ours fp32": ["--precision", "fp32"], "ours bf16": ["--precision", "bf16"]}
-OURS["ours bf16 compiled"] = [*OURS["ours bf16"], "--compile", "on"]
-OURS_WITHOUT_BF16 = {"ours fp32": OURS["ours fp32"], "ours fp32 compiled": [*OURS["ours fp32"], "--compile", "on"]}
+OURS = {f"ours {precision}": ["--precision", precision] for precision in ("fp32", "bf16")}
+OURS |= {f"{name} compiled": [*flags, "--compile", "on"] for name, flags in OURS.items()}
 HELD_OUT = 100  # texts
 HIDDEN_SIZE, LAYERS = 256, 4
 LENGTH = 340  # of the reference, its own default
 
 
-@dataclass(frozen=True)
 class Peer:
-    """A copy of a checkout of the reference trainer, ready to run."""
+    """A copy in `folder` of a checkout of the reference trainer, ready to run."""
 
-    folder: Path
-    pattern = r"Epoch:\[1/1\]\((?P<step>\d+)/\d+\)"  # the line that it prints after each micro-batch
+    pattern = r"Epoch:\[1/1\]\(\d+/\d+\)"  # the line that it prints after each micro-batch
 
-    @classmethod
-    def copied(cls, checkout: Path, folder: Path) -> "Peer":
-        """Copy what its trainer needs. Exits with one line when `checkout` is no checkout of it."""
+    def __init__(self, checkout: Path, folder: Path) -> None:
         if not (checkout / "trainer" / "train_pretrain.py").is_file():
-            raise SystemExit(
-                f"--peer {checkout}: no checkout of jingyaogong/minimind (trainer/train_pretrain.py missing)"
-            )
+            raise SystemExit(f"--peer {checkout}: no checkout of jingyaogong/minimind (no trainer/train_pretrain.py)")
         for part in ("model", "trainer", "dataset"):
             shutil.copytree(checkout / part, folder / part)
-        return cls(folder)
+        self.folder = folder
+        self.tokenizer = folder / "model" / "tokenizer.json"
+        self.reader = AutoTokenizer.from_pretrained(folder / "model")
 
-    @property
-    def tokenizer(self) -> Path:
-        """Its tokenizer, for our shards of the same text."""
-        return self.folder / "model" / "tokenizer.json"
-
-    def command(self, text: Path, length: int, batch: int, accumulation: int, *more: object) -> list[str]:
-        """Its own trainer on `text` (JSONL), on the CPU or the first GPU; start it in `folder / "trainer"`."""
+    def trainer(self, text: Path, length: int, batch: int, accumulation: int, steps: int, *more: object) -> Contestant:
+        """Its own trainer on `text` (JSONL), on the CPU or the first GPU, `steps` micro-batches a turn."""
         flags: list[object] = ["--data_path", text, "--max_seq_len", length, "--batch_size", batch, "--epochs", 1]
         flags += ["--accumulation_steps", accumulation, "--log_interval", 1, "--num_workers", 1]
         flags += ["--save_dir", self.folder / "out", "--save_interval", 10**9, *more]
-        return [sys.executable, "train_pretrain.py", *map(str, flags)]
+        command = [sys.executable, "train_pretrain.py", *map(str, flags)]
+        env = {**core_threads(), "HF_HOME": str(self.folder / "hf")}
+        return Contestant("minimind", command, self.pattern, steps, self.folder / "trainer", env)
 
     def read_tokens(self, texts: Sequence[str], length: int) -> list[list[int]]:
         """Each text as its dataset gives it to the model, without the padding."""
-        from transformers import AutoTokenizer
+        encoded = self.reader(list(texts), add_special_tokens=False, max_length=length - 2, truncation=True).input_ids
+        return [[self.reader.bos_token_id, *tokens, self.reader.eos_token_id] for tokens in encoded]
 
-        if not texts:  # transformers' tokenizer takes no empty batch
-            return []
-        tokenizer = AutoTokenizer.from_pretrained(self.folder / "model")
-        encoded = tokenizer(list(texts), add_special_tokens=False, max_length=length - 2, truncation=True).input_ids
-        return [[tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id] for tokens in encoded]
+
+class HeldOut:
+    """Text that nobody trains on, as the reference reads it, without its marks."""
+
+    def __init__(self, reference: Peer, texts: Sequence[str]) -> None:
+        self.rows = [row[1:-1] for row in reference.read_tokens(texts, LENGTH) if len(row) > 3]
+        # Nobody has to predict a row's first token.
+        self.num_bytes = sum(len(reference.reader.decode(row[1:]).encode()) for row in self.rows)
+
+    @torch.no_grad()
+    def bits(self, weights: Path, start: Sequence[int]) -> float:
+        """Bits a byte of a model: every token but the first of each row, read after the tokens in `start`."""
+        model, total = load_weights(weights, dtype=torch.float32), 0.0
+        for row in self.rows:
+            tokens = torch.tensor([[*start, *row]])
+            labels = tokens[:, 1:].clone()
+            labels[:, : len(start)] = -100
+            total += float(model(tokens[:, :-1], labels, loss_reduction="sum").loss)
+        return total / math.log(2) / self.num_bytes
 
 
 def speed(
     peer: Path, text: Path | None = None, lengths: tuple[int, ...] = (340, 512), rounds: int = 3,
-    minutes: float = math.inf, batch: int = 8, accumulation: int = 2, steps: int = 2, model: str = "minimind3",
+    minutes: float = math.inf, batch: int = 8, accumulation: int = 2, steps: int = 2,
     programs: tuple[str, ...] | None = None,
 ) -> None:  # fmt: skip
     """Real tokens a second.
@@ -87,46 +94,42 @@ def speed(
         accumulation: micro-batches in an optimizer step of the reference; ours takes half as many, rounded up: about
             as many real tokens, as nothing of it is padding.
         steps: micro-batches of the reference in a turn; ours makes as many optimizer steps.
-        model: preset; the peer has the shape of minimind3.
         programs: names of those that take turns, one of ours among them [default: all].
     """
     claims, measured = [], {}
-    ours = OURS if has_fast_bf16() else OURS_WITHOUT_BF16
-    names = ("minimind", *ours)
-    chosen = programs or names
-    if not set(chosen) <= set(names) or not set(chosen) & set(ours):
-        raise SystemExit(f"--programs {' '.join(chosen)}: choose of {', '.join(names)}, one of ours among them")
+    fastest = "bf16" if has_fast_bf16() else "fp32"
+    programs = programs or ("minimind", *dict.fromkeys(("ours fp32", f"ours {fastest}", f"ours {fastest} compiled")))
+    if not set(programs) <= {"minimind", *OURS} or not set(programs) & set(OURS):
+        raise SystemExit(f"--programs {' '.join(programs)}: minimind and {', '.join(OURS)}; one of ours among them")
     for length in lengths:
         with harness.workspace() as folder:
-            reference = Peer.copied(peer, folder / "peer")
+            reference = Peer(peer, folder / "peer")
             source = find_text(text, folder)
             texts = read_texts(source, max((rounds + 2) * (steps + 3) * batch * 2, FEWEST_TEXTS))
             rows = reference.read_tokens(texts, length)
             shards = make_shards(source, reference.tokenizer, folder / "shards")
-            threads = core_threads()
-            command = reference.command(harness.write_texts(folder / "texts.jsonl", texts), length, batch, accumulation)
-            env = {**threads, "HF_HOME": str(folder / "hf")}
-            contestants = [Contestant("minimind", command, Peer.pattern, steps, reference.folder / "trainer", env)]
+            written = harness.write_texts(folder / "texts.jsonl", texts)
+            theirs = reference.trainer(written, length, batch, accumulation, steps)
+            contestants = [theirs] if theirs.name in programs else []
             accumulated = -(-accumulation // 2)
-            flags = ["--model", model, "--shards", shards, "--seq-len", length, "--micro-batch-size", batch]
+            flags = ["--model", "minimind3", "--shards", shards, "--seq-len", length, "--micro-batch-size", batch]
             flags += ["--gradient-accumulation-steps", accumulated, "--no-tensorboard"]
-            for name, more in ours.items():
-                contestants.append(our_trainer(name, folder / name.replace(" ", "-"), [*flags, *more], steps, threads))
-            contestants = [contestant for contestant in contestants if contestant.name in chosen]
+            for name in [name for name in OURS if name in programs]:
+                run_dir = folder / name.replace(" ", "-")
+                contestants.append(our_trainer(name, run_dir, [*flags, *OURS[name]], steps, core_threads()))
             print(f"length {length}", file=sys.stderr)
             with started(contestants) as began:
                 take_turns(contestants, rounds, began + 60 * minutes / len(lengths))
         kept = sum(map(len, rows))
-        tokens = {"minimind": batch * kept / len(rows), **dict.fromkeys(ours, accumulated * batch * length)}
+        tokens = {"minimind": batch * kept / len(rows), **dict.fromkeys(OURS, accumulated * batch * length)}
         speeds = {one.name: [tokens[one.name] / seconds for seconds in one.seconds] for one in contestants}
-        claims += judge(length, speeds, model)
-        per_cpu_second = {one.name: [tokens[one.name] / seconds for seconds in one.cpu_seconds] for one in contestants}
-        measured[str(length)] = {"text": str(source), "padding_share": 1 - kept / (len(rows) * length)}
-        measured[str(length)] |= {"tokens_per_second": speeds, "tokens_per_cpu_second": per_cpu_second}
+        claims += judge(length, speeds)
+        padding = 1 - kept / (len(rows) * length)
+        measured[str(length)] = {"text": str(source), "padding_share": padding, "tokens_per_second": speeds}
     report("train", claims, measured)
 
 
-def judge(length: int, speeds: dict[str, list[float]], model: str) -> list[Claim]:
+def judge(length: int, speeds: dict[str, list[float]]) -> list[Claim]:
     """The lines of the table for one length."""
     title = f"training at {length}"
     claims = [Claim(f"{title}: {name}", values, unit="real tokens/s") for name, values in speeds.items()]
@@ -136,7 +139,7 @@ def judge(length: int, speeds: dict[str, list[float]], model: str) -> list[Claim
         shares = ratios(speeds[best], speeds["minimind"])
         claims.append(Claim(f"{title}: {best} over minimind", shares, TARGETS.get(length), unit="x"))
     peak, source = peak_flops(default_device(), dtype)
-    shares = [speed * preset(model).flops_per_token(length) / peak for speed in speeds[best]]
+    shares = [speed * preset("minimind3").flops_per_token(length) / peak for speed in speeds[best]]
     note = f"of the peak of {peak / 1e9:,.0f} GFLOP/s, {source}"
     return [*claims, Claim(f"{title}: MFU of {best}", shares, note=note)]
 
@@ -163,18 +166,18 @@ def time_to_loss(
     """
     curves: dict[str, list[list[Point]]] = {"minimind": [], "ours": []}
     with harness.workspace() as folder:
-        reference = Peer.copied(peer, folder / "peer")
+        reference = Peer(peer, folder / "peer")
         found = read_texts(find_text(text, folder), HELD_OUT + texts * repeats)
         if len(found) < HELD_OUT + texts * repeats:
             raise SystemExit(f"the text has {len(found)} documents: lower --texts or --repeats, or give more --text")
-        held_out = HeldOut.of(reference, found[:HELD_OUT])
+        held_out = HeldOut(reference, found[:HELD_OUT])
         for number in range(repeats):
             own = folder / f"repeat {number + 1}"
             own.mkdir()
             start = HELD_OUT + number * texts
             file = harness.write_texts(own / "texts.jsonl", found[start : start + texts])
             tokens = sum(map(len, reference.read_tokens(found[start : start + texts], LENGTH)))
-            curves["minimind"].append(train_theirs(peer, file, tokens, texts, held_out, (batch, accumulation, points)))
+            curves["minimind"].append(train_theirs(peer, file, tokens, texts, held_out, batch, accumulation, points))
             curves["ours"].append(train_ours(file, reference.tokenizer, share * tokens, held_out, number, 2 * points))
             for name, runs in curves.items():
                 print(f"  {own.name}: {name} {runs[-1][-1]}", file=sys.stderr, flush=True)
@@ -192,40 +195,15 @@ def time_to_loss(
     report("time_to_loss", claims, {"curves": curves, "texts": texts, "batch": batch, "accumulation": accumulation})
 
 
-class HeldOut(NamedTuple):
-    """Text that nobody trains on, as the reference reads it, without its marks."""
-
-    rows: list[list[int]]
-    tokens_per_byte: float
-
-    @classmethod
-    def of(cls, reference: Peer, texts: Sequence[str]) -> "HeldOut":
-        """The rows of some texts."""
-        from transformers import AutoTokenizer
-
-        rows = [row[1:-1] for row in reference.read_tokens(texts, LENGTH) if len(row) > 3]
-        tokenizer = AutoTokenizer.from_pretrained(reference.folder / "model")
-        num_bytes = sum(len(tokenizer.decode(row[1:]).encode()) for row in rows)
-        return cls(rows, sum(len(row) - 1 for row in rows) / num_bytes)
-
-    def bits(self, weights: Path, start: Sequence[int]) -> float:
-        """Bits a byte of a model, read after the tokens in `start`."""
-        loss = score(load_weights(weights, dtype=torch.float32), self.rows, start)
-        return loss / math.log(2) * self.tokens_per_byte
-
-
 def train_theirs(
-    peer: Path, file: Path, tokens: int, texts: int, held_out: HeldOut, shape: tuple[int, int, int]
+    peer: Path, file: Path, tokens: int, texts: int, held_out: HeldOut, batch: int, accumulation: int, points: int
 ) -> list[Point]:
     """The reference's own trainer over one epoch. It stands still a step after each of its saves."""
-    batch, accumulation, points = shape
-    own = Peer.copied(peer, file.parent / "peer")
+    own = Peer(peer, file.parent / "peer")
     steps = -(-texts // batch)
     every = max(2, steps // points)
     more = ["--hidden_size", HIDDEN_SIZE, "--num_hidden_layers", LAYERS, "--save_interval", every]
-    command = own.command(file, LENGTH, batch, accumulation, *more)
-    env = {**core_threads(), "HF_HOME": str(file.parent / "hf")}
-    one = Contestant("minimind", command, Peer.pattern, every, own.folder / "trainer", env)
+    one = own.trainer(file, LENGTH, batch, accumulation, every, *more)
     weights = own.folder / "out" / f"pretrain_{HIDDEN_SIZE}.pth"
     seen: list[tuple[int, float]] = []
     with started([one], warm_steps=1):
@@ -234,13 +212,10 @@ def train_theirs(
             seen.append(((turn + 1) * every, held_out.bits(weights, [1])))
         one.finish()
         seen.append((steps, held_out.bits(weights, [1])))
-    mean = sum(turn.wall_seconds for turn in one.turns) / sum(turn.steps for turn in one.turns)
-    return [Point(step * mean, tokens * step / steps, bits) for step, bits in seen]
+    return [Point(step * statistics.mean(one.seconds), tokens * step / steps, bits) for step, bits in seen]
 
 
-def train_ours(
-    file: Path, tokenizer: Path, tokens: float, held_out: HeldOut, seed: int, points: int
-) -> list[Point]:  # fmt: skip
+def train_ours(file: Path, tokenizer: Path, tokens: float, held_out: HeldOut, seed: int, points: int) -> list[Point]:
     """`python -m minimind.train` with its own defaults; in bf16 where the processor multiplies so."""
     folder, tokens_per_step = file.parent, 8 * 512
     steps = max(points, round(tokens / tokens_per_step) // points * points)
@@ -250,29 +225,13 @@ def train_ours(
     # A save beside the next steps would be on their clock.
     flags += ["--keep-last", 0, "--seed", seed, "--no-tensorboard", "--no-async-save"]
     flags += ["--precision", "bf16" if has_fast_bf16() else "fp32"]
-    run([sys.executable, "-m", "minimind.train", *flags], ROOT, **core_threads())
-    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    seconds = {record["step"]: record["step_seconds"] for record in records if "loss" in record}
+    run_module("minimind.train", *flags, **core_threads())
+    seconds = [record["step_seconds"] for record in steps_of(read_records(folder / "run" / METRICS_NAME))]
     found = []
     for step in range(steps // points, steps + 1, steps // points):
         bits = held_out.bits(folder / "run" / "checkpoints" / f"step_{step:08d}", [])
-        found.append(Point(sum(seconds[n] for n in range(1, step + 1)), step * tokens_per_step, bits))
+        found.append(Point(sum(seconds[:step]), step * tokens_per_step, bits))
     return found
-
-
-@torch.no_grad()
-def score(model: MiniMindForCausalLM, rows: Sequence[Sequence[int]], start: Sequence[int]) -> float:
-    """Mean loss of every token but the first of each row, read after the tokens in `start`."""
-    total, count = 0.0, 0
-    for row in rows:
-        if len(row) < 2:
-            continue
-        tokens = torch.tensor([[*start, *row]])
-        labels = tokens[:, 1:].clone()
-        labels[:, : len(start)] = -100
-        total += float(model(tokens[:, :-1], labels, loss_reduction="sum").loss)
-        count += len(row) - 1
-    return total / count
 
 
 if __name__ == "__main__":

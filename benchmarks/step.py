@@ -1,10 +1,10 @@
 """A training step, each setting in a process of its own: speed and MFU, memory beside the plan's, waits of the host,
-shares of its parts, and how long a save holds it up.
+shares of its parts, and how long a save holds it up; or memory alone, of ranks that share long sequences or layers.
 
 python benchmarks/step.py [--models minimind3 large] [--seq-len 2048] [--launcher "torchrun --nproc-per-node 8"]
+python benchmarks/step.py --sp-sizes 1 2 4 --tp-sizes 2 --seq-len 32768
 """
 
-import collections
 import contextlib
 import dataclasses
 import itertools
@@ -21,20 +21,25 @@ from typing import Any
 
 import torch
 import tyro
-from harness import ROOT, Claim, core_threads, joined, report, resolve, run, synchronize, workspace
+from harness import Claim, core_threads, joined, report, resolve, run, workspace
 
-from minimind.accelerator import default_device
+from minimind.accelerator import default_device, synchronize
+from minimind.checkpoints.manifest import TrainState
 from minimind.checkpoints.run_state import DataFingerprint
 from minimind.checkpoints.saving import CheckpointSaver
 from minimind.config.run_config import DTYPE_NAMES, Precision, preset
+from minimind.data.dataset import TokenDataset
+from minimind.data.shards import open_split
 from minimind.distributed.collectives import broadcast_object, gather_objects
+from minimind.distributed.environment import read_environment
+from minimind.distributed.process_group import process_group
 from minimind.parallel.compilation import find_missing_compiler
 from minimind.reports.plan import trial
 from minimind.reports.plan.memory import estimate_memory, largest_micro_batch
 from minimind.training.peak_flops import peak_flops
 from minimind.training.profiler import PARTS, sum_parts
+from minimind.training.setup import make_loader
 
-MARK = "measured: "
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"compile": "off"}, "documents": {"compile": "off", "document_mask": True}, "compiled": {"compile": "on"},
     "compiled, documents": {"compile": "on", "document_mask": True},
@@ -42,6 +47,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 MFU = {"minimind3": 0.40, "medium": 0.45, "large": 0.50}  # on one H100 or H200, compiled, 2048 tokens
 LARGEST_MICRO_BATCH = 32
+SHORT = 256
 WARM_UP, COUNTED = 5, 3  # at most so many steps before the clock; so many whose waits, and whose parts, are counted
 
 
@@ -49,7 +55,7 @@ def main(
     models: tuple[str, ...] = ("minimind3",), seq_len: int = 2048, micro_batch_size: int | None = None,
     steps: int = 20, precision: Precision = "bf16", stage: int = 1, ways: tuple[str, ...] = tuple(WAYS),
     launcher: str = shlex.quote(sys.executable), vocab_size: int = 6400, peer: Path | None = None,
-    name: str = "step", only: str | None = None,
+    sp_sizes: tuple[int, ...] = (), tp_sizes: tuple[int, ...] = (), name: str = "step", only: str | None = None,
 ) -> None:  # fmt: skip
     """Measure, or with `only` be one of the measured.
 
@@ -58,14 +64,24 @@ def main(
         ways: of WAYS; documents: under the document mask.
         launcher: what starts the ranks of a setting, as a shell would split it.
         peer: a checkout of jingyaogong/minimind, whose memory at the same batch is measured too.
+        sp_sizes, tp_sizes: measure only the memory of so many CPU ranks that share a sequence, or the layers.
         name: of the JSON.
     """
     if only is not None:
         setting = json.loads(only)
-        found = measure_reference(**setting) if "peer" in setting else measure(**setting)
-        print(*([MARK + json.dumps(found)] if found else []), flush=True)
+        work = measure_reference if "peer" in setting else measure_shared if "sizes" in setting else measure
+        print(*([json.dumps(found)] if (found := work(**setting)) else []), flush=True)
         return
     claims, measured = [], {}
+    sharing = [*(("sp_size", size) for size in sp_sizes), *(("tp_size", size) for size in tp_sizes)]
+    for model, (kind, ranks) in itertools.product(models, sharing):
+        title = f"{model}, {seq_len} tokens, {kind} {ranks}: peak of a rank"
+        command = [sys.executable, "-m", "minimind.distributed.launchers.local", str(ranks)]
+        found = run_alone(command, {"model": model, "seq_len": seq_len, "sizes": {kind: ranks}})
+        measured[title], planned = found, found["planned"] / 2**30
+        claims.append(Claim(title, [peak / 2**30 for peak in found["peaks"]], unit="GiB", note=f"plan {planned:.3g}"))
+    if sharing:
+        return report("memory_of_ranks", claims, measured)
     shape = {"seq_len": seq_len, "micro": micro_batch_size, "vocab_size": vocab_size}
     for model, way in itertools.product(models, ways):
         missing = find_missing_compiler(default_device().type)
@@ -88,9 +104,8 @@ def main(
 def run_alone(launcher: Sequence[str], setting: dict[str, Any]) -> dict[str, Any]:
     """What the first rank of processes of their own has measured."""
     env = {**core_threads(), "MINIMIND_KERNELS": setting.pop("kernels", os.environ.get("MINIMIND_KERNELS", "all"))}
-    output = run([*launcher, __file__, "--only", json.dumps(setting)], ROOT, **env)
-    (line,) = [line for line in output.splitlines() if line.startswith(MARK)]
-    return json.loads(line.removeprefix(MARK))
+    output = run([*launcher, __file__, "--only", json.dumps(setting)], **env)
+    return json.loads(next(line for line in output.splitlines() if line.startswith('{"')))
 
 
 def judge(title: str, found: dict[str, Any], mfu: float | None) -> list[Claim]:
@@ -111,13 +126,13 @@ def measure(model: str, vocab_size: int, seq_len: int, micro: int | None, steps:
     """Train one setting; what was found, on the first rank. Every rank calls this."""
     config = dataclasses.replace(preset(model), vocab_size=vocab_size)
     with workspace() as own, joined() as (env, device):
-        setting |= {"run_dir": broadcast_object(str(own)), "steps": 10**6, "keep_last": 1, "seed": 0}
-        setting["seq_len"] = seq_len
+        setting |= {"run_dir": broadcast_object(str(own)), "seq_len": seq_len}
+        setting |= {"steps": 10**6, "keep_last": 1, "seed": 0}
         if micro is None:
             limit = int(0.9 * torch.cuda.mem_get_info()[0]) if device.type == "cuda" else 0
             alone = resolve(config, env, device, **setting, micro_batch_size=1)
-            largest = max(1, largest_micro_batch(alone, limit, device.type))
-            micro = 2 ** (min(largest, LARGEST_MICRO_BATCH).bit_length() - 1)
+            largest = min(largest_micro_batch(alone, limit, device.type), LARGEST_MICRO_BATCH)
+            micro = 2 ** (max(1, largest).bit_length() - 1)
         resolved = resolve(config, env, device, **setting, micro_batch_size=micro)
         base, counted, waited = trial.held_bytes(device), min(steps, COUNTED), 0.0
         trainer = trial.make_trainer(resolved, env, device, own)
@@ -134,7 +149,7 @@ def measure(model: str, vocab_size: int, seq_len: int, micro: int | None, steps:
             began = time.perf_counter()
             for _ in range(count):
                 step()
-            synchronize()
+            synchronize(device)
             return (time.perf_counter() - began) / count
 
         seconds(min(steps, WARM_UP))
@@ -148,7 +163,7 @@ def measure(model: str, vocab_size: int, seq_len: int, micro: int | None, steps:
             "mfu": tokens / taken * config.flops_per_token(seq_len) / peak / env.world_size,
             "peak": f"of {peak / 1e12:,.3g} TFLOP/s a device, {source}",
             "memory": trial.peak_bytes(device) - base, "planned": estimate_memory(resolved, device.type).total,
-            "waits": sum(count_waits(lambda: seconds(counted)).values()) / counted,
+            "waits": count_waits(lambda: seconds(counted)) / counted,
             "shares": shares_of_parts(lambda: seconds(counted)),
             **time_save(trainer, step),
         }  # fmt: skip
@@ -179,26 +194,47 @@ def measure_reference(peer: str, vocab_size: int, seq_len: int, micro: int) -> d
     return {"memory": trial.peak_bytes(device) - before}
 
 
-def count_waits(work: Callable[[], object]) -> collections.Counter[str]:
-    """What made the host wait for the GPU: operators that torch warns of, and waits that are asked for by name."""
-    counted: collections.Counter[str] = collections.Counter({"torch.cuda": -1})  # the one at the end of the work
+def measure_shared(model: str, seq_len: int, sizes: dict[str, int]) -> Any:
+    """Bytes of each rank beyond what it held before the model, at the peak of a step of one window: float32, ZeRO 1,
+    documents masked, blocks recomputed. The step before, which makes the optimizer's states, is of a short window.
+    Every rank calls this."""
+    torch.set_num_threads(1)
+    env, device = read_environment(), torch.device("cpu")
+    trial.return_freed_memory()
+    with process_group(env, device), workspace() as own:
+        setting = {"document_mask": True, "activation_checkpointing": True, "precision": "fp32", **sizes}
+        setting |= {"seq_len": seq_len, "micro_batch_size": 1, "global_batch_size": 1, "steps": 10}
+        resolved = resolve(preset(model), env, device, **setting)
+        base = trial.held_bytes(device)
+        trainer = trial.make_trainer(resolved, env, device, own)
+        short = TokenDataset(open_split(own, "train"), SHORT, document_mask=True)
+        loader = make_loader(resolved, short, trainer.mesh, TrainState(), pin_memory=False)
+        trainer.train_step(loader.step_batches(0))
+        trial.reset_peak(device)
+        trainer.train_step(trainer.loader.step_batches(0))
+        peaks = gather_objects(trial.peak_bytes(device) - base)
+        trainer.engine.destroy()
+    return {"peaks": peaks, "planned": estimate_memory(resolved, "cpu").total} if env.is_first else None
+
+
+def count_waits(work: Callable[[], object]) -> int:
+    """How often the host waited for the GPU: operators that torch warns of, and waits that are asked for by name, but
+    for the one at the end of the work."""
     if not torch.cuda.is_available():
-        return collections.Counter()
+        return 0
     with contextlib.ExitStack() as stack:
-        for owner in (torch.cuda, torch.cuda.Stream, torch.cuda.Event):
-
-            def count(*args: Any, asked: Any = owner.synchronize, name: str = owner.__name__) -> Any:
-                counted[name] += 1
-                return asked(*args)
-
-            stack.enter_context(unittest.mock.patch.object(owner, "synchronize", count))
+        patches = [
+            unittest.mock.patch.object(owner, "synchronize", autospec=True, side_effect=owner.synchronize)
+            for owner in (torch.cuda, torch.cuda.Stream, torch.cuda.Event)
+        ]
+        asked = [stack.enter_context(patch) for patch in patches]
         found = stack.enter_context(warnings.catch_warnings(record=True))
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         stack.callback(torch.cuda.set_sync_debug_mode, "default")
         work()
-    counted["operators"] = sum("synchroniz" in str(one.message) for one in found)
-    return counted
+    operators = sum("synchroniz" in str(one.message) for one in found)
+    return operators + sum(mock.call_count for mock in asked) - 1
 
 
 def shares_of_parts(work: Callable[[], object]) -> dict[str, float]:
@@ -214,7 +250,7 @@ def time_save(trainer: Any, step: Callable[[], None]) -> dict[str, float]:
     saver = CheckpointSaver(trainer.engine, trainer.resolved, DataFingerprint("", ""), asynchronous=True)
     with contextlib.closing(saver):
         for _ in range(2):  # the first also allocates the host's copies
-            synchronize()
+            synchronize(default_device())
             began = time.perf_counter()
             saver.start(trainer.state)
             paused = time.perf_counter() - began

@@ -4,19 +4,20 @@ python benchmarks/tokenize_corpus.py [--megabytes 50] [--repeats 5] [--memory-me
 python benchmarks/tokenize_corpus.py --kinds code.jsonl chinese.jsonl ...     # bytes a token, by kind of text
 """
 
+import contextlib
 import itertools
-import shutil
-import subprocess
-import sys
 import time
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import harness
+import psutil
 import sentencepiece
 import tokenizers
 import tyro
-from harness import OUT, ROOT, Claim, make_tokenizer, ratios, read_texts, report, run_module, workspace, write_texts
-from turns import family, sum_up
+from harness import OUT, Claim, find_text, make_shards, make_tokenizer, ratios, read_texts, report, workspace
 
 from minimind.host import count_cores
 
@@ -28,19 +29,20 @@ def main(
     if kinds:
         return compare_kinds(list(kinds))
     cores = count_cores()
-    rows: dict[str, list[float]] = {"library, one core": [], "tool": []}
     with workspace() as folder:
-        base, source = folder / "default.jsonl", folder / "speed.jsonl"
-        run_module("data_prep.default_corpus", "--output", base)
+        base, source = find_text(None, folder), folder / "speed.jsonl"
         tokenizer = make_tokenizer(base, folder / "tokenizer") / "tokenizer.model"
         text_megabytes = repeat_corpus(base, source, megabytes * 1_000_000) / 1e6
-        for _ in range(repeats):
-            rows["library, one core"].append(text_megabytes / run_library(source, tokenizer))
-            rows["tool"].append(text_megabytes / run_tool(source, tokenizer, folder / "out")[0])
+        texts, library = read_texts(source), sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+        numbers = itertools.count()
+        use_tool = lambda: make_shards(source, tokenizer, folder / f"shards{next(numbers)}")  # noqa: E731
+        ways = {"library, one core": lambda: library.encode(texts, num_threads=1), "tool": use_tool}
+        seconds = harness.time_rounds(ways, repeats, warm_up=0)
+        rows = {name: [text_megabytes / taken for taken in values] for name, values in seconds.items()}
         peaks = {}
         for size in memory_megabytes:
             repeat_corpus(base, source, size * 1_000_000)
-            peaks[size] = run_tool(source, tokenizer, folder / "out", measure_memory=True)[1]
+            peaks[size] = peak_megabytes(use_tool)
     ideal = [cores * speed for speed in rows["library, one core"]]
     claims = [Claim(f"tokenizing: {name}", values, unit="MB/s") for name, values in rows.items()]
     claims.append(Claim(f"tokenizing: tool over library times {cores}", ratios(rows["tool"], ideal), 0.85, unit="x"))
@@ -57,7 +59,7 @@ def compare_kinds(files: list[Path]) -> None:
     bpe.train_from_iterator(learnt, 6400, special_tokens=[f"<|{number}|>" for number in range(36)])
     encode = {"byte-level BPE": lambda text: bpe.encode(text).ids}
     with workspace() as folder:
-        source = write_texts(folder / "text.jsonl", learnt)
+        source = harness.write_texts(folder / "text.jsonl", learnt)
         for flags in ((), ("--no-split-digits",), ("--no-split-digits", "--no-split-scripts")):
             file = make_tokenizer(source, folder / str(len(flags)), 6400, *flags) / "tokenizer.model"
             encode[" ".join(("ours", *flags))] = sentencepiece.SentencePieceProcessor(model_file=str(file)).encode
@@ -78,29 +80,20 @@ def repeat_corpus(base: Path, target: Path, num_bytes: int) -> int:
     return repeats * sum(len(text.encode()) for text in read_texts(base))
 
 
-def run_library(source: Path, tokenizer: Path) -> float:
-    """Seconds that one core takes to encode all texts of `source`, which are in memory."""
-    model, texts = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer)), read_texts(source)
-    start = time.perf_counter()
-    model.encode(texts, num_threads=1)
-    return time.perf_counter() - start
-
-
-def run_tool(source: Path, tokenizer: Path, output: Path, measure_memory: bool = False) -> tuple[float, float]:
-    """Seconds, and the peak MB of all its processes. Memory is only watched if asked: watching costs time."""
-    shutil.rmtree(output, ignore_errors=True)
-    command = [sys.executable, "-m", "data_prep.tokenize_corpus", "--input", source, "--tokenizer", tokenizer]
-    peak, start = 0.0, time.perf_counter()
-    process = subprocess.Popen(
-        [*map(str, command), "--output", str(output)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while measure_memory and process.poll() is None:
-        # Shared pages once.
-        peak = max(peak, sum_up(family(process.pid), lambda one: one.memory_full_info().pss / 1e6))
-        time.sleep(0.1)
-    if process.wait():
-        raise SystemExit(f"{' '.join(map(str, command))} failed")
-    return time.perf_counter() - start, peak
+def peak_megabytes(work: Callable[[], object]) -> float:
+    """The most memory that all processes started by `work` hold together, shared pages counted once."""
+    peak, this = 0.0, psutil.Process()
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        while not working.done():
+            held = 0
+            for process in this.children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                    held += process.memory_full_info().pss
+            peak = max(peak, held / 1e6)
+            time.sleep(0.1)
+        working.result()
+    return peak
 
 
 if __name__ == "__main__":
