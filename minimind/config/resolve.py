@@ -259,8 +259,23 @@ def _check_combinations(resolved: ResolvedRun, device_type: str) -> None:
             f"optimizer: {resolved.optimizer_type} applies a NaN gradient at ZeRO stage 0; use stage 1, or adamw"
         )
     check_muon(resolved)
+    _check_window_warmup(resolved)
     if train.moe_backend == "autoep" and device_type != "cpu":
         _check_alignment(resolved.model, train.precision)
+
+
+def _check_window_warmup(resolved: ResolvedRun) -> None:
+    data, train = resolved.data, resolved.train
+    if not data.window_warmup_steps:
+        return
+    found = {
+        f"seq_len {data.seq_len}, which is no multiple of 4": data.seq_len % 4,
+        "a document mask, which cuts windows itself": data.document_mask,
+        f"sp_size {train.sp_size}, which shares a window": train.sp_size > 1,
+        f"objective {train.objective}": train.objective not in (None, "pretrain"),
+    }
+    for what in (name for name, is_so in found.items() if is_so):
+        raise UserError(f"window_warmup_steps: {data.window_warmup_steps} does not go with {what}; leave it out")
 
 
 def _check_alignment(model: ModelConfig, precision: Precision) -> None:

@@ -61,6 +61,9 @@ class DataConfig:
     packing: Literal["stream", "whole-documents"] = "stream"
     """stream: windows tile the joined documents. whole-documents: whole documents in windows, with the document mask
     (arXiv 2404.10830); conversations are always packed so."""
+    window_warmup_steps: Annotated[int, AT_LEAST_0] = 0
+    """Steps in which a window is read as four, then as two shorter ones that do not see each other (sequence length
+    warm-up, arXiv 2108.06084): the same tokens, learnt from faster at first."""
 
 
 @dataclass(frozen=True)

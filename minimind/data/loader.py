@@ -49,6 +49,15 @@ class Batch:
         """The same batch in page-locked memory (needs an accelerator)."""
         return self._map(torch.Tensor.pin_memory)
 
+    def in_parts(self, count: int) -> "Batch":
+        """Each window as `count` shorter ones, which do not see each other: (B * count, T / count). Not with a document
+        mask, soft labels or answers."""
+        if count == 1:
+            return self
+        input_ids, labels = (tokens.unflatten(1, (count, -1)).flatten(0, 1) for tokens in (self.input_ids, self.labels))
+        sources = None if self.sources is None else self.sources.repeat_interleave(count)
+        return dataclasses.replace(self, input_ids=input_ids, labels=labels, sources=sources)
+
     def _map(self, function: Any) -> "Batch":
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return dataclasses.replace(self, **{name: function(value) for name, value in tensors.items()})
@@ -83,6 +92,7 @@ class BatchLoader:
     Args:
         first_step: the step that takes the first samples of the order: later than 0 for shards that came in later.
         taken: windows of each source, by fingerprint, that were taken before.
+        window_warmup_steps: steps in which windows come in parts.
 
     Raises `UserError` when `global_batch_size` is not a whole number of micro-batches on every rank.
     """
@@ -99,6 +109,7 @@ class BatchLoader:
         *,
         first_step: int = 0,
         taken: Mapping[str, int] | None = None,
+        window_warmup_steps: int = 0,
         pin_memory: bool = False,
     ) -> None:
         together = micro_batch_size * dp_size
@@ -118,6 +129,7 @@ class BatchLoader:
         self.part = part
         self.first_step = first_step
         self.order = order_windows(dataset, seed, global_batch_size, first_step, taken or {})
+        self._window_warmup_steps = window_warmup_steps
         self._pin_memory = pin_memory
 
     def step_batches(self, step: int) -> list[Batch]:
@@ -131,7 +143,7 @@ class BatchLoader:
         for places, indices in zip(positions.tolist(), self.order[positions].tolist(), strict=True):
             batch = collate(
                 [_read(self.dataset, index, self.part) for index in indices], places, self.dataset.reference, self.part
-            )
+            ).in_parts(count_parts(step, self._window_warmup_steps))
             batches.append(batch.pin_memory() if self._pin_memory else batch)
         return batches
 
@@ -152,6 +164,11 @@ class BatchLoader:
                 batches = coming.result()
                 coming = pool.submit(self.step_batches, step)
                 yield batches
+
+
+def count_parts(step: int, warmup_steps: int) -> int:
+    """In how many parts step `step` (from 0) reads a window: 4 in the first half of the warm-up, then 2, then 1."""
+    return 4 if 2 * step < warmup_steps else 2 if step < warmup_steps else 1
 
 
 def order_windows(

@@ -215,6 +215,7 @@ def make_loader(
         SequencePart(mesh.sp_rank, mesh.sp_size),
         first_step=state.data_start_step,
         taken=state.data_start_windows,
+        window_warmup_steps=resolved.data.window_warmup_steps,
         pin_memory=pin_memory,
     )
     check_length(loader.order, train.steps - loader.first_step, train.global_batch_size)

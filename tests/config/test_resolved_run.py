@@ -8,7 +8,7 @@ import pytest
 from minimind.config.deepspeed_file import load_ds_config
 from minimind.config.resolve import resolve_run
 from minimind.config.resolved_run import ResolvedRun
-from minimind.config.run_config import RunConfig, TrainConfig
+from minimind.config.run_config import DataConfig, RunConfig, TrainConfig
 from minimind.errors import UserError
 
 
@@ -27,6 +27,21 @@ def test_the_length_follows_from_the_data():
         resolve(num_samples=3)
     with pytest.raises(UserError, match="warmup_steps: 11 is longer than the run of 10 steps"):
         resolve(num_samples=40, warmup_steps=11)
+
+
+@pytest.mark.parametrize(
+    ("data", "train", "words"),
+    [
+        ({"seq_len": 30}, {}, "seq_len 30, which is no multiple of 4"),
+        ({"document_mask": True}, {}, "a document mask, which cuts windows itself"),
+        ({}, {"sp_size": 2}, "sp_size 2, which shares a window"),
+        ({}, {"objective": "distill"}, "objective distill"),
+    ],
+)
+def test_windows_that_cannot_come_in_parts_are_refused(data, train, words):
+    run = RunConfig(data=DataConfig(window_warmup_steps=5, **data), train=TrainConfig(**train))
+    with pytest.raises(UserError, match=f"^window_warmup_steps: 5 does not go with {words}; leave it out$"):
+        resolve_run(run, load_ds_config(None), world_size=2)
 
 
 def test_a_plan_without_data_knows_no_length_and_writes_none():

@@ -281,6 +281,22 @@ def test_the_parts_of_ranks_that_share_windows_are_the_windows(dataset, count, d
     assert read[0] <= 4 * (SEQ_LEN // count + 1) and read[1] <= 4
 
 
+def test_windows_come_in_parts_at_first_and_the_tokens_are_the_same(dataset):
+    """Four, then two, then whole: on any number of ranks, and from any step on."""
+    plain, growing = BatchLoader(dataset, 5, 2, 4), BatchLoader(dataset, 5, 2, 4, window_warmup_steps=4)
+    shares = [BatchLoader(dataset, 5, 2, 4, rank, 2, window_warmup_steps=4) for rank in range(2)]
+    for step, count in enumerate((4, 4, 2, 2, 1, 1)):
+        found, wanted = growing.step_batches(step), plain.step_batches(step)
+        for batch, whole in zip(found, wanted, strict=True):
+            assert batch.input_ids.shape == (2 * count, SEQ_LEN // count) and batch.num_targets == whole.num_targets
+            assert torch.equal(batch.input_ids.flatten(), whole.input_ids.flatten())
+            assert torch.equal(batch.labels.flatten(), whole.labels.flatten())
+        for batch, share in zip(found, shares, strict=True):  # of two micro-batches each rank has one
+            assert torch.equal(batch.input_ids, share.step_batches(step)[0].input_ids)
+    mixed = dataclasses.replace(plain.step_batches(0)[0], sources=torch.tensor([0, 1]), num_sources=2)
+    assert mixed.in_parts(2).sources.tolist() == [0, 0, 1, 1]
+
+
 def assert_parts(whole: list[Batch], shares: list[list[Batch]], document_mask: bool) -> None:
     for batch, parts in zip(whole, zip(*shares, strict=True), strict=True):
         for name in ("input_ids", "labels"):
