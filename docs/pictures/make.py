@@ -112,9 +112,7 @@ def main() -> None:
         (HERE / "runs.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         (HERE / "curves.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
     draw(json.loads((HERE / "curves.json").read_text(encoding="utf-8")))
-    measured = HERE / "time_to_loss.json"  # what the benchmark has written, brought here
-    if measured.exists():
-        draw_time_to_loss(json.loads(measured.read_text(encoding="utf-8"))["measured"]["curves"])
+    draw_time_to_loss()
 
 
 def draw(curves: dict) -> None:
@@ -146,21 +144,24 @@ def draw(curves: dict) -> None:
     save(figure, "healthy_and_sick.svg")
 
 
-def draw_time_to_loss(runs: dict) -> None:
-    """Held-out loss over seconds and over tokens, from the JSON of `benchmarks/reference.py time-to-loss`."""
-    figure, axes = plt.subplots(1, 2, figsize=(7.5, 3.2), sharey=True, constrained_layout=True)
-    for (name, curves), style in zip(runs.items(), ("k.--", "C0.-"), strict=True):
-        for number, points in enumerate(curves):
-            seconds, tokens, bits = zip(*points, strict=True)
-            for axis, values in zip(axes, (seconds, tokens), strict=True):
-                axis.plot(values, bits, style, label=None if number else name)
-    axes[0].set(xlabel="seconds", ylabel="bits a byte", xscale="log")
-    axes[1].set(xlabel="tokens", xscale="log")
-    for axis in axes:
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.xaxis.set_minor_formatter(NullFormatter())
-    axes[0].legend()
+def draw_time_to_loss() -> None:
+    """Held-out loss over seconds and over tokens, from the JSON of `benchmarks/reference.py time-to-loss` as it is brought
+    here: a row for each batch of the reference, in texts."""
+    figure, rows = plt.subplots(2, 2, figsize=(7.5, 5.6), sharey="row", constrained_layout=True)
+    for batch, axes in zip((256, 8), rows, strict=True):
+        runs = json.loads((HERE / f"time_to_loss_{batch}.json").read_text(encoding="utf-8"))["measured"]["curves"]
+        for (name, curves), style in zip(runs.items(), ("k.--", "C0.-"), strict=True):
+            for number, points in enumerate(curves):
+                seconds, tokens, bits = zip(*points, strict=True)
+                for axis, values in zip(axes, (seconds, tokens), strict=True):
+                    axis.plot(values, bits, style, label=None if number else name)
+        axes[0].set(xlabel="seconds", ylabel="bits a byte", xscale="log", title=f"minimind: {batch} texts a step")
+        axes[1].set(xlabel="tokens", xscale="log")
+        for axis in axes:
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axis.xaxis.set_minor_formatter(NullFormatter())
+    rows[0, 0].legend()
     save(figure, "time_to_loss.svg")
 
 
