@@ -145,8 +145,8 @@ def draw(curves: dict) -> None:
 
 
 def draw_time_to_loss() -> None:
-    """Held-out loss over seconds and over tokens, from the JSON of `benchmarks/reference.py time-to-loss` as it is brought
-    here: a row for each batch of the reference, in texts."""
+    """Held-out loss over seconds and over tokens, from the JSON of `benchmarks/reference.py time-to-loss`, which is
+    brought here: a row for each batch of the reference, in texts."""
     figure, rows = plt.subplots(2, 2, figsize=(7.5, 5.6), sharey="row", constrained_layout=True)
     for batch, axes in zip((256, 8), rows, strict=True):
         runs = json.loads((HERE / f"time_to_loss_{batch}.json").read_text(encoding="utf-8"))["measured"]["curves"]
