@@ -9,15 +9,16 @@ import copy
 import dataclasses
 from typing import Any
 
+from minimind.config.combinations import check_combinations
 from minimind.config.deepspeed_file import modernize
 from minimind.config.deepspeed_keys import AUTO, check_types, settle_communication, zero_stage
 from minimind.config.deepspeed_table import settle_table
 from minimind.config.expert_parallel import check_experts, take_experts, write_experts
-from minimind.config.muon import BETAS, MUON_MOMENTUM, check_muon, default_optimizer, default_rates
+from minimind.config.muon import BETAS, MUON_MOMENTUM, default_optimizer, default_rates
 from minimind.config.overlaps import Overlaps, take_batch, take_optimizer, take_precision, take_schedule
 from minimind.config.parallel_sizes import check_sequence, take_sizes
 from minimind.config.resolved_run import ResolvedRun, ResolvedTrain
-from minimind.config.run_config import DTYPE_NAMES, Precision, RunConfig, TrainConfig, check_run
+from minimind.config.run_config import DTYPE_NAMES, RunConfig, TrainConfig, check_run
 from minimind.config.tensor_parallel import check_tensor_parallel, write_tensor_parallel
 from minimind.errors import UserError
 from minimind.model.config import ModelConfig
@@ -119,7 +120,7 @@ def resolve_run(
     model, length_notes = _note_trained_length(run)
     notes += length_notes
     resolved = ResolvedRun(model, run.data, settled, ds, dp_size, notes=())
-    _check_combinations(resolved, device_type)
+    check_combinations(resolved, device_type)
     check_experts(resolved)
     check_sequence(resolved)
     check_tensor_parallel(resolved)
@@ -248,46 +249,6 @@ def _write_back(ds: dict[str, Any], train: ResolvedTrain) -> None:
     else:
         for key in ("bf16", "fp16"):
             ds.setdefault(key, {})["enabled"] = train.precision == key
-
-
-def _check_combinations(resolved: ResolvedRun, device_type: str) -> None:
-    train, zero = resolved.train, resolved.zero
-    if train.precision == "fp16" and device_type == "cpu":
-        raise UserError("precision: fp16 does not run on CPU; use --precision bf16 or fp32")
-    if zero.stage == 0 and train.optimizer == "deepspeed":
-        raise UserError(
-            f"optimizer: {resolved.optimizer_type} applies a NaN gradient at ZeRO stage 0; use stage 1, or adamw"
-        )
-    check_muon(resolved)
-    _check_window_warmup(resolved)
-    if train.moe_backend == "autoep" and device_type != "cpu":
-        _check_alignment(resolved.model, train.precision)
-
-
-def _check_window_warmup(resolved: ResolvedRun) -> None:
-    data, train = resolved.data, resolved.train
-    if not data.window_warmup_steps:
-        return
-    found = {
-        f"seq_len {data.seq_len}, which is no multiple of 4": data.seq_len % 4,
-        "a document mask, which cuts windows itself": data.document_mask,
-        f"sp_size {train.sp_size}, which shares a window": train.sp_size > 1,
-        f"objective {train.objective}": train.objective not in (None, "pretrain"),
-    }
-    for what in (name for name, is_so in found.items() if is_so):
-        raise UserError(f"window_warmup_steps: {data.window_warmup_steps} does not go with {what}; leave it out")
-
-
-def _check_alignment(model: ModelConfig, precision: Precision) -> None:
-    """torch's grouped product takes rows of whole 16 bytes."""
-    unit = 4 if precision == "fp32" else 8
-    sizes = {"hidden_size": model.hidden_size, "moe_intermediate_size": model.expert_feed_forward_size}
-    for name, size in sizes.items():
-        if size % unit:
-            raise UserError(
-                f"{name}: {size} is no multiple of {unit}, which the experts' product on a GPU asks for in "
-                f"{precision}; take {-(-size // unit) * unit}"
-            )
 
 
 def _resolve_length(run: RunConfig, num_samples: int | None) -> dict[str, int]:
