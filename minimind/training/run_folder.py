@@ -109,7 +109,7 @@ def settle_optimizer(run: RunConfig) -> RunConfig:
     if not isinstance(train, dict) or train.get("optimizer") not in ("adamw", "muon"):
         return run
     name = run.train.optimizer or optimizer_name(ds) or train["optimizer"]
-    kept = {} if optimizer_name(ds) else {"optimizer": name}
+    kept: dict[str, Any] = {} if optimizer_name(ds) else {"optimizer": name}
     params = (ds.get("optimizer") or {}).get("params") or {}
     is_open = run.train.muon_lr is None and all(params.get(key, AUTO) == AUTO for key in ("lr", "muon_lr"))
     if name == train["optimizer"] == "muon" and is_open:
