@@ -81,7 +81,7 @@ def walk(cells: list[Cell], count: int) -> list[Curve]:
                 losses, norms = [], []
                 for step in range(count):
                     trainer.train_step(trainer.loader.step_batches(step))
-                    loss = trainer._pending[-1].loss.clone()
+                    loss = trainer._pending[-1].sums.loss.clone()
                     torch.distributed.all_reduce(loss, group=trainer.mesh.averaging)
                     losses.append(float(loss))
                     norms.append(float(trainer._pending[-1].grad_norm))
