@@ -67,8 +67,7 @@ fi
 step 6 "$title" \
   bash launch/pretrain.sh --model quickstart --hidden-size 96 --shards $data/shards --run-dir $run \
   --ds-config ds_configs/zero1.json --steps "$steps" --seq-len 256 --global-batch-size 8 \
-  ${precision:+--precision "$precision"} --window-warmup-steps $((steps / 2)) \
-  --eval-every $((steps / 4 > 0 ? steps / 4 : 1)) \
+  ${precision:+--precision "$precision"} --schedule linear --min-lr-ratio 0 --eval-every $((steps / 4 > 0 ? steps / 4 : 1)) \
   --eval-samples 64 --save-every $((steps / 2 > 0 ? steps / 2 : 1))
 step 7 "evaluate it on text that it has not seen" \
   $python -m minimind.evaluate --checkpoint $run --shards $data/shards --seq-len 256

@@ -44,7 +44,7 @@ def default_rates(model: ModelConfig, given: float | None) -> dict[str, float]:
         given: `lr`, if it is set: then the rate of all that AdamW updates.
     """
     rest = given or 1e-2
-    rates = {"lr": 1e-2 * REFERENCE_WIDTH / model.hidden_size, "muon_lr": 1e-2, "norm_lr": rest}
+    rates = {"lr": 1e-2 * REFERENCE_WIDTH / model.hidden_size, "muon_lr": 0.02, "norm_lr": rest}
     return rates if model.tie_word_embeddings else {**rates, "embedding_lr": rest}
 
 

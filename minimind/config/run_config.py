@@ -184,7 +184,7 @@ class TrainConfig:
     """adamw or muon (Muon for matrices, AdamW for the rest); deepspeed: another type named in the JSON."""
     lr: Annotated[float | None, _default("5e-4; beside Muon 2.56 / hidden_size"), ABOVE_0] = None
     """Peak learning rate; with Muon that of the output matrix, an embedding tied to it, and routers."""
-    muon_lr: Annotated[float | None, _default("0.01, for Muon"), ABOVE_0] = None
+    muon_lr: Annotated[float | None, _default("0.02, for Muon"), ABOVE_0] = None
     """Peak learning rate of the matrices that Muon updates; the schedule moves it as it moves lr."""
     embedding_lr: Annotated[float | None, _default("beside Muon lr, or 1e-2 if that is not set"), ABOVE_0] = None
     """The same of an embedding that is not the output matrix too (--no-tie-word-embeddings)."""

@@ -216,7 +216,7 @@ def test_the_optimizer_and_the_schedule_of_the_json_are_read_back():
     adamw = resolve({**STAGE_1, "optimizer": {"type": "Adam", "params": {"lr": 0.1}}})
     assert (adamw.run.train.optimizer, adamw.run.train.lr, adamw.run.train.betas) == ("adamw", 0.1, (0.9, 0.95))
     for params, flags, rates in (
-        ({}, {}, (2.56 / 768, 0.01)), ({"lr": 0.01}, {}, (0.01, 0.01)), ({"lr": 0.01}, {"muon_lr": 0.1}, (0.01, 0.1)),
+        ({}, {}, (2.56 / 768, 0.02)), ({"lr": 0.01}, {}, (0.01, 0.01)), ({"lr": 0.01}, {"muon_lr": 0.1}, (0.01, 0.1)),
         ({"lr": 0.01, "adam_lr": 0.002}, {}, (0.002, 0.01)), ({"lr": "auto", "muon_lr": 0.03}, {}, (2.56 / 768, 0.03)),
     ):  # fmt: skip
         muon = resolve({**STAGE_1, "optimizer": {"type": "Muon", "params": params}}, **flags)
@@ -263,8 +263,8 @@ def test_rates_keep_their_meaning_over_width(hidden_size):
         return train.muon_lr, train.lr, train.embedding_lr, train.norm_lr
 
     output = 1e-2 * 256 / hidden_size
-    assert rates(True) == approx((0.01, output, None, 1e-2)) and rates(False) == approx((0.01, output, 1e-2, 1e-2))
-    assert rates(False, lr=3e-3) == (0.01, 3e-3, 3e-3, 3e-3), "a rate that is given is that of all but Muon's"
+    assert rates(True) == approx((0.02, output, None, 1e-2)) and rates(False) == approx((0.02, output, 1e-2, 1e-2))
+    assert rates(False, lr=3e-3) == (0.02, 3e-3, 3e-3, 3e-3), "a rate that is given is that of all but Muon's"
     assert rates(False, lr=3e-3, norm_lr=1e-4, muon_lr=0.1, embedding_lr=1e-5) == (0.1, 3e-3, 1e-5, 1e-4)
     assert rates(True, optimizer="adamw") == (None, 5e-4, None, None)
     betas = [resolve(STAGE_1, **train).train.betas for train in ({}, {"optimizer": "adamw"}, {"betas": (0.9, 0.99)})]
