@@ -74,7 +74,11 @@ class Watchdog:
         return describe_position(*self._place)
 
     def connect(self, store: Any, world_size: int, port: int) -> None:
-        """Begin to beat in `store`, whose server listens at `port`. Every rank calls this; it waits for all of them."""
+        """Begin to beat in `store`, whose server listens at `port`. Every rank calls this; it waits for all of them.
+
+        Raises:
+            UserError: one of them did not come within the store's time-out.
+        """
         shared: Any = torch.distributed.PrefixStore("watchdog", store)
         drop_dead_connections(port, min(CUT_SECONDS, self._timeout))
         if self._rank == 0:
@@ -93,11 +97,14 @@ class Watchdog:
         # Rank 0 sees every connection before a rank goes on: from now on one that dies is missed, not merely silent.
         if shared.add("came", 1) == world_size:
             shared.set("all came", "")
-        if self._rank == 0:
-            shared.wait(["all came"])
-            self._ranks.look(self._store)
-            shared.set("met", "")
-        shared.wait(["met"])
+        try:
+            if self._rank == 0:
+                shared.wait(["all came"])
+                self._ranks.look(self._store)
+                shared.set("met", "")
+            shared.wait(["met"])
+        except torch.distributed.DistError as error:
+            raise UserError(f"{self._name}: a rank was lost at the start ({first_line(error)[:120]})") from None
         self._heard = time.monotonic()
         self._threads = [
             threading.Thread(target=work, daemon=True) for work in (self._keep_beating, self._watch_itself)

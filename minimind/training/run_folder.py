@@ -17,7 +17,7 @@ from minimind.checkpoints.remote_copies import fetch_newest
 from minimind.checkpoints.retention import clear_partials
 from minimind.checkpoints.run_state import DataFingerprint, compare, describe_run, find_obstacles, settings_of
 from minimind.config.deepspeed_file import load_ds_config
-from minimind.config.deepspeed_keys import AUTO, optimizer_name
+from minimind.config.deepspeed_keys import optimizer_name
 from minimind.config.resolved_run import ResolvedRun, ResolvedTrain
 from minimind.config.run_config import SHARD_FINGERPRINT, SOURCE_FINGERPRINTS, RunConfig, TrainConfig
 from minimind.data.chat_template import TEMPLATE_NAME
@@ -99,22 +99,17 @@ def recorded_fingerprints(train: TrainConfig) -> list[str]:
 
 
 def settle_optimizer(run: RunConfig) -> RunConfig:
-    """`run` with the optimizer that the run in its folder has, and Muon's rate, where neither a flag nor the JSON says
-    them: a default may have been another when it began."""
+    """`run` with the optimizer that the run in its folder has, where neither a flag nor the JSON names one."""
     path = Path(run.train.run_dir) / RUN_CONFIG_NAME
-    if run.train.resume == "never" or not path.exists():
+    if run.train.optimizer is not None or run.train.resume == "never" or not path.exists():
         return run
-    content, ds = read_json(path, "the run folder's"), load_ds_config(run.train.ds_config)
+    content = read_json(path, "the run folder's")
     train = content.get("train") if isinstance(content, dict) else None
-    if not isinstance(train, dict) or train.get("optimizer") not in ("adamw", "muon"):
+    name = train.get("optimizer") if isinstance(train, dict) else None
+    named = optimizer_name(load_ds_config(run.train.ds_config))
+    if named is not None or name not in ("adamw", "muon"):
         return run
-    name = run.train.optimizer or optimizer_name(ds) or train["optimizer"]
-    kept: dict[str, Any] = {} if optimizer_name(ds) else {"optimizer": name}
-    params = (ds.get("optimizer") or {}).get("params") or {}
-    is_open = run.train.muon_lr is None and all(params.get(key, AUTO) == AUTO for key in ("lr", "muon_lr"))
-    if name == train["optimizer"] == "muon" and is_open:
-        kept["muon_lr"] = train.get("muon_lr")
-    return dataclasses.replace(run, train=dataclasses.replace(run.train, **kept))
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, optimizer=name))
 
 
 def settle_aux_loss_scope(run: RunConfig) -> RunConfig:

@@ -309,11 +309,6 @@ def test_a_run_keeps_the_optimizer_that_it_began_with(tiny_corpus, tmp_path):
         cut_back(tmp_path / name, 4)
         code, printed = train(unsaid)
         assert code == 0 and f"optimizer {name}, peak rate" in printed and "at step 4" in printed
-    flags = flags_for(tiny_corpus, tmp_path / "rate", optimizer="muon")
-    train([*flags, "--muon-lr", "0.03"])
-    cut_back(tmp_path / "rate", 4)
-    _, printed = train(flags)
-    assert "muon, peak rate 0.03" in printed and "muon_lr" not in printed, "a default may be another one by then"
     other = "optimizer muon there, adamw here"
     with pytest.raises(UserError, match=other):
         train([*(flags_for(tiny_corpus, tmp_path / "muon", stage=2)), "--optimizer", "adamw"])

@@ -135,6 +135,14 @@ def test_a_rank_that_is_killed_before_its_second_beat_is_named(start):
     assert f"rank 1 on n1 {ranks[1].name} died: " in ranks[0].says("error: ")
 
 
+def test_a_rank_that_never_comes_is_a_line_and_no_traceback():
+    port = find_free_port()
+    limit = datetime.timedelta(seconds=1)
+    store = torch.distributed.TCPStore("127.0.0.1", port, 2, True, limit, wait_for_workers=False)
+    with pytest.raises(UserError, match=r"^rank 0 on n0 \(process \d+\): a rank was lost at the start"):
+        Watchdog(0, "n0").connect(store, 2, port)
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize(
     ("what", "code", "words"), [("fail", 2, "failed: the disk is full"), ("crash", 1, "ZeroDivisionError: a bug")]
